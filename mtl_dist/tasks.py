@@ -1,0 +1,57 @@
+"""The words of the project: tasks, classes and action units; what a batch and a prediction are made of.
+
+Task order is always VA, EXPR, AU. Shapes: B samples, T frames of a sample (1 for single images), H x W pixels.
+This module imports nothing heavy: torch is needed only by type checkers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TASKS = ("va", "expr", "au")
+VIEWS = ("cropped", "cropped_aligned")
+SPLITS = ("train", "val")
+
+EXPRESSIONS = ("Neutral", "Anger", "Disgust", "Fear", "Happiness", "Sadness", "Surprise", "Other")
+AUS = (1, 2, 4, 6, 7, 10, 12, 15, 23, 24, 25, 26)  # FACS numbers, in the order of the annotation files
+NUM_EXPRESSIONS = len(EXPRESSIONS)
+NUM_AUS = len(AUS)
+
+# The codes for "not labelled" in annotation text. They stop at the parser: everything after it carries masks.
+MISSING_VA = -5.0
+MISSING_EXPR = -1
+MISSING_AU = -1
+
+
+class Labels(NamedTuple):
+    """Labels of a batch; an entry means something only where its mask is True (elsewhere it is 0)."""
+
+    va: Tensor  # (B, T, 2) float32, valence and arousal in [-1, 1]
+    expr: Tensor  # (B, T) int64, 0..7
+    au: Tensor  # (B, T, 12) float32, 0 or 1
+    va_mask: Tensor  # (B, T) bool
+    expr_mask: Tensor  # (B, T) bool
+    au_mask: Tensor  # (B, T, 12) bool
+
+    def to(self, device, non_blocking: bool = True) -> Labels:
+        return Labels(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
+
+
+class Batch(NamedTuple):
+    """What a loader yields: decoded images and their labels, on the host."""
+
+    inputs: Tensor  # (B, T, 3, H, W) uint8
+    num_frames: Tensor  # (B,) int64, valid frames of each sample
+    labels: Labels
+    rows: Tensor  # (B, T) int64, row numbers of the annotation file
+
+
+class Outputs(NamedTuple):
+    """What every model returns."""
+
+    va: Tensor  # (B, T, 2) in [-1, 1]
+    expr_logits: Tensor  # (B, T, 8)
+    au_logits: Tensor  # (B, T, 12)
