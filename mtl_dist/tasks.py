@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from pydantic import BaseModel, ConfigDict, Field
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -55,3 +57,21 @@ class Outputs(NamedTuple):
     va: Tensor  # (B, T, 2) in [-1, 1]
     expr_logits: Tensor  # (B, T, 8)
     au_logits: Tensor  # (B, T, 12)
+
+
+class LabelCounts(BaseModel):
+    """How many rows of a set carry which labels."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rows: int
+    va: int
+    expr: int
+    au: list[int] = Field(min_length=NUM_AUS, max_length=NUM_AUS)  # rows where this AU is labelled
+    expr_classes: list[int] = Field(min_length=NUM_EXPRESSIONS, max_length=NUM_EXPRESSIONS)
+    au_positives: list[int] = Field(min_length=NUM_AUS, max_length=NUM_AUS)
+    unlabelled: int  # rows without any label
+
+    def missing_tasks(self) -> list[str]:
+        """Tasks without a single label."""
+        return [task for task, count in (("va", self.va), ("expr", self.expr), ("au", sum(self.au))) if not count]

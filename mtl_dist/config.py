@@ -1,0 +1,312 @@
+"""The whole configuration tree. The same dotted paths serve flags (`--optim.lr`), YAML and the search space.
+
+Precedence: preset < `--config FILE` < flags. Everything is frozen and unknown keys are refused with the nearest name.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from mtl_dist.errors import InputError, nearest
+from mtl_dist.tasks import TASKS
+
+MAX_AUTO_STREAMS = 64
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class RunConfig(Section):
+    name: str = "run"
+    """The run's name. A run is its name: the same command continues it."""
+    storage: str = "runs"
+    """Where runs live: a directory or s3://bucket/prefix. This run's files go to <storage>/<name>/."""
+    seed: int = 0
+    """Seeds the order, augmentation, initialisation and dropout."""
+
+    @field_validator("name")
+    @classmethod
+    def _is_one_path_part(cls, name: str) -> str:
+        if not name or name in (".", "..") or not all(c.isalnum() or c in "-_." for c in name):
+            raise ValueError("a run name is letters, digits, '-', '_' and '.'")
+        return name
+
+    @property
+    def uri(self) -> str:
+        """The run's own prefix."""
+        return f"{self.storage.rstrip('/')}/{self.name}"
+
+
+class DataConfig(Section):
+    train: str = ""
+    """Index of the training split: the directory or s3:// prefix that holds its index.json."""
+    val: str = ""
+    """Index of the validation split, of the same view."""
+    image_size: int = Field(112, ge=32, le=1024)
+    """Side in pixels that the loader resizes every image to (images of this size are not touched)."""
+    streams: int | None = Field(None, ge=1)
+    """Canonical streams of the order; must divide train.global_batch and be at least the number of ranks.
+    None: the largest divisor of the global batch up to 64."""
+    block_shards: int = Field(4, ge=1)
+    """Shuffle within blocks of about this many shards."""
+    workers: int = Field(1, ge=0)
+    """Loader threads of a rank; 0 loads in the training thread."""
+    prefetch: int = Field(3, ge=1)
+    """Batches kept ready by the loader."""
+    cache_dir: Path | None = None
+    """Per-node cache of shards; None: $MTL_CACHE_DIR or ~/.cache/mtl_dist/shards. Local shards are read in place."""
+    cache_gib: float = Field(50.0, gt=0)
+    """Bound of the cache; shards not in use are evicted, oldest first."""
+
+
+class AugmentConfig(Section):
+    crop_scale: tuple[float, float] = (0.8, 1.0)
+    """Random crop: share of the side kept, drawn uniformly. (1, 1) keeps the image."""
+    flip: bool = True
+    """Mirror half of the training images."""
+    rotation: float = Field(8.0, ge=0, le=180)
+    """Random rotation up to this many degrees either way."""
+    brightness: float = Field(0.3, ge=0, le=1)
+    contrast: float = Field(0.3, ge=0, le=1)
+    saturation: float = Field(0.3, ge=0, le=1)
+    erase: float = Field(0.0, ge=0, le=1)
+    """Probability of erasing one random rectangle."""
+
+
+class ModelConfig(Section):
+    name: Literal["a", "b"] = "a"
+    """a: the ensemble system (arXiv 2207.10878); b: its parent SMM-EmotionNet (arXiv 2203.12845)."""
+    backbone: Literal["inception_v3", "small"] = "inception_v3"
+    weights: str = "imagenet"
+    """imagenet (torchvision downloads them), a file or s3:// URI of a state dict, or none: random initialisation."""
+    image_size: int | None = Field(None, ge=75)
+    """Side of the model's input after cropping on the device; None: data.image_size."""
+    dropout: float = Field(0.3, ge=0, lt=1)
+
+
+class LossConfig(Section):
+    va: float = Field(1.0, ge=0)
+    expr: float = Field(1.0, ge=0)
+    au: float = Field(1.0, ge=0)
+    balancing: Literal["fixed", "uncertainty"] = "fixed"
+    """fixed: the weights above. uncertainty: learned log-variances on top of them (Kendall et al. 2018)."""
+    expr_weights: Literal["none", "balanced"] = "none"
+    """balanced: class weights from the label counts of the training index."""
+    au_weights: Literal["none", "balanced"] = "none"
+    """balanced: pos_weight of each AU from the label counts of the training index."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+
+    def weight(self, task: str) -> float:
+        assert task in TASKS
+        return getattr(self, task)
+
+
+class OptimConfig(Section):
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: float = Field(1e-3, gt=0)
+    """Peak learning rate, for the global batch as it is: no scaling by ranks."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(5e-4, ge=0)
+    warmup_steps: int = Field(100, ge=0)
+    final_lr: float = Field(0.01, ge=0, le=1)
+    """Share of the peak the cosine ends at."""
+    clip_norm: float = Field(1.0, gt=0)
+    """Gradient norm above which gradients are scaled down."""
+
+
+class EngineConfig(Section):
+    zero_stage: int = 0
+    """DeepSpeed ZeRO stage: 0, 1 or 2."""
+    autocast: Literal["none", "bf16"] = "none"
+    """bf16: forward and backward under torch autocast; weights and optimizer stay fp32."""
+    batchnorm: Literal["local", "sync", "frozen"] = "local"
+    """local: statistics of the rank's batch, buffers averaged over ranks before evaluation and saving; sync: over all
+    ranks (GPU only); frozen: running statistics."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of a rank for torch; None: the machine's cores shared among its ranks."""
+
+    @field_validator("zero_stage")
+    @classmethod
+    def _is_supported(cls, stage: int) -> int:
+        if stage == 3:
+            raise ValueError(
+                "ZeRO 3 is refused: it shards 30 M parameters that fit any GPU, its checkpoints resume on "
+                "the same number of ranks only, and one forward per step is all it allows; use 0, 1 or 2"
+            )
+        if stage not in (0, 1, 2):
+            raise ValueError("expected 0, 1 or 2")
+        return stage
+
+
+class TrainConfig(Section):
+    global_batch: int = Field(24, ge=1)
+    """Samples of an optimizer step over all ranks. The number of ranks changes speed, never the result."""
+    epochs: int = Field(50, ge=1)
+    accumulation: int = Field(1, ge=1)
+    """Micro-batches a rank splits its part of the global batch into. Losses stay those of the whole batch, at the
+    price of one more forward pass."""
+    eval_batch: int = Field(64, ge=1)
+    """Images per rank and forward pass in evaluation."""
+    eval_every: int = Field(1, ge=1)
+    """Evaluate every so many epochs, and after the last."""
+
+
+class CheckpointConfig(Section):
+    every_steps: int | None = Field(None, ge=1)
+    """Also save every so many steps; None: after every evaluation only."""
+    keep_last: int = Field(2, ge=1)
+    keep_best: int = Field(1, ge=1)
+
+
+class RayConfig(Section):
+    num_ranks: Annotated[tuple[int, int], "MIN MAX"] = (1, 1)
+    """Elastic number of training processes: training runs with as many as the cluster has, from MIN to MAX."""
+    cpus_per_rank: float = Field(1.0, gt=0)
+    gpus_per_rank: float = Field(0.0, ge=0)
+    max_failures: int = Field(3, ge=-1)
+    """Restarts after failures before the run gives up; -1: without end."""
+
+    @field_validator("num_ranks", mode="before")
+    @classmethod
+    def _one_number_is_both(cls, value: Any) -> Any:
+        return (value, value) if isinstance(value, int) else value
+
+    @model_validator(mode="after")
+    def _is_a_range(self):
+        low, high = self.num_ranks
+        if not 1 <= low <= high:
+            raise ValueError(f"num_ranks is MIN MAX with 1 <= MIN <= MAX, not {low} {high}")
+        return self
+
+
+class Config(Section):
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    engine: EngineConfig = EngineConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    ray: RayConfig = RayConfig()
+
+    @model_validator(mode="after")
+    def _streams_divide_the_batch(self):
+        streams, batch = self.data.streams, self.train.global_batch
+        if streams is not None and batch % streams:
+            raise ValueError(
+                f"data.streams {streams} does not divide train.global_batch {batch}: every stream gives "
+                f"the same number of samples to a step; use one of {_divisors(batch)}"
+            )
+        if self.num_streams < self.ray.num_ranks[1]:
+            raise ValueError(
+                f"ray.num_ranks goes up to {self.ray.num_ranks[1]} but there are {self.num_streams} "
+                f"streams (data.streams, a divisor of train.global_batch {batch}): a rank needs one at least"
+            )
+        return self
+
+    @property
+    def num_streams(self) -> int:
+        """Canonical streams of the order: as configured, or the largest divisor of the batch up to 64."""
+        if self.data.streams is not None:
+            return self.data.streams
+        return max(d for d in _divisors(self.train.global_batch) if d <= MAX_AUTO_STREAMS)
+
+    @property
+    def input_size(self) -> int:
+        return self.model.image_size or self.data.image_size
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def build_config(*layers: dict[str, Any]) -> Config:
+    """Merge nested dicts, later ones first in rank, and validate. Raises `InputError` naming key, value and remedy."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        _check_keys(layer, Config, path="")
+        _merge(merged, layer)
+    try:
+        return Config.model_validate(merged)
+    except pydantic.ValidationError as error:
+        raise InputError(explain_validation(error)) from None
+
+
+def explain_validation(error: pydantic.ValidationError) -> str:
+    """Write a pydantic error as one line a fault: dotted path, value, what was expected."""
+    lines = []
+    for fault in error.errors():
+        path = ".".join(str(part) for part in fault["loc"])
+        message = fault["msg"].removeprefix("Value error, ")
+        shown = fault["input"]
+        value = "" if not path or isinstance(shown, dict | BaseModel) else f" is {shown!r}"
+        lines.append(f"{path}{value}: {message}" if path else message)
+    return "; ".join(lines)
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Read a YAML configuration (nested or with dotted keys) as a nested dict."""
+    try:
+        loaded = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise InputError(f"configuration {path} cannot be read: {error.strerror}; give a YAML file") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"configuration {path} is not YAML: {error}") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise InputError(f"configuration {path} holds a {type(loaded).__name__}; expected a mapping of sections")
+    return unflatten(loaded)
+
+
+def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
+    """Turn dotted keys into nested dicts: {"optim.lr": 1} -> {"optim": {"lr": 1}}."""
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        for part in reversed(str(key).split(".")):
+            value = {part: value}
+        _merge(nested, value)
+    return nested
+
+
+def dump_yaml(config: Config) -> str:
+    """Write the configuration as YAML that `--config` reads."""
+    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Return {dotted path: JSON value} of every setting."""
+    tree = json.loads(config.model_dump_json())
+    return {f"{section}.{key}": value for section, values in tree.items() for key, value in values.items()}
+
+
+def _merge(target: dict[str, Any], layer: dict[str, Any]) -> None:
+    for key, value in layer.items():
+        if isinstance(value, dict):
+            _merge(target.setdefault(key, {}), value)
+        else:
+            target[key] = value
+
+
+def _check_keys(layer: dict[str, Any], model: type[BaseModel], path: str) -> None:
+    for key, value in layer.items():
+        if key not in model.model_fields:
+            known = [f"{path}{name}" for name in model.model_fields]
+            raise InputError(f"unknown configuration key '{path}{key}': {nearest(f'{path}{key}', known)}")
+        annotation = model.model_fields[key].annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            if not isinstance(value, dict):
+                raise InputError(
+                    f"configuration section '{path}{key}' is {value!r}; expected a mapping of its settings"
+                )
+            _check_keys(value, annotation, f"{path}{key}.")

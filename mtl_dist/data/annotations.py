@@ -1,0 +1,120 @@
+"""Read the annotation text of s-Aff-Wild2: a header of 5 names, then 16 comma-separated values a row.
+
+`video/00001.jpg,<valence>,<arousal>,<expression>,<12 action units>`; -5 is a missing valence or arousal, -1 a missing
+expression or action unit. A row's number is its position below the header, from 0: it is the sample's key, because
+one image can have several rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+
+from mtl_dist.errors import InputError
+from mtl_dist.tasks import AUS, EXPRESSIONS, MISSING_AU, MISSING_EXPR, MISSING_VA, NUM_AUS
+
+HEADER = "image,valence,arousal,expression,aus"
+FILES = {"train": "training_set_annotations.txt", "val": "validation_set_annotations.txt"}
+NUM_VALUES = 4 + NUM_AUS
+MAX_NAME_BYTES = 255
+
+
+class Annotations(NamedTuple):
+    """The rows of one annotation file; label entries are 0 where their mask is False."""
+
+    images: list[str]  # (N) "video/frame.jpg"
+    va: np.ndarray  # (N, 2) float32
+    expr: np.ndarray  # (N,) uint8
+    au: np.ndarray  # (N, 12) uint8
+    va_mask: np.ndarray  # (N,) bool
+    expr_mask: np.ndarray  # (N,) bool
+    au_mask: np.ndarray  # (N, 12) bool
+    sha256: str  # of the file's bytes
+
+
+def read_annotations(path: Path) -> Annotations:
+    """Parse an annotation file. Raises `InputError` naming file, line, value and what was expected."""
+    try:
+        data = path.read_bytes()
+        lines = data.decode("utf-8-sig").splitlines()
+    except OSError as error:
+        raise InputError(f"annotations {path} cannot be read: {error.strerror}; expected an s-Aff-Wild2 file") from None
+    except UnicodeDecodeError:
+        raise InputError(f"annotations {path} are not UTF-8 text; expected an s-Aff-Wild2 file") from None
+    while lines and not lines[-1].strip():
+        lines.pop()
+    if not lines or lines[0].strip() != HEADER:
+        raise InputError(f"{path}:1: header is '{lines[0].strip() if lines else ''}'; expected '{HEADER}'")
+    if len(lines) == 1:
+        raise InputError(f"{path} holds a header and no rows; expected one row a frame")
+
+    rows = [_parse_row(line, f"{path}:{number}") for number, line in enumerate(lines[1:], start=2)]
+    images = [image for image, _ in rows]
+    values = np.array([value for _, value in rows], np.float64)
+    va_mask, expr_mask, au_mask = values[:, 0] != MISSING_VA, values[:, 2] != MISSING_EXPR, values[:, 3:] != MISSING_AU
+    return Annotations(
+        images=images,
+        va=np.where(va_mask[:, None], values[:, :2], 0).astype(np.float32),
+        expr=np.where(expr_mask, values[:, 2], 0).astype(np.uint8),
+        au=np.where(au_mask, values[:, 3:], 0).astype(np.uint8),
+        va_mask=va_mask,
+        expr_mask=expr_mask,
+        au_mask=au_mask,
+        sha256=hashlib.sha256(data).hexdigest(),
+    )
+
+
+def _parse_row(line: str, where: str) -> tuple[str, list[float]]:
+    fields = [field.strip() for field in line.split(",")]
+    if len(fields) != NUM_VALUES:
+        raise InputError(
+            f"{where}: {len(fields)} values; expected {NUM_VALUES}: image, valence, arousal, expression "
+            f"and {NUM_AUS} action units"
+        )
+    image = fields[0]
+    parts = PurePosixPath(image).parts
+    if (
+        len(parts) != 2
+        or ".." in parts
+        or image.startswith("/")
+        or "\\" in image
+        or len(image.encode()) > MAX_NAME_BYTES
+    ):
+        raise InputError(f"{where}: image is '{image}'; expected 'video/frame.jpg'")
+    try:
+        values = [float(field) for field in fields[1:]]
+    except ValueError:
+        wrong = next(field for field in fields[1:] if not _is_number(field))
+        raise InputError(f"{where}: '{wrong}' is not a number") from None
+    _check_va(values[0], values[1], where)
+    if values[2] != MISSING_EXPR and values[2] not in range(len(EXPRESSIONS)):
+        raise InputError(
+            f"{where}: expression is {fields[3]}; expected 0 to {len(EXPRESSIONS) - 1}, or {MISSING_EXPR} "
+            "where it is missing"
+        )
+    for number, value, field in zip(AUS, values[3:], fields[4:]):
+        if value not in (0, 1, MISSING_AU):
+            raise InputError(f"{where}: AU{number} is {field}; expected 0, 1, or {MISSING_AU} where it is missing")
+    return image, values
+
+
+def _check_va(valence: float, arousal: float, where: str) -> None:
+    if (valence == MISSING_VA) != (arousal == MISSING_VA):
+        raise InputError(
+            f"{where}: valence is {valence} and arousal {arousal}; expected both or neither to be missing "
+            f"({MISSING_VA:g})"
+        )
+    for name, value in (("valence", valence), ("arousal", arousal)):
+        if value != MISSING_VA and not -1 <= value <= 1:
+            raise InputError(f"{where}: {name} is {value:g}; expected -1 to 1, or {MISSING_VA:g} where it is missing")
+
+
+def _is_number(field: str) -> bool:
+    try:
+        float(field)
+    except ValueError:
+        return False
+    return True

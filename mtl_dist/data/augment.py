@@ -1,0 +1,103 @@
+"""Augmentation and normalisation of a whole batch on the device, with randomness keyed by (seed, epoch, row).
+
+A sample's augmentation depends on nothing else: not on rank, worker, batch or resume. One affine sampling does crop,
+rotation, flip and resize at once.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtl_dist.config import AugmentConfig
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+_GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma
+NUM_DRAWS = 12
+
+
+def normalise(inputs: Tensor, size: int) -> Tensor:
+    """Turn (B, T, 3, H, W) uint8 into (B, T, 3, size, size) float32, normalised with ImageNet's statistics."""
+    images = inputs.flatten(0, 1).float() / 255
+    if images.shape[-1] != size:
+        images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
+    return _standardise(images).unflatten(0, inputs.shape[:2])
+
+
+def augment(inputs: Tensor, draws: Tensor, config: AugmentConfig, size: int) -> Tensor:
+    """Augment and normalise (B, T, 3, H, W) uint8 to (B, T, 3, size, size) float32.
+
+    `draws` (B, T, NUM_DRAWS) float32 uniform in [0, 1), from `make_draws`.
+    """
+    images, u = inputs.flatten(0, 1).float() / 255, draws.flatten(0, 1)
+    images = F.grid_sample(
+        images, _affine_grid(u, config, size), mode="bilinear", padding_mode="reflection", align_corners=False
+    )
+    images = _jitter(images, u, config)
+    if config.erase:
+        images = _erase(images, u, config.erase)
+    return _standardise(images).unflatten(0, inputs.shape[:2])
+
+
+def make_draws(rows: Tensor, *, seed: int, epoch: int) -> Tensor:
+    """Return (B, T, NUM_DRAWS) uniform numbers for rows (B, T), a pure function of (seed, epoch, row)."""
+    key = _mix(_mix(np.uint64(seed)) ^ np.uint64(epoch))
+    counter = rows.numpy().astype(np.uint64)[..., None] * np.uint64(NUM_DRAWS) + np.arange(NUM_DRAWS, dtype=np.uint64)
+    bits = _mix(_mix(counter) ^ key) >> np.uint64(40)
+    return torch.from_numpy(bits.astype(np.float32) / np.float32(1 << 24))
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser (Steele et al. 2014): a bijection of 64-bit numbers that scatters neighbours."""
+    with np.errstate(over="ignore"):
+        x = x + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def _affine_grid(u: Tensor, config: AugmentConfig, size: int) -> Tensor:
+    low, high = config.crop_scale
+    scale = low + (high - low) * u[:, 0]
+    angle = torch.deg2rad((2 * u[:, 1] - 1) * config.rotation)
+    shift_x, shift_y = ((2 * u[:, i] - 1) * (1 - scale) for i in (2, 3))
+    mirror = torch.where(u[:, 4] < 0.5, -1.0, 1.0) if config.flip else torch.ones_like(scale)
+    cos, sin = scale * torch.cos(angle), scale * torch.sin(angle)
+    theta = torch.stack(
+        [torch.stack([cos * mirror, -sin, shift_x], 1), torch.stack([sin * mirror, cos, shift_y], 1)], 1
+    )
+    return F.affine_grid(theta, [len(u), 3, size, size], align_corners=False)
+
+
+def _jitter(images: Tensor, u: Tensor, config: AugmentConfig) -> Tensor:
+    """Brightness, contrast and saturation, each by a factor in [1 - c, 1 + c], as torchvision's ColorJitter defines."""
+    factors = [
+        1 + c * (2 * u[:, 5 + i, None, None, None] - 1)
+        for i, c in enumerate((config.brightness, config.contrast, config.saturation))
+    ]
+    images = images * factors[0]
+    grey = (images * images.new_tensor(_GREY)[:, None, None]).sum(1, keepdim=True)
+    images = torch.lerp(grey.mean((2, 3), keepdim=True), images, factors[1])
+    grey = (images * images.new_tensor(_GREY)[:, None, None]).sum(1, keepdim=True)
+    return torch.lerp(grey, images, factors[2]).clamp(0, 1)
+
+
+def _erase(images: Tensor, u: Tensor, probability: float) -> Tensor:
+    """Fill one rectangle of 10-35% of the side with mid grey, with the given probability."""
+    size = images.shape[-1]
+    place = (torch.arange(size, device=images.device) + 0.5) / size
+    side = 0.1 + 0.25 * u[:, 9]
+    inside = [
+        (place[None] - (side[:, None] / 2 + (1 - side[:, None]) * u[:, i, None])).abs() < side[:, None] / 2
+        for i in (10, 11)
+    ]
+    hit = inside[1][:, None, :, None] & inside[0][:, None, None, :] & (u[:, 8] < probability)[:, None, None, None]
+    return torch.where(hit, 0.5, images)
+
+
+def _standardise(images: Tensor) -> Tensor:
+    mean, std = (images.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images - mean) / std

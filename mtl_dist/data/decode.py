@@ -1,0 +1,60 @@
+"""Decode JPEG bytes to uint8 pixels, strictly: a damaged, foreign or monstrous file is an error, never a guess."""
+
+from __future__ import annotations
+
+import numpy as np
+import simplejpeg
+
+MAX_SIDE = 4096  # pixels; a header that claims more is a picture bomb (decoded: over 48 MB)
+
+
+class DecodeError(ValueError):
+    """Bytes that are not a whole JPEG of sane size; the message says which."""
+
+
+def decode(data: bytes | memoryview, size: int | None = None) -> np.ndarray:
+    """Decode a JPEG to (H, W, 3) uint8 RGB, resized to (size, size) where a size is given.
+
+    Raises `DecodeError` for bytes that are no JPEG, are truncated or damaged, or claim more than 4096 pixels a side.
+    """
+    height, width = _read_header(data)
+    size = size or 0
+    pixels = _decode(data, out=None, least=size)
+    return pixels if not size or (height, width) == (size, size) else resize(pixels, size)
+
+
+def decode_into(data: bytes | memoryview, out: np.ndarray) -> None:
+    """Decode a JPEG into `out`, (S, S, 3) uint8 and contiguous; no copy where the image has that size already."""
+    size = out.shape[0]
+    if _read_header(data) == (size, size):
+        _decode(data, out=out, least=0)
+    else:
+        out[:] = resize(_decode(data, out=None, least=size), size)
+
+
+def resize(pixels: np.ndarray, size: int) -> np.ndarray:
+    """Resize (H, W, 3) uint8 to (size, size), bilinear with antialiasing."""
+    from torch import from_numpy
+    from torch.nn.functional import interpolate
+
+    image = from_numpy(pixels).permute(2, 0, 1)[None]  # a channels_last view: no copy
+    scaled = interpolate(image, size=(size, size), mode="bilinear", antialias=True)
+    return scaled[0].permute(1, 2, 0).numpy()
+
+
+def _read_header(data: bytes | memoryview) -> tuple[int, int]:
+    try:
+        height, width, *_ = simplejpeg.decode_jpeg_header(data)
+    except ValueError as error:
+        raise DecodeError(f"not a JPEG image ({str(error).strip() or 'no header'})") from None
+    if max(height, width) > MAX_SIDE:
+        raise DecodeError(f"{width} x {height} pixels; at most {MAX_SIDE} a side are decoded")
+    return height, width
+
+
+def _decode(data: bytes | memoryview, *, out: np.ndarray | None, least: int) -> np.ndarray:
+    # DCT scaling decodes a big picture at the smallest of its half, quarter and eighth that is not below `least`.
+    try:
+        return simplejpeg.decode_jpeg(data, "RGB", buffer=out, min_height=least, min_width=least, min_factor=1)
+    except ValueError as error:
+        raise DecodeError(f"damaged or truncated JPEG ({str(error).strip()})") from None

@@ -1,0 +1,134 @@
+"""index.json of a shard set: what is in it, in which order, with checksums. Written last; read and checked first."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+
+from mtl_dist import storage
+from mtl_dist.config import explain_validation
+from mtl_dist.errors import InputError
+from mtl_dist.tasks import AUS, EXPRESSIONS, LabelCounts
+
+FORMAT = "mtl_dist-shards-1"
+INDEX_NAME = "index.json"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ShardEntry(_Strict):
+    """One tar and its sidecar."""
+
+    name: str = Field(pattern=r"^shard-[0-9]{6}$")  # <name>.tar and <name>.safetensors
+    rows: int = Field(gt=0)
+    tar_bytes: int = Field(gt=0)
+    tar_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    sidecar_bytes: int = Field(gt=0)
+    sidecar_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Index(_Strict):
+    """A shard set. `shards` in order; the global number of a sample is its place in their concatenation."""
+
+    format: str
+    view: str
+    split: str
+    rows: int = Field(gt=0)
+    frames_per_shard: int
+    seed: int  # of the shuffle at writing
+    source_sha256: str  # of the annotation file
+    expressions: list[str]
+    aus: list[int]
+    labels: LabelCounts
+    shards: list[ShardEntry]
+
+    @property
+    def shard_rows(self) -> np.ndarray:
+        """(S,) int64 rows of every shard."""
+        return np.array([shard.rows for shard in self.shards], np.int64)
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the set's content: checkpoints carry it."""
+        return hashlib.sha256(_canonical(self.model_dump())).hexdigest()
+
+
+def dump_index(index: Index) -> bytes:
+    """Serialise with a checksum of itself, so that a flipped bit is found on reading."""
+    return json.dumps({**index.model_dump(), "sha256": index.sha256}, indent=1).encode() + b"\n"
+
+
+def read_index(uri: str) -> Index:
+    """Read and check `uri`/index.json (`uri` may name the file itself). Raises `InputError` that says what is wrong."""
+    uri = index_dir(uri)
+    where = storage.join(uri, INDEX_NAME)
+    try:
+        raw: Any = json.loads(storage.read_bytes(where))
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(
+            f"no shard set at '{uri}': {INDEX_NAME} does not exist; make one with `python -m "
+            "mtl_dist.shards create`, or correct the address"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is damaged: not JSON ({error}); make the set again, or restore it") from None
+    claimed = raw.pop("sha256", None) if isinstance(raw, dict) else None
+    try:
+        index = Index.model_validate(raw)
+    except pydantic.ValidationError as error:
+        raise InputError(f"{where} is not an index of format {FORMAT}: {explain_validation(error)}") from None
+    if index.format != FORMAT:
+        raise InputError(f"{where} has format '{index.format}'; this version reads '{FORMAT}'")
+    if index.sha256 != claimed:
+        raise InputError(
+            f"{where} is damaged: its checksum does not match its content; make the set again, or restore it"
+        )
+    if index.expressions != list(EXPRESSIONS) or index.aus != list(AUS):
+        raise InputError(
+            f"{where} has other classes: {index.expressions}, AU {index.aus}; expected {list(EXPRESSIONS)}, "
+            f"AU {list(AUS)}"
+        )
+    return index
+
+
+def index_dir(uri: str) -> str:
+    """Return the prefix of a set, whether it or its index.json was named."""
+    return uri.removesuffix(f"/{INDEX_NAME}").rstrip("/")
+
+
+def check_pair(train: Index, val: Index) -> None:
+    """Raise unless these are a train and a val index of one view."""
+    if train.view != val.view:
+        raise InputError(f"data.train has view '{train.view}' and data.val '{val.view}'; expected both of one view")
+    for flag, index, split in (("data.train", train, "train"), ("data.val", val, "val")):
+        if index.split != split:
+            raise InputError(f"{flag} is an index of split '{index.split}'; expected '{split}'")
+
+
+def check_stored(uri: str, index: Index) -> None:
+    """Raise unless every shard of the index is in the store with the size the index says: one listing, no download."""
+    sizes = dict(storage.list_objects(index_dir(uri)))
+    for shard in index.shards:
+        for name, size in ((f"{shard.name}.tar", shard.tar_bytes), (f"{shard.name}.safetensors", shard.sidecar_bytes)):
+            what = f"{storage.join(index_dir(uri), name)}"
+            if name not in sizes:
+                raise InputError(f"{what} is gone, but the index lists it; {repair_hint(uri)}")
+            if sizes[name] != size:
+                raise InputError(f"{what} has {sizes[name]} bytes; the index says {size}; {repair_hint(uri)}")
+
+
+def repair_hint(uri: str) -> str:
+    return (
+        f"`python -m mtl_dist.shards verify {index_dir(uri)}` lists all that is damaged, `python -m mtl_dist.shards "
+        "create` with the original arguments writes again what is missing"
+    )
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()

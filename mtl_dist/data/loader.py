@@ -1,0 +1,82 @@
+"""Batches of a training set in the order of `order.py`, and of a validation set in its own, made ahead by threads.
+
+Threads, not processes: decoding, checksums and page faults release the interpreter lock, and nothing has to be copied
+between address spaces or kept in shared memory.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from mtl_dist.data.order import EpochPlan, Order, eval_range
+from mtl_dist.data.reader import ShardReader
+from mtl_dist.tasks import Batch
+
+FETCH_AHEAD_STEPS = 64  # how far ahead of the loader shards are fetched from the store
+FETCH_THREADS = 2
+
+
+def train_batches(
+    reader: ShardReader,
+    order: Order,
+    *,
+    epoch: int,
+    start_step: int,
+    rank: int,
+    num_ranks: int,
+    size: int,
+    workers: int,
+    prefetch: int,
+) -> Iterator[Batch]:
+    """Yield this rank's part of every step of an epoch from `start_step` on."""
+    plan = EpochPlan(order, epoch=epoch, rank=rank, num_ranks=num_ranks)
+    fetchers = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="fetch")
+
+    def load(step: int) -> Callable[[], Batch]:
+        if (step - start_step) % FETCH_AHEAD_STEPS == 0:
+            for shard in plan.shards_ahead(step, min(2 * FETCH_AHEAD_STEPS, order.num_steps - step)):
+                fetchers.submit(reader.warm, [shard])  # a failure shows when the shard is read
+        samples = plan.samples(step)
+        return lambda: reader.read_batch(samples, size)
+
+    try:
+        steps = range(start_step, order.num_steps)
+        yield from _ahead((load(step) for step in steps), workers=workers, prefetch=prefetch)
+    finally:
+        fetchers.shutdown(wait=True, cancel_futures=True)
+
+
+def eval_batches(
+    reader: ShardReader, *, batch: int, rank: int, num_ranks: int, size: int, workers: int, prefetch: int
+) -> Iterator[Batch]:
+    """Yield this rank's samples of a set, each exactly once over all ranks; the last batch is smaller."""
+    start, stop = eval_range(reader.index.rows, rank=rank, num_ranks=num_ranks)
+
+    def load(begin: int) -> Callable[[], Batch]:
+        samples = np.arange(begin, min(begin + batch, stop))
+        return lambda: reader.read_batch(samples, size)
+
+    yield from _ahead((load(begin) for begin in range(start, stop, batch)), workers=workers, prefetch=prefetch)
+
+
+def _ahead(loads: Iterator[Callable[[], Batch]], *, workers: int, prefetch: int) -> Iterator[Batch]:
+    """Run `loads` in order with `workers` threads, at most `prefetch` batches ahead of what was taken."""
+    if workers == 0:
+        for load in loads:
+            yield load()
+        return
+    pending: deque[Future[Batch]] = deque()
+    with ThreadPoolExecutor(workers, thread_name_prefix="loader") as pool:
+        try:
+            for load in loads:
+                pending.append(pool.submit(load))
+                if len(pending) > prefetch:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,130 @@
+"""Which rows every rank reads at every step: a pure function of (shard sizes, seed, epoch, step, rank, ranks).
+
+No torch, no files, no clock. How it works:
+
+    epoch     a seeded permutation of the shards, laid end to end: a line of N samples
+    streams   the line's first steps * global_batch samples, cut into C canonical streams of equal length
+    blocks    a stream is cut at every few shard boundaries; samples are shuffled within each block
+    step      takes the next global_batch / C samples of every stream
+    rank      r of R reads the streams c with c = r (mod R)
+
+So the set of rows of a step does not depend on R (a stream belongs to exactly one rank), every rank has the same number
+of steps, and the state to resume is (epoch, step): whole blocks before it are skipped unopened. At most
+global_batch - 1 samples of an epoch are left out, others each epoch. Samples are numbered by their place in the index.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+# Keys that keep the random draws of different purposes apart.
+_SHARDS, _BLOCK = 1, 2
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of a training set. `shard_rows` (S,) rows of every shard, in index order."""
+
+    shard_rows: np.ndarray
+    global_batch: int
+    streams: int
+    block_shards: int
+    seed: int
+
+    def __post_init__(self):
+        assert self.global_batch % self.streams == 0, (self.global_batch, self.streams)
+        assert self.num_steps > 0, "a training set smaller than one global batch"
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.shard_rows.sum())
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of an epoch, the same for every rank."""
+        return self.num_rows // self.global_batch
+
+    @property
+    def rows_per_stream(self) -> int:
+        return self.num_steps * (self.global_batch // self.streams)
+
+
+class EpochPlan:
+    """One rank's part of one epoch. Costs O(shards) to make; blocks are shuffled when first asked for."""
+
+    def __init__(self, order: Order, *, epoch: int, rank: int, num_ranks: int):
+        assert 0 <= rank < num_ranks <= order.streams, (rank, num_ranks, order.streams)
+        self.order, self.epoch = order, epoch
+        self.streams = range(rank, order.streams, num_ranks)
+        # The line: shard s of the epoch's permutation covers places [starts[i], starts[i + 1]).
+        self._shards = _rng(order.seed, epoch, _SHARDS).permutation(len(order.shard_rows))
+        self._starts = np.concatenate([[0], np.cumsum(order.shard_rows[self._shards])])
+        self._index_starts = np.concatenate([[0], np.cumsum(order.shard_rows)[:-1]])
+        self._shuffled: dict[int, tuple[int, np.ndarray]] = {}  # stream -> its current block and that block's samples
+
+    def samples(self, step: int) -> np.ndarray:
+        """Return (n,) int64 sample numbers this rank reads at `step`, ordered by stream."""
+        assert 0 <= step < self.order.num_steps, (step, self.order.num_steps)
+        return np.concatenate([self.stream_samples(stream, step) for stream in self.streams])
+
+    def stream_samples(self, stream: int, step: int) -> np.ndarray:
+        """Return the (global_batch / streams,) samples that one stream gives to `step`."""
+        share = self.order.global_batch // self.order.streams
+        begin = stream * self.order.rows_per_stream
+        at, end = begin + step * share, begin + (step + 1) * share
+        parts = []
+        while at < end:
+            start, stop = self._block_around(stream, at)
+            upto = min(end, stop)
+            parts.append(self._block_samples(stream, start, stop)[at - start : upto - start])
+            at = upto
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def shards_ahead(self, step: int, num_steps: int = 1) -> np.ndarray:
+        """Return the shards (numbers in the index) of the blocks that steps [step, step + num_steps) read from."""
+        share = self.order.global_batch // self.order.streams
+        found = []
+        for stream in self.streams:
+            begin = stream * self.order.rows_per_stream
+            first = self._block_around(stream, begin + step * share)[0]
+            last_place = min((step + num_steps) * share, self.order.rows_per_stream) - 1
+            stop = self._block_around(stream, begin + last_place)[1]
+            low, high = np.searchsorted(self._starts, [first, stop - 1], side="right") - 1
+            found.append(self._shards[low : high + 1])
+        return np.unique(np.concatenate(found))
+
+    def _block_around(self, stream: int, place: int) -> tuple[int, int]:
+        """Return the places [start, stop) of the block of `stream` that holds `place`.
+
+        Blocks are cut at every `block_shards`-th shard boundary of the line, and at the stream's own ends.
+        """
+        length = self.order.rows_per_stream
+        begin, end = stream * length, (stream + 1) * length
+        size = self.order.block_shards
+        shard = int(np.searchsorted(self._starts, place, side="right")) - 1
+        low = shard // size * size
+        high = min(low + size, len(self._starts) - 1)
+        return max(begin, int(self._starts[low])), min(end, int(self._starts[high]))
+
+    def _block_samples(self, stream: int, start: int, stop: int) -> np.ndarray:
+        """Return the samples of a block in their shuffled order; the stream's current block is kept."""
+        kept = self._shuffled.get(stream)
+        if kept is None or kept[0] != start:
+            places = np.arange(start, stop)
+            shards = np.searchsorted(self._starts, places, side="right") - 1
+            samples = self._index_starts[self._shards[shards]] + places - self._starts[shards]
+            # Keyed by the stream too: a shard that two streams share is shuffled on its own in each.
+            _rng(self.order.seed, self.epoch, _BLOCK, stream, start).shuffle(samples)
+            kept = self._shuffled[stream] = (start, samples)
+        return kept[1]
+
+
+def eval_range(num_rows: int, *, rank: int, num_ranks: int) -> tuple[int, int]:
+    """Return the samples [start, stop) a rank evaluates: over all ranks every sample exactly once."""
+    return num_rows * rank // num_ranks, num_rows * (rank + 1) // num_ranks
+
+
+def _rng(*key: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))

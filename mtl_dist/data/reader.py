@@ -1,0 +1,134 @@
+"""Random access to the samples of a shard set by number: memory-mapped tars, read by offset, checksums checked."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import threading
+import zlib
+from collections import OrderedDict
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from mtl_dist import storage
+from mtl_dist.data.cache import Cache
+from mtl_dist.data.decode import DecodeError, decode_into
+from mtl_dist.data.index import Index, ShardEntry, index_dir, repair_hint
+from mtl_dist.data.sidecar import Sidecar, parse_sidecar
+from mtl_dist.errors import InputError
+from mtl_dist.tasks import Batch, Labels
+
+MAX_OPEN_SHARDS = 512  # each holds one file descriptor
+
+
+class _OpenShard(NamedTuple):
+    tar: mmap.mmap
+    sidecar: Sidecar
+
+
+class ShardReader:
+    """Reads samples of one set. Safe to share between threads."""
+
+    def __init__(self, uri: str, index: Index, cache: Cache):
+        self.uri, self.index, self.cache = index_dir(uri), index, cache
+        self._starts = np.concatenate([[0], np.cumsum(index.shard_rows)])
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read_batch(self, samples: np.ndarray, size: int) -> Batch:
+        """Decode samples (n,) by number into a `Batch` of n single images of `size` pixels a side."""
+        pixels = np.empty((len(samples), size, size, 3), np.uint8)
+        shards = np.searchsorted(self._starts, samples, side="right") - 1
+        places = samples - self._starts[shards]
+        picked = {name: [] for name in ("row", "va", "expr", "au", "va_mask", "expr_mask", "au_mask")}
+        for i, (shard, place) in enumerate(zip(shards.tolist(), places.tolist())):
+            opened = self._shard(shard)
+            self._decode(shard, opened, place, pixels[i])
+            for name, values in picked.items():
+                values.append(getattr(opened.sidecar, name)[place])
+        return _collate(pixels, picked)
+
+    def image_names(self, samples: np.ndarray) -> list[str]:
+        """Return "video/frame.jpg" of samples by number."""
+        names = {}
+        shards = np.searchsorted(self._starts, samples, side="right") - 1
+        for shard in np.unique(shards):
+            names[int(shard)] = self._shard(int(shard)).sidecar.image_names()
+        return [names[int(shard)][int(sample - self._starts[shard])] for shard, sample in zip(shards, samples)]
+
+    def warm(self, shards: np.ndarray) -> None:
+        """Fetch shards into the cache and open them, ahead of need."""
+        for shard in shards:
+            self._shard(int(shard))
+
+    def _shard(self, number: int) -> _OpenShard:
+        with self._lock:
+            if number in self._open:
+                self._open.move_to_end(number)
+                return self._open[number]
+        opened = self._open_shard(self.index.shards[number])
+        with self._lock:
+            self._open[number] = opened
+            while len(self._open) > MAX_OPEN_SHARDS:
+                self._open.popitem(last=False)  # unmapped once no batch under way uses it
+        return opened
+
+    def _open_shard(self, entry: ShardEntry) -> _OpenShard:
+        sidecar_uri = storage.join(self.uri, f"{entry.name}.safetensors")
+        with self.cache.open(sidecar_uri, sha256=entry.sidecar_sha256, size=entry.sidecar_bytes) as file:
+            data = file.read()
+        if hashlib.sha256(data).hexdigest() != entry.sidecar_sha256:
+            raise InputError(f"{sidecar_uri} is damaged: its checksum is not the index's; {repair_hint(self.uri)}")
+        try:
+            sidecar = parse_sidecar(data)
+        except ValueError as error:
+            raise InputError(f"{sidecar_uri}: {error}; {repair_hint(self.uri)}") from None
+        tar_uri = storage.join(self.uri, f"{entry.name}.tar")
+        file = self.cache.open(tar_uri, sha256=entry.tar_sha256, size=entry.tar_bytes)
+        with file:  # the mapping keeps the file, and with it the shared lock, open
+            return _OpenShard(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), sidecar)
+
+    def _decode(self, shard: int, opened: _OpenShard, place: int, out: np.ndarray) -> None:
+        sidecar = opened.sidecar
+        begin, length = int(sidecar.offset[place]), int(sidecar.length[place])
+        image = memoryview(opened.tar)[begin : begin + length]
+        if zlib.crc32(image) != sidecar.crc32[place]:
+            raise self._damage(shard, int(sidecar.row[place]), "its bytes do not match their checksum")
+        try:
+            decode_into(image, out)
+        except DecodeError as error:
+            raise self._damage(shard, int(sidecar.row[place]), str(error)) from None
+
+    def _damage(self, shard: int, row: int, what: str) -> InputError:
+        entry = self.index.shards[shard]
+        uri = storage.join(self.uri, f"{entry.name}.tar")
+        if storage.is_s3(uri):  # the copy was whole when it arrived: the next run fetches it anew
+            self.cache.forget(uri, entry.tar_sha256)
+            return InputError(
+                f"{uri}, row {row}: {what} in this node's cache (the disk or memory changed it); the copy "
+                "is removed: start again"
+            )
+        return InputError(f"{uri}, row {row}: {what}; {repair_hint(self.uri)}")
+
+
+def _collate(pixels: np.ndarray, picked: dict[str, list]) -> Batch:
+    def column(name: str, dtype, width: tuple[int, ...] = ()) -> torch.Tensor:
+        array = np.array(picked[name]).reshape(len(pixels), *width)  # keeps its shape when there is no sample
+        return torch.from_numpy(array.astype(dtype))[:, None]
+
+    labels = Labels(
+        va=column("va", np.float32, (2,)),
+        expr=column("expr", np.int64),
+        au=column("au", np.float32, (12,)),
+        va_mask=column("va_mask", bool),
+        expr_mask=column("expr_mask", bool),
+        au_mask=column("au_mask", bool, (12,)),
+    )
+    return Batch(
+        inputs=torch.from_numpy(pixels).permute(0, 3, 1, 2)[:, None],  # a channels_last view of the decoded rows
+        num_frames=torch.ones(len(pixels), dtype=torch.int64),
+        labels=labels,
+        rows=column("row", np.int64),
+    )

@@ -1,0 +1,55 @@
+"""Model, losses and balancer behind one forward: what the engine wraps, so that a step is one forward, one backward."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mtl_dist.config import LossConfig
+from mtl_dist.objective.balancing import build_balancer
+from mtl_dist.objective.losses import TaskSums, build_task_weights, global_losses, labelled, task_sums
+from mtl_dist.tasks import LabelCounts, Labels
+
+
+class StepLoss(NamedTuple):
+    total: Tensor  # () what backward is called on
+    tasks: dict[str, Tensor]  # task -> () loss of the global batch, detached
+    present: dict[str, Tensor]  # task -> () bool, whether the global batch has its labels
+
+
+class ObjectiveModule(nn.Module):
+    """`model` with the objective of the whole global batch."""
+
+    def __init__(self, model: nn.Module, config: LossConfig, counts: LabelCounts):
+        super().__init__()
+        self.model = model
+        self.balancer = build_balancer(config)
+        self.weights = build_task_weights(config, counts)
+
+    def forward(self, inputs: Tensor, labels: Labels, total: TaskSums | None = None, *, parts: int = 1) -> StepLoss:
+        """Return the loss of a global step of which this is one of `parts` micro-batches of this rank.
+
+        `inputs` (B, T, 3, H, W) normalised. `total`: the sums of the whole step over all ranks where they are known
+        (from `sums`, with several micro-batches); else this batch's are added up over the ranks here.
+        """
+        local = task_sums(self.model(inputs), labels, self.weights)
+        total = total if total is not None else local.detached_total()
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        losses, present = global_losses(local, total, scale=ranks * parts), labelled(total)
+        return StepLoss(self.balancer(losses, present), {task: loss.detach() for task, loss in losses.items()}, present)
+
+    @torch.no_grad()
+    def sums(self, inputs: Tensor, labels: Labels) -> TaskSums:
+        """Return this batch's sums alone, leaving BatchNorm's running statistics as they are."""
+        norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        kept = [m.momentum for m in norms]
+        for norm in norms:
+            norm.momentum = 0.0
+        try:
+            return task_sums(self.model(inputs), labels, self.weights)
+        finally:
+            for norm, momentum in zip(norms, kept):
+                norm.momentum = momentum
