@@ -27,6 +27,7 @@ from mtl_dist.tasks import AUS, EXPRESSIONS, SPLITS, VIEWS
 
 View = Literal["cropped", "cropped_aligned"]
 Jobs = Annotated[int, tyro.conf.arg(help="Processes.")]
+CORES = os.cpu_count() or 1
 
 
 def create(
@@ -36,7 +37,7 @@ def create(
     views: tuple[View, ...] = VIEWS,
     frames_per_shard: int = 1000,
     seed: int = 0,
-    jobs: Jobs = os.cpu_count() or 1,
+    jobs: Jobs = CORES,
 ) -> None:
     """Write shards of a data set in the s-Aff-Wild2 layout. Run again, it makes only what is missing.
 
@@ -80,7 +81,7 @@ def create(
         print(f"{where}: {index.rows} rows in {len(index.shards)} shards, {size / 1e6:.1f} MB; {_coverage(index)}")
 
 
-def verify(uri: Annotated[str, tyro.conf.Positional], *, jobs: Jobs = os.cpu_count() or 1) -> None:
+def verify(uri: Annotated[str, tyro.conf.Positional], *, jobs: Jobs = CORES) -> None:
     """Prove every byte of a set: index, checksums of every shard, every member of every tar, every image decoded.
 
     Exit code 2 if anything is damaged; every damaged shard is named.
@@ -128,7 +129,9 @@ def inspect(uri: Annotated[str, tyro.conf.Positional], *, as_json: bool = False)
         print(json.dumps({**about, "labels": counts.model_dump()}))
         return
     console = Console()
-    console.print(f"[bold]{uri}[/bold]  " + "  ".join(f"{key} {value}" for key, value in about.items()), highlight=False)
+    console.print(
+        f"[bold]{uri}[/bold]  " + "  ".join(f"{key} {value}" for key, value in about.items()), highlight=False
+    )
     table = Table("label", "rows", "share of rows", "")
     rows = [("valence, arousal", counts.va), ("expression", counts.expr), ("any action unit", max(counts.au))]
     rows += [(f"  {name}", count) for name, count in zip(EXPRESSIONS, counts.expr_classes)]
@@ -145,7 +148,7 @@ def synth(
     num_train: int = 1200,
     num_val: int = 300,
     seed: int = 0,
-    jobs: Jobs = os.cpu_count() or 1,
+    jobs: Jobs = CORES,
 ) -> None:
     """Render a labelled data set of synthetic faces in the s-Aff-Wild2 layout, both views.
 

@@ -128,7 +128,7 @@ def delete(uri: str) -> None:
 
 
 def delete_all(uri: str, *, first: str | None = None) -> None:
-    """Delete everything below a prefix, the object named `first` before all others: a marker that must not outlive them."""
+    """Delete everything below a prefix, the object named `first` before all others: a marker must not outlive them."""
     names = [found.name for found in list_objects(uri)]
     for name in sorted(names, key=lambda name: name != first):
         delete(join(uri, name))

@@ -1,11 +1,12 @@
 """Draw one face: who (`Identity`), what it does (`Look`), and the two pictures of it (`render_views`).
 
-The demo's and the tests' substitute for s-Aff-Wild2, whose licence forbids redistribution. Each action unit (AU) moves its own part
-of the face the way FACS describes it (Ekman, Friesen and Hager 2002) and leaves its furrow, bulge or pouch there.
+The demo's and the tests' substitute for s-Aff-Wild2, whose licence forbids redistribution. Each action unit (AU) moves
+its own part of the face the way FACS describes it (Ekman, Friesen and Hager 2002) and leaves its furrow or bulge there.
 
-Face coordinates: origin between the eyes, x to the viewer's right, y down, unit = the distance between the eyes. So the eyes lie at
-x = -0.5 and 0.5, the mouth at y = 1.12, the chin at y = 1.85. A face point is turned by the head's pose into scene coordinates (same
-unit and axes, where the body and the background live) and from there by a similarity transform into the pixels of a view.
+Face coordinates: origin between the eyes, x to the viewer's right, y down, unit = the distance between the eyes. So the
+eyes lie at x = -0.5 and 0.5, the mouth at y = 1.12, the chin at y = 1.85. The pose of the head turns a face point into
+scene coordinates (same unit and axes, where body and background live); a similarity transform takes it from there into
+the pixels of a view. `points_N2` is (N points, x and y).
 Colours are (3,) float arrays or tuples, RGB in [0, 255].
 """
 
@@ -21,18 +22,28 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from mtl_dist.tasks import AUS
 
 ALIGNED_PX = 112
-ALIGNED_EYES_PX = np.array([[37.0, 40.0], [75.0, 40.0]])  # where alignment puts the two eyes: the face fills the picture
+ALIGNED_EYES_PX = np.array(
+    [[37.0, 40.0], [75.0, 40.0]]
+)  # where alignment puts the two eyes: the face fills the picture
 # Unlabelled movements that the prototypes of EMFACS need: upper lid raiser, nose wrinkler, lip stretcher.
 HIDDEN_AUS = (5, 9, 20)
 ALL_AUS = tuple(sorted(AUS + HIDDEN_AUS))
 HAIR_STYLES = ("short", "long", "fringe", "bun", "bald")
-HANDS = ("", "chin", "head", "fist", "palm", "wave")  # what the hands do; they stay outside the aligned crop
+HANDS = ("", "chin", "head", "chest", "fist", "palm", "wave")  # what the hands do; they stay outside the aligned crop
 SUPERSAMPLE = 2
 
 SKIN_TONES = ((246, 214, 190), (233, 190, 160), (214, 164, 128), (184, 130, 96), (142, 96, 68), (104, 70, 52))
 HAIR_TONES = ((28, 24, 22), (58, 40, 28), (98, 66, 40), (160, 118, 66), (208, 176, 116), (150, 148, 146), (128, 56, 30))
 IRIS_TONES = ((66, 42, 26), (92, 62, 32), (74, 104, 124), (84, 108, 74))
-CLOTHES_TONES = ((52, 66, 98), (120, 44, 48), (58, 92, 74), (148, 140, 128), (42, 42, 46), (172, 128, 64), (196, 200, 206))
+CLOTHES_TONES = (
+    (52, 66, 98),
+    (120, 44, 48),
+    (58, 92, 74),
+    (148, 140, 128),
+    (42, 42, 46),
+    (172, 128, 64),
+    (196, 200, 206),
+)
 WALL_TONES = ((150, 160, 168), (176, 164, 146), (120, 132, 128), (196, 192, 186), (104, 108, 124), (160, 140, 128))
 
 
@@ -66,7 +77,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Look:
-    """What changes from frame to frame. Angles in radians; `aus` maps an AU's FACS number to its intensity in [0, 1]."""
+    """What changes from frame to frame. Angles in radians; `aus` maps an AU's number to its intensity in [0, 1]."""
 
     aus: dict[int, float]
     yaw: float = 0.0
@@ -120,7 +131,7 @@ def make_identity(rng: np.random.Generator) -> Identity:
         beard=float(rng.uniform(0.35, 0.75)) if rng.random() < 0.18 else 0.0,
         age=float(rng.random() ** 2),
         crop_px=int(rng.integers(96, 161)),
-        crop_blur_px=float(rng.uniform(0.75, 1.05)),
+        crop_blur_px=float(rng.uniform(0.6, 0.9)),
     )
 
 
@@ -161,7 +172,7 @@ class _Head:
         self._sin_yaw, self._sin_pitch = np.sin(look.yaw), np.sin(look.pitch)
 
     def to_scene(self, points_N2, *, relief: float = 0.0) -> np.ndarray:
-        """Turn face points (N, 2) by the pose; `relief` is the height over the ellipsoid of the head (the nose has some)."""
+        """Turn face points by the pose; `relief` is the height over the ellipsoid of the head (the nose has some)."""
         x, y = np.asarray(points_N2, dtype=float).reshape(-1, 2).T
         depth = 0.9 * np.sqrt(np.maximum(0.0, 1 - (x / 1.2) ** 2 - ((y - 0.3) / 2.2) ** 2)) + relief
         x = x * np.sqrt(1 - self._sin_yaw**2) + depth * self._sin_yaw
@@ -171,10 +182,10 @@ class _Head:
 
 
 def _crop_transform(head: _Head) -> np.ndarray:
-    """The (2, 3) matrix from scene to `cropped` pixels: a box of the detector, never rotated, 4.6 to 6 units wide."""
+    """The (2, 3) matrix from scene to `cropped` pixels: a box of the detector, never rotated, 4.2 to 5.4 units wide."""
     look, side_px = head.look, head.identity.crop_px
-    scale = side_px / (5.3 - 0.6 * look.lean)
-    centre = (0.0 + look.crop_shift[0], 0.75 + look.crop_shift[1])
+    scale = side_px / (4.8 - 0.6 * look.lean)
+    centre = (look.crop_shift[0], 0.8 + look.crop_shift[1])
     return np.array([[scale, 0, side_px / 2 - scale * centre[0]], [0, scale, side_px / 2 - scale * centre[1]]])
 
 
@@ -206,8 +217,10 @@ def _ellipse(centre, radii, num_points: int = 20) -> np.ndarray:
 
 _STEPS = np.linspace(0, 1, 6, endpoint=False)[:, None]
 # Catmull-Rom weights of the four neighbours of a segment, (6 steps, 4)
-_CATMULL_ROM = 0.5 * np.concatenate([np.ones_like(_STEPS), _STEPS, _STEPS**2, _STEPS**3], axis=1) @ np.array(
-    [[0, 2, 0, 0], [-1, 0, 1, 0], [2, -5, 4, -1], [-1, 3, -3, 1]]
+_CATMULL_ROM = (
+    0.5
+    * np.concatenate([np.ones_like(_STEPS), _STEPS, _STEPS**2, _STEPS**3], axis=1)
+    @ np.array([[0, 2, 0, 0], [-1, 0, 1, 0], [2, -5, 4, -1], [-1, 3, -3, 1]])
 )
 
 
@@ -234,12 +247,12 @@ def _shade(colour, factor: float) -> tuple[int, ...]:
 class _Canvas:
     """A supersampled picture that takes face or scene coordinates, with soft layers for what is light or dark skin."""
 
-    def __init__(self, head: _Head, transform: np.ndarray, size_px: int, colour):
+    def __init__(self, head: _Head, transform: np.ndarray, image: Image.Image):
         self.head = head
-        self.transform = transform * SUPERSAMPLE
-        self.unit_px = float(np.hypot(*self.transform[:, 0]))
-        self.image = Image.new("RGB", (size_px * SUPERSAMPLE,) * 2, _mix(colour, colour, 0))
-        self.pen = ImageDraw.Draw(self.image)
+        self.transform = transform  # scene to supersampled pixels
+        self.unit_px = float(np.hypot(*transform[:, 0]))
+        self.image = image
+        self.pen = ImageDraw.Draw(image)
 
     def pixels(self, points_N2, *, relief: float = 0.0, scene: bool = False) -> list[tuple[float, float]]:
         points = np.asarray(points_N2, dtype=float) if scene else self.head.to_scene(points_N2, relief=relief)
@@ -264,7 +277,12 @@ class _Canvas:
             return
         radius = 0.8 * blur * self.unit_px
         margin = math.ceil(radius) + 1
-        box = (max(0, box[0] - margin), max(0, box[1] - margin), min(mask.width, box[2] + margin), min(mask.height, box[3] + margin))
+        box = (
+            max(0, box[0] - margin),
+            max(0, box[1] - margin),
+            min(mask.width, box[2] + margin),
+            min(mask.height, box[3] + margin),
+        )
         mask = mask.crop(box)
         self.image.paste(colour, box, mask.filter(ImageFilter.BoxBlur(radius)) if blur > 0 else mask)
 
@@ -287,16 +305,13 @@ class _Canvas:
                 pen.line(line, fill=round(255 * opacity), width=max(1, round(width_px)), joint="curve")
         self.paste(colour, mask, blur=blur)
 
-    def finish(self) -> Image.Image:
-        return self.image.reduce(SUPERSAMPLE)
-
 
 def _draw_scene(head: _Head, transform: np.ndarray, *, size_px: int) -> Image.Image:
     """Draw back to front."""
     identity, look = head.identity, head.look
     # Surroundings follow arousal only weakly, through `look.tint`.
     wall = _mix(identity.wall, (236, 176, 112) if look.tint > 0 else (58, 74, 104), 0.38 * abs(look.tint))
-    canvas = _Canvas(head, transform, size_px, wall)
+    canvas = _Canvas(head, transform * SUPERSAMPLE, Image.new("RGB", (size_px * SUPERSAMPLE,) * 2, wall))
     _draw_wall(canvas, wall)
     _draw_hair_behind(canvas)
     _draw_body(canvas)
@@ -312,21 +327,37 @@ def _draw_scene(head: _Head, transform: np.ndarray, *, size_px: int) -> Image.Im
     if identity.glasses:
         _draw_glasses(canvas)
     _draw_hands(canvas)
-    return _light(canvas.finish(), look)
+    return _light(canvas.image.reduce(SUPERSAMPLE), look)
 
 
 def _draw_wall(canvas: _Canvas, wall) -> None:
     """A door frame and a picture, placed by the colour of the wall so that a video keeps them."""
     place = (sum(canvas.head.identity.wall) % 1.0) * 2 - 1
-    canvas.fill([(place * 2 - 4, -4), (place * 2 - 1.6, -4), (place * 2 - 1.6, 6), (place * 2 - 4, 6)], _shade(wall, 0.84), scene=True)
-    canvas.fill([(1.3 + place, -2.2), (2.3 + place, -2.2), (2.3 + place, -1.0), (1.3 + place, -1.0)], _shade(wall, 1.12), scene=True)
+    canvas.fill(
+        [(place * 2 - 4, -4), (place * 2 - 1.6, -4), (place * 2 - 1.6, 6), (place * 2 - 4, 6)],
+        _shade(wall, 0.84),
+        scene=True,
+    )
+    canvas.fill(
+        [(1.3 + place, -2.2), (2.3 + place, -2.2), (2.3 + place, -1.0), (1.3 + place, -1.0)],
+        _shade(wall, 1.12),
+        scene=True,
+    )
 
 
 def _draw_hair_behind(canvas: _Canvas) -> None:
     identity = canvas.head.identity
     wide = identity.face_width
     if identity.hair_style in ("long", "fringe"):
-        half = [(0, -1.72), (0.8, -1.5), (1.28 * wide, -0.7), (1.36 * wide, 0.4), (1.34 * wide, 1.5), (1.15, 2.2), (0, 2.3)]
+        half = [
+            (0, -1.72),
+            (0.8, -1.5),
+            (1.28 * wide, -0.7),
+            (1.36 * wide, 0.4),
+            (1.34 * wide, 1.5),
+            (1.15, 2.2),
+            (0, 2.3),
+        ]
         canvas.fill(_smooth(_both(half), closed=True), _shade(identity.hair, 0.8))
     elif identity.hair_style == "bun":
         canvas.fill(_ellipse((0, -1.75), (0.48, 0.42)), _shade(identity.hair, 0.9))
@@ -339,9 +370,15 @@ def _draw_body(canvas: _Canvas) -> None:
     slope = 0.55 - 0.42 * raised
     neck = _both([(0, 1.0), (0.52, 1.0), (0.5, top), (0.62, top + 0.5), (0, top + 0.6)])
     canvas.fill(neck, _shade(identity.skin, 0.78), scene=True)
-    half = [(0.45, top - 0.02), (1.1, top + 0.05 + 0.3 * slope), (1.75, top + 0.15 + slope), (2.15, top + 0.6 + slope), (2.3, top + 3)]
+    half = [
+        (0.45, top - 0.02),
+        (1.1, top + 0.05 + 0.3 * slope),
+        (1.75, top + 0.15 + slope),
+        (2.15, top + 0.6 + slope),
+        (2.3, top + 3),
+    ]
     collar = [(0.0, top + 0.38)]
-    canvas.fill(_smooth(_both(collar + half), closed=True), _shade(identity.clothes, 1.0), scene=True)
+    canvas.fill(_smooth(_both(collar + half), closed=True), _shade(identity.clothes, 1), scene=True)
     canvas.line(_smooth(_mirror(half[:3], 1), closed=False), _shade(identity.clothes, 0.7), 0.05, scene=True)
     canvas.line(_smooth(_mirror(half[:3], -1), closed=False), _shade(identity.clothes, 0.7), 0.05, scene=True)
 
@@ -367,13 +404,16 @@ def _draw_head(canvas: _Canvas) -> None:
     for side in (-1, 1):
         canvas.fill(_ellipse((side * 1.1 * head.identity.face_width, 0.22), (0.15, 0.3)), _shade(skin, 0.86))
     contour = _head_contour(head)
-    canvas.fill(contour, _mix(skin, skin, 0))
+    canvas.fill(contour, _shade(skin, 1))
     # The turn of the head away from the viewer: darker towards the outline.
     mask, pen = canvas.layer()
     pen.polygon(canvas.pixels(contour), fill=120)
     inner = contour * (0.83, 0.86) + (0, 0.02)
     pen.polygon(canvas.pixels(inner), fill=0)
-    canvas.paste(_shade(skin, 0.66), ImageChops.darker(mask.filter(ImageFilter.BoxBlur(0.1 * canvas.unit_px)), _solid(canvas, contour)))
+    canvas.paste(
+        _shade(skin, 0.66),
+        ImageChops.darker(mask.filter(ImageFilter.BoxBlur(0.1 * canvas.unit_px)), _solid(canvas, contour)),
+    )
     if head.identity.beard:
         _draw_beard(canvas, contour)
 
@@ -389,7 +429,9 @@ def _draw_beard(canvas: _Canvas, contour: np.ndarray) -> None:
     mask, pen = canvas.layer()
     jaw = contour[contour[:, 1] > 0.75]
     jaw = jaw[np.argsort(np.arctan2(jaw[:, 0], jaw[:, 1] - 0.75))]  # left to right along the chin
-    cheek = _smooth([(0.86, 0.8), (0.62, 1.0), (0.3, 0.86), (0, 0.84), (-0.3, 0.86), (-0.62, 1.0), (-0.86, 0.8)], closed=False)
+    cheek = _smooth(
+        [(0.86, 0.8), (0.62, 1.0), (0.3, 0.86), (0, 0.84), (-0.3, 0.86), (-0.62, 1.0), (-0.86, 0.8)], closed=False
+    )
     pen.polygon(canvas.pixels(np.concatenate([jaw, cheek])), fill=round(190 * head.identity.beard))
     canvas.paste(_mix(head.identity.hair, head.identity.skin, 0.25), mask, blur=0.05)
 
@@ -398,7 +440,11 @@ def _draw_cheeks_and_nose(canvas: _Canvas) -> None:
     """Sockets, cheeks (AU 6 bulges them up to the lower lid) and nose (AU 9 and 10 lift its wings)."""
     head, who, au = canvas.head, canvas.head.identity, canvas.head.au
     skin = who.skin
-    dark, light, warm = _shade(skin, 0.62), _mix(_shade(skin, 1.22), (255, 235, 215), 0.14), _mix(skin, (205, 80, 70), 0.5)
+    dark, light, warm = (
+        _shade(skin, 0.62),
+        _mix(_shade(skin, 1.22), (255, 235, 215), 0.14),
+        _mix(skin, (205, 80, 70), 0.5),
+    )
     wing, long = 0.21 * who.nose_width, 0.64 * who.nose_length
     wing_y = long - 0.05 * au[10] - 0.06 * au[9]
     sides = (-1, 1)
@@ -421,16 +467,21 @@ def _draw_cheeks_and_nose(canvas: _Canvas) -> None:
     for side in sides:
         nostril = _ellipse((side * wing * 0.5, wing_y + 0.07), (wing * 0.3, 0.035), 12)
         canvas.fill(nostril, _shade(skin, 0.32), relief=0.2)
-        curl = _smooth(_mirror([(wing * 0.8, wing_y - 0.1), (wing * 1.12, wing_y), (wing * 0.85, wing_y + 0.09)], side), closed=False)
+        curl = _smooth(
+            _mirror([(wing * 0.8, wing_y - 0.1), (wing * 1.12, wing_y), (wing * 0.85, wing_y + 0.09)], side),
+            closed=False,
+        )
         canvas.line(curl, _shade(skin, 0.6), 0.022 + 0.015 * max(au[10], au[9]), relief=0.12)
     # AU 9 wrinkles the root of the nose.
-    canvas.creases(_shade(skin, 0.5), [([(-0.13, y), (0, y - 0.04), (0.13, y)], 0.025, 0.7 * au[9]) for y in (0.12, 0.2, 0.28)])
+    canvas.creases(
+        _shade(skin, 0.5), [([(-0.13, y), (0, y - 0.04), (0.13, y)], 0.025, 0.7 * au[9]) for y in (0.12, 0.2, 0.28)]
+    )
 
 
 def _lids(head: _Head) -> tuple[float, float]:
     """How far the upper and the lower lid stand from the line between the eye's corners, in face units."""
     au, size = head.au, head.identity.eye_size
-    upper = 0.135 * size * (1 + 0.5 * au[5]) * (1 - 0.55 * au[7]) * (1 - 0.1 * au[6])
+    upper = 0.135 * size * (1 + 0.5 * au[5]) * (1 - 0.65 * au[7]) * (1 - 0.1 * au[6])
     lower = 0.085 * size * (1 + 0.15 * au[5]) * (1 - 0.85 * au[7]) * (1 - 0.6 * au[6])
     return upper, lower
 
@@ -449,15 +500,13 @@ def _draw_eye(canvas: _Canvas, side: int) -> None:
     opening = _solid(canvas, contour)
     radius = 0.118 * who.eye_size
     centre = np.array((side * 0.5, -0.025)) + radius * 0.6 * np.array(head.look.gaze)
-    ball = _Canvas.__new__(_Canvas)  # the eyeball is drawn whole on a copy and shows through the opening of the lids
-    ball.__dict__.update(canvas.__dict__)
-    ball.image = canvas.image.copy()
-    ball.pen = ImageDraw.Draw(ball.image)
+    # The eyeball is drawn whole on a copy and shows through the opening of the lids.
+    ball = _Canvas(head, canvas.transform, canvas.image.copy())
     ball.fill(_ellipse((side * 0.5, 0), (0.35, 0.3)), (240, 236, 232))
     ball.fill(_ellipse(centre, (radius, radius)), _shade(who.iris, 0.8))
     ball.fill(_ellipse(centre, (radius * 0.8, radius * 0.8)), _shade(who.iris, 1.25))
     ball.fill(_ellipse(centre, (radius * 0.45, radius * 0.45)), (14, 12, 12))
-    ball.fill(_ellipse(centre + (-0.04, -0.045), (0.025, 0.025), 10), (255, 255, 255))
+    ball.fill(_ellipse(centre - np.array((0.04, 0.045)), (0.025, 0.025), 10), (255, 255, 255))
     canvas.image.paste(ball.image, (0, 0), opening)
     canvas.line(contour[0:25], _shade(who.skin, 0.22), 0.036)  # the upper lid with its lashes
     canvas.line(contour[24:], _shade(who.skin, 0.55), 0.02)
@@ -474,7 +523,10 @@ def _draw_lid_lines(canvas: _Canvas) -> None:
         fold_line = [(0.3, -0.03 - fold * 0.6), (0.5, -upper - fold), (0.72, -upper * 0.5 - fold * 0.7)]
         pouch_y = lower + 0.07
         pouch = [(0.3, pouch_y - 0.01), (0.5, pouch_y + 0.05), (0.72, pouch_y - 0.03)]
-        creases += [(_mirror(fold_line, side), 0.022, 0.55), (_mirror(pouch, side), 0.03, 0.12 + 0.15 * age + 0.75 * au[7] + 0.4 * au[6])]
+        creases += [
+            (_mirror(fold_line, side), 0.022, 0.55),
+            (_mirror(pouch, side), 0.03, 0.12 + 0.15 * age + 0.75 * au[7] + 0.4 * au[6]),
+        ]
         for rise in (-0.14, -0.02, 0.1):
             foot = [(0.82, rise * 0.35 + 0.03), (0.92, rise + 0.03), (1.0, rise * 1.5 + 0.05)]
             creases.append((_mirror(foot, side), 0.026, 0.1 * age + 0.9 * au[6]))
@@ -482,8 +534,8 @@ def _draw_lid_lines(canvas: _Canvas) -> None:
 
 
 def _draw_brows(canvas: _Canvas) -> None:
-    """AU 1 lifts the inner ends, AU 2 the outer ends, AU 4 draws both down and together; the forehead folds accordingly."""
-    head, who, au = canvas.head, canvas.head.identity, canvas.head.au
+    """AU 1 lifts the inner ends, AU 2 the outer ends, AU 4 draws both down and together; the forehead folds."""
+    who, au = canvas.head.identity, canvas.head.au
     rest = 0.36 * who.brow_height
     inner_x = 0.2 - 0.085 * au[4]
     inner_y = -rest + 0.06 - 0.2 * au[1] - 0.03 * au[2] + 0.15 * au[4] * (1 - 0.6 * au[1]) + 0.04 * au[9]
@@ -493,7 +545,10 @@ def _draw_brows(canvas: _Canvas) -> None:
     creases = []
     for side in (-1, 1):
         centre = np.array([(inner_x, inner_y), (0.36, (inner_y + arch_y) / 2 - 0.015), (0.6, arch_y), (0.88, outer_y)])
-        upper, lower = centre - np.outer((1, 1.1, 0.9, 0.2), (0, thick)), centre + np.outer((1, 1, 0.7, 0.1), (0, thick))
+        upper, lower = (
+            centre - np.outer((1, 1.1, 0.9, 0.2), (0, thick)),
+            centre + np.outer((1, 1, 0.7, 0.1), (0, thick)),
+        )
         band = np.concatenate([_smooth(upper, closed=False), _smooth(lower, closed=False)[::-1]])
         canvas.fill(_mirror(band, side), _mix(_shade(who.hair, 0.75), who.skin, 0.12))
         # Outer forehead folds of AU 2 curve over the lifted brow; the vertical furrow of AU 4 stands between the brows.
@@ -502,9 +557,16 @@ def _draw_brows(canvas: _Canvas) -> None:
             creases.append((_mirror(fold, side), 0.028, (0.8 - 0.2 * k) * au[2]))
         furrow = [(0.085, inner_y - 0.12), (0.065, inner_y + 0.02), (0.085, inner_y + 0.16)]
         creases.append((_mirror(furrow, side), 0.036, 0.1 * who.age + 0.95 * au[4]))
-        creases.append((_mirror([(0.22, inner_y - 0.2), (0.16, inner_y - 0.12), (0.14, inner_y - 0.03)], side), 0.024, 0.5 * au[4]))
+        creases.append(
+            (_mirror([(0.22, inner_y - 0.2), (0.16, inner_y - 0.12), (0.14, inner_y - 0.03)], side), 0.024, 0.5 * au[4])
+        )
     for k, y in enumerate((-0.13, -0.24, -0.35)):
-        fold = [(-0.36, inner_y + y + 0.02), (-0.15, inner_y + y - 0.02), (0.15, inner_y + y - 0.02), (0.36, inner_y + y + 0.02)]
+        fold = [
+            (-0.36, inner_y + y + 0.02),
+            (-0.15, inner_y + y - 0.02),
+            (0.15, inner_y + y - 0.02),
+            (0.36, inner_y + y + 0.02),
+        ]
         creases.append((fold, 0.028, (0.85 - 0.2 * k) * au[1] + 0.12 * who.age))
     canvas.blobs(_shade(who.skin, 0.5), [((0, inner_y + 0.06), (0.11, 0.14), 0.5 * au[4])], blur=0.05)
     canvas.creases(_shade(who.skin, 0.42), creases)
@@ -526,13 +588,15 @@ def _mouth(head: _Head) -> _Mouth:
     au, full = head.au, head.identity.lip_fullness
     opening = 0.11 * au[25] + head.jaw * (0.5 + 0.45 * au[25])
     # Tightening (23) rolls the lips in and draws the corners together; pressing (24) only thins them.
-    thin = (1 - 0.45 * au[23]) * (1 - 0.7 * au[24])
+    thin = (1 - 0.45 * au[23]) * (1 - 0.85 * au[24])
     rest = 1.12 - 0.03 * au[12]
-    upper_edge = rest - 0.11 * au[10] - 0.3 * opening * au[12]
-    lower_edge = upper_edge + opening + 0.05 * au[10] * au[25] + 0.02
+    upper_edge = rest - 0.14 * au[10] - 0.3 * opening * au[12]
+    lower_edge = upper_edge + opening + 0.07 * au[10] * au[25] + 0.02
     return _Mouth(
-        wide=0.38 * head.identity.mouth_width * (1 + 0.36 * au[12] + 0.35 * au[20] - 0.3 * au[23] - 0.16 * au[26] * (1 - au[12])),
-        corner_y=rest + 0.01 - 0.17 * au[12] + 0.17 * au[15] + 0.4 * opening + 0.03 * au[20],
+        wide=0.38
+        * head.identity.mouth_width
+        * (1 + 0.36 * au[12] + 0.35 * au[20] + 0.14 * au[24] - 0.3 * au[23] - 0.16 * au[26] * (1 - au[12])),
+        corner_y=rest + 0.01 + 0.02 * au[10] - 0.17 * au[12] + 0.17 * au[15] + 0.4 * opening + 0.03 * au[20],
         top=upper_edge - 0.1 * full * thin * (1 - 0.2 * au[12]),
         upper_edge=upper_edge,
         lower_edge=lower_edge,
@@ -557,19 +621,21 @@ def _draw_mouth(canvas: _Canvas) -> None:
     canvas.fill(np.concatenate([top, lower[::-1]]), _shade(lips, 0.88))
     canvas.fill(np.concatenate([upper, bottom[::-1]]), lips)
     gap = mouth.lower_edge - mouth.upper_edge
-    if gap > 0.05:
+    if gap > 0.08:  # less is a face at rest
         inside = np.concatenate([upper, lower[::-1]])
         hole = _solid(canvas, inside)
         canvas.image.paste((58, 16, 18), (0, 0), hole)
-        teeth = np.concatenate([upper, upper[::-1] + (0, min(0.11, gap * 0.75))])
+        teeth = np.concatenate([upper, upper[::-1] + np.array((0, min(0.11, gap * 0.75)))])
         canvas.image.paste((238, 232, 220), (0, 0), ImageChops.darker(hole, _solid(canvas, teeth)))
         if gap > 0.2:
             tongue = _ellipse((0, mouth.lower_edge + 0.01), (mouth.wide * 0.55, gap * 0.32))
             canvas.image.paste((176, 76, 78), (0, 0), ImageChops.darker(hole, _solid(canvas, tongue)))
     else:
         # Pressed lips (AU 24) meet in a hard straight line.
-        canvas.line(upper, _shade(lips, 0.42 - 0.15 * au[24]), 0.026 + 0.018 * au[24])
-    canvas.blobs(_mix(lips, (255, 225, 220), 0.6), [((0, (mouth.lower_edge + mouth.bottom) / 2), (0.16, 0.025), 0.45)], blur=0.03)
+        canvas.line(upper, _shade(lips, 0.42 - 0.2 * au[24]), 0.026 + 0.03 * au[24])
+    canvas.blobs(
+        _mix(lips, (255, 225, 220), 0.6), [((0, (mouth.lower_edge + mouth.bottom) / 2), (0.16, 0.025), 0.45)], blur=0.03
+    )
 
 
 def _draw_lower_face_lines(canvas: _Canvas) -> None:
@@ -583,18 +649,32 @@ def _draw_lower_face_lines(canvas: _Canvas) -> None:
         out = mouth.wide + 0.12 + 0.08 * au[12]
         fold = [(wing + 0.05, 0.6 - 0.06 * au[10]), (wing + 0.16 + 0.06 * au[10], 0.76), (out, mouth.corner_y - 0.08)]
         creases.append((_mirror(fold, side), 0.026 + 0.018 * au[10], fold_strength))
-        dimple = [(mouth.wide + 0.05, mouth.corner_y - 0.09), (mouth.wide + 0.09, mouth.corner_y), (mouth.wide + 0.05, mouth.corner_y + 0.08)]
-        creases.append((_mirror(dimple, side), 0.03, 0.7 * au[12] + 0.5 * au[24]))
-        hook = [(mouth.wide - 0.02, mouth.corner_y), (mouth.wide + 0.07, mouth.corner_y + 0.1), (mouth.wide + 0.06, mouth.corner_y + 0.22)]
+        dimple = [
+            (mouth.wide + 0.05, mouth.corner_y - 0.09),
+            (mouth.wide + 0.09, mouth.corner_y),
+            (mouth.wide + 0.05, mouth.corner_y + 0.08),
+        ]
+        creases.append((_mirror(dimple, side), 0.03, 0.7 * au[12] + 0.85 * au[24]))
+        hook = [
+            (mouth.wide - 0.02, mouth.corner_y),
+            (mouth.wide + 0.07, mouth.corner_y + 0.1),
+            (mouth.wide + 0.06, mouth.corner_y + 0.22),
+        ]
         creases.append((_mirror(hook, side), 0.034, 0.9 * au[15]))
         for x in (0.08, 0.18, 0.27):  # the rim of tightened lips gathers in short upright lines
             creases.append((_mirror([(x, mouth.top - 0.1), (x * 0.95, mouth.top - 0.01)], side), 0.022, 0.5 * au[23]))
-            creases.append((_mirror([(x, mouth.bottom + 0.1), (x * 0.95, mouth.bottom + 0.01)], side), 0.022, 0.5 * au[23]))
-        pressed.append(((side * 0.2, mouth.bottom + 0.09), (0.17, 0.05), 0.65 * au[24]))
-        pressed.append(((side * 0.17, mouth.top - 0.07), (0.14, 0.045), 0.65 * au[24]))
+            creases.append(
+                (_mirror([(x, mouth.bottom + 0.1), (x * 0.95, mouth.bottom + 0.01)], side), 0.022, 0.5 * au[23])
+            )
+        pressed.append(((side * 0.2, mouth.bottom + 0.09), (0.2, 0.075), 0.75 * au[24]))
+        pressed.append(((side * 0.17, mouth.top - 0.07), (0.17, 0.06), 0.75 * au[24]))
     canvas.blobs(_mix(_shade(who.skin, 1.25), (255, 235, 220), 0.15), pressed, blur=0.04)
-    # The chin's boss wrinkles when the corners are pulled down; a shadow marks the lower lip.
-    shadow = [((0, mouth.bottom + 0.09), (0.2, 0.035), 0.3 * (1 - au[24])), ((0, mouth.bottom + 0.3), (0.2, 0.1), 0.4 * au[15])]
+    # A shadow below the lower lip, deeper below the bulge of pressed lips; the chin's boss wrinkles with AU 15.
+    shadow = [
+        ((0, mouth.bottom + 0.09), (0.2, 0.035), 0.3 * (1 - au[24])),
+        ((0, mouth.bottom + 0.24), (0.34, 0.05), 0.6 * au[24]),
+        ((0, mouth.bottom + 0.3), (0.2, 0.1), 0.4 * au[15]),
+    ]
     canvas.blobs(_shade(who.skin, 0.6), shadow, blur=0.05)
     canvas.creases(_shade(who.skin, 0.42), creases)
 
@@ -605,15 +685,36 @@ def _draw_hair_in_front(canvas: _Canvas) -> None:
     if identity.hair_style == "bald":
         return
     low = -0.72 if identity.hair_style == "fringe" else -1.0
-    outer = [(1.14 * wide, 0.0), (1.16 * wide, -0.8), (0.72, -1.55), (0, -1.7), (-0.72, -1.55), (-1.16 * wide, -0.8), (-1.14 * wide, 0.0)]
-    inner = [(-1.02 * wide, -0.35), (-0.8, low + 0.06), (-0.2, low - 0.08), (0.35, low), (0.85, low + 0.1), (1.02 * wide, -0.35)]
-    canvas.fill(np.concatenate([_smooth(outer, closed=False), _smooth(inner, closed=False)]), _mix(identity.hair, identity.hair, 0))
+    outer = [
+        (1.14 * wide, 0.0),
+        (1.16 * wide, -0.8),
+        (0.72, -1.55),
+        (0, -1.7),
+        (-0.72, -1.55),
+        (-1.16 * wide, -0.8),
+        (-1.14 * wide, 0.0),
+    ]
+    inner = [
+        (-1.02 * wide, -0.35),
+        (-0.8, low + 0.06),
+        (-0.2, low - 0.08),
+        (0.35, low),
+        (0.85, low + 0.1),
+        (1.02 * wide, -0.35),
+    ]
+    canvas.fill(
+        np.concatenate([_smooth(outer, closed=False), _smooth(inner, closed=False)]),
+        _shade(identity.hair, 1),
+    )
     canvas.line(_smooth([(-0.7, -1.25), (-0.1, -1.42), (0.6, -1.3)], closed=False), _shade(identity.hair, 1.25), 0.08)
 
 
 def _draw_glasses(canvas: _Canvas) -> None:
     for side in (-1, 1):
-        rim = _smooth(_mirror([(0.16, -0.18), (0.5, -0.24), (0.86, -0.18), (0.84, 0.18), (0.5, 0.27), (0.2, 0.2)], side), closed=True)
+        rim = _smooth(
+            _mirror([(0.16, -0.18), (0.5, -0.24), (0.86, -0.18), (0.84, 0.18), (0.5, 0.27), (0.2, 0.2)], side),
+            closed=True,
+        )
         canvas.line(np.concatenate([rim, rim[:1]]), (38, 34, 36), 0.035, relief=0.1)
         canvas.line(_mirror([(0.86, -0.1), (1.08, -0.06)], side), (38, 34, 36), 0.035)
     canvas.line([(-0.17, -0.06), (0, -0.1), (0.17, -0.06)], (38, 34, 36), 0.035, relief=0.1)
@@ -627,13 +728,16 @@ def _draw_hands(canvas: _Canvas) -> None:
     elif hand == "head":  # both hands thrown up to the temples
         for s in (-1, 1):
             _draw_hand(canvas, (s * 1.98, -0.05), angle=-s * 0.1, spread=0.2)
+    elif hand == "chest":  # both fists drawn up below the chin
+        for s in (-1, 1):
+            _draw_hand(canvas, (s * 0.62, 2.35), angle=-s * 0.1, spread=0.0)
     elif hand == "fist":
-        _draw_hand(canvas, (side * 1.75, 2.05), angle=0.0, spread=0.0)
+        _draw_hand(canvas, (side * 1.65, 1.75), angle=0.0, spread=0.0)
     elif hand == "palm":  # pushes something away
         for s in (-1, 1):
-            _draw_hand(canvas, (s * 1.75, 2.1), angle=s * 0.35, spread=0.22)
+            _draw_hand(canvas, (s * 1.65, 2.15), angle=s * 0.35, spread=0.22)
     elif hand == "wave":
-        _draw_hand(canvas, (side * 1.95, 0.55), angle=side * 0.4, spread=0.34)
+        _draw_hand(canvas, (side * 1.9, 0.75), angle=side * 0.4, spread=0.34)
 
 
 def _draw_hand(canvas: _Canvas, centre, *, angle: float, spread: float) -> None:
@@ -653,7 +757,7 @@ def _draw_hand(canvas: _Canvas, centre, *, angle: float, spread: float) -> None:
         tilt = angle + spread * (finger - 1.5)
         tip = root + np.array((np.sin(tilt), -np.cos(tilt))) * 0.46
         canvas.line([root, tip], _shade(skin, 0.7), 0.15, scene=True)
-        canvas.line([root, tip], _shade(skin, 1.0), 0.11, scene=True)
+        canvas.line([root, tip], _shade(skin, 1), 0.11, scene=True)
     thumb = centre - across * np.sign(centre[0]) * 0.24
     canvas.line([thumb, thumb + up * 0.22 - across * np.sign(centre[0]) * 0.12], _shade(skin, 0.9), 0.13, scene=True)
 

@@ -6,12 +6,13 @@
     DEST/cropped_aligned/<video>/<frame>.jpg  112 x 112, the eyes on a fixed template
     DEST/training_set_annotations.txt, DEST/validation_set_annotations.txt
 
-A video is one person who passes through a few *episodes*, each with one expression: its action units come from the prototypes of
-EMFACS (Friesen and Ekman 1983), valence and arousal from its place on the circumplex (Russell 1980). What is not labelled, how often
-and for which whole videos, follows the real set, and so do duplicate rows and gaps between frames.
+A video is one person who passes through a few *episodes*, each with one expression: its action units come from the
+prototypes of EMFACS (Friesen and Ekman 1983), valence and arousal from its place on the circumplex (Russell 1980). What
+is not labelled, how often and for which whole videos, follows the real set; so do duplicate rows and the gaps between
+frames.
 
-The two views complement each other by design: part of the expression and of the arousal is told by posture and hands, which only
-`cropped` shows; the small face in `cropped` has lost the fine lines that tell the action units apart in `cropped_aligned`.
+The two views complement each other by design: part of the expression and of the arousal is told by posture and hands,
+which only `cropped` shows; its small face has lost the fine lines that `cropped_aligned` tells the action units by.
 
 Every random number is keyed by (seed, split, video[, frame]), so the files do not depend on the number of processes.
 """
@@ -22,8 +23,10 @@ import json
 import math
 import os
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -43,7 +46,7 @@ DUPLICATE_SHARE = 0.007
 NO_LABEL_SHARE = 0.003  # of train rows
 SINGLE_AU_MISSING_SHARE = 0.005
 
-# Which tasks a video is labelled for, as (VA, EXPR, AU), and how often. Train gives 73%, 64%, 73% and 37% for all three at once.
+# Which tasks a video is labelled for, as (VA, EXPR, AU), and how often. Train: 73%, 64% and 73%, and 37% for all three.
 TASK_PATTERNS = {
     "train": {
         (True, True, True): 0.366,
@@ -82,15 +85,31 @@ class Prototype(NamedTuple):
 
 PROTOTYPES = {
     "Neutral": Prototype({}, (0.0, 0.0), 0.0, 0.0, 0.0, ""),
-    "Anger": Prototype({4: 0.97, 7: 0.85, 23: 0.6, 24: 0.5, 10: 0.1}, (-0.6, 0.6), 0.25, 0.8, 0.0, "fist"),
+    "Anger": Prototype({4: 0.97, 7: 0.85, 23: 0.65, 24: 0.6, 10: 0.1}, (-0.6, 0.6), 0.25, 0.8, 0.0, "fist"),
     "Disgust": Prototype({10: 0.97, 4: 0.6, 7: 0.45, 25: 0.4, 9: 0.8}, (-0.6, 0.25), 0.1, -0.9, 0.14, "palm"),
-    "Fear": Prototype({1: 0.97, 2: 0.85, 4: 0.8, 7: 0.35, 25: 0.85, 26: 0.4, 20: 0.9, 5: 0.7}, (-0.6, 0.75), 0.9, -0.4, 0.0, "head"),
+    "Fear": Prototype(
+        {1: 0.97, 2: 0.85, 4: 0.8, 7: 0.35, 25: 0.85, 26: 0.4, 20: 0.9, 5: 0.7}, (-0.6, 0.75), 0.9, -0.4, 0.0, "chest"
+    ),
     "Happiness": Prototype({6: 0.9, 12: 0.98, 25: 0.65, 26: 0.15}, (0.75, 0.4), 0.1, 0.2, 0.08, "wave"),
     "Sadness": Prototype({1: 0.92, 4: 0.7, 15: 0.95}, (-0.65, -0.4), -0.9, 0.1, 0.20, "chin"),
     "Surprise": Prototype({1: 0.95, 2: 0.97, 25: 0.97, 26: 0.9, 5: 0.75}, (0.15, 0.75), 0.35, -0.2, 0.0, "head"),
 }
 # "Other" is whatever is none of the prototypes: talk, doubt, a knowing smile, pain, a yawn.
-OTHER_COMBINATIONS = ((25,), (25, 26), (12, 24), (2, 15), (12, 15), (1, 2, 12), (6, 7, 10), (2, 10), (7, 12), (2, 24), (15, 24), (6, 7, 23))
+OTHER_COMBINATIONS = (
+    (25,),
+    (25, 26),
+    (12, 24),
+    (2, 15),
+    (12, 15),
+    (1, 2, 12),
+    (6, 7, 10),
+    (2, 10),
+    (7, 12),
+    (2, 24),
+    (15, 23),
+    (6, 7, 23),
+    (23, 24),
+)
 OTHER_VALENCE = {12: 0.35, 6: 0.1, 15: -0.3, 10: -0.25, 24: -0.15, 23: -0.15, 4: -0.2}
 OTHER_AROUSAL = {26: 0.2, 25: 0.15, 2: 0.15, 7: 0.1, 1: 0.1, 15: -0.15}
 
@@ -131,12 +150,17 @@ def write_synthetic(
     jobs: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> dict:
-    """Write `num_train` + `num_val` frames (two images each) and their annotations below `dest`; return a summary with counts.
+    """Write `num_train` + `num_val` frames (two images each) and their annotations below `dest`; return counts.
 
-    `progress` is called with the number of images finished since its last call. A finished directory is left as it is; one that was
-    interrupted is completed. Raises ValueError where `dest` holds something else.
+    `progress` is called with the number of images finished since its last call. A finished directory is left as it is,
+    an interrupted one is completed. Raises ValueError where `dest` holds something else.
     """
-    for name, value in (("num_train", num_train), ("num_val", num_val), ("frames_per_video", frames_per_video), ("jobs", jobs)):
+    for name, value in (
+        ("num_train", num_train),
+        ("num_val", num_val),
+        ("frames_per_video", frames_per_video),
+        ("jobs", jobs),
+    ):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     dest = Path(dest)
@@ -153,7 +177,9 @@ def write_synthetic(
     if not is_complete:
         dest.mkdir(parents=True, exist_ok=True)
         _write_atomically(dest / PARAMETERS_FILE, (json.dumps(parameters, indent=1) + "\n").encode())
-        num_written = _render_all(dest, [video for videos in splits.values() for video in videos], jobs=jobs, progress=progress)
+        num_written = _render_all(
+            dest, [video for videos in splits.values() for video in videos], jobs=jobs, progress=progress
+        )
         # Last, so that a directory with annotations is a complete one.
         for split, videos in splits.items():
             _write_atomically(dest / ANNOTATION_FILES[split], annotation_text(videos).encode())
@@ -161,20 +187,24 @@ def write_synthetic(
 
 
 def check_destination(dest: Path, parameters: dict) -> bool:
-    """True where `dest` is already complete. Raises ValueError where it holds data of another origin (the real set, for one)."""
+    """True where `dest` is already complete. Raises ValueError where it holds other data (the real set, for one)."""
     parameters_path = dest / PARAMETERS_FILE
     if not parameters_path.exists():
         present = [name for name in (*VIEWS, *ANNOTATION_FILES.values()) if (dest / name).exists()]
         if present:
-            raise ValueError(f"{dest} holds {', '.join(present)} but no {PARAMETERS_FILE}: not a synthetic set, choose another directory")
+            raise ValueError(
+                f"{dest} holds {', '.join(present)} but no {PARAMETERS_FILE}: not a synthetic set, choose another place"
+            )
         return False
     found = json.loads(parameters_path.read_text())
     if found != parameters:
-        raise ValueError(f"{dest} holds a synthetic set of {found}, not of {parameters}: delete it or choose another directory")
+        raise ValueError(
+            f"{dest} holds a synthetic set of {found}, not of {parameters}: delete it or choose another directory"
+        )
     return all((dest / name).exists() for name in ANNOTATION_FILES.values())
 
 
-# ---------------------------------------------------------------- the plan: who does what in which frame, and its labels
+# ---------------------------------------------------------------- the plan: who does what in which frame, and labels
 
 
 def plan_splits(*, num_train: int, num_val: int, seed: int, frames_per_video: int) -> dict[str, list[Video]]:
@@ -209,7 +239,7 @@ def _plan_split(split: str, *, num_frames: int, seed: int, frames_per_video: int
     split_key = SPLITS.index(split)
     rng = _rng(seed, split_key)
     patterns = _Quota(TASK_PATTERNS[split])
-    # Frames with an expression label and frames without fill their shares apart, so that also a small set has every class labelled.
+    # Frames with an expression label fill their shares apart from those without: a small set has every class labelled.
     expressions = {has_expr: _Quota(EXPRESSION_SHARES) for has_expr in (True, False)}
     videos = []
     for index, length in enumerate(_plan_lengths(rng, num_frames, frames_per_video)):
@@ -217,12 +247,16 @@ def _plan_split(split: str, *, num_frames: int, seed: int, frames_per_video: int
         has_expr = pattern[1]
         key = (seed, split_key, index)
         name = _plan_name(_rng(*key, 0), taken)
-        videos.append(_plan_video(name, key, length=length, pattern=pattern, expressions=expressions[has_expr], is_train=split == "train"))
+        videos.append(
+            _plan_video(
+                name, key, length=length, pattern=pattern, expressions=expressions[has_expr], is_train=split == "train"
+            )
+        )
     return _add_duplicates(videos, rng, int(DUPLICATE_SHARE * num_frames))
 
 
 class _Quota:
-    """Picks among weighted choices so that the shares hold after few picks already, where independent draws would wander."""
+    """Picks among weighted choices so that the shares hold after few picks, where independent draws would wander."""
 
     def __init__(self, shares: dict):
         self.shares = shares
@@ -252,7 +286,7 @@ def _plan_lengths(rng: np.random.Generator, num_frames: int, frames_per_video: i
 def _plan_name(rng: np.random.Generator, taken: set[str]) -> str:
     """A video id in one of the styles of the real set."""
     while True:
-        style, number = rng.random(), int(rng.integers(1, 600))
+        style, number = rng.random(), int(rng.integers(1, 600 + 2 * len(taken)))
         if style < 0.5:
             name = str(number)
         elif style < 0.7:
@@ -294,14 +328,19 @@ def _plan_video(name: str, key, *, length: int, pattern, expressions: _Quota, is
     motion = np.zeros(6)
     for position, (before, now, blend) in enumerate(episodes):
         frame_rng = _rng(*key, 2, position)
-        motion = 0.75 * motion + frame_rng.normal(0, 0.66, 6)  # a drift of unit variance: yaw, pitch, roll, gaze x, y, box
-        look = _plan_look(frame_rng, before, now, blend, motion, facing=facing, light_angle=light_angle, light_strength=light_strength)
+        # A drift of unit variance: yaw, pitch, roll, gaze x and y, box.
+        motion = 0.75 * motion + frame_rng.normal(0, 0.66, 6)
+        look = _plan_look(
+            frame_rng, before, now, blend, motion, facing=facing, light_angle=light_angle, light_strength=light_strength
+        )
         row = _plan_row(frame_rng, before, now, blend, look, pattern=pattern, is_train=is_train)
         frames.append(Frame(number=int(numbers[position]), look=look, jpeg_quality=quality, row=row))
     return Video(name=name, key=key, identity=identity, frames=tuple(frames), duplicates={})
 
 
-def _plan_episodes(rng: np.random.Generator, length: int, expressions: _Quota) -> list[tuple[_Episode, _Episode, float]]:
+def _plan_episodes(
+    rng: np.random.Generator, length: int, expressions: _Quota
+) -> list[tuple[_Episode, _Episode, float]]:
     """For each frame the episode before, the current one, and how far (0..1) the change has come."""
     plan: list[tuple[_Episode, _Episode, float]] = []
     previous = None
@@ -310,7 +349,8 @@ def _plan_episodes(rng: np.random.Generator, length: int, expressions: _Quota) -
         expression = expressions.pick(rng, duration, without=previous.expression if previous else None)
         episode = _plan_episode(rng, expression)
         before = previous or episode
-        ramp = [float(rng.uniform(0.55, 0.8))] + [1.0] * (duration - 1)  # frames are sparse: a change takes about one of them
+        # Frames are sparse: a change takes about one of them.
+        ramp = [float(rng.uniform(0.55, 0.8))] + [1.0] * (duration - 1)
         plan += [(before, episode, blend) for blend in ramp]
         previous = episode
     return plan
@@ -320,12 +360,12 @@ def _plan_episode(rng: np.random.Generator, expression: str) -> _Episode:
     strength = float(rng.uniform(0.6, 1.0))
     if expression == "Other":
         combination = OTHER_COMBINATIONS[rng.integers(len(OTHER_COMBINATIONS))]
-        body = list(PROTOTYPES.values())[rng.integers(len(PROTOTYPES))]
-        prototype = body._replace(aus=dict.fromkeys(combination, 1.0), hand=str(rng.choice(HANDS)))
+        body = PROTOTYPES[str(rng.choice(("Neutral", *PROTOTYPES)))]
+        prototype = body._replace(aus=dict.fromkeys(combination, 1.0), hand=str(rng.choice(("", "", *HANDS))))
     else:
         prototype = PROTOTYPES[expression]
-    # One face in seven gives little away: then posture and hands are the better witnesses.
-    readiness = 0.5 if rng.random() < 0.15 else 1.0
+    # One face in four gives little away: then posture and hands are the better witnesses.
+    readiness = 0.4 if rng.random() < 0.25 else 1.0
     chance = np.array([max(0.02, readiness * prototype.aus.get(au, 0.0)) for au in ALL_AUS])
     is_on = rng.random(len(ALL_AUS)) < chance
     if is_on[ALL_AUS.index(26)]:
@@ -334,9 +374,11 @@ def _plan_episode(rng: np.random.Generator, expression: str) -> _Episode:
         is_on[ALL_AUS.index(24)] = False  # lips that part do not press
     if is_on[ALL_AUS.index(5)]:
         is_on[ALL_AUS.index(7)] = False
-    intensities = np.where(is_on, rng.uniform(0.55, 0.75, len(ALL_AUS)) + 0.25 * strength, rng.uniform(0, 0.16, len(ALL_AUS)))
+    intensities = np.where(
+        is_on, rng.uniform(0.55, 0.75, len(ALL_AUS)) + 0.25 * strength, rng.uniform(0, 0.16, len(ALL_AUS))
+    )
     energy = float(rng.uniform(-1, 1))
-    shows_body = rng.random() < 0.7  # the rest of the time the posture says nothing
+    shows_body = rng.random() < 0.8  # the rest of the time the posture says nothing
     return _Episode(
         expression=expression,
         strength=strength,
@@ -345,7 +387,7 @@ def _plan_episode(rng: np.random.Generator, expression: str) -> _Episode:
         shoulders=prototype.shoulders * shows_body + 0.3 * energy,
         lean=prototype.lean * shows_body + 0.2 * energy,
         roll=prototype.roll * shows_body * float(rng.choice((-1, 1))),
-        hand=prototype.hand if shows_body and rng.random() < 0.7 else "",
+        hand=prototype.hand if shows_body and rng.random() < 0.8 else "",
         hand_side=int(rng.choice((-1, 1))),
     )
 
@@ -366,7 +408,7 @@ def _plan_look(
     light_strength: float,
 ) -> Look:
     aus = np.clip(_blend(before, now, "aus", blend) + rng.normal(0, 0.035, len(ALL_AUS)), 0, 1)
-    tint = 0.55 * _arousal(before, now, blend) + 0.3 * _blend(before, now, "energy", blend) + rng.normal(0, 0.3)
+    tint = 0.55 * _place(now)[1] + 0.3 * now.energy + rng.normal(0, 0.3)
     return Look(
         aus=dict(zip(ALL_AUS, aus.tolist(), strict=True)),
         yaw=float(np.clip(facing[0] + 0.09 * motion[0], -0.35, 0.35)),
@@ -385,28 +427,24 @@ def _plan_look(
     )
 
 
-def _valence(before: _Episode, now: _Episode, blend: float) -> float:
-    return (1 - blend) * _place(before)[0] + blend * _place(now)[0]
-
-
-def _arousal(before: _Episode, now: _Episode, blend: float) -> float:
-    return (1 - blend) * _place(before)[1] + blend * _place(now)[1]
-
-
-def _place(episode: _Episode) -> tuple[float, float]:
-    """The episode's valence and arousal: the expression's place, further out when it is stronger."""
+def _place(episode: _Episode) -> np.ndarray:
+    """The episode's valence and arousal on the circumplex: the expression's place, further out when it is stronger."""
     if episode.expression == "Other":
         on = {au for au, intensity in zip(ALL_AUS, episode.aus, strict=True) if intensity > AU_THRESHOLD}
-        valence, arousal = (sum(effect for au, effect in table.items() if au in on) for table in (OTHER_VALENCE, OTHER_AROUSAL))
+        valence, arousal = (
+            sum(effect for au, effect in table.items() if au in on) for table in (OTHER_VALENCE, OTHER_AROUSAL)
+        )
     else:
         valence, arousal = PROTOTYPES[episode.expression].va
-    return valence * (0.35 + 0.75 * episode.strength), arousal * (0.35 + 0.75 * episode.strength) + 0.2 * episode.energy
+    return np.array((valence, arousal)) * (0.35 + 0.75 * episode.strength) + (0, 0.25 * episode.energy)
 
 
-def _plan_row(rng: np.random.Generator, before: _Episode, now: _Episode, blend: float, look: Look, *, pattern, is_train: bool) -> Row:
+def _plan_row(
+    rng: np.random.Generator, before: _Episode, now: _Episode, blend: float, look: Look, *, pattern, is_train: bool
+) -> Row:
     has_va, has_expr, has_aus = pattern
-    noise = rng.normal(0, 0.04, 2)
-    va = np.clip((_valence(before, now, blend) + noise[0], _arousal(before, now, blend) + noise[1]), -1, 1).round(4)
+    va = (1 - blend) * _place(before) + blend * _place(now)
+    va = np.clip(va + rng.normal(0, 0.04, 2), -1, 1)
     aus: list[int | None] = [int(look.aus[au] > AU_THRESHOLD) if has_aus else None for au in AUS]
     if is_train and rng.random() < NO_LABEL_SHARE:
         return Row(va=None, expr=None, aus=(None,) * len(AUS))
@@ -433,7 +471,9 @@ def _add_duplicates(videos: list[Video], rng: np.random.Generator, num_duplicate
 
 
 def _count(videos: list[Video]) -> dict:
-    rows = [frame.row for video in videos for frame in video.frames] + [row for video in videos for row in video.duplicates.values()]
+    rows = [frame.row for video in videos for frame in video.frames] + [
+        row for video in videos for row in video.duplicates.values()
+    ]
     return {
         "num_videos": len(videos),
         "num_frames": sum(len(video.frames) for video in videos),
@@ -451,20 +491,19 @@ def _count(videos: list[Video]) -> dict:
 
 def _render_all(dest: Path, videos: list[Video], *, jobs: int, progress: Callable[[int], None] | None) -> int:
     """Render what is not there yet; return the number of images written."""
-    num_written = 0
-    if jobs == 1:
-        finished = (_render_video(dest, video) for video in videos)
+    render = partial(_render_video, dest)
+    with ExitStack() as stack:
+        if jobs == 1:
+            finished = map(render, videos)
+        else:
+            # "spawn": a fork of a process that already runs threads (torch does) may hang.
+            pool = ProcessPoolExecutor(max_workers=jobs, mp_context=get_context("spawn"))
+            finished = stack.enter_context(pool).map(render, videos)
+        num_written = 0
         for num_images in finished:
             num_written += num_images
             if progress is not None:
                 progress(num_images)
-        return num_written
-    # "spawn": a fork of a process that already runs threads (torch does) may hang.
-    with ProcessPoolExecutor(max_workers=jobs, mp_context=get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(_render_video, dest, video) for video in videos]):
-            num_written += future.result()
-            if progress is not None:
-                progress(future.result())
     return num_written
 
 

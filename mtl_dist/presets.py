@@ -1,0 +1,76 @@
+"""Named complete configurations, and how a command puts preset, file and flags together."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from mtl_dist.config import Config, Section, build_config, read_config_file
+from mtl_dist.errors import InputError, nearest
+
+# Each holds only what differs from the defaults of config.py.
+PRESETS: dict[str, dict[str, Any]] = {
+    # The ensemble system, arXiv 2207.10878: SGD, lr 0.001, batch 24, 50 epochs, InceptionV3 at 299.
+    "a": {"model": {"name": "a", "image_size": 299}},
+    # Its parent SMM-EmotionNet, arXiv 2203.12845, on our one masked batch.
+    "b": {"model": {"name": "b", "image_size": 299}},
+    # System A on a laptop: a small backbone from random initialisation, for synthetic faces and first tries.
+    "small": {
+        "data": {"image_size": 96},
+        "model": {"name": "a", "backbone": "small", "weights": "none", "dropout": 0.1},
+        "loss": {"expr_weights": "balanced"},
+        "optim": {"name": "adamw", "lr": 2e-3, "weight_decay": 0.02, "warmup_steps": 40},
+        "train": {"global_batch": 32, "epochs": 12},
+        "checkpoint": {"keep_last": 1},
+    },
+}
+
+Command = TypeVar("Command", bound=Section)
+
+
+class CommandConfig(Config):
+    """A command's flags: the whole configuration, and where it starts from."""
+
+    preset: str = "a"
+    """Named complete configuration to start from: a, b or small."""
+    config: Path | None = None
+    """YAML file over the preset; flags go over both."""
+
+
+def parse_command(command: type[Command], args: list[str] | None, *, prog: str, description: str) -> Command:
+    """Build a command's configuration: preset < --config FILE < flags. A wrong flag or value ends with exit code 2."""
+    args = sys.argv[1:] if args is None else args
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    early.add_argument("--preset", default="a")
+    early.add_argument("--config", type=Path)
+    known, _ = early.parse_known_args([part for part in args if part not in ("-h", "--help")])
+    resolved = build_config(load_preset(known.preset), read_config_file(known.config) if known.config else {})
+    sections = {name: getattr(resolved, name) for name in Config.model_fields}
+    default = command(**sections, preset=known.preset, config=known.config)
+    try:
+        return tyro.cli(command, default=default, args=args, prog=prog, description=description)
+    except ValueError as error:  # pydantic's, of values that only clash once they are together
+        raise _as_input_error(error) from None
+
+
+def config_of(command: CommandConfig) -> Config:
+    """Return the configuration alone."""
+    return Config(**{name: getattr(command, name) for name in Config.model_fields})
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    if name not in PRESETS:
+        raise InputError(f"unknown preset '{name}': {nearest(name, PRESETS)}; known: {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def _as_input_error(error: ValueError) -> InputError:
+    import pydantic
+
+    from mtl_dist.config import explain_validation
+
+    return InputError(explain_validation(error) if isinstance(error, pydantic.ValidationError) else str(error))

@@ -1,0 +1,180 @@
+"""Start ranks: this process alone or as one of torchrun's, or under Ray Train. With tune/ and cluster/ the only
+importer of ray."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+from typing import Any
+
+import torch.distributed as dist
+
+from mtl_dist import storage
+from mtl_dist.config import Config
+from mtl_dist.errors import InputError
+
+# Environment that ranks need and a cluster's nodes may lack: the driver's own is handed on, by name.
+HANDED_ON = (
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "MTL_CACHE_DIR",
+    "RAY_ADDRESS",
+)
+
+
+class LocalContext:
+    """A rank of torchrun, or the only one. SIGTERM and Ctrl-C stop it after the step; a second Ctrl-C ends it."""
+
+    def __init__(self):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.num_ranks = int(os.environ.get("WORLD_SIZE", 1))
+        self.ranks_on_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self._asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def publish(self, metrics: dict[str, Any]) -> None:
+        pass
+
+    def should_stop(self) -> bool:
+        return self._asked
+
+    def _ask(self, number: int, frame) -> None:
+        if self._asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._asked = True
+        print("stopping after this step ...", flush=True)
+
+
+class RayContext:
+    """A rank of Ray Train."""
+
+    def __init__(self):
+        import ray.train
+
+        context = ray.train.get_context()
+        self.rank, self.num_ranks = context.get_world_rank(), context.get_world_size()
+        self.ranks_on_node = context.get_local_world_size()
+
+    def publish(self, metrics: dict[str, Any]) -> None:
+        import ray.train
+
+        ray.train.report(metrics)
+
+    def should_stop(self) -> bool:
+        return False
+
+
+def run_local(config: Config) -> dict[str, Any]:
+    """Train in this process: alone, or as one rank of torchrun. Returns the last scores."""
+    import torch
+
+    from mtl_dist.runtime.loop import fit
+
+    context = LocalContext()
+    use_cuda = torch.cuda.is_available() and config.engine.device != "cpu"
+    if use_cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    backend = "nccl" if use_cuda else "gloo"
+    with tempfile.TemporaryDirectory(prefix="mtl_dist-rendezvous-") as scratch:
+        if "RANK" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            os.environ.setdefault("LOCAL_RANK", "0")
+            dist.init_process_group(backend, init_method=f"file://{scratch}/store", rank=0, world_size=1)
+        try:
+            return fit(config, context)
+        finally:
+            dist.destroy_process_group()
+
+
+def run_ray(config: Config, *, callbacks: list | None = None) -> dict[str, Any]:
+    """Train under Ray Train on the cluster this process is connected to (or can find). Returns the last metrics."""
+    trainer = build_trainer(config, callbacks=callbacks)
+    try:
+        result = trainer.fit()
+    except Exception as error:
+        raise _input_error_in(error) or error from None
+    return result.metrics or {}
+
+
+def build_trainer(config: Config, *, callbacks: list | None = None):
+    """Build the TorchTrainer of a run; its ranks restart and resize as `config.ray` says."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    low, high = config.ray.num_ranks
+    path, filesystem = ray_storage(storage.join(config.run.storage, config.run.name, "ray"))
+    return TorchTrainer(
+        _rank_main,
+        train_loop_config=config.model_dump(mode="json"),
+        scaling_config=ScalingConfig(
+            num_workers=high if low == high else (low, high),
+            use_gpu=config.ray.gpus_per_rank > 0,
+            resources_per_worker={"CPU": config.ray.cpus_per_rank}
+            | ({"GPU": g} if (g := config.ray.gpus_per_rank) else {}),
+        ),
+        run_config=RunConfig(
+            name="train",
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=config.ray.max_failures),
+            worker_runtime_env={"env_vars": {name: os.environ[name] for name in HANDED_ON if name in os.environ}},
+            callbacks=callbacks,
+        ),
+    )
+
+
+def connect(config: Config) -> None:
+    """Connect to the cluster and check that it has room for the run's ranks. Raises `InputError`."""
+    import ray
+
+    if not ray.is_initialized():
+        try:
+            ray.init(log_to_driver=True, logging_level="warning")
+        except ConnectionError as error:
+            raise InputError(
+                f"no Ray cluster answers: {error}; start one (python -m cluster.local up), submit with `ray job "
+                "submit`, or train in this process with --local"
+            ) from None
+    least = config.ray.num_ranks[0]
+    total = ray.cluster_resources()
+    for resource, each in (("CPU", config.ray.cpus_per_rank), ("GPU", config.ray.gpus_per_rank)):
+        if each * least > total.get(resource, 0):
+            raise InputError(
+                f"ray.num_ranks {least} with {each:g} {resource} each need {each * least:g} {resource}; the cluster "
+                f"has {total.get(resource, 0):g}: lower ray.num_ranks or ray.{resource.lower()}s_per_rank, or add nodes"
+            )
+
+
+def ray_storage(uri: str):
+    """Return (storage_path, storage_filesystem) for Ray: s3:// through s3fs, since pyarrow's S3 makes directory objects
+    that servers other than AWS refuse."""
+    if not storage.is_s3(uri):
+        return str(storage.local_path(uri).resolve()), None
+    import s3fs
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    return uri.removeprefix("s3://"), PyFileSystem(FSSpecHandler(s3fs.S3FileSystem(endpoint_url=endpoint)))
+
+
+def _rank_main(settings: dict[str, Any]) -> None:
+    from mtl_dist.runtime.loop import fit
+
+    fit(Config.model_validate(settings), RayContext())
+
+
+def _input_error_in(error: BaseException) -> InputError | None:
+    """Find the `InputError` of a rank inside what Ray raised, so that the driver says it and nothing else."""
+    seen: list[BaseException] = [error]
+    while seen:
+        current = seen.pop()
+        if isinstance(current, InputError):
+            return InputError(str(current))
+        seen += [e for e in (current.__cause__, current.__context__) if e is not None]
+        seen += list(getattr(current, "worker_failures", {}).values())
+    return None

@@ -1,0 +1,303 @@
+"""Training, written out: setup, restore, then for every epoch and step; log, evaluate, checkpoint, stop.
+
+Nothing here knows of Ray: a `RunContext` is handed in, so the same loop runs in one process, under torchrun and under
+Ray Train.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mtl_dist import storage
+from mtl_dist.config import Config, dump_yaml, flatten
+from mtl_dist.data.augment import augment, make_draws
+from mtl_dist.data.cache import GIB, Cache
+from mtl_dist.data.loader import eval_batches, train_batches
+from mtl_dist.data.reader import ShardReader
+from mtl_dist.errors import InputError
+from mtl_dist.models import build_model
+from mtl_dist.objective.metrics import constant_scores, scores
+from mtl_dist.objective.module import ObjectiveModule, StepLoss
+from mtl_dist.runtime.checkpoint import apply_retention, restore_checkpoint, save_checkpoint
+from mtl_dist.runtime.engine import build_engine, learning_rate, set_learning_rate
+from mtl_dist.runtime.evaluate import predict, total_sums
+from mtl_dist.runtime.plan import open_data
+from mtl_dist.runtime.tracking import Tracker
+from mtl_dist.tasks import TASKS, Batch
+
+CONFIG_NAME = "config.yaml"
+
+
+class RunContext(Protocol):
+    """Where a rank stands, and whom it tells. torch.distributed is initialised before `fit`."""
+
+    rank: int
+    num_ranks: int
+    ranks_on_node: int
+
+    def publish(self, metrics: dict[str, Any]) -> None:
+        """Report an evaluation. Every rank calls it, with the same metrics."""
+
+    def should_stop(self) -> bool:
+        """Whether this rank was asked to stop (a signal, a preemption); ranks may disagree."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss of a step is not a number or infinite."""
+
+
+class _Progress(NamedTuple):
+    """A step whose loss has not been looked at yet: looking makes the host wait for the device."""
+
+    step: int
+    epoch: int
+    lr: float
+    loss: StepLoss
+    rows: np.ndarray
+    waited_s: float
+
+
+def fit(config: Config, context: RunContext) -> dict[str, Any]:
+    """Train until the last epoch, or until asked to stop; every rank calls it. Returns the last scores.
+
+    Raises `InputError` for what the user can mend and `NonFiniteLoss` where training diverged.
+    """
+    # ------------------------------------------------------------------------------------------------ setup
+    device = _pick_device(config, context)
+    torch.set_num_threads(config.engine.threads or max(1, (os.cpu_count() or 1) // context.ranks_on_node))
+    data = open_data(config)
+    cache = Cache(config.data.cache_dir, max_bytes=int(config.data.cache_gib * GIB))
+    train_reader = ShardReader(config.data.train, data.train, cache)
+    val_reader = ShardReader(config.data.val, data.val, cache)
+    module = ObjectiveModule(_build_model(config), config.loss, data.train.labels)
+    if config.engine.batchnorm == "sync":
+        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    engine = build_engine(module, config, num_ranks=context.num_ranks, device=device)
+
+    steps_per_epoch = data.order.num_steps
+    total_steps = steps_per_epoch * config.train.epochs
+    last_scores: dict[str, Any] = {}
+
+    # ---------------------------------------------------------------------------------------------- restore
+    state = restore_checkpoint(engine, config.run.uri, config, data.identity())
+    step = state["step"] if state else 0
+    if state:
+        last_scores = state["scores"]
+    tracker = None
+    if context.rank == 0:
+        tracker = Tracker(config.run.uri, resumed_at=step)
+        storage.write_bytes(storage.join(config.run.uri, CONFIG_NAME), dump_yaml(config).encode())
+    if step >= total_steps and tracker:
+        print(f"run '{config.run.name}' is finished (step {step} of {total_steps}); nothing is left to do", flush=True)
+
+    def save(score: float | None) -> None:
+        _average_buffers(engine.module.model, config)
+        state = {
+            "step": step,
+            "config": flatten(config),
+            "identity": data.identity(),
+            "scores": last_scores,
+            "num_ranks": context.num_ranks,
+        }
+        save_checkpoint(engine, config.run.uri, step=step, state=state, score=score)
+        if context.rank == 0:
+            tracker.flush()
+            apply_retention(
+                config.run.uri, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best
+            )
+
+    for epoch in range(step // steps_per_epoch, config.train.epochs):
+        module.train()
+        if config.engine.batchnorm == "frozen":
+            _freeze_batchnorm(module)
+        batches = train_batches(
+            train_reader,
+            data.order,
+            epoch=epoch,
+            start_step=step % steps_per_epoch,
+            rank=context.rank,
+            num_ranks=context.num_ranks,
+            size=config.data.image_size,
+            workers=config.data.workers,
+            prefetch=config.data.prefetch,
+        )
+        unseen: _Progress | None = None
+        asked = time.monotonic()
+        for batch in batches:
+            waited_s = time.monotonic() - asked
+
+            # --------------------------------------------------------------------------------------- step
+            lr = learning_rate(config, step, total_steps)
+            set_learning_rate(engine, lr)
+            loss = _train_step(engine, batch, config, epoch=epoch, step=step, device=device, rank=context.rank)
+            step += 1
+            if unseen:  # the step before: its loss is there by now, and asking for it does not make the device wait
+                _look_at(unseen, tracker, config, total_steps)
+            unseen = _Progress(step, epoch, lr, loss, batch.rows.flatten().numpy(), waited_s)
+
+            # ------------------------------------------------------- once in a while: stop, save in mid-epoch
+            stop = _any_rank(context.should_stop())
+            every = config.checkpoint.every_steps
+            if stop or (every and step % every == 0 and step % steps_per_epoch):
+                _look_at(unseen, tracker, config, total_steps)  # nothing that is not finite is ever saved
+                unseen = None
+                save(score=None)
+            if stop:
+                if tracker:
+                    print(f"stopped at step {step} of {total_steps}, saved; the same command continues", flush=True)
+                batches.close()
+                return last_scores
+            asked = time.monotonic()
+        if unseen:
+            _look_at(unseen, tracker, config, total_steps)
+
+        # ------------------------------------------------------------- once in a while: evaluate, publish, save
+        is_last = epoch + 1 == config.train.epochs
+        if is_last or (epoch + 1) % config.train.eval_every == 0:
+            _average_buffers(engine.module.model, config)
+            last_scores = _evaluate(engine, val_reader, config, context, device)
+            if tracker:
+                tracker.evaluated(step, epoch, last_scores, constant_scores(data.val.labels))
+            save(score=last_scores["p"])
+            context.publish({"step": step, "epoch": epoch + 1, **_flat_scores(last_scores)})
+    return last_scores
+
+
+def _train_step(
+    engine, batch: Batch, config: Config, *, epoch: int, step: int, device: torch.device, rank: int
+) -> StepLoss:
+    """One optimizer step on this rank's part of the global batch, in `train.accumulation` micro-batches."""
+    parts = config.train.accumulation
+    draws = make_draws(batch.rows, seed=config.run.seed, epoch=epoch)
+    inputs = augment(batch.inputs.to(device, non_blocking=True), draws.to(device), config.augment, config.input_size)
+    labels = batch.labels.to(device)
+    micro_batches = [(inputs, labels)]
+    if parts > 1:
+        columns = [tensor.tensor_split(parts) for tensor in labels]
+        micro_batches = [(part, type(labels)(*label)) for part, *label in zip(inputs.tensor_split(parts), *columns)]
+
+    total = None
+    if parts > 1:
+        # The losses of the whole batch need the sums of the whole batch before the first backward: CCC is no mean.
+        for number, (part, label) in enumerate(micro_batches):
+            _seed_dropout(config, step, rank, number)
+            sums = engine.module.sums(part, label)
+            total = sums if total is None else total.plus(sums)
+        total = total.detached_total()
+    for number, (part, label) in enumerate(micro_batches):
+        _seed_dropout(config, step, rank, number)
+        loss = engine(part, label, total, parts=parts)
+        engine.backward(loss.total)
+        engine.step()
+    return loss
+
+
+def _seed_dropout(config: Config, step: int, rank: int, part: int) -> None:
+    """Key torch's generator, which only dropout draws from, by (seed, step, rank, part): there is no state to save."""
+    (seed,) = np.random.SeedSequence([config.run.seed, step, rank, part]).generate_state(1, np.uint64)
+    torch.manual_seed(int(seed >> np.uint64(1)))
+
+
+def _look_at(progress: _Progress, tracker: Tracker | None, config: Config, total_steps: int) -> None:
+    """Record a step's losses; stop the run where they are not finite. All ranks hold the same values."""
+    losses = {task: float(loss) for task, loss in progress.loss.tasks.items()} | {"total": float(progress.loss.total)}
+    if not all(math.isfinite(value) for value in losses.values()):
+        rows = ", ".join(map(str, progress.rows))
+        raise NonFiniteLoss(
+            f"step {progress.step}: the loss is not finite ({losses}); this rank's rows: {rows}. The last "
+            "checkpoint is intact; lower optim.lr or optim.clip_norm under another --run.name"
+        )
+    if tracker:
+        present = {task for task in TASKS if bool(progress.loss.present[task])}
+        shown = {name: value for name, value in losses.items() if name == "total" or name in present}
+        tracker.step(
+            progress.step,
+            total_steps,
+            progress.epoch,
+            progress.lr,
+            shown,
+            images=config.train.global_batch,
+            waited_s=progress.waited_s,
+        )
+
+
+def _evaluate(engine, reader: ShardReader, config: Config, context: RunContext, device: torch.device) -> dict[str, Any]:
+    batches = eval_batches(
+        reader,
+        batch=config.train.eval_batch,
+        rank=context.rank,
+        num_ranks=context.num_ranks,
+        size=config.data.image_size,
+        workers=config.data.workers,
+        prefetch=config.data.prefetch,
+    )
+    predicted = predict(
+        engine.module.model, batches, device=device, size=config.input_size, bf16=config.engine.autocast == "bf16"
+    )
+    return scores(total_sums(predicted))
+
+
+def _flat_scores(result: dict[str, Any]) -> dict[str, float]:
+    return {key: result[key] for key in ("p", "ccc_v", "ccc_a", *TASKS) if result[key] is not None}
+
+
+def _build_model(config: Config) -> nn.Module:
+    import tempfile
+    from pathlib import Path
+
+    if not storage.is_s3(config.model.weights):
+        return build_model(config.model, seed=config.run.seed)
+    with tempfile.TemporaryDirectory(prefix="mtl_dist-weights-") as scratch:
+        path = Path(scratch) / config.model.weights.rpartition("/")[2]
+        storage.download(config.model.weights, path)
+        return build_model(config.model, seed=config.run.seed, weights_file=path)
+
+
+def _pick_device(config: Config, context: RunContext) -> torch.device:
+    wanted = config.engine.device
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise InputError("engine.device is cuda, but torch sees no GPU here; use auto or cpu")
+    if config.engine.batchnorm == "sync" and wanted == "cpu":
+        raise InputError(
+            "engine.batchnorm is sync, which torch has on GPUs only; use local (buffers are averaged) or frozen"
+        )
+    return torch.device(wanted, torch.cuda.current_device()) if wanted == "cuda" else torch.device("cpu")
+
+
+def _freeze_batchnorm(module: nn.Module) -> None:
+    for child in module.modules():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            child.eval()
+
+
+@torch.no_grad()
+def _average_buffers(model: nn.Module, config: Config) -> None:
+    """Make BatchNorm's running statistics the mean over ranks: DeepSpeed saves rank 0's and evaluates with each own."""
+    if dist.get_world_size() == 1 or config.engine.batchnorm != "local":
+        return
+    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers])):
+        buffer.copy_(mean.view_as(buffer))
+
+
+def _any_rank(asked: bool) -> bool:
+    """Whether any rank was asked to stop: all ranks must leave the loop at the same step."""
+    if dist.get_world_size() == 1:
+        return asked
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    flag = torch.tensor(float(asked), device=device)
+    dist.all_reduce(flag)
+    return bool(flag)

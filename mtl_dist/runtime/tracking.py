@@ -1,0 +1,106 @@
+"""What a run tells: metrics.jsonl in its storage is the truth, the console a view of it. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mtl_dist import storage
+from mtl_dist.tasks import TASKS
+
+METRICS = "metrics.jsonl"
+LINE_EVERY_S = 10.0
+SCORE_NAMES = {"ccc_v": "CCC V", "ccc_a": "CCC A", "va": "VA", "expr": "EXPR F1", "au": "AU F1", "p": "P"}
+
+
+class Tracker:
+    """Collects records of a run and writes them to <run>/metrics.jsonl at every `flush`."""
+
+    def __init__(self, run_uri: str, *, resumed_at: int):
+        self.uri = storage.join(run_uri, METRICS)
+        # Steps after the checkpoint that a run continues from are done again: their old records go.
+        self.records = [record for record in read_records(run_uri) if record["step"] <= resumed_at]
+        self.console = Console(highlight=False)
+        self._window = _Window()
+        self._last_line = time.monotonic()
+
+    def step(
+        self, step: int, total: int, epoch: int, lr: float, losses: dict[str, float], *, images: int, waited_s: float
+    ) -> None:
+        """Take note of a finished step; print a line now and then."""
+        self.records.append({"kind": "step", "step": step, "epoch": epoch, "lr": lr, "loss": losses})
+        self._window.add(images, waited_s)
+        now = time.monotonic()
+        if now - self._last_line < (1.0 if self.console.is_terminal else LINE_EVERY_S) and step < total:
+            return
+        self._last_line = now
+        speed, waiting = self._window.rates()
+        left = (total - step) * self._window.seconds / max(self._window.steps, 1)
+        shown = "  ".join(f"{task} {losses[task]:.3f}" for task in (*TASKS, "total") if task in losses)
+        line = (
+            f"epoch {epoch + 1}  step {step}/{total}  loss {shown}  {speed:.0f} images/s  "
+            f"waiting for data {waiting:.0%}  {left:.0f} s left"
+        )
+        self.console.print(line, end="\r" if self.console.is_terminal else "\n", soft_wrap=True)
+        self._window = _Window()
+
+    def evaluated(self, step: int, epoch: int, scores: dict[str, Any], constant: dict[str, Any]) -> None:
+        """Take note of an evaluation and print its scores beside the constant predictor's."""
+        self.records.append({"kind": "eval", "step": step, "epoch": epoch, "scores": scores})
+        parts = "  ".join(f"{name} {_cell(scores[key])}" for key, name in SCORE_NAMES.items())
+        self.console.print(
+            f"epoch {epoch + 1} scores  {parts}  (constant predictor: P {constant['p']:.4f})", soft_wrap=True
+        )
+        self._window = _Window()  # the time of an evaluation is not the steps'
+
+    def flush(self) -> None:
+        storage.write_bytes(self.uri, "".join(json.dumps(record) + "\n" for record in self.records).encode())
+
+
+class _Window:
+    """Images, steps and waiting since the last line."""
+
+    def __init__(self):
+        self.begun, self.images, self.steps, self.waited_s = time.monotonic(), 0, 0, 0.0
+
+    def add(self, images: int, waited_s: float) -> None:
+        self.images, self.steps, self.waited_s = self.images + images, self.steps + 1, self.waited_s + waited_s
+
+    @property
+    def seconds(self) -> float:
+        return max(time.monotonic() - self.begun, 1e-9)
+
+    def rates(self) -> tuple[float, float]:
+        """Images a second, and the share of time spent waiting for data."""
+        return self.images / self.seconds, self.waited_s / self.seconds
+
+
+def read_records(run_uri: str) -> list[dict[str, Any]]:
+    """Read a run's metrics.jsonl; empty where there is none."""
+    try:
+        lines = storage.read_bytes(storage.join(run_uri, METRICS)).decode().splitlines()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines]
+
+
+def print_scores(rows: dict[str, dict[str, Any]], *, title: str = "") -> None:
+    """Print the results table: a row a method; a task without labels says so, and so does P of what it covers."""
+    # A log is as wide as its lines: wrapping a table to 80 columns where there is no terminal only breaks it.
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120
+    table = Table("", *SCORE_NAMES.values(), title=title, title_justify="left")
+    for name, scores in rows.items():
+        covered = "" if len(scores["covers"]) == len(TASKS) else f" ({', '.join(scores['covers']) or 'nothing'} only)"
+        cells = [_cell(scores[key]) for key in SCORE_NAMES]
+        table.add_row(name, *cells[:-1], cells[-1] + covered)
+    console.print(table)
+
+
+def _cell(score: float | None) -> str:
+    return "no labels" if score is None else f"{score:.4f}"
