@@ -11,8 +11,8 @@ The same from Python, for tests and demos:
     with LocalCluster(tmp_path, nodes=2) as cluster:
         subprocess.run([...], env=os.environ | cluster.client_env())
 
-Every process of a cluster carries MTL_CLUSTER_ID in its environment, and the id follows from the directory alone. `down` ends
-whatever carries the id, so it needs no correct list of pids and also cleans up after a kill -9 of anything, `up` included.
+Every process of a cluster carries MTL_CLUSTER_ID in its environment, and the id follows from the directory alone.
+`down` ends whatever carries the id: it needs no list of pids and cleans up after a kill -9 of anything, also of `up`.
 Nodes have CPUs only. Linux only (/proc, pidfd, the whole of 127.0.0.0/8 on the loopback interface).
 """
 
@@ -49,8 +49,8 @@ START_TIMEOUT_S = 60.0
 TERM_GRACE_S = 1.5  # Ray's processes need no goodbye; more would only make `down` slow
 POLL_S = 0.1
 OBJECT_STORE_BYTES = 200_000_000
-# Below the kernel's ephemeral range, so no outgoing connection takes a port between our check and the server's bind, and above
-# the 10002-19999 of other Ray clusters' workers.
+# Below the kernel's ephemeral range: no outgoing connection takes a port between our check and the server's bind.
+# Above the 10002-19999 of other Ray clusters' workers.
 PORT_RANGE = range(20_000, 32_000)
 
 ID_VARIABLE = "MTL_CLUSTER_ID"
@@ -102,7 +102,7 @@ class ClusterState:
         no_proxy = [host for host in os.environ.get("NO_PROXY", os.environ.get("no_proxy", "")).split(",") if host]
         hosts = [*no_proxy, "localhost", "127.0.0.1", *(node_ip(index) for index in range(self.nodes))]
         return {
-            # `ray job submit` prefers RAY_API_SERVER_ADDRESS, also to its own --address (!); ray.init reads RAY_ADDRESS only.
+            # ray.init reads RAY_ADDRESS. `ray job submit` prefers RAY_API_SERVER_ADDRESS, even to its own --address.
             "RAY_ADDRESS": self.gcs_address,
             "RAY_API_SERVER_ADDRESS": self.dashboard_url,
             "RAY_AUTH_MODE": "token",
@@ -131,7 +131,7 @@ class LocalCluster:
         down(self.dir, purge=self.purge)
 
 
-# ------------------------------------------------------------------------------------------------------------------- the verbs
+# ----------------------------------------------------------------------------------------------------------- the verbs
 
 
 def up(
@@ -162,7 +162,9 @@ def up(
         (dir / "s3").mkdir(exist_ok=True)
         (dir / "s3" / MARKER).touch()
     except OSError as error:
-        raise ValueError(f"cannot keep a cluster in {dir}: {error.strerror}: choose a directory that can be written") from None
+        raise ValueError(
+            f"cannot keep a cluster in {dir}: {error.strerror}: choose a directory that can be written"
+        ) from None
 
     with lock(dir):
         state = load_state(dir)
@@ -171,8 +173,8 @@ def up(
                 progress(f"already running in {dir}")
                 return state
             raise ValueError(
-                f"a cluster of {state.nodes} nodes x {state.cpus_per_node} CPUs already runs in {dir}, not {nodes} x {cpus_per_node}:"
-                f" take it down first, or choose another directory"
+                f"a cluster of {state.nodes} nodes x {state.cpus_per_node} CPUs already runs in {dir},"
+                f" not {nodes} x {cpus_per_node}: take it down first, or choose another directory"
             )
         if end_processes(cluster_id(dir)):
             progress("ended what was left of a dead cluster")
@@ -218,10 +220,12 @@ def load_state(dir: Path | str) -> ClusterState | None:
 def dead_parts(state: ClusterState) -> list[str]:
     """Name the parts of a cluster that do not run; all of them where `up` never finished."""
     parts = ["s3", "gcs", "dashboard", *(f"node-{index}" for index in range(state.nodes))]
-    return [name for name in parts if name not in state.processes or not is_alive(state.cluster_id, state.processes[name])]
+    return [
+        name for name in parts if name not in state.processes or not is_alive(state.cluster_id, state.processes[name])
+    ]
 
 
-# --------------------------------------------------------------------------------------------------------------- identity, files
+# ----------------------------------------------------------------------------------------------------- identity, files
 
 
 def cluster_id(dir: Path) -> str:
@@ -315,7 +319,7 @@ def lock(dir: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-# ----------------------------------------------------------------------------------------------------------------------- starting
+# ------------------------------------------------------------------------------------------------------------ starting
 
 
 def start(state: ClusterState, *, timeout_s: float, progress: Progress) -> ClusterState:
@@ -336,9 +340,12 @@ def start(state: ClusterState, *, timeout_s: float, progress: Progress) -> Clust
     create_bucket(state)
     say(f"S3 server answers at {state.s3_endpoint}, bucket {BUCKET}")
 
-    # The other nodes need the head's raylet, which comes up a moment after the dashboard: about the time they take to import Ray.
+    # The other nodes need the head's raylet, which starts after the dashboard, while they import Ray.
     wait_until(lambda: read_dashboard(state, "/api/version") is not None, state, started, "the dashboard", deadline)
-    say(f"dashboard answers at {state.dashboard_url}" + (f", starting {state.nodes - 1} more nodes" if state.nodes > 1 else ""))
+    say(
+        f"dashboard answers at {state.dashboard_url}"
+        + (f", starting {state.nodes - 1} more nodes" if state.nodes > 1 else "")
+    )
     started |= {f"node-{index}": start_node(state, index) for index in range(1, state.nodes)}
     wait_until(lambda: count_nodes(state) == state.nodes, state, started, f"{state.nodes} nodes", deadline)
     commands = [process for name, process in started.items() if name != "s3"]
@@ -379,7 +386,10 @@ def start_node(state: ClusterState, index: int) -> subprocess.Popen:
         command += ["--address", state.gcs_address]
     command += ["--node-ip-address", node_ip(index), "--node-name", f"node-{index}", "--num-gpus", "0"]
     command += ["--num-cpus", str(state.cpus_per_node), "--object-store-memory", str(OBJECT_STORE_BYTES)]
-    command += ["--temp-dir", str(runtime_dir(state.cluster_id) / str(index))]  # one each: its logs, its working directories
+    command += [
+        "--temp-dir",
+        str(runtime_dir(state.cluster_id) / str(index)),
+    ]  # one each: its logs, its working directories
     # Any free port; the defaults, 52365 and 10002-19999, are those of every other cluster.
     command += ["--dashboard-agent-listen-port", "0", "--min-worker-port", "0", "--max-worker-port", "0"]
     return launch(state, f"node-{index}", command, node_env(state))
@@ -434,7 +444,9 @@ def wait_until(
         for name, process in started.items():
             code = process.poll()
             if code is not None and (code != 0 or name == "s3"):
-                raise ClusterError(f"{name} ended with code {code} before {what} was ready\n{read_log_tails(state, [name])}")
+                raise ClusterError(
+                    f"{name} ended with code {code} before {what} was ready\n{read_log_tails(state, [name])}"
+                )
         if time.monotonic() > deadline:
             waiting = [name for name, process in started.items() if process.poll() is None and name != "s3"] or ["s3"]
             raise ClusterError(f"{what} did not answer in time\n{read_log_tails(state, waiting)}")
@@ -474,7 +486,9 @@ def create_bucket(state: ClusterState) -> None:
         if BUCKET not in [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]:
             client.create_bucket(Bucket=BUCKET)
     except (BotoCoreError, ClientError) as error:
-        raise ClusterError(f"the S3 server refuses a signed request: {error}\n{read_log_tails(state, ['s3'])}") from error
+        raise ClusterError(
+            f"the S3 server refuses a signed request: {error}\n{read_log_tails(state, ['s3'])}"
+        ) from error
 
 
 def read_http(url: str, token: str | None = None) -> bytes | None:
@@ -532,7 +546,7 @@ def find_parts(state: ClusterState) -> dict[str, Process]:
     return dict(sorted(parts.items()))
 
 
-# ------------------------------------------------------------------------------------------------------------------------- ending
+# -------------------------------------------------------------------------------------------------------------- ending
 
 
 def end_processes(id: str) -> int:
@@ -540,7 +554,8 @@ def end_processes(id: str) -> int:
     seen: set[int] = set()
     begin = time.monotonic()
     termed: set[int] = set()
-    while pids := find_processes(id):
+    # Twice: one scan can miss a process that was forked behind it by one that ended before it came there.
+    while pids := find_processes(id) or find_processes(id):
         seen.update(pids)
         elapsed_s = time.monotonic() - begin
         if elapsed_s > 15:
@@ -609,7 +624,7 @@ def send_signal(id: str, pid: int, number: signal.Signals) -> None:
             os.close(descriptor)
 
 
-# ------------------------------------------------------------------------------------------------------------------- command line
+# -------------------------------------------------------------------------------------------------------- command line
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -649,22 +664,38 @@ def build_parser() -> argparse.ArgumentParser:
         )
         sub.set_defaults(command=command)
         sub.add_argument(
-            "--dir", type=Path, default=default_dir(), help="where its state is kept (default: $MTL_CLUSTER_DIR or %(default)s)"
+            "--dir",
+            type=Path,
+            default=default_dir(),
+            help="where its state is kept (default: $MTL_CLUSTER_DIR or %(default)s)",
         )
         if verb == "up":
             sub.add_argument("--nodes", type=int, default=2, help="Ray nodes, the head included (default: %(default)s)")
-            sub.add_argument("--cpus-per-node", type=int, default=4, help="logical CPUs of a node (default: %(default)s)")
-            sub.add_argument("--timeout", type=float, default=START_TIMEOUT_S, help="seconds until giving up (default: %(default)s)")
+            sub.add_argument(
+                "--cpus-per-node", type=int, default=4, help="logical CPUs of a node (default: %(default)s)"
+            )
+            sub.add_argument(
+                "--timeout", type=float, default=START_TIMEOUT_S, help="seconds until giving up (default: %(default)s)"
+            )
         if verb == "down":
             sub.add_argument("--purge", action="store_true", help="remove what the S3 server stores too")
     return parser
 
 
 EXAMPLES = {
-    "all": "examples:\n  python -m cluster.local up --nodes 2\n  python -m cluster.local status\n  python -m cluster.local down",
-    "up": "examples:\n  python -m cluster.local up\n  python -m cluster.local up --nodes 4 --cpus-per-node 2 --dir /tmp/other",
-    "down": "examples:\n  python -m cluster.local down\n  python -m cluster.local down --dir /tmp/other --purge",
-    "status": "examples:\n  python -m cluster.local status\n  python -m cluster.local status --dir /tmp/other",
+    "all": """examples:
+  python -m cluster.local up --nodes 2
+  python -m cluster.local status
+  python -m cluster.local down""",
+    "up": """examples:
+  python -m cluster.local up
+  python -m cluster.local up --nodes 4 --cpus-per-node 2 --dir /tmp/other""",
+    "down": """examples:
+  python -m cluster.local down
+  python -m cluster.local down --dir /tmp/other --purge""",
+    "status": """examples:
+  python -m cluster.local status
+  python -m cluster.local status --dir /tmp/other""",
 }
 
 
@@ -686,7 +717,7 @@ def run_up(args: argparse.Namespace) -> int:
         f"jobs         {state.dashboard_url}\n"
         f"S3           {state.s3_endpoint}  (bucket {BUCKET}, stored in {state.dir / 's3'})\n"
         f"environment  source {shlex.quote(str(state.dir / 'env.sh'))}\n"
-        f"then e.g.    ray job submit --working-dir . -- python -c 'import ray; ray.init(); print(len(ray.nodes()))'\n"
+        f"then e.g.    python -m ray.scripts.scripts job submit --working-dir . -- python -m mtl_dist.train --help\n"
         f"bring down   python -m cluster.local down{option}"
     )
     return 0
@@ -704,7 +735,10 @@ def run_down(args: argparse.Namespace) -> int:
 def run_status(args: argparse.Namespace) -> int:
     state = load_state(args.dir)
     if state is None or not state.processes:
-        print(f"nothing runs in {args.dir}" + ("" if state is None else " (an `up` did not finish: run `down`, or `up` again)"))
+        print(
+            f"nothing runs in {args.dir}"
+            + ("" if state is None else " (an `up` did not finish: run `down`, or `up` again)")
+        )
         return 1
     dead = dead_parts(state)
     alive = read_nodes(state)

@@ -45,7 +45,8 @@ class _LinePrinter:
     def advance(self, count: int) -> None:
         self.finished += count
         now = time.monotonic()
-        if now - self.last_line < LINE_EVERY_S and self.finished < self.total:
+        is_end = self.finished - count < self.total <= self.finished
+        if now - self.last_line < LINE_EVERY_S and not is_end:
             return
         self.last_line = now
         rate = self.finished / max(now - self.begun, 1e-9)

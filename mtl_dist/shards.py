@@ -164,7 +164,7 @@ def synth(
 
     _check_positive(num_train=num_train, num_val=num_val, jobs=jobs)
     storage.check_writable(str(dest))
-    with progress_bar("rendering faces", num_train + num_val) as advance:
+    with progress_bar("rendering faces", 2 * (num_train + num_val)) as advance:
         summary = write_synthetic(dest, num_train=num_train, num_val=num_val, seed=seed, jobs=jobs, progress=advance)
     print(f"{dest}: " + ", ".join(f"{key} {value}" for key, value in summary.items()))
 

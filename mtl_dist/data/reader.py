@@ -50,13 +50,10 @@ class ShardReader:
                 values.append(getattr(opened.sidecar, name)[place])
         return _collate(pixels, picked)
 
-    def image_names(self, samples: np.ndarray) -> list[str]:
-        """Return "video/frame.jpg" of samples by number."""
-        names = {}
-        shards = np.searchsorted(self._starts, samples, side="right") - 1
-        for shard in np.unique(shards):
-            names[int(shard)] = self._shard(int(shard)).sidecar.image_names()
-        return [names[int(shard)][int(sample - self._starts[shard])] for shard, sample in zip(shards, samples)]
+    def rows_and_names(self) -> tuple[np.ndarray, list[str]]:
+        """Return the row number (n,) and "video/frame.jpg" of every sample of the set, in its order."""
+        sidecars = [self._shard(number).sidecar for number in range(len(self.index.shards))]
+        return np.concatenate([s.row for s in sidecars]), [name for s in sidecars for name in s.image_names()]
 
     def warm(self, shards: np.ndarray) -> None:
         """Fetch shards into the cache and open them, ahead of need."""

@@ -197,7 +197,7 @@ def _train_step(
         loss = engine(part, label, total, parts=parts)
         engine.backward(loss.total)
         engine.step()
-    return loss
+    return loss._replace(total=loss.total.detach())
 
 
 def _seed_dropout(config: Config, step: int, rank: int, part: int) -> None:

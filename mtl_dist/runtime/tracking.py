@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from typing import Any
@@ -51,7 +52,9 @@ class Tracker:
     def evaluated(self, step: int, epoch: int, scores: dict[str, Any], constant: dict[str, Any]) -> None:
         """Take note of an evaluation and print its scores beside the constant predictor's."""
         self.records.append({"kind": "eval", "step": step, "epoch": epoch, "scores": scores})
-        parts = "  ".join(f"{name} {_cell(scores[key])}" for key, name in SCORE_NAMES.items())
+        parts = "  ".join(
+            f"{name} {_cell(scores[key])}" for key, name in SCORE_NAMES.items() if scores[key] is not None
+        )
         self.console.print(
             f"epoch {epoch + 1} scores  {parts}  (constant predictor: P {constant['p']:.4f})", soft_wrap=True
         )
@@ -89,17 +92,32 @@ def read_records(run_uri: str) -> list[dict[str, Any]]:
 
 
 def print_scores(rows: dict[str, dict[str, Any]], *, title: str = "") -> None:
-    """Print the results table: a row a method; a task without labels says so, and so does P of what it covers."""
-    # A log is as wide as its lines: wrapping a table to 80 columns where there is no terminal only breaks it.
-    console = Console(highlight=False)
+    """Print the results table: a row a method."""
+    _scores_console().print(_scores_table(rows, title))
+
+
+def render_scores(rows: dict[str, dict[str, Any]]) -> str:
+    """Return the results table as text."""
+    console = _scores_console(file=io.StringIO())
+    console.print(_scores_table(rows, ""))
+    return console.file.getvalue()
+
+
+def _scores_console(**options: Any) -> Console:
+    console = Console(highlight=False, **options)
     if not console.is_terminal:
-        console.width = 120
+        console.width = 120  # of a log or a file: wrapping a table to 80 columns only breaks it
+    return console
+
+
+def _scores_table(rows: dict[str, dict[str, Any]], title: str) -> Table:
+    """A task without labels says so, and so does the P of what it covers."""
     table = Table("", *SCORE_NAMES.values(), title=title, title_justify="left")
     for name, scores in rows.items():
         covered = "" if len(scores["covers"]) == len(TASKS) else f" ({', '.join(scores['covers']) or 'nothing'} only)"
         cells = [_cell(scores[key]) for key in SCORE_NAMES]
         table.add_row(name, *cells[:-1], cells[-1] + covered)
-    console.print(table)
+    return table
 
 
 def _cell(score: float | None) -> str:

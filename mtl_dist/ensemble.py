@@ -1,0 +1,228 @@
+"""The final job: ensemble the best checkpoint of each view on the validation split and write the challenge score.
+
+Examples:
+    python -m mtl_dist.ensemble --runs runs/cropped runs/cropped_aligned --out runs/ensemble
+    ray job submit -- python -m mtl_dist.ensemble --runs s3://bucket/runs/cropped s3://bucket/runs/cropped_aligned
+        --out s3://bucket/runs/ensemble
+
+Writes to --out: score.json, predictions.csv (a line a row), table.txt.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import tyro
+
+from mtl_dist import storage
+from mtl_dist.errors import InputError, run_command
+from mtl_dist.tasks import AUS, EXPRESSIONS
+
+if TYPE_CHECKING:
+    from mtl_dist.config import Config
+    from mtl_dist.data.index import Index
+    from mtl_dist.runtime.checkpoint import Checkpoint
+    from mtl_dist.runtime.evaluate import Predicted
+
+
+@dataclass(frozen=True)
+class EnsembleCommand:
+    runs: tuple[str, ...]
+    """Runs to ensemble, one of each view: <storage>/<name> of each, as training printed it."""
+    out: str
+    """Directory or s3:// prefix to write to."""
+    val: tuple[str, ...] = ()
+    """Validation sets in the order of --runs, where they have moved since training."""
+    batch: int = 64
+    """Images per forward pass."""
+    workers: int = 1
+    """Loader threads."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class Member(NamedTuple):
+    """A run with its best checkpoint and its validation set."""
+
+    run_uri: str
+    checkpoint: Checkpoint
+    config: Config
+    val_uri: str
+    val: Index
+
+
+def main(args: list[str] | None = None) -> None:
+    command = tyro.cli(EnsembleCommand, args=args, prog="python -m mtl_dist.ensemble", description=__doc__)
+    from mtl_dist.objective.metrics import constant_scores, metric_sums, scores
+    from mtl_dist.runtime.tracking import print_scores, render_scores
+
+    if len(command.runs) < 2:
+        raise InputError(f"--runs names {len(command.runs)} run; expected two, one of each view")
+    if command.val and len(command.val) != len(command.runs):
+        raise InputError(f"--val names {len(command.val)} sets for {len(command.runs)} runs; expected one each")
+    members = [open_member(run, *command.val[place : place + 1]) for place, run in enumerate(command.runs)]
+    _check_members(members)
+    storage.check_writable(command.out)
+    predicted = [predict_member(member, command) for member in members]
+    ensemble = combine(predicted)
+
+    val = members[0].val
+    results = {"constant predictor": constant_scores(val.labels)}
+    for member, own in zip(members, predicted):
+        results[member.val.view] = scores(metric_sums(own.predictions, own.targets))
+    results["ensemble"] = scores(metric_sums(ensemble.predictions, ensemble.targets))
+    names = image_names(members[0])
+    storage.write_bytes(storage.join(command.out, "predictions.csv"), _predictions_csv(ensemble, names))
+    storage.write_bytes(storage.join(command.out, "table.txt"), render_scores(results).encode())
+    report = {
+        "p": results["ensemble"]["p"],
+        "covers": results["ensemble"]["covers"],
+        "scores": results,
+        "members": [_about(member) for member in members],
+        "rows": val.rows,
+    }
+    storage.write_bytes(storage.join(command.out, "score.json"), json.dumps(report, indent=1).encode())
+    print_scores(results, title=f"{val.rows} validation rows")
+    print(f"challenge score P {report['p']:.4f} of {len(report['covers'])} task(s): {', '.join(report['covers'])}")
+    print(
+        "wrote " + ", ".join(storage.join(command.out, name) for name in ("score.json", "predictions.csv", "table.txt"))
+    )
+
+
+def open_member(run_uri: str, val_uri: str | None = None) -> Member:
+    """Find a run's best committed checkpoint and its validation set. Raises `InputError`."""
+    from mtl_dist.config import build_config, unflatten
+    from mtl_dist.data.index import check_stored, read_index
+    from mtl_dist.runtime.checkpoint import best, committed, read_state
+
+    found, skipped = committed(run_uri)
+    chosen = best(found)
+    if chosen is None:
+        reasons = f" ({'; '.join(skipped)})" if skipped else ""
+        raise InputError(
+            f"run {run_uri} has no committed checkpoint with a score{reasons}; train it first, or correct the name"
+        )
+    try:
+        state = read_state(chosen)
+    except ValueError as error:
+        raise InputError(f"{error}; delete {chosen.uri} to use the next best checkpoint") from None
+    config = build_config(unflatten(state["config"]))
+    val_uri = val_uri or config.data.val
+    val = read_index(val_uri)
+    if val.sha256 != state["identity"]["validation set"]:
+        raise InputError(
+            f"{val_uri} is not the validation set that {chosen.uri} was scored on; give the right one with --val"
+        )
+    check_stored(val_uri, val)
+    return Member(run_uri, chosen, config, val_uri, val)
+
+
+def predict_member(member: Member, command: EnsembleCommand) -> Predicted:
+    """Predict a member's validation split with its best checkpoint, rows in ascending order."""
+    import numpy as np
+    import torch
+
+    from mtl_dist.data.cache import GIB, Cache
+    from mtl_dist.data.loader import eval_batches
+    from mtl_dist.data.reader import ShardReader
+    from mtl_dist.models import build_model
+    from mtl_dist.objective.metrics import Predictions, Targets
+    from mtl_dist.progress import progress_bar
+    from mtl_dist.runtime.checkpoint import read_model
+    from mtl_dist.runtime.evaluate import Predicted, predict
+
+    config = member.config
+    model = build_model(config.model.model_copy(update={"weights": "none"}))
+    try:
+        model.load_state_dict(read_model(member.checkpoint))
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"{member.checkpoint.uri}: {error}; delete it to use the next best checkpoint") from None
+    wanted = command.device if command.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(wanted)
+    cache = Cache(config.data.cache_dir, max_bytes=int(config.data.cache_gib * GIB))
+    batches = eval_batches(
+        ShardReader(member.val_uri, member.val, cache), batch=command.batch, rank=0, num_ranks=1,
+        size=config.data.image_size, workers=command.workers, prefetch=config.data.prefetch)  # fmt: skip
+    with progress_bar(f"predicting {member.val.view}", member.val.rows) as advance:
+        predicted = predict(model.to(device), batches, device=device, size=config.input_size, progress=advance)
+    by_row = np.argsort(predicted.rows)
+    return Predicted(
+        predicted.rows[by_row],
+        Predictions(*(array[by_row] for array in predicted.predictions)),
+        Targets(*(array[by_row] for array in predicted.targets)),
+    )
+
+
+def combine(members: list[Predicted]) -> Predicted:
+    """Average probabilities and VA of members, row by row. Raises `InputError` where rows or labels do not pair."""
+    import numpy as np
+
+    first = members[0]
+    for other in members[1:]:
+        if not np.array_equal(first.rows, other.rows):
+            odd = np.setxor1d(first.rows, other.rows)[:5].tolist()
+            raise InputError(
+                f"the views do not hold the same validation rows (such as {odd}); make both from one source"
+            )
+        for name, mine, theirs in zip(first.targets._fields, first.targets, other.targets):
+            if not np.array_equal(mine, theirs):
+                raise InputError(f"the views' labels differ ({name}) for one row; make both from one annotation file")
+    columns = zip(*(member.predictions for member in members))
+    return first._replace(predictions=type(first.predictions)(*(np.mean(column, axis=0) for column in columns)))
+
+
+def image_names(member: Member) -> list[str]:
+    """Return "video/frame.jpg" of a member's validation rows, in ascending order of rows."""
+    import numpy as np
+
+    from mtl_dist.data.cache import Cache
+    from mtl_dist.data.reader import ShardReader
+
+    reader = ShardReader(member.val_uri, member.val, Cache(member.config.data.cache_dir))
+    rows, names = reader.rows_and_names()
+    return [names[place] for place in np.argsort(rows)]
+
+
+def _check_members(members: list[Member]) -> None:
+    views = [member.val.view for member in members]
+    for view in views:
+        if views.count(view) > 1:
+            same = ", ".join(member.run_uri for member in members if member.val.view == view)
+            raise InputError(f"{same} are all of view '{view}'; expected one run of each view")
+    sources = {member.val.source_sha256 for member in members}
+    if len(sources) > 1:
+        raise InputError(
+            "the runs' validation sets come from different annotation files; make both views from one source"
+        )
+
+
+def _about(member: Member) -> dict[str, Any]:
+    return {
+        "run": member.run_uri,
+        "view": member.val.view,
+        "checkpoint": member.checkpoint.uri,
+        "step": member.checkpoint.step,
+        "p_in_training": member.checkpoint.score,
+        "validation_set": {"uri": member.val_uri, "sha256": member.val.sha256},
+    }
+
+
+def _predictions_csv(predicted: Predicted, names: list[str]) -> bytes:
+    """One line a row: row, image, VA, class and its probabilities, AUs and their probabilities."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    aus = [f"AU{number}" for number in AUS]
+    writer.writerow(
+        ["row", "image", "valence", "arousal", "expression", *(f"p_{name}" for name in (*EXPRESSIONS, *aus))]
+    )
+    for row, name, va, expr, au in zip(predicted.rows, names, *predicted.predictions):
+        numbers = [f"{value:.4f}" for value in (*va.clip(-1, 1), *expr, *au)]
+        writer.writerow([row, name, *numbers[:2], EXPRESSIONS[expr.argmax()], *numbers[2:]])
+    return text.getvalue().encode()
+
+
+if __name__ == "__main__":
+    run_command(main)
