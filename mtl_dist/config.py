@@ -13,6 +13,7 @@ import pydantic
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from mtl_dist import storage
 from mtl_dist.errors import InputError, nearest
 from mtl_dist.tasks import TASKS
 
@@ -21,6 +22,13 @@ MAX_AUTO_STREAMS = 64
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def __init__(self, **values: Any):
+        try:
+            super().__init__(**values)
+        except pydantic.ValidationError as error:
+            # One line a fault: pydantic's own text is for programmers, and the command line shows what is raised here.
+            raise InputError(explain_validation(error)) from None
 
 
 class RunConfig(Section):
@@ -236,10 +244,7 @@ def build_config(*layers: dict[str, Any]) -> Config:
     for layer in layers:
         _check_keys(layer, Config, path="")
         _merge(merged, layer)
-    try:
-        return Config.model_validate(merged)
-    except pydantic.ValidationError as error:
-        raise InputError(explain_validation(error)) from None
+    return Config(**merged)
 
 
 def explain_validation(error: pydantic.ValidationError) -> str:
@@ -248,24 +253,26 @@ def explain_validation(error: pydantic.ValidationError) -> str:
     for fault in error.errors():
         path = ".".join(str(part) for part in fault["loc"])
         message = fault["msg"].removeprefix("Value error, ")
-        shown = fault["input"]
-        value = "" if not path or isinstance(shown, dict | BaseModel) else f" is {shown!r}"
+        if isinstance(fault.get("ctx", {}).get("error"), InputError):  # of a section below: it names its key itself
+            lines.append(f"{path}.{message}")
+            continue
+        value = "" if not path or isinstance(fault["input"], dict | BaseModel) else f" is {fault['input']!r}"
         lines.append(f"{path}{value}: {message}" if path else message)
     return "; ".join(lines)
 
 
-def read_config_file(path: Path) -> dict[str, Any]:
-    """Read a YAML configuration (nested or with dotted keys) as a nested dict."""
+def read_config_file(uri: str) -> dict[str, Any]:
+    """Read a YAML configuration (nested or with dotted keys), local or on s3://, as a nested dict."""
     try:
-        loaded = yaml.safe_load(path.read_text())
+        loaded = yaml.safe_load(storage.read_bytes(uri))
     except OSError as error:
-        raise InputError(f"configuration {path} cannot be read: {error.strerror}; give a YAML file") from None
+        raise InputError(f"configuration {uri} cannot be read ({error}); give a YAML file") from None
     except yaml.YAMLError as error:
-        raise InputError(f"configuration {path} is not YAML: {error}") from None
+        raise InputError(f"configuration {uri} is not YAML: {error}") from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
-        raise InputError(f"configuration {path} holds a {type(loaded).__name__}; expected a mapping of sections")
+        raise InputError(f"configuration {uri} holds a {type(loaded).__name__}; expected a mapping of sections")
     return unflatten(loaded)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
@@ -37,8 +36,8 @@ class CommandConfig(Config):
 
     preset: str = "a"
     """Named complete configuration to start from: a, b or small."""
-    config: Path | None = None
-    """YAML file over the preset; flags go over both."""
+    config: str | None = None
+    """YAML file (or s3:// URI) over the preset; flags go over both."""
 
 
 def parse_command(command: type[Command], args: list[str] | None, *, prog: str, description: str) -> Command:
@@ -46,15 +45,12 @@ def parse_command(command: type[Command], args: list[str] | None, *, prog: str, 
     args = sys.argv[1:] if args is None else args
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     early.add_argument("--preset", default="a")
-    early.add_argument("--config", type=Path)
+    early.add_argument("--config")
     known, _ = early.parse_known_args([part for part in args if part not in ("-h", "--help")])
     resolved = build_config(load_preset(known.preset), read_config_file(known.config) if known.config else {})
     sections = {name: getattr(resolved, name) for name in Config.model_fields}
     default = command(**sections, preset=known.preset, config=known.config)
-    try:
-        return tyro.cli(command, default=default, args=args, prog=prog, description=description)
-    except ValueError as error:  # pydantic's, of values that only clash once they are together
-        raise _as_input_error(error) from None
+    return tyro.cli(command, default=default, args=args, prog=prog, description=description)
 
 
 def config_of(command: CommandConfig) -> Config:
@@ -64,13 +60,5 @@ def config_of(command: CommandConfig) -> Config:
 
 def load_preset(name: str) -> dict[str, Any]:
     if name not in PRESETS:
-        raise InputError(f"unknown preset '{name}': {nearest(name, PRESETS)}; known: {', '.join(PRESETS)}")
+        raise InputError(f"unknown preset '{name}': {nearest(name, PRESETS)}")
     return PRESETS[name]
-
-
-def _as_input_error(error: ValueError) -> InputError:
-    import pydantic
-
-    from mtl_dist.config import explain_validation
-
-    return InputError(explain_validation(error) if isinstance(error, pydantic.ValidationError) else str(error))

@@ -165,7 +165,7 @@ def ray_storage(uri: str):
 def _rank_main(settings: dict[str, Any]) -> None:
     from mtl_dist.runtime.loop import fit
 
-    fit(Config.model_validate(settings), RayContext())
+    fit(Config(**settings), RayContext())
 
 
 def _input_error_in(error: BaseException) -> InputError | None:

@@ -1,0 +1,25 @@
+"""One trial: a Ray Train run with a few settings of its own, named after the trial, so that it resumes like any run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mtl_dist import storage
+from mtl_dist.config import Config, build_config, unflatten
+
+
+def trial_config(base: dict[str, Any], params: dict[str, Any], trial_id: str, trials_uri: str) -> Config:
+    """Return the configuration of a trial: the search's, with the sampled settings, as a run of its own."""
+    own = {"run.name": f"trial-{trial_id}", "run.storage": trials_uri}
+    return build_config(base, unflatten(params), unflatten(own))
+
+
+def run_trial(params: dict[str, Any], *, base: dict[str, Any], search_uri: str) -> None:
+    """Train one trial and report its evaluations to Tune. Runs in a process of Tune's that needs next to no CPU."""
+    from ray import tune
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    from mtl_dist.runtime.launch import run_ray
+
+    config = trial_config(base, params, tune.get_context().get_trial_id(), storage.join(search_uri, "trials"))
+    run_ray(config, callbacks=[TuneReportCallback()])
