@@ -179,6 +179,8 @@ class RayConfig(Section):
     """Elastic number of training processes: training runs with as many as the cluster has, from MIN to MAX."""
     cpus_per_rank: float = Field(1.0, gt=0)
     gpus_per_rank: float = Field(0.0, ge=0)
+    placement: Literal["PACK", "SPREAD"] = "PACK"
+    """PACK ranks on few nodes (less network), or SPREAD them over many."""
     max_failures: int = Field(3, ge=-1)
     """Restarts after failures before the run gives up; -1: without end."""
 
@@ -300,7 +302,9 @@ def flatten(config: Config) -> dict[str, Any]:
 def _merge(target: dict[str, Any], layer: dict[str, Any]) -> None:
     for key, value in layer.items():
         if isinstance(value, dict):
-            _merge(target.setdefault(key, {}), value)
+            if not isinstance(target.get(key), dict):  # a section that was given as a plain value: the later one wins
+                target[key] = {}
+            _merge(target[key], value)
         else:
             target[key] = value
 

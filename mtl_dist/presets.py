@@ -20,10 +20,17 @@ PRESETS: dict[str, dict[str, Any]] = {
     # System A on a laptop: a small backbone from random initialisation, for synthetic faces and first tries.
     "small": {
         "data": {"image_size": 96},
-        "model": {"name": "a", "backbone": "small", "weights": "none", "dropout": 0.1},
-        "loss": {"expr_weights": "balanced"},
-        "optim": {"name": "adamw", "lr": 2e-3, "weight_decay": 0.02, "warmup_steps": 40},
-        "train": {"global_batch": 32, "epochs": 12},
+        "augment": {
+            "crop_scale": [0.9, 1.0],
+            "rotation": 4.0,
+            "brightness": 0.15,
+            "contrast": 0.15,
+            "saturation": 0.15,
+        },
+        "model": {"name": "a", "backbone": "small", "weights": "none", "dropout": 0.0},
+        "loss": {"expr_weights": "balanced", "au_weights": "balanced"},
+        "optim": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.02, "warmup_steps": 50},
+        "train": {"global_batch": 16, "epochs": 10},
         "checkpoint": {"keep_last": 1},
     },
 }

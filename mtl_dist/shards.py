@@ -89,7 +89,7 @@ def verify(uri: Annotated[str, tyro.conf.Positional], *, jobs: Jobs = CORES) -> 
     Args:
         uri: The directory or s3:// prefix that holds index.json.
     """
-    from mtl_dist.data.index import index_dir, read_index, repair_hint
+    from mtl_dist.data.index import index_dir, read_index
 
     _check_positive(jobs=jobs)
     index, faults = read_index(uri), []
@@ -99,7 +99,8 @@ def verify(uri: Annotated[str, tyro.conf.Positional], *, jobs: Jobs = CORES) -> 
             faults += found
             advance(shard.rows)
     if faults:
-        raise InputError("\n  ".join([f"{len(faults)} faults in {uri}:", *faults, f"to repair: {repair_hint(uri)}"]))
+        repair = "to repair: delete these, then run `python -m mtl_dist.shards create` with the original arguments"
+        raise InputError("\n  ".join([f"{len(faults)} faults in {uri}:", *faults, repair]))
     print(f"{uri}: {index.rows} rows in {len(index.shards)} shards are whole")
 
 

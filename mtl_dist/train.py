@@ -9,7 +9,7 @@ Examples:
 
 from __future__ import annotations
 
-from mtl_dist.config import dump_yaml
+from mtl_dist.config import Config, dump_yaml
 from mtl_dist.errors import run_command
 from mtl_dist.presets import CommandConfig, config_of, parse_command
 
@@ -35,15 +35,25 @@ def main(args: list[str] | None = None) -> None:
         from mtl_dist.runtime.launch import run_local
 
         run_local(config)
-        return
-    from mtl_dist.runtime.launch import connect, run_ray
+    else:
+        from mtl_dist.runtime.launch import connect, run_ray
 
-    connect(config)
-    print(plan, flush=True)
-    metrics = run_ray(config)
-    print(
-        f"run '{config.run.name}' is finished: {config.run.uri}" + (f", P {metrics['p']:.4f}" if "p" in metrics else "")
-    )
+        connect(config)
+        print(plan, flush=True)
+        run_ray(config)
+        finish_run(config)
+
+
+def finish_run(config: Config) -> None:
+    """Print the scores of a run's evaluations, as its storage has them."""
+    from mtl_dist.data.index import read_index
+    from mtl_dist.objective.metrics import constant_scores
+    from mtl_dist.runtime.tracking import print_scores, read_records
+
+    evaluations = [record for record in read_records(config.run.uri) if record["kind"] == "eval"]
+    rows = {"constant predictor": constant_scores(read_index(config.data.val).labels)}
+    rows |= {f"epoch {record['epoch'] + 1}": record["scores"] for record in evaluations}
+    print_scores(rows, title=f"run {config.run.uri}")
 
 
 if __name__ == "__main__":

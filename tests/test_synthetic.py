@@ -8,15 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mtl_dist.data.faces import ALIGNED_PX, Look, make_identity, render_views
-from mtl_dist.data.synthetic import (
-    ANNOTATION_FILES,
-    HEADER,
-    PARAMETERS_FILE,
-    annotation_text,
-    plan_splits,
-    write_synthetic,
-)
+from mtl_dist.data.annotations import FILES, HEADER
+from mtl_dist.data.canvas import ALIGNED_PX
+from mtl_dist.data.faces import render_views
+from mtl_dist.data.person import Look, make_identity
+from mtl_dist.data.synthetic import PARAMETERS_FILE, write_synthetic
+from mtl_dist.data.synthetic_plan import annotation_text, plan_splits
 from mtl_dist.tasks import AUS, EXPRESSIONS, VIEWS
 
 SIZES = {"num_train": 14, "num_val": 6, "frames_per_video": 5}
@@ -64,8 +61,8 @@ def large_plan():
 def test_layout(small_set):
     dest, summary, finished = small_set
     assert sum(finished) == summary["num_images_written"] == 2 * (14 + 6)
-    assert {path.name for path in dest.iterdir()} == {*VIEWS, *ANNOTATION_FILES.values(), PARAMETERS_FILE}
-    for split, name in ANNOTATION_FILES.items():
+    assert {path.name for path in dest.iterdir()} == {*VIEWS, *FILES.values(), PARAMETERS_FILE}
+    for split, name in FILES.items():
         rows = read_rows((dest / name).read_text())
         assert len(rows) == summary[split]["num_rows"]
         for image, *values in rows:
@@ -97,7 +94,7 @@ def test_rerun_does_nothing_and_repairs_what_is_missing(small_set):
     assert {path: path.stat().st_mtime_ns for path in dest.rglob("*.*")} == times
 
     # As a kill leaves it: no annotations yet, a frame half done.
-    (dest / ANNOTATION_FILES["val"]).unlink()
+    (dest / FILES["val"]).unlink()
     next(iter(sorted((dest / "cropped").rglob("*.jpg")))).unlink()
     assert write_synthetic(dest, **SIZES, seed=3)["num_images_written"] == 2
     assert read_tree(dest) == before

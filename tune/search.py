@@ -30,7 +30,15 @@ from tune.trial import run_trial, trial_config
 
 METRIC = "p"
 # What best.yaml leaves to the run that uses it.
-OWN_SETTINGS = ("run.name", "run.storage", "data.train", "data.val", "data.cache_dir")
+OWN_SETTINGS = (
+    "run.name",
+    "run.storage",
+    "data.train",
+    "data.val",
+    "data.cache_dir",
+    "engine.device",
+    "engine.threads",
+)
 
 
 class SearchConfig(Section):

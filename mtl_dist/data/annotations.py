@@ -81,9 +81,10 @@ def _parse_row(line: str, where: str) -> tuple[str, list[float]]:
         or ".." in parts
         or image.startswith("/")
         or "\\" in image
+        or not image.isprintable()
         or len(image.encode()) > MAX_NAME_BYTES
     ):
-        raise InputError(f"{where}: image is '{image}'; expected 'video/frame.jpg'")
+        raise InputError(f"{where}: image is {image!r}; expected 'video/frame.jpg'")
     try:
         values = [float(field) for field in fields[1:]]
     except ValueError:

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import shutil
 from pathlib import Path
 from typing import BinaryIO
 
@@ -41,9 +42,14 @@ class Cache:
             try:
                 file = path.open("rb")
                 fcntl.flock(file, fcntl.LOCK_SH)
-                if os.fstat(file.fileno()).st_nlink:  # 0: evicted between opening and locking
+                found = os.fstat(file.fileno())
+                if found.st_nlink and found.st_size == size:  # 0 links: evicted between opening and locking
+                    with contextlib.suppress(PermissionError):  # another user's
+                        os.utime(file.fileno())  # eviction goes by it; most mounts do not keep it by themselves
                     return file
                 file.close()
+                if found.st_size != size:
+                    path.unlink(missing_ok=True)  # cut short when the machine went down
             except FileNotFoundError:
                 pass
             self._fetch(uri, path, sha256=sha256, size=size)
@@ -69,36 +75,54 @@ class Cache:
             if path.exists():
                 return
             self._evict(room_for=size)
-            for _ in range(2):
-                part = path.with_suffix(".part")  # ours alone under the lock: a dead process's leftover is overwritten
-                try:
-                    storage.download(uri, part)
-                except FileNotFoundError:
-                    raise InputError(f"{uri} is gone, but the index lists it; {_hint(uri)}") from None
-                if part.stat().st_size == size and storage.sha256_of(part) == sha256:
-                    part.replace(path)
-                    return
-                part.unlink()
-            raise InputError(
-                f"{uri} is not what the index says (its sha256 or size differs, fetched twice); {_hint(uri)}"
-            )
+            # Ours alone under the lock. A directory, because boto3 has temporary names of its own.
+            scratch = path.with_suffix(".part")
+            try:
+                for _ in range(2):
+                    shutil.rmtree(scratch, ignore_errors=True)  # a dead process's leftover, too
+                    scratch.mkdir()
+                    part = scratch / "object"
+                    try:
+                        storage.download(uri, part)
+                    except FileNotFoundError:
+                        raise InputError(f"{uri} is gone, but the index lists it; {_hint(uri)}") from None
+                    if part.stat().st_size == size and storage.sha256_of(part) == sha256:
+                        part.replace(path)
+                        return
+                raise InputError(
+                    f"{uri} is not what the index says (its sha256 or size differs, fetched twice); {_hint(uri)}"
+                )
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
 
     def _evict(self, *, room_for: int) -> None:
         """Remove the files used longest ago until `room_for` more bytes fit; what a process holds open stays."""
-        found = []
+        found, total = [], 0
         for path in self.directory.iterdir():
             with contextlib.suppress(FileNotFoundError):
-                found.append((path.stat().st_atime_ns, path.stat().st_size, path))
-        total = sum(size for _, size, _ in found)
+                if path.suffix == ".part" and not _remove_leftover(path):  # a download under way
+                    total += sum(file.stat().st_size for file in path.iterdir())
+                elif not path.suffix:
+                    found.append((path.stat().st_atime_ns, path.stat().st_size, path))
+        total += sum(size for _, size, _ in found)
         for _, size, path in sorted(found):
             if total + room_for <= self.max_bytes:
                 return
-            if path.suffix:  # locks and downloads under way
-                continue
             with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
                 total -= size
+
+
+def _remove_leftover(scratch: Path) -> bool:
+    """Remove what a killed process had downloaded; False where a living one still does."""
+    with scratch.with_suffix(".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        shutil.rmtree(scratch, ignore_errors=True)
+    return True
 
 
 def _open_in_place(uri: str, size: int) -> BinaryIO:

@@ -125,8 +125,8 @@ def check_stored(uri: str, index: Index) -> None:
 
 def repair_hint(uri: str) -> str:
     return (
-        f"`python -m mtl_dist.shards verify {index_dir(uri)}` lists all that is damaged, `python -m mtl_dist.shards "
-        "create` with the original arguments writes again what is missing"
+        f"`python -m mtl_dist.shards verify {index_dir(uri)}` lists all that is damaged; delete that, and `python -m "
+        "mtl_dist.shards create` with the original arguments writes it again"
     )
 
 

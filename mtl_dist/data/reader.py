@@ -77,7 +77,7 @@ class ShardReader:
         with self.cache.open(sidecar_uri, sha256=entry.sidecar_sha256, size=entry.sidecar_bytes) as file:
             data = file.read()
         if hashlib.sha256(data).hexdigest() != entry.sidecar_sha256:
-            raise InputError(f"{sidecar_uri} is damaged: its checksum is not the index's; {repair_hint(self.uri)}")
+            raise self._damage(sidecar_uri, entry.sidecar_sha256, "its bytes do not match their checksum")
         try:
             sidecar = parse_sidecar(data)
         except ValueError as error:
@@ -92,22 +92,24 @@ class ShardReader:
         begin, length = int(sidecar.offset[place]), int(sidecar.length[place])
         image = memoryview(opened.tar)[begin : begin + length]
         if zlib.crc32(image) != sidecar.crc32[place]:
-            raise self._damage(shard, int(sidecar.row[place]), "its bytes do not match their checksum")
+            raise self._damaged_row(shard, int(sidecar.row[place]), "its bytes do not match their checksum")
         try:
             decode_into(image, out)
         except DecodeError as error:
-            raise self._damage(shard, int(sidecar.row[place]), str(error)) from None
+            raise self._damaged_row(shard, int(sidecar.row[place]), str(error)) from None
 
-    def _damage(self, shard: int, row: int, what: str) -> InputError:
+    def _damaged_row(self, shard: int, row: int, what: str) -> InputError:
         entry = self.index.shards[shard]
-        uri = storage.join(self.uri, f"{entry.name}.tar")
+        return self._damage(storage.join(self.uri, f"{entry.name}.tar"), entry.tar_sha256, what, where=f", row {row}")
+
+    def _damage(self, uri: str, sha256: str, what: str, *, where: str = "") -> InputError:
         if storage.is_s3(uri):  # the copy was whole when it arrived: the next run fetches it anew
-            self.cache.forget(uri, entry.tar_sha256)
+            self.cache.forget(uri, sha256)
             return InputError(
-                f"{uri}, row {row}: {what} in this node's cache (the disk or memory changed it); the copy "
+                f"{uri}{where}: {what} in this node's cache (the disk or memory changed it); the copy "
                 "is removed: start again"
             )
-        return InputError(f"{uri}, row {row}: {what}; {repair_hint(self.uri)}")
+        return InputError(f"{uri}{where}: {what}; {repair_hint(self.uri)}")
 
 
 def _collate(pixels: np.ndarray, picked: dict[str, list]) -> Batch:

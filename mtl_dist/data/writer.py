@@ -92,22 +92,20 @@ def plan_set(
 def write_sets(plans: list[SetPlan], *, jobs: int, progress: Callable[[int], None]) -> list[Index]:
     """Make the missing shards of all plans with `jobs` processes, then their indexes.
 
-    `progress` is told of rows finished. An image that cannot be decoded stops the run with its path; the shards this
-    call wrote are then removed again.
+    `progress` is told of rows finished. An image that cannot be decoded stops the run with its path; what this call
+    wrote is then removed again.
     """
     entries = {(plan.dest, name): entry for plan in plans for name, entry in plan.done.items()}
     progress(sum(entry.rows for entry in entries.values()))
     todo = [job for plan in plans for job in plan.jobs if (plan.dest, job.name) not in entries]
-    written: list[tuple[str, str]] = []
     try:
         for dest, entry in _run_jobs(todo, jobs):
             entries[dest, entry.name] = entry
-            written.append((dest, entry.name))
             progress(entry.rows)
     except InputError:
-        for dest, name in written:
-            storage.delete(storage.join(dest, f"{name}.safetensors"))
-            storage.delete(storage.join(dest, f"{name}.tar"))
+        for job in todo:  # not only those that were reported: other processes finished theirs meanwhile
+            storage.delete(storage.join(job.dest, f"{job.name}.safetensors"))
+            storage.delete(storage.join(job.dest, f"{job.name}.tar"))
         raise
     indexes = []
     for plan in plans:
@@ -205,6 +203,7 @@ def _check_images(images: list[str], images_dir: Path) -> None:
 def _find_done(dest: str, fingerprint: dict, expected: set[str]) -> dict[str, ShardEntry]:
     """Return the entries of finished shards at `dest`; an `InputError` if it holds anything of another plan."""
     sizes = dict(storage.list_objects(dest))
+    indexed = None
     if INDEX_NAME in sizes:
         index = read_index(dest)
         other = {key: getattr(index, key) for key in fingerprint if getattr(index, key) != fingerprint[key]}
@@ -213,6 +212,7 @@ def _find_done(dest: str, fingerprint: dict, expected: set[str]) -> dict[str, Sh
                 f"{dest} holds other shards: its index has {_pairs(other)}, this set "
                 f"{_pairs({key: fingerprint[key] for key in other})}; choose another destination or delete it"
             )
+        indexed = {shard.name: shard for shard in index.shards}
     done = {}
     for name in sizes:
         stem, _, suffix = name.rpartition(".")
@@ -231,8 +231,10 @@ def _find_done(dest: str, fingerprint: dict, expected: set[str]) -> dict[str, Sh
                 f"{dest} holds other shards: {name} has {_pairs(other)}, this set "
                 f"{_pairs({key: fingerprint[key] for key in other})}; choose another destination or delete it"
             )
-        if sizes.get(f"{stem}.tar") == about["tar_bytes"]:
-            done[stem] = _entry(stem, data)
+        entry = _entry(stem, data)
+        # A sidecar that changed since the index was written must not get a new checksum: it is made again.
+        if sizes.get(f"{stem}.tar") == entry.tar_bytes and (indexed is None or indexed[stem] == entry):
+            done[stem] = entry
     return done
 
 

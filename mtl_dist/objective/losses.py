@@ -48,8 +48,8 @@ class TaskSums(NamedTuple):
 class TaskWeights(NamedTuple):
     """Class weights inside the task losses; empty tensors mean none."""
 
-    expr: Tensor  # (8,) or (0,)
-    au: Tensor  # (12,) pos_weight or (0,)
+    expr: Tensor  # (8,) or (0,), float64
+    au: Tensor  # (12,) pos_weight or (0,), float64
     label_smoothing: float
 
 
@@ -60,11 +60,11 @@ def build_task_weights(config: LossConfig, counts: LabelCounts) -> TaskWeights:
     """
     expr = au = torch.zeros(0)
     if config.expr_weights == "balanced":
-        classes = torch.tensor(counts.expr_classes, dtype=torch.float32)
+        classes = torch.tensor(counts.expr_classes, dtype=torch.float64)
         present = (classes > 0).sum()
         expr = torch.where(classes > 0, classes.sum() / (present * classes).clamp_min(1), 0.0)
     if config.au_weights == "balanced":
-        positives, labelled = (torch.tensor(n, dtype=torch.float32) for n in (counts.au_positives, counts.au))
+        positives, labelled = (torch.tensor(n, dtype=torch.float64) for n in (counts.au_positives, counts.au))
         au = (labelled - positives) / positives.clamp_min(1)
     return TaskWeights(expr, au, config.label_smoothing)
 
@@ -90,8 +90,7 @@ def global_losses(local: TaskSums, total: TaskSums, *, scale: float) -> dict[str
             value = _loss_of(name, leaf)
         (slope,) = torch.autograd.grad(value, leaf)
         share = (slope * part).sum() * scale
-        # The value of the whole with the gradient of the share. Float32 again: sums need the range, steps do not.
-        losses[name] = (value.detach() + share - share.detach()).float()
+        losses[name] = value.detach() + share - share.detach()  # the value of the whole, the gradient of the share
     return losses
 
 
@@ -127,8 +126,9 @@ def _moments(predicted: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
 
 def _expr_sums(outputs: Outputs, labels: Labels, weights: TaskWeights) -> Tensor:
-    logits, target, mask = outputs.expr_logits.flatten(0, 1).float(), labels.expr.flatten(), labels.expr_mask.flatten()
-    class_weights = weights.expr.to(logits.device) if len(weights.expr) else None
+    logits = _at_least_float32(outputs.expr_logits.flatten(0, 1))
+    target, mask = labels.expr.flatten(), labels.expr_mask.flatten()
+    class_weights = weights.expr.to(logits) if len(weights.expr) else None
     loss = F.cross_entropy(
         logits, target, weight=class_weights, reduction="none", label_smoothing=weights.label_smoothing
     )
@@ -137,8 +137,12 @@ def _expr_sums(outputs: Outputs, labels: Labels, weights: TaskWeights) -> Tensor
 
 
 def _au_sums(outputs: Outputs, labels: Labels, weights: TaskWeights) -> Tensor:
-    pos_weight = weights.au.to(outputs.au_logits.device) if len(weights.au) else None
-    loss = F.binary_cross_entropy_with_logits(
-        outputs.au_logits.float(), labels.au, pos_weight=pos_weight, reduction="none"
-    )
+    logits = _at_least_float32(outputs.au_logits)
+    pos_weight = weights.au.to(logits) if len(weights.au) else None
+    loss = F.binary_cross_entropy_with_logits(logits, labels.au.to(logits), pos_weight=pos_weight, reduction="none")
     return torch.stack([torch.where(labels.au_mask, loss, 0.0).double().sum(), labels.au_mask.double().sum()])
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    """Undo autocast: a loss in bfloat16 has three digits."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -29,7 +29,8 @@ COMMIT, STATE, MODEL = "COMMIT.json", "state.json", "model.safetensors"
 FREE = (
     "run.storage", "data.train", "data.val", "data.workers", "data.prefetch", "data.cache_dir", "data.cache_gib",
     "engine.device", "engine.threads", "train.eval_batch", "checkpoint.every_steps", "checkpoint.keep_last",
-    "checkpoint.keep_best", "ray.num_ranks", "ray.cpus_per_rank", "ray.gpus_per_rank", "ray.max_failures",
+    "checkpoint.keep_best", "ray.num_ranks", "ray.cpus_per_rank", "ray.gpus_per_rank", "ray.placement",
+    "ray.max_failures",
 )  # fmt: skip
 
 

@@ -3,6 +3,7 @@ importer of ray."""
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import tempfile
@@ -55,6 +56,9 @@ class RayContext:
     def __init__(self):
         import ray.train
 
+        # What Ray and botocore tell of themselves at INFO, per rank, would bury the run's own lines.
+        for name in ("ray.train", "botocore", "aiobotocore"):
+            logging.getLogger(name).setLevel(logging.WARNING)
         context = ray.train.get_context()
         self.rank, self.num_ranks = context.get_world_rank(), context.get_world_size()
         self.ranks_on_node = context.get_local_world_size()
@@ -91,14 +95,13 @@ def run_local(config: Config) -> dict[str, Any]:
             dist.destroy_process_group()
 
 
-def run_ray(config: Config, *, callbacks: list | None = None) -> dict[str, Any]:
-    """Train under Ray Train on the cluster this process is connected to (or can find). Returns the last metrics."""
+def run_ray(config: Config, *, callbacks: list | None = None) -> None:
+    """Train under Ray Train on the cluster this process is connected to. Raises a rank's `InputError` as such."""
     trainer = build_trainer(config, callbacks=callbacks)
     try:
-        result = trainer.fit()
+        trainer.fit()
     except Exception as error:
         raise _input_error_in(error) or error from None
-    return result.metrics or {}
 
 
 def build_trainer(config: Config, *, callbacks: list | None = None):
@@ -112,6 +115,7 @@ def build_trainer(config: Config, *, callbacks: list | None = None):
         _rank_main,
         train_loop_config=config.model_dump(mode="json"),
         scaling_config=ScalingConfig(
+            placement_strategy=config.ray.placement,
             num_workers=high if low == high else (low, high),
             use_gpu=config.ray.gpus_per_rank > 0,
             resources_per_worker={"CPU": config.ray.cpus_per_rank}

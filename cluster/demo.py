@@ -1,0 +1,240 @@
+"""The whole system on this machine in a few minutes: what `make demo` runs.
+
+An S3 server and a Ray cluster of two nodes come up; a set of faces (rendered, or yours with --data) becomes shards in
+s3://; a small search finds loss weights and a learning rate; both views are trained by `ray job submit`; the ensemble
+job writes the challenge score. Every command is printed, so that you can run it yourself.
+
+Interrupted, it continues where it stopped; finished, it starts anew.
+
+Examples:
+    python -m cluster.demo
+    python -m cluster.demo --data /data/s-Aff-Wild2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from cluster.local import ClusterState, LocalCluster, down
+from mtl_dist.errors import InputError, run_command
+from mtl_dist.tasks import VIEWS
+
+DEMO_DIR = Path("demo")
+BUCKET = "s3://mtl"
+RESULTS = ("score.json", "predictions.csv", "table.txt")
+NUM_NODES, CPUS_PER_NODE = 2, 4  # logical CPUs: room for trial drivers beside ranks, whatever the machine has
+
+
+RAY_SPEAKS = (
+    " INFO ", " WARNING ", " SUCC ", "(TrainController", "(PlacementGroupCleaner", "Running entrypoint", "core_worker.cc",
+    "[Gloo]", "Setting up process group", "Reporting training result",
+)  # fmt: skip
+
+
+class Step(NamedTuple):
+    title: str
+    seconds: float  # measured on 2 cores; only the bar's guess of what is left depends on it
+    command: list[str]
+    is_job: bool  # through `ray job submit`
+
+
+class Recipe(NamedTuple):
+    """Training settings that suit the data's size."""
+
+    epochs: int
+    batch: int
+    eval_every: int
+    search_epochs: int
+    train_seconds: float
+
+
+RENDERED = Recipe(epochs=10, batch=16, eval_every=2, search_epochs=2, train_seconds=100)
+FEW_PHOTOGRAPHS = Recipe(epochs=60, batch=16, eval_every=10, search_epochs=10, train_seconds=60)
+
+
+def main(args: list[str] | None = None) -> None:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m cluster.demo", description=__doc__, formatter_class=formatter)
+    parser.add_argument("--data", type=Path, help="data set in the s-Aff-Wild2 layout; default: rendered faces")
+    command = parser.parse_args(args)
+    if command.data and not command.data.is_dir():
+        raise InputError(f"--data {command.data} is not a directory; expected a data set in the s-Aff-Wild2 layout")
+    demo = DEMO_DIR / (command.data.resolve().name if command.data else "rendered")
+    begin(demo)
+    source, recipe = command.data or demo / "faces", FEW_PHOTOGRAPHS if command.data else RENDERED
+    console = Console(highlight=False)
+    begun = time.monotonic()
+    cluster_dir = demo / "cluster"
+    steps = plan_steps(source, recipe, render=command.data is None)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("starting", total=sum(step.seconds for step in steps) + 10, left="")
+        show = Display(console, progress, bar, len(steps) + 2)
+        show.begin("starting an S3 server and a Ray cluster of 2 nodes", 10, steps)
+        try:
+            down(cluster_dir)  # of an interrupted demo
+            with LocalCluster(cluster_dir, nodes=NUM_NODES, cpus_per_node=CPUS_PER_NODE) as cluster:
+                for number, step in enumerate(steps):
+                    show.begin(step.title, step.seconds, steps[number + 1 :])
+                    run_step(step, cluster, show, demo / "logs" / f"{number + 1}-{step.title.replace(' ', '-')}.log")
+                copy_results(cluster, demo / "results")
+        finally:
+            show.begin("stopping the cluster", 2, [])
+            down(cluster_dir)
+        progress.update(bar, completed=progress.tasks[0].total, left="")
+    finish(console, demo, command.data, time.monotonic() - begun)
+
+
+def begin(demo: Path) -> None:
+    """Start anew after a demo that finished; keep what an interrupted one has."""
+    if (demo / "results" / "score.json").exists():
+        down(demo / "cluster", purge=True)
+        for name in ("cluster", "results", "logs"):
+            shutil.rmtree(demo / name, ignore_errors=True)
+    demo.mkdir(parents=True, exist_ok=True)
+
+
+def plan_steps(source: Path, recipe: Recipe, *, render: bool) -> list[Step]:
+    """Return the commands of the demo; those of one's own data and cluster are the same."""
+    python = [sys.executable, "-m"]
+    sets = {
+        view: [f"--data.train={BUCKET}/faces/{view}/train", f"--data.val={BUCKET}/faces/{view}/val"] for view in VIEWS
+    }
+    common = ["--run.storage", f"{BUCKET}/runs", "--train.global-batch", str(recipe.batch)]
+    steps = []
+    if render:
+        synth = [*python, "mtl_dist.shards", "synth", str(source), "--num-train", "1500", "--num-val", "400"]
+        steps.append(Step("rendering faces", 20, synth, False))
+    create = [*python, "mtl_dist.shards", "create", str(source), f"{BUCKET}/faces", "--frames-per-shard", "128"]
+    steps.append(Step("writing shards", 4, create, False))
+    # Trials are compared when all have run to their end: which one wins must not depend on which was faster.
+    search_epochs = str(recipe.search_epochs)
+    search = ["tune.search", "--preset", "small", "--search.name", "search", "--search.trials", "3"]
+    search += ["--search.concurrent", "2", "--search.grace-epochs", search_epochs, "--train.epochs", search_epochs]
+    search += ["--train.eval-every", search_epochs, "--engine.threads", "1", *common, *sets["cropped_aligned"]]
+    steps.append(Step("searching", 90, ["python", "-m", *search], True))
+    for view in VIEWS:
+        train = ["mtl_dist.train", "--config", f"{BUCKET}/runs/search/best.yaml", "--run.name", view]
+        train += ["--train.epochs", str(recipe.epochs), "--train.eval-every", str(recipe.eval_every)]
+        train += ["--ray.num-ranks", "2", "2", "--ray.placement", "SPREAD", *common, *sets[view]]
+        steps.append(Step(f"training {view}", recipe.train_seconds, ["python", "-m", *train], True))
+    ensemble = [
+        "mtl_dist.ensemble",
+        "--runs",
+        *(f"{BUCKET}/runs/{view}" for view in VIEWS),
+        "--out",
+        f"{BUCKET}/runs/ensemble",
+    ]
+    steps.append(Step("ensembling", 20, ["python", "-m", *ensemble], True))
+    return steps
+
+
+class Display:
+    """The bar, the headings, and what the running command prints."""
+
+    def __init__(self, console: Console, progress: Progress, bar, num_steps: int):
+        self.console, self.progress, self.bar, self.num_steps = console, progress, bar, num_steps
+        self.number = 0
+
+    def begin(self, title: str, seconds: float, later: list[Step]) -> None:
+        self.number = min(self.number + 1, self.num_steps)
+        left = seconds + sum(step.seconds for step in later)
+        heading, done = f"[{self.number}/{self.num_steps}] {title}", self.progress.tasks[0].total - left
+        self.progress.update(self.bar, completed=done, description=heading, left=f"about {left:.0f} s left")
+        self.console.print(f"\n{heading} (about {left:.0f} s left)", markup=False, style="bold")
+
+    def line(self, text: str) -> None:
+        self.console.print(f"  {text}", markup=False, soft_wrap=True, style="dim")
+
+
+def run_step(step: Step, cluster: ClusterState, show: Display, log: Path) -> None:
+    """Run one command, showing and keeping what it prints. Raises SystemExit with its exit code where it fails."""
+    command = step.command
+    if step.is_job:
+        submit = [
+            sys.executable,
+            "-m",
+            "ray.scripts.scripts",
+            "job",
+            "submit",
+            "--working-dir",
+            ".",
+            "--log-color",
+            "false",
+            "--",
+        ]
+        show.line("$ ray job submit --working-dir . -- " + shlex.join(command))
+        command = [*submit, *command]
+    else:
+        show.line("$ " + shlex.join(["python", *command[1:]]))
+    log.parent.mkdir(parents=True, exist_ok=True)
+    env = {**os.environ, **cluster.client_env(), "PYTHONUNBUFFERED": "1"}
+    with log.open("w") as file, subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True
+    ) as process:  # fmt: skip
+        try:
+            for text in process.stdout:
+                file.write(text)
+                if shown := readable(text):
+                    show.line(shown)
+        except KeyboardInterrupt:
+            process.terminate()
+            raise
+    if process.returncode:
+        print(
+            f"error: '{step.title}' failed with exit code {process.returncode}; its output is in {log}", file=sys.stderr
+        )
+        raise SystemExit(process.returncode)
+
+
+def readable(text: str) -> str | None:
+    """Strip colours and Ray's prefix from a line; None for what Ray says of itself (the log keeps it)."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text).rstrip()
+    if any(word in text for word in RAY_SPEAKS):
+        return None
+    return re.sub(r"^\([^)]*pid=[^)]*\) ", "", text) or None
+
+
+def copy_results(cluster: ClusterState, directory: Path) -> None:
+    from mtl_dist import storage
+
+    os.environ.update(cluster.client_env())
+    for name in RESULTS:
+        storage.download(f"{BUCKET}/runs/ensemble/{name}", directory / name)
+    storage.download(f"{BUCKET}/runs/search/best.yaml", directory / "best.yaml")
+    storage.download(f"{BUCKET}/runs/search/trials.csv", directory / "trials.csv")
+
+
+def finish(console: Console, demo: Path, data: Path | None, seconds: float) -> None:
+    results = demo / "results"
+    report = json.loads((results / "score.json").read_text())
+    console.print((results / "table.txt").read_text(), markup=False)
+    covers = ", ".join(task.upper() for task in report["covers"])
+    console.print(f"challenge score P {report['p']:.4f} (covers {covers}), in {seconds:.0f} s\n", markup=False)
+    for name in (*RESULTS, "best.yaml", "trials.csv"):
+        console.print(f"  {results / name}", markup=False)
+    console.print(
+        f"  {demo / 'cluster' / 's3' / 'mtl'}  (shards, runs and checkpoints, as the S3 server keeps them)\n",
+        markup=False,
+    )
+    source = (
+        "your own data: make demo DATA=/path/to/s-Aff-Wild2" if data is None else "README: your own bucket and cluster"
+    )
+    console.print(f"next: {source}", markup=False)
+
+
+if __name__ == "__main__":
+    run_command(main)

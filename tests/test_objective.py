@@ -1,0 +1,196 @@
+"""Losses are those of one big batch: for any split over ranks and micro-batches, and whatever labels are missing."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import nn
+
+from mtl_dist.config import LossConfig
+from mtl_dist.objective.losses import build_task_weights, concordance, global_losses, task_sums
+from mtl_dist.objective.module import ObjectiveModule
+from mtl_dist.tasks import LabelCounts, Labels, Outputs
+
+COUNTS = LabelCounts(
+    rows=100, va=80, expr=60, au=[50] * 12, expr_classes=[20, 10, 5, 5, 10, 5, 5, 0], au_positives=[10] * 11 + [0], unlabelled=1
+)  # fmt: skip
+FEATURES = 5
+
+
+class TinyModel(nn.Module):
+    """A linear model over features; BatchNorm would make the split of the batch matter."""
+
+    def __init__(self):
+        super().__init__()
+        self.va, self.expr, self.au = (nn.Linear(FEATURES, width).double() for width in (2, 8, 12))
+
+    def forward(self, inputs):
+        return Outputs(self.va(inputs).tanh(), self.expr(inputs), self.au(inputs))
+
+
+def make_batch(size: int, seed: int = 0, *, tasks=("va", "expr", "au")) -> tuple[torch.Tensor, Labels]:
+    g = torch.Generator().manual_seed(seed)
+    labels = Labels(
+        va=torch.rand(size, 1, 2, generator=g) * 2 - 1,
+        expr=torch.randint(0, 8, (size, 1), generator=g),
+        au=torch.randint(0, 2, (size, 1, 12), generator=g).float(),
+        va_mask=(torch.rand(size, 1, generator=g) < 0.7) & ("va" in tasks),
+        expr_mask=(torch.rand(size, 1, generator=g) < 0.6) & ("expr" in tasks),
+        au_mask=(torch.rand(size, 1, 12, generator=g) < 0.8) & ("au" in tasks),
+    )
+    return torch.randn(size, 1, FEATURES, generator=g, dtype=torch.float64), labels
+
+
+def cut(batch: tuple[torch.Tensor, Labels], begin: int, end: int) -> tuple[torch.Tensor, Labels]:
+    inputs, labels = batch
+    return inputs[begin:end], Labels(*(tensor[begin:end] for tensor in labels))
+
+
+def sorted_so_that_ranks_lack_tasks(batch: tuple[torch.Tensor, Labels]) -> tuple[torch.Tensor, Labels]:
+    """The first samples lose VA, the next EXPR, the last AU: a rank that holds one part lacks that task's labels."""
+    inputs, labels = batch
+    third = len(inputs) // 3
+    va, expr, au = labels.va_mask.clone(), labels.expr_mask.clone(), labels.au_mask.clone()
+    va[:third], expr[third : 2 * third], au[2 * third :] = False, False, False
+    return inputs, labels._replace(va_mask=va, expr_mask=expr, au_mask=au)
+
+
+def gradients(module: nn.Module) -> torch.Tensor:
+    return torch.cat(
+        [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in module.parameters()]
+    )
+
+
+def rank_main(rank, cuts, init_file, config, module, batch, parts, results):
+    """One rank: its part of the batch in `parts` micro-batches, gradients averaged over ranks as the engine does."""
+    dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=len(cuts))
+    module = copy.deepcopy(module)
+    inputs, labels = cut(batch, *cuts[rank])
+    micro = [(x, Labels(*y)) for x, *y in zip(inputs.tensor_split(parts), *(t.tensor_split(parts) for t in labels))]
+    total = None
+    if parts > 1:
+        for x, y in micro:
+            sums = module.sums(x, y)
+            total = sums if total is None else total.plus(sums)
+        total = total.detached_total()
+    for x, y in micro:
+        loss = module(x, y, total, parts=parts)
+        (loss.total / parts).backward()  # the engine divides by the number of micro-batches
+    mean = gradients(module)
+    dist.all_reduce(mean)
+    results.put((rank, (mean / len(cuts)).numpy().tolist(), loss.total.item()))
+    dist.destroy_process_group()
+
+
+CUTS = {2: [(0, 7), (7, 24)], 3: [(0, 8), (8, 16), (16, 24)], 5: [(0, 1), (1, 9), (9, 10), (10, 20), (20, 24)]}
+
+
+@pytest.mark.parametrize(("num_ranks", "parts", "balancing"), [(2, 1, "fixed"), (3, 1, "uncertainty"), (5, 1, "fixed"), (2, 3, "uncertainty")])  # fmt: skip
+def test_gradients_of_many_ranks_are_those_of_one(num_ranks, parts, balancing, tmp_path):
+    """Unequal batches, ranks that lack a task's labels, class weights, and micro-batches: to float64 tolerance."""
+    config = LossConfig(va=0.7, expr=1.3, au=2.0, balancing=balancing, expr_weights="balanced", au_weights="balanced")
+    torch.manual_seed(0)
+    module = ObjectiveModule(TinyModel(), config, COUNTS).double()
+    batch = sorted_so_that_ranks_lack_tasks(make_batch(24))
+    whole = copy.deepcopy(module)
+    loss = whole(*batch)
+    loss.total.backward()
+
+    context = mp.get_context("spawn")
+    results = context.Queue()
+    args = (CUTS[num_ranks], tmp_path / "store", config, module, batch, parts, results)
+    processes = mp.spawn(rank_main, args=args, nprocs=num_ranks, join=False, start_method="spawn")
+    found = [results.get(timeout=90) for _ in range(num_ranks)]
+    processes.join()
+    for _, mean, total in found:
+        torch.testing.assert_close(torch.tensor(mean, dtype=torch.float64), gradients(whole), rtol=1e-12, atol=1e-15)
+        assert total == pytest.approx(loss.total.item(), rel=1e-13)
+
+
+def test_losses_are_the_written_out_formulas():
+    inputs, labels = make_batch(50)
+    outputs = TinyModel()(inputs)
+    config = LossConfig(expr_weights="balanced", au_weights="balanced")
+    weights = build_task_weights(config, COUNTS)
+    sums = task_sums(outputs, labels, weights)
+    losses = global_losses(sums, sums.detached_total(), scale=1.0)
+    mask = labels.expr_mask.flatten()
+    expr = F.cross_entropy(outputs.expr_logits.flatten(0, 1)[mask], labels.expr.flatten()[mask], weight=weights.expr)
+    torch.testing.assert_close(losses["expr"], expr)
+    entries = F.binary_cross_entropy_with_logits(
+        outputs.au_logits, labels.au.double(), pos_weight=weights.au, reduction="none"
+    )
+    torch.testing.assert_close(losses["au"], entries[labels.au_mask].mean())
+    cccs = []
+    for dim in range(2):
+        x, y = outputs.va[..., dim][labels.va_mask], labels.va[..., dim][labels.va_mask].double()
+        cov = ((x - x.mean()) * (y - y.mean())).mean()
+        cccs.append(2 * cov / (x.var(correction=0) + y.var(correction=0) + (x.mean() - y.mean()) ** 2))
+    torch.testing.assert_close(losses["va"], 1 - sum(cccs) / 2, rtol=1e-7, atol=1e-8)
+
+
+def test_the_gradient_of_ccc_is_that_of_the_direct_formula():
+    inputs, labels = make_batch(30)
+    model = TinyModel()
+    sums = task_sums(model(inputs), labels, build_task_weights(LossConfig(), COUNTS))
+    (from_sums,) = torch.autograd.grad(global_losses(sums, sums.detached_total(), scale=1.0)["va"], model.va.weight)
+    va = model(inputs).va
+    terms = []
+    for dim in range(2):
+        x, y = va[..., dim][labels.va_mask], labels.va[..., dim][labels.va_mask].double()
+        cov = ((x - x.mean()) * (y - y.mean())).mean()
+        terms.append(2 * cov / (x.var(correction=0) + y.var(correction=0) + (x.mean() - y.mean()) ** 2))
+    (direct,) = torch.autograd.grad(1 - sum(terms) / 2, model.va.weight)
+    torch.testing.assert_close(from_sums, direct, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("present", [p for n in range(4) for p in itertools.combinations(("va", "expr", "au"), n)])
+def test_a_task_nobody_labelled_is_exactly_zero_with_zero_gradient(present):
+    module = ObjectiveModule(TinyModel(), LossConfig(balancing="uncertainty"), COUNTS)
+    loss = module(*make_batch(20, tasks=present))
+    loss.total.backward()
+    assert torch.isfinite(loss.total)
+    for place, (task, head) in enumerate(
+        zip(("va", "expr", "au"), (module.model.va, module.model.expr, module.model.au))
+    ):
+        assert (loss.tasks[task] == 0) == (task not in present)
+        assert bool((head.weight.grad == 0).all()) == (task not in present)
+        assert (module.balancer.log_variance.grad[place] == 0) == (task not in present)
+        assert bool(loss.present[task]) == (task in present)
+
+
+def test_a_prediction_that_is_not_finite_counts_only_where_it_is_labelled():
+    inputs, labels = make_batch(10)
+    labels = labels._replace(va_mask=torch.ones_like(labels.va_mask).index_fill(0, torch.tensor(3), False))
+    outputs = TinyModel()(inputs)
+    poisoned = outputs._replace(va=outputs.va.index_fill(0, torch.tensor(3), float("nan")))
+    sums = task_sums(poisoned, labels, build_task_weights(LossConfig(), COUNTS))
+    assert torch.isfinite(global_losses(sums, sums.detached_total(), scale=1.0)["va"])
+    labels = labels._replace(va_mask=torch.ones_like(labels.va_mask))
+    sums = task_sums(poisoned, labels, build_task_weights(LossConfig(), COUNTS))
+    assert torch.isnan(global_losses(sums, sums.detached_total(), scale=1.0)["va"])
+
+
+def test_constant_predictions_have_a_finite_loss_and_gradient():
+    va = torch.full((8, 1, 2), 0.25, dtype=torch.float64, requires_grad=True)
+    outputs = Outputs(va, torch.zeros(8, 1, 8), torch.zeros(8, 1, 12))
+    labels = make_batch(8)[1]._replace(va=torch.full((8, 1, 2), 0.25), va_mask=torch.ones(8, 1, dtype=torch.bool))
+    sums = task_sums(outputs, labels, build_task_weights(LossConfig(), COUNTS))
+    loss = global_losses(sums, sums.detached_total(), scale=1.0)["va"]
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(va.grad).all()
+    assert concordance(torch.zeros(6, dtype=torch.float64)) == 0
+
+
+def test_a_weight_of_zero_switches_a_task_off():
+    module = ObjectiveModule(TinyModel(), LossConfig(va=0.0, balancing="uncertainty"), COUNTS)
+    module(*make_batch(20)).total.backward()
+    assert module.model.va.weight.grad is None or (module.model.va.weight.grad == 0).all()
+    assert module.model.au.weight.grad.abs().sum() > 0

@@ -1,0 +1,236 @@
+"""The order of training: sample-exact, the same for every number of ranks, and equal to a reference written out."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from mtl_dist.data.order import EpochPlan, Order, eval_range
+
+fast = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+@st.composite
+def orders(draw) -> Order:
+    streams = draw(st.integers(1, 17))
+    share = draw(st.integers(1, 5))
+    sizes = draw(st.lists(st.integers(1, 23), min_size=1, max_size=18))
+    batch = streams * share
+    if sum(sizes) < batch:
+        sizes.append(batch)
+    return Order(
+        shard_rows=np.array(sizes, np.int64),
+        global_batch=batch,
+        streams=streams,
+        block_shards=draw(st.integers(1, 6)),
+        seed=draw(st.integers(0, 2**40)),
+    )
+
+
+epochs = st.integers(0, 1000)
+num_ranks_st = st.integers(1, 17)
+
+
+def plans(order: Order, epoch: int, num_ranks: int) -> list[EpochPlan]:
+    return [EpochPlan(order, epoch=epoch, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
+
+
+def step_of_all(of_ranks: list[EpochPlan], step: int) -> list[int]:
+    return [sample for plan in of_ranks for sample in plan.samples(step).tolist()]
+
+
+def reference_epoch(order: Order, epoch: int) -> list[list[list[int]]]:
+    """The whole epoch as lists: [step][stream] -> samples. Written from the description, slowly and without places."""
+
+    def philox(*key):
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+
+    first_of_shard, total = [], 0
+    for rows in order.shard_rows.tolist():
+        first_of_shard.append(total)
+        total += rows
+    # The line: every sample, and the number of its group of `block_shards` shards in the permuted row of shards.
+    line = []
+    for position, shard in enumerate(philox(order.seed, epoch, 1).permutation(len(first_of_shard)).tolist()):
+        for row in range(int(order.shard_rows[shard])):
+            line.append((position // order.block_shards, first_of_shard[shard] + row))
+    steps = total // order.global_batch
+    share = order.global_batch // order.streams
+    of_streams = []
+    for stream in range(order.streams):
+        begin = stream * steps * share
+        mine = line[begin : begin + steps * share]
+        shuffled, here = [], begin
+        for group in sorted({group for group, _ in mine}):
+            block = [sample for g, sample in mine if g == group]
+            philox(order.seed, epoch, 2, stream, here).shuffle(block)
+            here += len(block)
+            shuffled += block
+        of_streams.append(shuffled)
+    return [[samples[step * share : (step + 1) * share] for samples in of_streams] for step in range(steps)]
+
+
+@fast
+@given(orders(), epochs, num_ranks_st)
+def test_samples_are_those_of_the_reference(order, epoch, num_ranks):
+    num_ranks = min(num_ranks, order.streams)
+    expected = reference_epoch(order, epoch)
+    assert order.num_steps == len(expected)
+    for rank, plan in enumerate(plans(order, epoch, num_ranks)):
+        for step, of_streams in enumerate(expected):
+            mine = [sample for stream in range(rank, order.streams, num_ranks) for sample in of_streams[stream]]
+            assert plan.samples(step).tolist() == mine
+
+
+@fast
+@given(orders(), epochs, num_ranks_st)
+def test_a_step_has_the_same_samples_on_every_number_of_ranks(order, epoch, num_ranks):
+    num_ranks = min(num_ranks, order.streams)  # whether or not it divides the streams
+    alone, many = plans(order, epoch, 1), plans(order, epoch, num_ranks)
+    for step in range(order.num_steps):
+        samples = step_of_all(many, step)
+        assert len(samples) == order.global_batch
+        assert sorted(samples) == sorted(step_of_all(alone, step))
+
+
+@fast
+@given(orders(), epochs)
+def test_an_epoch_has_no_sample_twice_and_leaves_out_less_than_a_batch(order, epoch):
+    (plan,) = plans(order, epoch, 1)
+    seen = [sample for step in range(order.num_steps) for sample in plan.samples(step).tolist()]
+    assert len(set(seen)) == len(seen)
+    assert set(seen) <= set(range(order.num_rows))
+    assert 0 <= order.num_rows - len(seen) < order.global_batch
+
+
+@fast
+@given(orders(), epochs, num_ranks_st)
+def test_all_ranks_have_the_same_number_of_steps_and_a_batch_within_one_stream(order, epoch, num_ranks):
+    num_ranks = min(num_ranks, order.streams)
+    share = order.global_batch // order.streams
+    of_ranks = plans(order, epoch, num_ranks)
+    for step in (0, order.num_steps - 1):  # the last exists on every rank ...
+        sizes = [len(plan.samples(step)) for plan in of_ranks]
+        assert max(sizes) - min(sizes) in (0, share)
+        assert min(sizes) >= share
+    for plan in of_ranks:  # ... and none has one more
+        with pytest.raises(AssertionError):
+            plan.samples(order.num_steps)
+
+
+@fast
+@given(orders(), epochs, st.lists(num_ranks_st, min_size=2, max_size=5), st.data())
+def test_a_run_stopped_anywhere_and_resumed_on_other_ranks_loses_and_repeats_nothing(order, epoch, worlds, data):
+    undisturbed = Counter(
+        sample for step in range(order.num_steps) for sample in step_of_all(plans(order, epoch, 1), step)
+    )
+    seen, step = Counter(), 0
+    for number, num_ranks in enumerate(worlds):
+        is_last = number == len(worlds) - 1
+        stop = order.num_steps if is_last else data.draw(st.integers(step, order.num_steps))
+        of_ranks = plans(order, epoch, min(num_ranks, order.streams))  # made anew: nothing but (epoch, step) survives
+        for at in range(step, stop):
+            seen.update(step_of_all(of_ranks, at))
+        step = stop
+    assert seen == undisturbed
+
+
+@fast
+@given(orders(), epochs, st.data())
+def test_a_step_does_not_depend_on_what_was_asked_before(order, epoch, data):
+    asked = data.draw(st.lists(st.integers(0, order.num_steps - 1), min_size=1, max_size=8))
+    (plan,) = plans(order, epoch, 1)
+    for step in asked:
+        (fresh,) = plans(order, epoch, 1)
+        assert plan.samples(step).tolist() == fresh.samples(step).tolist()
+
+
+@fast
+@given(orders(), epochs)
+def test_the_same_seed_and_epoch_repeat(order, epoch):
+    again = Order(order.shard_rows.copy(), order.global_batch, order.streams, order.block_shards, order.seed)
+    for step in range(order.num_steps):
+        assert step_of_all(plans(order, epoch, 1), step) == step_of_all(plans(again, epoch, 1), step)
+
+
+@fast
+@given(orders(), epochs)
+def test_epochs_and_seeds_differ(order, epoch):
+    assume(order.num_rows > 15 and order.rows_per_stream > 7)  # smaller ones can be equal by chance
+    other_seed = Order(order.shard_rows, order.global_batch, order.streams, order.block_shards, order.seed + 1)
+
+    def line(order, epoch):
+        return [sample for step in range(order.num_steps) for sample in step_of_all(plans(order, epoch, 1), step)]
+
+    assert line(order, epoch) != line(order, epoch + 1)
+    assert line(order, epoch) != line(other_seed, epoch)
+
+
+def test_what_an_epoch_leaves_out_changes_from_epoch_to_epoch():
+    order = Order(np.full(10, 13), 24, 8, 2, seed=0)
+    left_out = Counter()
+    for epoch in range(40):
+        (plan,) = plans(order, epoch, 1)
+        seen = {sample for step in range(order.num_steps) for sample in plan.samples(step).tolist()}
+        left_out.update(set(range(130)) - seen)
+    assert sum(left_out.values()) == 40 * (130 % 24)
+    assert len(left_out) > 100
+    assert max(left_out.values()) < 15
+
+
+@fast
+@given(orders(), epochs, num_ranks_st, st.data())
+def test_shards_ahead_are_all_that_the_steps_touch_and_no_more_than_their_blocks(order, epoch, num_ranks, data):
+    num_ranks = min(num_ranks, order.streams)
+    step = data.draw(st.integers(0, order.num_steps - 1))
+    num_steps = data.draw(st.integers(1, order.num_steps - step))
+    ends = np.cumsum(order.shard_rows)
+    for plan in plans(order, epoch, num_ranks):
+        ahead = plan.shards_ahead(step, num_steps)
+        samples = np.concatenate([plan.samples(at) for at in range(step, step + num_steps)])
+        touched = set(np.searchsorted(ends, samples, side="right").tolist())
+        assert touched <= set(ahead.tolist())
+        assert len(set(ahead.tolist())) == len(ahead)
+        assert 0 <= ahead.min() <= ahead.max() < len(order.shard_rows)
+        # Every block a stream touches within these steps has at most `block_shards` shards.
+        num_blocks = len(plan.streams) * (num_steps * (order.global_batch // order.streams) + 1)
+        assert len(ahead) <= num_blocks * order.block_shards
+
+
+def test_resuming_late_in_a_large_epoch_opens_few_shards():
+    order = Order(np.full(1000, 1000), 1000, 10, 4, seed=3)
+    plan = EpochPlan(order, epoch=5, rank=0, num_ranks=10)
+    assert len(plan.shards_ahead(900, 64)) <= 3 * order.block_shards
+    assert len(plan.samples(900)) == 100
+
+
+def test_neighbours_in_a_shard_are_far_apart_in_training():
+    order = Order(np.full(40, 100), 50, 5, 4, seed=0)
+    (plan,) = plans(order, 0, 1)
+    samples = np.concatenate([plan.stream_samples(2, step) for step in range(order.num_steps)])
+    assert np.mean(np.abs(np.diff(samples)) == 1) < 0.02
+
+
+@fast
+@given(st.integers(1, 5000), st.integers(1, 40))
+def test_evaluation_covers_every_row_once_whatever_the_number_of_ranks(num_rows, num_ranks):
+    ranges = [eval_range(num_rows, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
+    assert [sample for start, stop in ranges for sample in range(start, stop)] == list(range(num_rows))
+    sizes = [stop - start for start, stop in ranges]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize(("batch", "streams", "rows"), [(8, 3, 100), (8, 4, 7)])
+def test_an_impossible_order_is_our_own_mistake(batch, streams, rows):
+    with pytest.raises(AssertionError):
+        Order(np.array([rows]), batch, streams, 4, 0)
+
+
+@pytest.mark.parametrize(("rank", "num_ranks"), [(0, 5), (2, 2), (-1, 2)])
+def test_a_rank_outside_its_world_is_our_own_mistake(rank, num_ranks):
+    with pytest.raises(AssertionError):
+        EpochPlan(Order(np.array([100]), 8, 4, 4, 0), epoch=0, rank=rank, num_ranks=num_ranks)

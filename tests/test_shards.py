@@ -1,0 +1,365 @@
+"""Shard sets: the same bytes when made twice, killed or not; plain tars to others; every damage is found."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mtl_dist import storage
+from mtl_dist.data.annotations import FILES, read_annotations
+from mtl_dist.data.index import INDEX_NAME, dump_index, read_index
+from mtl_dist.data.sidecar import dump_sidecar, parse_sidecar, read_about
+from mtl_dist.errors import InputError
+from mtl_dist.shards import create, verify
+from mtl_dist.tasks import AUS, EXPRESSIONS, SPLITS, VIEWS
+from tests.conftest import REPO, assert_one_message, run_module, write_dataset
+
+SETS = [(view, split) for view in VIEWS for split in SPLITS]
+each_set = pytest.mark.parametrize(("view", "split"), SETS)
+
+
+def read_tree(root: Path) -> dict[str, bytes]:
+    return {name: (root / name).read_bytes() for name, _ in storage.list_objects(str(root))}
+
+
+def read_rows(dataset: Path, split: str) -> list[dict]:
+    """The annotation file by another parser: image, valence, arousal, expression, 12 action units."""
+    with (dataset / FILES[split]).open() as file:
+        lines = list(csv.reader(file))[1:]
+    rows = []
+    for number, (image, *text) in enumerate(lines):
+        va, expr, au = [float(value) for value in text[:2]], int(text[2]), [int(value) for value in text[3:]]
+        rows.append(
+            {
+                "row": number,
+                "image": image,
+                "va": va if va != [-5, -5] else None,
+                "expr": expr if expr >= 0 else None,
+                "au": [None if value < 0 else value for value in au] if set(au) != {-1} else None,
+            }
+        )
+    return rows
+
+
+def assert_labels(found: dict, expected: dict) -> None:
+    assert {**found, "va": None} == {**expected, "va": None}
+    assert found["va"] == (None if expected["va"] is None else pytest.approx(expected["va"], abs=1e-6))
+
+
+def flip_bit(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 4
+    path.chmod(0o644)
+    path.write_bytes(data)
+
+
+@pytest.fixture
+def copied(shards, tmp_path) -> Path:
+    """A copy of the session's shards that a test may damage."""
+    shutil.copytree(shards, tmp_path / "copied")
+    return tmp_path / "copied"
+
+
+def test_made_twice_every_byte_is_the_same_whatever_the_number_of_processes(dataset, shards, tmp_path):
+    create(dataset, str(tmp_path / "again"), frames_per_shard=7, jobs=2)
+    again = read_tree(tmp_path / "again")
+    assert len(again) == 2 * (2 * 6 + 1) + 2 * (2 * 3 + 1)
+    assert again == read_tree(shards)
+
+
+def test_another_seed_puts_the_same_rows_elsewhere(dataset, shards, tmp_path):
+    create(dataset, str(tmp_path), views=("cropped",), frames_per_shard=7, seed=1, jobs=1)
+    rows = [rows_of(root / "cropped" / "train") for root in (shards, tmp_path)]
+    assert rows[0] != rows[1]
+    assert sorted(chain(*rows[0])) == sorted(chain(*rows[1])) == list(range(40))
+
+
+def test_a_run_killed_in_the_middle_continues_and_ends_like_an_undisturbed_one(tmp_path):
+    source = write_dataset(tmp_path / "source", num_train=150, num_val=10, size=32)
+    arguments = ["create", str(source), str(tmp_path / "killed"), "--frames-per-shard", "1", "--jobs", "1"]
+    (tmp_path / "tmp").mkdir()
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}  # what a killed process leaves there is ours
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mtl_dist.shards", *arguments], cwd=REPO, env=environment, start_new_session=True
+    )
+    deadline = time.monotonic() + 60
+    while len(list((tmp_path / "killed").rglob("*.safetensors"))) < 20:
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").rglob("*.safetensors")}
+    assert 20 <= len(finished) < 320
+    assert not list((tmp_path / "killed").rglob(INDEX_NAME)), "an index before its shards"
+    create(source, str(tmp_path / "killed"), frames_per_shard=1, jobs=1)
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished, "what was finished was made again"
+    create(source, str(tmp_path / "whole"), frames_per_shard=1, jobs=1)
+    assert read_tree(tmp_path / "killed") == read_tree(tmp_path / "whole")
+
+
+def test_a_rerun_of_a_finished_set_writes_no_shard(dataset, copied):
+    before = {path: path.stat().st_mtime_ns for path in copied.rglob("shard-*")}
+    create(dataset, str(copied), frames_per_shard=7, jobs=1)
+    assert {path: path.stat().st_mtime_ns for path in copied.rglob("shard-*")} == before
+
+
+@pytest.mark.parametrize("lost", ["tar", "safetensors", "tar cut short", "sidecar cut short", "sidecar changed"])
+def test_a_rerun_repairs_what_is_lost_or_torn(dataset, shards, copied, lost):
+    tar, sidecar = (copied / f"cropped/train/shard-000002.{suffix}" for suffix in ("tar", "safetensors"))
+    match lost:
+        case "tar":
+            tar.unlink()
+        case "safetensors":
+            sidecar.unlink()
+        case "tar cut short":
+            os.truncate(tar, tar.stat().st_size - 512)
+        case "sidecar cut short":
+            os.truncate(sidecar, 100)
+        case "sidecar changed":  # a label that changed on disk must not be sealed by a new checksum
+            flip_bit(sidecar, sidecar.stat().st_size - 1)
+    create(dataset, str(copied), frames_per_shard=7, jobs=1)
+    assert read_tree(copied) == read_tree(shards)
+
+
+@each_set
+def test_tarfile_reads_every_row_with_its_image_and_labels(dataset, shards, view, split):
+    expected, found = read_rows(dataset, split), {}
+    for path in sorted((shards / view / split).glob("*.tar")):
+        with tarfile.open(path) as tar:
+            members = [(member.name, tar.extractfile(member).read()) for member in tar]
+        for (image_name, image), (json_name, text) in zip(members[::2], members[1::2], strict=True):
+            labels = json.loads(text)
+            assert (image_name, json_name) == (f"{labels['row']:09d}.jpg", f"{labels['row']:09d}.json")
+            assert image == (dataset / view / labels["image"]).read_bytes()
+            found[labels["row"]] = labels
+    assert sorted(found) == list(range(len(expected)))
+    for row in expected:
+        assert_labels(found[row["row"]], row)
+
+
+def test_stock_webdataset_reads_every_row_with_its_image_and_labels(dataset, shards):
+    import webdataset
+
+    tars = [str(path) for path in sorted((shards / "cropped" / "train").glob("*.tar"))]
+    samples = list(webdataset.WebDataset(tars, shardshuffle=False).decode("rgb8"))
+    expected = read_rows(dataset, "train")
+    assert sorted(int(sample["__key__"]) for sample in samples) == list(range(40))
+    for sample in samples:
+        row = expected[int(sample["__key__"])]
+        assert_labels(sample["json"], row)
+        with Image.open(dataset / "cropped" / row["image"]) as image:
+            np.testing.assert_array_equal(sample["jpg"], np.asarray(image.convert("RGB")))
+
+
+@each_set
+def test_a_sidecar_agrees_with_its_tar_and_the_annotations(dataset, shards, view, split):
+    annotations = read_annotations(dataset / FILES[split])
+    for path in sorted((shards / view / split).glob("*.tar")):
+        sidecar = parse_sidecar(path.with_suffix(".safetensors").read_bytes())
+        with tarfile.open(path) as tar:
+            members = [member for member in tar if member.name.endswith(".jpg")]
+        assert [member.name for member in members] == [f"{row:09d}.jpg" for row in sidecar.row]
+        assert [member.offset_data for member in members] == sidecar.offset.tolist()
+        assert [member.size for member in members] == sidecar.length.tolist()
+        assert sidecar.image_names() == [annotations.images[row] for row in sidecar.row]
+        for name in ("va", "expr", "au", "va_mask", "expr_mask", "au_mask"):
+            np.testing.assert_array_equal(getattr(sidecar, name), getattr(annotations, name)[sidecar.row])
+
+
+@each_set
+def test_an_index_counts_what_is_there(dataset, shards, view, split):
+    directory, rows = shards / view / split, read_rows(dataset, split)
+    index = read_index(str(directory))
+    assert (index.view, index.split, index.rows) == (view, split, len(rows))
+    assert index.source_sha256 == hashlib.sha256((dataset / FILES[split]).read_bytes()).hexdigest()
+    assert [entry.rows for entry in index.shards] == [7] * (len(rows) // 7) + [len(rows) % 7]
+    for entry in index.shards:
+        for suffix, size, sha256 in (
+            ("tar", entry.tar_bytes, entry.tar_sha256),
+            ("safetensors", entry.sidecar_bytes, entry.sidecar_sha256),
+        ):
+            data = (directory / f"{entry.name}.{suffix}").read_bytes()
+            assert (len(data), hashlib.sha256(data).hexdigest()) == (size, sha256)
+    labels = index.labels
+    assert labels.rows == len(rows)
+    assert labels.va == sum(row["va"] is not None for row in rows)
+    assert labels.expr == sum(row["expr"] is not None for row in rows)
+    assert labels.expr_classes == [sum(row["expr"] == i for row in rows) for i in range(len(EXPRESSIONS))]
+    with_au = [row["au"] for row in rows if row["au"] is not None]
+    assert labels.au == [sum(au[i] is not None for au in with_au) for i in range(len(AUS))]
+    assert labels.au_positives == [sum(au[i] == 1 for au in with_au) for i in range(len(AUS))]
+    assert labels.unlabelled == sum(row["va"] is row["expr"] is row["au"] is None for row in rows)
+
+
+def rows_of(directory: Path) -> list[list[int]]:
+    return [parse_sidecar(path.read_bytes()).row.tolist() for path in sorted(directory.glob("*.safetensors"))]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_both_views_hold_the_same_rows_in_the_same_shards(shards, split):
+    rows = rows_of(shards / "cropped" / split)
+    assert rows == rows_of(shards / "cropped_aligned" / split)
+    assert list(chain(*rows)) != sorted(chain(*rows)), "rows are shuffled once, when written"
+
+
+def test_verify_says_that_whole_sets_are_whole(shards, capsys):
+    verify(str(shards / "cropped" / "val"), jobs=1)
+    assert "20 rows in 3 shards are whole" in capsys.readouterr().out
+
+
+def test_verify_names_every_damaged_shard_and_no_other(copied):
+    directory = copied / "cropped" / "train"
+    tars = [directory / f"shard-{number:06d}.tar" for number in range(6)]
+    sidecars = [tar.with_suffix(".safetensors") for tar in tars]
+    place = parse_sidecar(sidecars[0].read_bytes()).offset[3] + 300
+    flip_bit(tars[0], int(place))  # in an image
+    flip_bit(tars[1], 512 * 0 + 20)  # in the header of a member: its name
+    flip_bit(sidecars[2], sidecars[2].stat().st_size - 3)
+    os.truncate(tars[3], tars[3].stat().st_size // 2)
+    tars[4].unlink()
+    with pytest.raises(InputError) as error:
+        verify(str(directory), jobs=1)
+    lines = str(error.value).splitlines()
+    assert lines[0].startswith("5 faults in ")
+    for line, path, what in zip(
+        lines[1:], (tars[0], tars[1], sidecars[2], tars[3], tars[4]), ["its sha256"] * 4 + ["is gone"], strict=False
+    ):
+        assert str(path) in line
+        assert what in line
+    assert "create" in lines[-1]
+
+
+def test_verify_finds_a_set_whose_checksums_are_right_and_whose_content_is_wrong(copied):
+    """As a fault of the writer would leave it: a wrong offset, an image that does not decode, a checksum of another."""
+    directory = copied / "cropped" / "val"
+    index = read_index(str(directory))
+    entries = []
+    for number, entry in enumerate(index.shards):
+        path = directory / f"{entry.name}.safetensors"
+        sidecar, about = parse_sidecar(path.read_bytes()), read_about(path.read_bytes())
+        if number == 0:
+            sidecar = sidecar._replace(offset=sidecar.offset + 512)
+        elif number == 1:
+            sidecar = sidecar._replace(crc32=sidecar.crc32 + np.uint32(1))
+        else:
+            tar = directory / f"{entry.name}.tar"
+            data = bytearray(tar.read_bytes())
+            data[sidecar.offset[0] : sidecar.offset[0] + 16] = bytes(16)
+            tar.chmod(0o644)
+            tar.write_bytes(data)
+            entry = entry.model_copy(update={"tar_sha256": hashlib.sha256(data).hexdigest()})
+        data = dump_sidecar(sidecar, about)
+        path.write_bytes(data)
+        entries.append(entry.model_copy(update={"sidecar_sha256": hashlib.sha256(data).hexdigest()}))
+    (directory / INDEX_NAME).write_bytes(dump_index(index.model_copy(update={"shards": entries})))
+    with pytest.raises(InputError) as error:
+        verify(str(directory), jobs=1)
+    lines = str(error.value).splitlines()
+    assert "shard-000000.tar: its members are not those of the sidecar" in lines[1]
+    assert sum("shard-000001.tar" in line and "do not match their checksum" in line for line in lines) == 7
+    assert any("shard-000002.tar" in line and "not a JPEG" in line for line in lines)
+
+
+def test_a_flipped_bit_anywhere_in_an_index_is_found(shards, tmp_path):
+    data = (shards / "cropped" / "train" / INDEX_NAME).read_bytes()
+    rng = np.random.default_rng(0)
+    (tmp_path / INDEX_NAME).write_bytes(data)
+    assert read_index(str(tmp_path)).rows == 40
+    for place in rng.choice(len(data) * 8, 600, replace=False).tolist():
+        damaged = bytearray(data)
+        damaged[place // 8] ^= 1 << place % 8
+        (tmp_path / INDEX_NAME).write_bytes(damaged)
+        with pytest.raises(InputError):
+            read_index(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"null", b"3", b'"text"', b"{}", b"[" * 100_000, b"\xff\xfe", b'{"sha256": "x"}']
+)
+def test_a_foreign_index_is_refused(tmp_path, content):
+    (tmp_path / INDEX_NAME).write_bytes(content)
+    with pytest.raises(InputError, match=INDEX_NAME):
+        read_index(str(tmp_path))
+
+
+def test_an_index_cannot_lead_out_of_its_set(shards, tmp_path):
+    index = read_index(str(shards / "cropped" / "val"))
+    for name in ("../shard-000000", "shard-000000/../../x", "/etc/passwd", "shard-000000\n"):
+        entry = index.shards[0].model_copy(update={"name": name})
+        (tmp_path / INDEX_NAME).write_bytes(dump_index(index.model_copy(update={"shards": [entry]})))
+        with pytest.raises(InputError, match=r"shards\.0\.name"):
+            read_index(str(tmp_path))
+
+
+def test_verify_at_the_command_line_ends_with_one_message_and_code_2(copied):
+    flip_bit(copied / "cropped/val/shard-000001.tar", 5000)
+    done = run_module("mtl_dist.shards", "verify", str(copied / "cropped/val"), "--jobs", "1")
+    assert_one_message(done, "1 faults in", "shard-000001.tar", "sha256")
+    assert "shard-000000" not in done.stderr
+
+
+def test_sets_on_s3_are_those_on_disk_and_can_be_verified_and_inspected(dataset, shards, s3):
+    uri = "s3://mtl/made/here"
+    create(dataset, uri, views=("cropped",), frames_per_shard=7, jobs=1)
+    stored = {name: storage.read_bytes(f"{uri}/{name}") for name, _ in storage.list_objects(uri)}
+    assert stored == {name: data for name, data in read_tree(shards).items() if name.startswith("cropped/")}
+    verify(f"{uri}/cropped/val", jobs=1)
+    done = run_module("mtl_dist.shards", "inspect", f"{uri}/cropped/train", "--as-json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rows"] == 40
+
+    # A rerun there repairs, too.
+    storage.delete(f"{uri}/cropped/val/shard-000001.tar")
+    with pytest.raises(InputError, match=r"shard-000001\.tar is gone"):
+        verify(f"{uri}/cropped/val", jobs=1)
+    create(dataset, uri, views=("cropped",), frames_per_shard=7, jobs=1)
+    assert storage.read_bytes(f"{uri}/cropped/val/shard-000001.tar") == stored["cropped/val/shard-000001.tar"]
+
+
+def test_inspect_prints_one_json_object_for_programs_and_a_table_for_people(shards, dataset):
+    uri = str(shards / "cropped_aligned" / "train")
+    done = run_module("mtl_dist.shards", "inspect", uri, "--as-json")
+    assert done.returncode == 0, done.stderr
+    about = json.loads(done.stdout)
+    index = read_index(uri)
+    assert about == {
+        "view": "cropped_aligned",
+        "split": "train",
+        "rows": 40,
+        "shards": 6,
+        "bytes": sum(path.stat().st_size for path in Path(uri).glob("*.tar")),
+        "sha256": index.sha256,
+        "labels": index.labels.model_dump(),
+    }
+    done = run_module("mtl_dist.shards", "inspect", uri)
+    assert done.returncode == 0, done.stderr
+    cells = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in done.stdout.splitlines() if "│" in line}
+    assert cells["valence, arousal"] == str(index.labels.va)
+    assert {f"AU{number} on" for number in AUS} | set(EXPRESSIONS) <= set(cells)
+
+
+def test_a_sidecar_of_other_arrays_is_refused():
+    from safetensors.numpy import save
+
+    sidecar = {"row": np.zeros(2, np.int64)}
+    with pytest.raises(ValueError, match="holds the arrays"):
+        parse_sidecar(save(sidecar))
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        parse_sidecar(io.BytesIO(b"x" * 100).read())
