@@ -39,8 +39,8 @@ NUM_NODES, CPUS_PER_NODE = 2, 4  # logical CPUs: room for trial drivers beside r
 
 
 RAY_SPEAKS = (
-    " INFO ", " WARNING ", " SUCC ", "(TrainController", "(PlacementGroupCleaner", "Running entrypoint", "core_worker.cc",
-    "[Gloo]", "Setting up process group", "Reporting training result",
+    "\tINFO ", "\tWARNING ", "\tSUCC ", "(TrainController", "(PlacementGroupCleaner", "Running entrypoint", "[Gloo]",
+    "core_worker.cc", "Setting up process group", "Reporting training result",
 )  # fmt: skip
 
 

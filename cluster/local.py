@@ -412,6 +412,7 @@ def node_env(state: ClusterState) -> dict[str, str]:
             "GLOO_SOCKET_IFNAME": "lo",
             "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",  # the default, 15, starves ranks beside anything else on the machine
             "DASHBOARD_METRIC_PORT": "0",  # any free one; the defaults are fixed and two clusters would meet
             "AUTOSCALER_METRIC_PORT": "0",
         }

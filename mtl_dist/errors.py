@@ -12,6 +12,10 @@ class InputError(ValueError):
     """Something the user can mend. The message says what is wrong, the value, what was expected, and what to do."""
 
 
+class StorageError(OSError):
+    """The store did not answer as it should after every retry; carries the URI and the store's own words."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Say which of the `known` names was probably meant, or list them where none is near."""
     known = sorted(known)
@@ -22,15 +26,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main`: an `InputError` becomes one message and exit code 2, Ctrl-C exit code 130.
 
-    Every other exception is ours and keeps its traceback. `MTL_TRACEBACK=1` keeps it for input errors too.
+    A fault of the store becomes one message and exit code 3: the same command may succeed later. Every other exception
+    is ours and keeps its traceback. `MTL_TRACEBACK=1` keeps it for all.
     """
     try:
         main()
-    except InputError as error:
+    except (InputError, StorageError) as error:
         if os.environ.get("MTL_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, InputError) else 3)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues where this one stopped", file=sys.stderr)
         sys.exit(130)

@@ -53,7 +53,10 @@ def parse_command(command: type[Command], args: list[str] | None, *, prog: str, 
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     early.add_argument("--preset", default="a")
     early.add_argument("--config")
-    known, _ = early.parse_known_args([part for part in args if part not in ("-h", "--help")])
+    try:
+        known, _ = early.parse_known_args([part for part in args if part not in ("-h", "--help")])
+    except argparse.ArgumentError as error:
+        raise InputError(f"{error}; see {prog} --help") from None
     resolved = build_config(load_preset(known.preset), read_config_file(known.config) if known.config else {})
     sections = {name: getattr(resolved, name) for name in Config.model_fields}
     default = command(**sections, preset=known.preset, config=known.config)

@@ -2,6 +2,7 @@
 
 Examples:
     python -m mtl_dist.train --local --preset small --data.train faces/cropped/train --data.val faces/cropped/val
+    torchrun --nproc-per-node 8 -m mtl_dist.train --preset a --data.train ... --data.val ...
     ray job submit -- python -m mtl_dist.train --preset a --run.name cropped --run.storage s3://bucket/runs
         --data.train s3://bucket/faces/cropped/train --data.val s3://bucket/faces/cropped/val --ray.num-ranks 1 8
     python -m mtl_dist.train --config best.yaml --dry-run
@@ -16,7 +17,7 @@ from mtl_dist.presets import CommandConfig, config_of, parse_command
 
 class TrainCommand(CommandConfig):
     local: bool = False
-    """Train in this process (or as a rank of torchrun), without Ray."""
+    """Train in this process, without Ray. Under torchrun this goes without saying."""
     dry_run: bool = False
     """Print the resolved configuration and the plan, and start nothing."""
 
@@ -31,13 +32,11 @@ def main(args: list[str] | None = None) -> None:
         print(dump_yaml(config))
         print(plan)
         return
-    if command.local:
-        from mtl_dist.runtime.launch import run_local
+    from mtl_dist.runtime.launch import connect, is_torchrun, run_local, run_ray
 
+    if command.local or is_torchrun():
         run_local(config)
     else:
-        from mtl_dist.runtime.launch import connect, run_ray
-
         connect(config)
         print(plan, flush=True)
         run_ray(config)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import socket
 import subprocess
 import sysconfig
 import time
+from collections import Counter
 from pathlib import Path
 
 BUCKET = "mtl"
@@ -56,6 +58,11 @@ class S3Server:
         """The file that holds an object's bytes."""
         return self.root / "data" / BUCKET / key
 
+    def count_gets(self) -> dict[str, int]:
+        """How often each object was asked for since the start: the server logs every request."""
+        log = (self.root / "rclone.log").read_text(errors="replace")
+        return dict(Counter(re.findall(r"GET OBJECT Bucket: \S+ Object: (\S+)", log)))
+
     def __enter__(self) -> S3Server:
         for attempt in range(ATTEMPTS):
             self._start()
@@ -82,7 +89,7 @@ class S3Server:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("RCLONE_")}
         with (self.root / "rclone.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [rclone, "serve", "s3", "--addr", address, str(data)],
+                [rclone, "serve", "s3", "-vv", "--addr", address, str(data)],
                 env={
                     **inherited,
                     "RCLONE_AUTH_KEY": f'"{self.access_key},{self.secret_key}"',

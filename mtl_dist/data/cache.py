@@ -52,6 +52,8 @@ class Cache:
                     path.unlink(missing_ok=True)  # cut short when the machine went down
             except FileNotFoundError:
                 pass
+            except OSError as error:
+                raise self._unusable(error) from None
             self._fetch(uri, path, sha256=sha256, size=size)
 
     def path(self, uri: str, sha256: str) -> Path:
@@ -66,10 +68,7 @@ class Cache:
             self.directory.mkdir(parents=True, exist_ok=True)
             lock = (self.directory / f"{path.name}.lock").open("w")
         except OSError as error:
-            raise InputError(
-                f"cache directory {self.directory} cannot be used: {error.strerror}; set data.cache_dir to one "
-                "you may write to"
-            ) from None
+            raise self._unusable(error) from None
         with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # one download a node; released by the kernel when a process dies
             if path.exists():
@@ -94,6 +93,12 @@ class Cache:
                 )
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
+
+    def _unusable(self, error: OSError) -> InputError:
+        return InputError(
+            f"cache directory {self.directory} cannot be used: {error.strerror}; set data.cache_dir to one you may "
+            "write to"
+        )
 
     def _evict(self, *, room_for: int) -> None:
         """Remove the files used longest ago until `room_for` more bytes fit; what a process holds open stays."""

@@ -256,12 +256,13 @@ def _take(labels: Annotations, rows: np.ndarray) -> Annotations:
 
 
 def _read_image(path: Path, row: int) -> bytes:
-    image = path.read_bytes()
     try:
+        image = path.read_bytes()
         decode(image)
-    except DecodeError as error:
+    except (OSError, DecodeError) as error:
+        what = error.strerror if isinstance(error, OSError) else error
         raise InputError(
-            f"image {path} (row {row}): {error}; expected a whole JPEG; restore it or take its row out of "
+            f"image {path} (row {row}): {what}; expected a whole JPEG; restore it or take its row out of "
             "the annotations"
         ) from None
     return image

@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import tempfile
 from typing import Any
 
 import torch.distributed as dist
@@ -83,16 +82,20 @@ def run_local(config: Config) -> dict[str, Any]:
     if use_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     backend = "nccl" if use_cuda else "gloo"
-    with tempfile.TemporaryDirectory(prefix="mtl_dist-rendezvous-") as scratch:
-        if "RANK" in os.environ:
-            dist.init_process_group(backend)
-        else:
-            os.environ.setdefault("LOCAL_RANK", "0")
-            dist.init_process_group(backend, init_method=f"file://{scratch}/store", rank=0, world_size=1)
-        try:
-            return fit(config, context)
-        finally:
-            dist.destroy_process_group()
+    if is_torchrun():
+        dist.init_process_group(backend)
+    else:
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        return fit(config, context)
+    finally:
+        dist.destroy_process_group()
+
+
+def is_torchrun() -> bool:
+    """Whether this process is one of torchrun's ranks."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def run_ray(config: Config, *, callbacks: list | None = None) -> None:

@@ -1,0 +1,146 @@
+"""The conventions of the code that a machine can check: who imports whom, how files are called, how long they are."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.conftest import REPO
+
+PACKAGES = ("mtl_dist", "tune", "cluster", "benchmarks")
+FILES = [path for package in PACKAGES for path in sorted((REPO / package).rglob("*.py"))]
+
+# From the bottom up. A module imports from layers below its own, and from its own package.
+LAYERS = [
+    {"mtl_dist.tasks", "mtl_dist.errors"},
+    {"mtl_dist.storage", "mtl_dist.progress"},
+    {"mtl_dist.config"},
+    {"mtl_dist.presets"},
+    {"mtl_dist.data", "mtl_dist.models", "mtl_dist.objective"},
+    {"mtl_dist.runtime"},
+    {
+        "mtl_dist.train",
+        "mtl_dist.shards",
+        "mtl_dist.ensemble",
+        "mtl_dist.predict",
+        "mtl_dist.export",
+        "mtl_dist.report",
+    },
+    {"tune", "cluster", "benchmarks"},
+]
+LAYER_OF = {unit: number for number, units in enumerate(LAYERS) for unit in units}
+
+# A library and the only places that import it.
+ONLY_IMPORTERS = {
+    "boto3": ("mtl_dist.storage", "cluster"),
+    "botocore": ("mtl_dist.storage", "cluster"),
+    "deepspeed": ("mtl_dist.runtime.engine",),
+    "ray": ("mtl_dist.runtime.launch", "tune", "cluster"),
+    "pickle": ("mtl_dist.models.backbones",),  # for the name of an exception: torch.load(weights_only=True) raises it
+    "subprocess": ("cluster", "benchmarks"),
+}
+DRAWERS = {"utils", "util", "common", "helpers", "misc", "core", "base"}
+MAX_LINES = 450
+LONGER = {
+    "cluster/local.py": 800,  # one command that reads from top to bottom: ports, processes, their end
+}
+
+
+class Import(NamedTuple):
+    importer: str
+    imported: str
+    line: int
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(REPO).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def read_imports(path: Path) -> list[Import]:
+    """Every import of a file, those inside functions and under TYPE_CHECKING too."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found += [Import(module_name(path), name, node.lineno) for name in names]
+    return found
+
+
+IMPORTS = [found for path in FILES for found in read_imports(path)]
+
+
+def unit_of(name: str) -> str | None:
+    """The unit of `LAYERS` a module, or a name in it, belongs to; None for libraries."""
+    return next((unit for unit in LAYER_OF if name == unit or name.startswith(f"{unit}.")), None)
+
+
+def is_within(name: str, packages: tuple[str, ...]) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def test_there_is_something_to_check():
+    assert len(FILES) > 30
+    assert any(unit_of(found.imported) == "mtl_dist.data" for found in IMPORTS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(REPO)))
+def test_a_module_has_its_place_in_the_layers(path):
+    name = module_name(path)
+    assert unit_of(name) or name == "mtl_dist", f"{name}: give it a place in LAYERS"
+
+
+def test_imports_point_down_only():
+    wrong = []
+    for found in IMPORTS:
+        here, there = unit_of(found.importer), unit_of(found.imported)
+        if there and here != there and not (here and LAYER_OF[here] > LAYER_OF[there]):
+            wrong.append(f"{found.importer}:{found.line} imports {found.imported}")
+    assert wrong == []
+
+
+@pytest.mark.parametrize("library", ONLY_IMPORTERS)
+def test_a_library_is_imported_in_its_place_only(library):
+    wrong = [
+        f"{found.importer}:{found.line}"
+        for found in IMPORTS
+        if is_within(found.imported, (library,)) and not is_within(found.importer, ONLY_IMPORTERS[library])
+    ]
+    assert wrong == []
+
+
+def test_no_import_hides_in_a_string():
+    """`importlib` and `__import__` would pass by the tests above."""
+    assert [found for found in IMPORTS if is_within(found.imported, ("importlib.import_module",))] == []
+    for path in FILES:
+        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        assert not {"__import__", "eval", "exec"} & {call.id for call in calls if isinstance(call, ast.Name)}, path
+
+
+def test_no_file_is_a_drawer():
+    assert [path for path in FILES if path.stem in DRAWERS or path.parent.name in DRAWERS] == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(REPO)))
+def test_a_file_has_one_topic(path):
+    limit = LONGER.get(str(path.relative_to(REPO)), MAX_LINES)
+    assert len(path.read_text().splitlines()) <= limit
+
+
+def test_exceptions_to_the_length_are_still_needed():
+    for name in LONGER:
+        assert len((REPO / name).read_text().splitlines()) > MAX_LINES
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(REPO)))
+def test_a_file_says_what_it_is(path):
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree) or not tree.body

@@ -1,0 +1,403 @@
+"""Bad input ends with one message that says what, where and what to do, exit code 2, and nothing half-written."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+
+from mtl_dist import storage
+from mtl_dist.data.annotations import FILES, read_annotations
+from mtl_dist.data.cache import Cache
+from mtl_dist.data.index import INDEX_NAME, read_index
+from mtl_dist.data.reader import ShardReader
+from mtl_dist.data.sidecar import parse_sidecar
+from mtl_dist.errors import InputError
+from mtl_dist.shards import create, synth, verify
+from mtl_dist.train import main as train_main
+from tests.conftest import assert_one_message, run_module
+from tests.s3_server import free_port
+
+SAMPLES = 40
+
+
+def jpeg(side: int = 48) -> bytes:
+    return simplejpeg.encode_jpeg(np.random.default_rng(0).integers(0, 255, (side, side, 3), np.uint8))
+
+
+def picture_bomb() -> bytes:
+    """A small file whose header claims 60000 x 60000 pixels: 10 GB decoded."""
+    data = bytearray(jpeg())
+    size = data.index(b"\xff\xc0") + 5  # SOF0: marker, length, precision, then height and width
+    data[size : size + 4] = (60_000).to_bytes(2, "big") * 2
+    return bytes(data)
+
+
+BAD_IMAGES = {
+    "missing": (None, ["do not exist", "restore"]),
+    "empty": (b"", ["are empty"]),
+    "truncated": (jpeg()[:-400], ["truncated", "whole JPEG"]),
+    "cut in its header": (jpeg()[:200], ["expected a whole JPEG"]),
+    "not an image": (b"GIF89a" + bytes(500), ["not a JPEG image"]),
+    "a web page": (b"<html>not found</html>", ["not a JPEG image"]),
+    "a picture bomb": (picture_bomb(), ["60000 x 60000 pixels", "at most 4096"]),
+}
+
+
+@pytest.fixture
+def source(dataset, tmp_path) -> Path:
+    """A copy of the data set that a test may spoil."""
+    return Path(shutil.copytree(dataset, tmp_path / "source"))
+
+
+@pytest.fixture
+def copied(shards, tmp_path) -> Path:
+    return Path(shutil.copytree(shards, tmp_path / "copied"))
+
+
+def spoil(source: Path, content: bytes | None, *, row: int = 33) -> Path:
+    path = source / "cropped" / read_annotations(source / FILES["train"]).images[row]
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    return path
+
+
+def files_below(root: Path) -> list[Path]:
+    return [path for path in root.rglob("*") if path.is_file()]
+
+
+# --------------------------------------------------------------------------------------------------------- the images
+
+
+@pytest.mark.parametrize("kind", BAD_IMAGES)
+def test_a_bad_image_is_named_with_its_row_and_nothing_is_written(source, tmp_path, kind):
+    content, words = BAD_IMAGES[kind]
+    path = spoil(source, content)
+    with pytest.raises(InputError) as error:
+        create(source, str(tmp_path / "dest"), frames_per_shard=3, jobs=1)
+    for word in (str(path), "row 33", *words):
+        assert word in str(error.value)
+    assert files_below(tmp_path / "dest") == []
+
+
+def test_a_bad_image_at_the_command_line_with_several_processes(source, tmp_path):
+    path = spoil(source, BAD_IMAGES["truncated"][0])
+    done = run_module(
+        "mtl_dist.shards", "create", str(source), str(tmp_path / "dest"), "--frames-per-shard", "2", "--jobs", "2"
+    )
+    assert_one_message(done, str(path), "row 33", "truncated")
+    assert files_below(tmp_path / "dest") == []
+    spoil(source, jpeg())  # mended, the same command succeeds
+    create(source, str(tmp_path / "dest"), frames_per_shard=2, jobs=1)
+
+
+def test_many_missing_images_are_counted_and_a_few_named(source, tmp_path):
+    shutil.rmtree(source / "cropped" / "t1")
+    with pytest.raises(InputError, match=r"8 of 40 listed images do not exist: .*and 3 more") as error:
+        create(source, str(tmp_path / "dest"), jobs=1)
+    assert str(error.value).count(".jpg") == 5
+
+
+def test_a_directory_in_the_place_of_an_image_is_named(source, tmp_path):
+    path = spoil(source, None)
+    path.mkdir()
+    with pytest.raises(InputError, match=path.name):
+        create(source, str(tmp_path / "dest"), frames_per_shard=3, jobs=1)
+    assert files_below(tmp_path / "dest") == []
+
+
+def test_a_bad_annotation_is_found_before_anything_is_written(source, tmp_path):
+    path = source / FILES["val"]
+    path.write_text(path.read_text().replace(",-1,", ",9,", 1))
+    with pytest.raises(InputError, match=r"validation_set_annotations\.txt:\d+: .*9"):
+        create(source, str(tmp_path / "dest"), jobs=1)
+    assert files_below(tmp_path / "dest") == []
+
+
+def test_a_source_that_is_no_data_set_is_named(tmp_path):
+    with pytest.raises(InputError, match="is not a directory"):
+        create(tmp_path / "absent", str(tmp_path / "dest"), jobs=1)
+    with pytest.raises(InputError, match=r"training_set_annotations\.txt cannot be read"):
+        create(tmp_path, str(tmp_path / "dest"), jobs=1)
+
+
+# ---------------------------------------------------------------------------------------------------- the destination
+
+
+@pytest.mark.parametrize("place", ["below a file", "/proc/mtl_dist", "a file"])
+def test_a_destination_that_cannot_be_written_is_named(dataset, tmp_path, place):
+    (tmp_path / "file").write_text("kept")
+    dest = {"below a file": tmp_path / "file" / "dest", "a file": tmp_path / "file"}.get(place, Path(place))
+    with pytest.raises(InputError, match=f"{dest}.* cannot be written"):
+        create(dataset, str(dest), jobs=1)
+    with pytest.raises(InputError, match=f"{dest}.* cannot be written"):
+        synth(dest, num_train=2, num_val=2, jobs=1)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_an_unwritable_destination_at_the_command_line(dataset):
+    done = run_module("mtl_dist.shards", "create", str(dataset), "/proc/mtl_dist")
+    assert_one_message(done, "/proc/mtl_dist", "cannot be written")
+
+
+@pytest.mark.parametrize("change", ["frames_per_shard", "seed", "annotations"])
+@pytest.mark.parametrize("has_index", [True, False])
+def test_a_destination_with_other_shards_is_left_alone(source, copied, change, has_index):
+    if not has_index:
+        for path in copied.rglob(INDEX_NAME):
+            path.unlink()
+    before = {path: path.read_bytes() for path in files_below(copied)}
+    settings = {"frames_per_shard": 7, "seed": 0} | ({change: 5} if change != "annotations" else {})
+    if change == "annotations":
+        path = source / FILES["train"]
+        path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
+    with pytest.raises(InputError, match=f"{copied}/cropped/train holds (other shards|'shard-)"):
+        create(source, str(copied), jobs=1, **settings)
+    assert {path: path.read_bytes() for path in files_below(copied)} == before
+
+
+def test_a_destination_with_other_files_is_left_alone(dataset, tmp_path):
+    (tmp_path / "cropped" / "train").mkdir(parents=True)
+    (tmp_path / "cropped" / "train" / "thesis.docx").write_text("x")
+    with pytest.raises(InputError, match=r"holds 'thesis\.docx'"):
+        create(dataset, str(tmp_path), jobs=1)
+    assert [path.name for path in files_below(tmp_path)] == ["thesis.docx"]
+
+
+@pytest.mark.parametrize("flag", ["frames_per_shard", "jobs"])
+def test_counts_below_one_are_refused(dataset, tmp_path, flag):
+    with pytest.raises(InputError, match=f"--{flag.replace('_', '-')} is 0; expected at least 1"):
+        create(dataset, str(tmp_path), **{flag: 0})
+
+
+@pytest.mark.parametrize("uri", ["gs://bucket/x", "http://host/x", "s3://", "s3:///x", "s3:/bucket/x"])
+def test_an_address_of_another_kind_is_refused(dataset, uri):
+    with pytest.raises(InputError, match=r"expected (a local path or )?s3://bucket/prefix"):
+        create(dataset, uri, jobs=1)
+    with pytest.raises(InputError, match=r"expected (a local path or )?s3://bucket/prefix"):
+        verify(uri, jobs=1)
+
+
+# ----------------------------------------------------------------------------------------------------------- the store
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"AWS_SECRET_ACCESS_KEY": "not-the-secret"}, ["refuses these credentials", "AWS_SECRET_ACCESS_KEY"]),
+        ({"AWS_ACCESS_KEY_ID": "nobody-knows-me"}, ["refuses these credentials", "AWS_ACCESS_KEY_ID"]),
+    ],
+)
+def test_wrong_s3_credentials_are_named(dataset, s3, wrong, words):
+    done = run_module("mtl_dist.shards", "create", str(dataset), "s3://mtl/refused", "--jobs", "1", env=wrong)
+    assert_one_message(done, "s3://mtl/refused", s3.endpoint, *words)
+    assert not s3.stored("refused").exists()
+
+
+def test_missing_s3_credentials_are_named(s3, tmp_path):
+    nowhere = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "HOME": str(tmp_path)}
+    nowhere["AWS_EC2_METADATA_DISABLED"] = "true"
+    done = run_module("mtl_dist.shards", "inspect", "s3://mtl/x", env=nowhere)
+    assert_one_message(done, "s3://mtl/x", "no S3 credentials", "AWS_ACCESS_KEY_ID")
+
+
+def test_a_missing_bucket_is_named_when_reading_and_when_writing(dataset, s3):
+    with pytest.raises(InputError, match="bucket 'absent' does not exist"):
+        create(dataset, "s3://absent/x", jobs=1)
+    with pytest.raises(InputError, match="bucket 'absent' does not exist"):
+        read_index("s3://absent/x")
+    done = run_module("mtl_dist.shards", "inspect", "s3://absent/x")
+    assert_one_message(done, "s3://absent/x", "bucket 'absent' does not exist")
+
+
+def test_a_server_that_does_not_answer_is_named_in_bounded_time(dataset):
+    endpoint = f"http://127.0.0.1:{free_port()}"
+    nobody = {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    began = time.monotonic()
+    done = run_module(
+        "mtl_dist.shards", "create", str(dataset), "s3://mtl/x", env={**nobody, "AWS_MAX_ATTEMPTS": "2"}, timeout=60
+    )
+    assert_one_message(done, "s3://mtl/x", "no S3 server answers at", endpoint, "AWS_ENDPOINT_URL")
+    assert time.monotonic() - began < 20  # two attempts; with the default of six it is about 16 s
+
+
+def test_an_object_that_is_not_there_is_no_set(s3):
+    with pytest.raises(InputError, match="no shard set at 's3://mtl/nothing'"):
+        read_index("s3://mtl/nothing")
+
+
+# --------------------------------------------------------------------------------------------------- the configuration
+
+
+def train(shards: Path, tmp_path: Path, *args: str) -> None:
+    train_main([*arguments(shards, tmp_path), *args])
+
+
+def arguments(shards: Path, tmp_path: Path) -> list[str]:
+    data = [f"--data.{split}={shards / 'cropped' / split}" for split in ("train", "val")]
+    return ["--dry-run", "--preset", "small", f"--run.storage={tmp_path / 'runs'}", "--train.global-batch=32", *data]
+
+
+def test_the_good_case_of_these_tests_is_good(shards, tmp_path, capsys):
+    train(shards, tmp_path)
+    assert "40 rows of cropped" in capsys.readouterr().out
+
+
+def test_an_unknown_key_in_a_file_names_the_nearest(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("optim:\n  lrr: 0.1\n")
+    done = run_module("mtl_dist.train", "--local", "--config", str(path))
+    assert_one_message(done, "unknown configuration key 'optim.lrr'", "did you mean 'optim.lr'?")
+
+
+def test_an_unknown_flag_names_the_nearest():
+    assert_one_message(run_module("mtl_dist.train", "--local", "--optim.lrr", "0.1"), "--optim.lrr", "--optim.lr FLOAT")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("optim: 3", "section 'optim' is 3"),
+        ("optim:", "section 'optim' is None"),
+        ("optim: 3\noptim.lr: x", "optim.lr is 'x'"),
+        ("- optim", "holds a list"),
+        ("optim: {lr: [}", "is not YAML"),
+        ("\x00\x01", "is not YAML"),
+        ("optim: {lr: -1}", "lr is -1"),
+        ("optim: {name: adam}", "name is 'adam'"),
+        ("data: {cache_gib: lots}", "cache_gib is 'lots'"),
+        ("run: {name: ../../etc}", "a run name is letters"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_key_value_and_expectation(tmp_path, text, words):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError) as error:
+        train_main(["--config", str(path)])
+    assert words in str(error.value)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    for path in (tmp_path / "absent.yaml", tmp_path):
+        with pytest.raises(InputError, match=f"configuration {path} cannot be read"):
+            train_main(["--config", str(path)])
+
+
+def test_an_unknown_preset_names_the_nearest():
+    with pytest.raises(InputError, match="unknown preset 'smal': did you mean 'small'"):
+        train_main(["--preset", "smal"])
+
+
+@pytest.mark.parametrize("flag", ["--preset", "--config"])
+def test_a_flag_without_its_value_is_named(flag):
+    with pytest.raises(InputError, match=f"{flag}: expected one argument"):
+        train_main([flag])
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--data.streams", "7"], ["data.streams 7 does not divide", "train.global_batch 32", "[1, 2, 4, 8, 16, 32]"]),
+        (["--ray.num-ranks", "1", "64"], ["up to 64", "32 streams"]),
+        (["--ray.num-ranks", "3", "2"], ["not 3 2"]),
+        (["--engine.zero-stage", "3"], ["ZeRO 3 is refused"]),
+        (["--optim.lr", "fast"], ["--optim.lr", "fast"]),
+        (["--optim.lr=-1"], ["lr is -1", "greater than 0"]),
+        (["--data.image-size", "0"], ["image_size is 0"]),
+        (["--run.name", "a/b"], ["a run name is letters"]),
+    ],
+)
+def test_wrong_flags_are_refused_with_value_and_expectation(shards, tmp_path, capsys, args, words):
+    with pytest.raises(SystemExit) as ended:
+        train(shards, tmp_path, *args)
+    assert ended.value.code == 2
+    printed = " ".join(capsys.readouterr().err.replace("│", " ").replace("|", " ").split())
+    for word in words:
+        assert word in printed
+
+
+# ------------------------------------------------------------------------------------------------------------ the sets
+
+
+def test_training_without_data_says_which_flag(tmp_path):
+    with pytest.raises(InputError, match=r"--data\.train is not given"):
+        train_main(["--preset", "small"])
+    with pytest.raises(InputError, match=r"no shard set at .*absent.*create"):
+        train_main([f"--data.train={tmp_path / 'absent'}", f"--data.val={tmp_path}"])
+
+
+def test_sets_of_two_views_are_refused_at_the_command_line(shards, tmp_path):
+    done = run_module(
+        "mtl_dist.train", "--local", "--preset", "small", f"--run.storage={tmp_path / 'runs'}",
+        f"--data.train={shards / 'cropped' / 'train'}", f"--data.val={shards / 'cropped_aligned' / 'val'}",
+    )  # fmt: skip
+    assert_one_message(done, "'cropped'", "'cropped_aligned'", "expected both of one view")
+    assert files_below(tmp_path) == []
+
+
+def test_a_split_in_the_place_of_the_other_is_refused(shards, tmp_path):
+    train_set, val_set = (str(shards / "cropped" / split) for split in ("train", "val"))
+    with pytest.raises(InputError, match=r"data\.train is an index of split 'val'; expected 'train'"):
+        train(shards, tmp_path, f"--data.train={val_set}")
+    with pytest.raises(InputError, match=r"data\.val is an index of split 'train'; expected 'val'"):
+        train(shards, tmp_path, f"--data.val={train_set}")
+
+
+def test_a_batch_larger_than_the_set_is_refused(shards, tmp_path):
+    with pytest.raises(InputError, match=r"train\.global_batch is 64, but .* has 40 rows"):
+        train(shards, tmp_path, "--train.global-batch", "64")
+
+
+@pytest.mark.parametrize("suffix", ["tar", "safetensors"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_shard_that_is_gone_is_found_before_training(copied, tmp_path, split, suffix):
+    path = copied / "cropped" / split / f"shard-000001.{suffix}"
+    path.unlink()
+    with pytest.raises(InputError, match=f"{path} is gone, but the index lists it.*verify.*create"):
+        train(copied, tmp_path)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_shard_whose_size_changed_is_found_before_training(copied, tmp_path):
+    path = copied / "cropped" / "train" / "shard-000002.tar"
+    size = path.stat().st_size
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes() + bytes(512))
+    with pytest.raises(InputError, match=f"{path} has {size + 512} bytes; the index says {size}"):
+        train(copied, tmp_path)
+
+
+def test_a_damaged_index_is_found_before_training(copied, tmp_path):
+    path = copied / "cropped" / "train" / INDEX_NAME
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+    with pytest.raises(InputError, match="its checksum does not match"):
+        train(copied, tmp_path)
+
+
+@pytest.mark.parametrize("what", ["image", "sidecar"])
+def test_a_shard_whose_content_changed_at_the_same_size_is_found_when_it_is_read(copied, what):
+    directory = copied / "cropped" / "train"
+    path = directory / ("shard-000003.tar" if what == "image" else "shard-000003.safetensors")
+    sidecar = parse_sidecar((directory / "shard-000003.safetensors").read_bytes())
+    data = bytearray(path.read_bytes())
+    data[int(sidecar.offset[4]) + 700 if what == "image" else -1] ^= 1
+    path.write_bytes(data)
+    reader = ShardReader(str(directory), read_index(str(directory)), Cache())
+    good = np.array([i for i in range(SAMPLES) if i // 7 != 3])
+    assert len(reader.read_batch(good, 48).rows) == len(good)
+    where = f"{path}, row {sidecar.row[4]}: its bytes" if what == "image" else f"{path}: its bytes"
+    with pytest.raises(InputError, match=f"{where} do not match their checksum.*verify"):
+        reader.read_batch(np.array([3 * 7 + 4]), 48)
+
+
+def test_a_shard_that_disappears_during_training_is_named(copied):
+    directory = copied / "cropped" / "train"
+    reader = ShardReader(str(directory), read_index(str(directory)), Cache())
+    storage.delete(str(directory / "shard-000000.tar"))
+    with pytest.raises(InputError, match=r"shard-000000\.tar is gone, but the index lists it"):
+        reader.read_batch(np.array([0]), 48)

@@ -1,0 +1,199 @@
+"""Whole runs with real DeepSpeed: in one process, under torchrun, killed and continued."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from mtl_dist.runtime.checkpoint import best, committed
+from mtl_dist.runtime.tracking import read_records
+from tests.conftest import REPO, assert_one_message, run_module
+
+STEPS_PER_EPOCH = 5  # 40 rows in batches of 8
+
+
+def train_args(shards: Path, storage: Path, name: str, *more: str) -> list[str]:
+    return [
+        "mtl_dist.train", "--local", "--preset", "small", "--data.train", f"{shards}/cropped/train",
+        "--data.val", f"{shards}/cropped/val", "--run.storage", str(storage), "--run.name", name,
+        "--train.global-batch", "8", "--train.epochs", "2", "--data.image-size", "80", "--engine.threads", "1",
+        "--optim.warmup-steps", "2", *more,
+    ]  # fmt: skip
+
+
+def train(shards: Path, storage: Path, name: str, *more: str) -> subprocess.CompletedProcess[str]:
+    done = run_module(*train_args(shards, storage, name, *more))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def torchrun(num_ranks: int, *args: str) -> subprocess.CompletedProcess[str]:
+    args = [arg for arg in args if arg != "--local"]  # torchrun's own parser takes it for one of its flags
+    done = run_module("torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}", "-m", *args)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def losses(storage: Path, name: str) -> list[dict[str, float]]:
+    return [record["loss"] for record in read_records(f"{storage}/{name}") if record["kind"] == "step"]
+
+
+def final_weights(storage: Path, name: str) -> dict:
+    return load_file(f"{committed(f'{storage}/{name}')[0][-1].uri}/model.safetensors")
+
+
+def assert_same_losses(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    assert len(found) == len(expected) == 2 * STEPS_PER_EPOCH
+    for mine, theirs in zip(found, expected):
+        assert mine == pytest.approx(theirs, rel=2e-4, abs=2e-5)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards, tmp_path_factory) -> Path:
+    """A run in one process that nothing happened to; returns its storage."""
+    storage = tmp_path_factory.mktemp("undisturbed")
+    train(shards, storage, "run", "--checkpoint.every-steps", "2")
+    return storage
+
+
+@pytest.fixture(scope="module")
+def frozen(shards, tmp_path_factory) -> Path:
+    """A run in one process whose BatchNorm is frozen, so that the split of a batch cannot matter."""
+    storage = tmp_path_factory.mktemp("frozen")
+    train(shards, storage, "run", "--engine.batchnorm", "frozen")
+    return storage
+
+
+def test_a_run_leaves_these_files_and_scores_and_nothing_else(undisturbed):
+    last, step = f"step_{2 * STEPS_PER_EPOCH:09d}", STEPS_PER_EPOCH
+    found = {
+        path.relative_to(undisturbed / "run").as_posix() for path in (undisturbed / "run").rglob("*") if path.is_file()
+    }
+    files = {"COMMIT.json", "state.json", "model.safetensors", "engine/mp_rank_00_model_states.pt"}
+    kept = {path.split("/")[1] for path in found if path.startswith("checkpoints/")}
+    assert last in kept
+    assert len(kept) <= 2  # keep_last 1 and keep_best 1
+    assert found == {"config.yaml", "metrics.jsonl"} | {f"checkpoints/{one}/{name}" for one in kept for name in files}
+    records = read_records(str(undisturbed / "run"))
+    assert [record["step"] for record in records if record["kind"] == "step"] == list(range(1, 2 * step + 1))
+    assert [record["step"] for record in records if record["kind"] == "eval"] == [step, 2 * step]
+    assert best(committed(str(undisturbed / "run"))[0]).score == max(
+        r["scores"]["p"] for r in records if r["kind"] == "eval"
+    )
+
+
+def test_a_killed_run_started_again_ends_with_bit_identical_weights(undisturbed, shards, tmp_path):
+    """kill -9 as soon as a checkpoint in mid-epoch is committed; what was done after it is done again."""
+    args = train_args(shards, tmp_path, "run", "--checkpoint.every-steps", "2")
+    with subprocess.Popen(
+        [sys.executable, "-m", *args], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("run/checkpoints/*/COMMIT.json")):
+            assert process.poll() is None, process.stdout.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+    assert len(committed(str(tmp_path / "run"))[0]) == 1
+    again = train(shards, tmp_path, "run", "--checkpoint.every-steps", "2")
+    assert "continuing from" in again.stdout
+    mine, theirs = final_weights(tmp_path, "run"), final_weights(undisturbed, "run")
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        assert mine[name].tobytes() == theirs[name].tobytes(), name
+    assert losses(tmp_path, "run") == losses(undisturbed, "run")
+
+
+def test_sigterm_saves_and_the_same_command_continues(undisturbed, shards, tmp_path):
+    args = train_args(shards, tmp_path, "run", "--checkpoint.every-steps", "2")
+    with subprocess.Popen([sys.executable, "-m", *args], cwd=REPO, stdout=subprocess.PIPE, text=True) as process:
+        while not list(tmp_path.glob("run/checkpoints/*/COMMIT.json")):
+            assert process.poll() is None
+            time.sleep(0.002)
+        process.terminate()
+        printed, _ = process.communicate(timeout=60)
+    assert "the same command continues" in printed
+    train(shards, tmp_path, "run", "--checkpoint.every-steps", "2")
+    mine, theirs = final_weights(tmp_path, "run"), final_weights(undisturbed, "run")
+    assert all(mine[name].tobytes() == theirs[name].tobytes() for name in theirs)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_with_the_reason(shards, tmp_path):
+    train(shards, tmp_path, "run", "--checkpoint.keep-last", "2", "--train.eval-every", "1")
+    found, _ = committed(str(tmp_path / "run"))
+    assert [c.step for c in found] == [5, 10]
+    weights = Path(found[-1].uri) / "engine/mp_rank_00_model_states.pt"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    again = train(shards, tmp_path, "run", "--checkpoint.keep-last", "2", "--train.eval-every", "1")
+    assert "passed over" in again.stdout
+    assert "sha256" in again.stdout
+    assert f"continuing from {found[0].uri}" in again.stdout
+    assert len(losses(tmp_path, "run")) == 10
+
+
+def test_two_and_three_ranks_have_the_losses_of_one(frozen, shards, tmp_path):
+    """3 ranks do not divide the 8 streams: their batches are unequal."""
+    for num_ranks in (2, 3):
+        torchrun(num_ranks, *train_args(shards, tmp_path, f"r{num_ranks}", "--engine.batchnorm", "frozen"))
+        assert_same_losses(losses(tmp_path, f"r{num_ranks}"), losses(frozen, "run"))
+
+
+def test_accumulation_has_the_losses_of_one_batch(frozen, shards, tmp_path):
+    train(shards, tmp_path, "run", "--engine.batchnorm", "frozen", "--train.accumulation", "3")
+    assert_same_losses(losses(tmp_path, "run"), losses(frozen, "run"))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_zero_1_and_2_train_and_continue_on_two_ranks(stage, frozen, shards, tmp_path):
+    args = train_args(shards, tmp_path, "run", "--engine.batchnorm", "frozen", "--engine.zero-stage", str(stage))
+    torchrun(2, *args, "--train.eval-every", "1", "--checkpoint.keep-last", "2")
+    assert_same_losses(losses(tmp_path, "run"), losses(frozen, "run"))
+    expected = final_weights(tmp_path, "run")
+    # As if the run had been killed before its second checkpoint.
+    (Path(committed(str(tmp_path / "run"))[0][-1].uri) / "COMMIT.json").unlink()
+    again = torchrun(2, *args, "--train.eval-every", "1", "--checkpoint.keep-last", "2")
+    assert "continuing from" in again.stdout
+    found = final_weights(tmp_path, "run")
+    assert all(found[name].tobytes() == expected[name].tobytes() for name in expected)
+
+
+def test_bf16_and_uncertainty_train(shards, tmp_path):
+    train(
+        shards, tmp_path, "run", "--engine.autocast", "bf16", "--loss.balancing", "uncertainty", "--train.epochs", "1"
+    )
+    assert len(losses(tmp_path, "run")) == STEPS_PER_EPOCH
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_rows(shards, tmp_path):
+    diverging = ("--optim.name", "sgd", "--optim.lr", "1e30", "--optim.clip-norm", "1e30")
+    done = run_module(*train_args(shards, tmp_path, "run", *diverging))
+    assert done.returncode == 1
+    assert "NonFiniteLoss" in done.stderr
+    assert "this rank's rows" in done.stderr
+    assert not committed(str(tmp_path / "run"))[0]
+
+
+def test_a_run_name_that_belongs_to_another_model_is_refused(undisturbed, shards):
+    done = run_module(*train_args(shards, undisturbed, "run", "--model.name", "b"))
+    assert_one_message(done, "run 'run' has a checkpoint with model.name 'a'", "'b'", "--run.name")
+
+
+def test_a_run_name_that_belongs_to_other_data_is_refused(undisturbed, shards):
+    args = train_args(shards, undisturbed, "run", "--checkpoint.every-steps", "2")
+    args = [arg.replace("/cropped/", "/cropped_aligned/") for arg in args]
+    assert_one_message(run_module(*args), "another training set", "sha256")
+
+
+def test_dry_run_prints_the_plan_and_leaves_nothing(shards, tmp_path):
+    done = run_module(*train_args(shards, tmp_path, "run", "--dry-run"))
+    assert done.returncode == 0
+    assert "5 an epoch, 10 in all" in done.stdout
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
