@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -22,8 +24,13 @@ REAL_VAL = LabelCounts(
 def make_data(size: int, seed: int = 0) -> tuple[Predictions, Targets]:
     rng = np.random.default_rng(seed)
     targets = Targets(
-        va=rng.uniform(-1, 1, (size, 2)).astype(np.float32), expr=rng.integers(0, 8, size), au=rng.integers(0, 2, (size, 12)),
-        va_mask=rng.random(size) < 0.7, expr_mask=rng.random(size) < 0.6, au_mask=rng.random((size, 12)) < 0.8)  # fmt: skip
+        va=rng.uniform(-1, 1, (size, 2)).astype(np.float32),
+        expr=rng.integers(0, 8, size),
+        au=rng.integers(0, 2, (size, 12)),
+        va_mask=rng.random(size) < 0.7,
+        expr_mask=rng.random(size) < 0.6,
+        au_mask=rng.random((size, 12)) < 0.8,
+    )
     va = (0.5 * targets.va + rng.normal(0, 0.4, (size, 2))).clip(-1, 1).astype(np.float32)
     expr = rng.dirichlet(np.ones(8), size).astype(np.float32)
     expr[np.arange(size), targets.expr] += 0.2
@@ -60,7 +67,7 @@ def test_sums_of_parts_are_the_sums_of_the_whole(size, cuts, seed):
     predictions, targets = make_data(size, seed)
     total = MetricSums.zero()
     edges = [0, *sorted(min(cut, size) for cut in cuts), size]
-    for begin, end in zip(edges, edges[1:]):
+    for begin, end in itertools.pairwise(edges):
         rows = np.arange(begin, end)
         part = metric_sums(take(predictions, rows), take(targets, rows))
         total = total.plus(MetricSums.unflatten(part.flatten()))
@@ -78,8 +85,9 @@ def test_the_constant_predictor_has_the_golden_scores_on_the_real_validation_cou
 
 
 def test_a_class_that_does_not_occur_counts_as_zero():
-    """scikit-learn's default averages over the classes present: 0.5 here, where the challenge says 0.125."""
-    targets = Targets(np.zeros((4, 2)), np.array([0, 0, 4, 4]), np.zeros((4, 12)), np.zeros(4, bool), np.ones(4, bool), np.zeros((4, 12), bool))  # fmt: skip
+    """scikit-learn's default averages over the classes present: 1.0 here, where the challenge says 0.25."""
+    none, labels = np.zeros((4, 12)), np.array([0, 0, 4, 4])
+    targets = Targets(none[:, :2], labels, none, none[:, 0] > 0, none[:, 0] == 0, none > 0)
     predictions = Predictions(np.zeros((4, 2)), np.eye(8)[[0, 0, 4, 4]], np.zeros((4, 12)))
     found = scores(metric_sums(predictions, targets))
     assert found["expr"] == pytest.approx(0.25)

@@ -18,8 +18,14 @@ from mtl_dist.objective.module import ObjectiveModule
 from mtl_dist.tasks import LabelCounts, Labels, Outputs
 
 COUNTS = LabelCounts(
-    rows=100, va=80, expr=60, au=[50] * 12, expr_classes=[20, 10, 5, 5, 10, 5, 5, 0], au_positives=[10] * 11 + [0], unlabelled=1
-)  # fmt: skip
+    rows=100,
+    va=80,
+    expr=60,
+    au=[50] * 12,
+    expr_classes=[20, 10, 5, 5, 10, 5, 5, 0],
+    au_positives=[10] * 11 + [0],
+    unlabelled=1,
+)
 FEATURES = 5
 
 
@@ -91,7 +97,10 @@ def rank_main(rank, cuts, init_file, config, module, batch, parts, results):
 CUTS = {2: [(0, 7), (7, 24)], 3: [(0, 8), (8, 16), (16, 24)], 5: [(0, 1), (1, 9), (9, 10), (10, 20), (20, 24)]}
 
 
-@pytest.mark.parametrize(("num_ranks", "parts", "balancing"), [(2, 1, "fixed"), (3, 1, "uncertainty"), (5, 1, "fixed"), (2, 3, "uncertainty")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("num_ranks", "parts", "balancing"),
+    [(2, 1, "fixed"), (3, 1, "uncertainty"), (5, 1, "fixed"), (2, 3, "uncertainty")],
+)
 def test_gradients_of_many_ranks_are_those_of_one(num_ranks, parts, balancing, tmp_path):
     """Unequal batches, ranks that lack a task's labels, class weights, and micro-batches: to float64 tolerance."""
     config = LossConfig(va=0.7, expr=1.3, au=2.0, balancing=balancing, expr_weights="balanced", au_weights="balanced")
