@@ -61,7 +61,7 @@ class Recipe(NamedTuple):
     train_seconds: float
 
 
-RENDERED = Recipe(epochs=10, batch=16, eval_every=2, search_epochs=2, train_seconds=100)
+RENDERED = Recipe(epochs=12, batch=16, eval_every=4, search_epochs=2, train_seconds=100)
 FEW_PHOTOGRAPHS = Recipe(epochs=60, batch=16, eval_every=10, search_epochs=10, train_seconds=60)
 
 
@@ -124,7 +124,7 @@ def plan_steps(source: Path, recipe: Recipe, *, render: bool) -> list[Step]:
     search_epochs = str(recipe.search_epochs)
     search = ["tune.search", "--preset", "small", "--search.name", "search", "--search.trials", "3"]
     search += ["--search.concurrent", "2", "--search.grace-epochs", search_epochs, "--train.epochs", search_epochs]
-    search += ["--train.eval-every", search_epochs, "--engine.threads", "1", *common, *sets["cropped_aligned"]]
+    search += ["--train.eval-every", search_epochs, *common, *sets["cropped_aligned"]]
     steps.append(Step("searching", 90, ["python", "-m", *search], True))
     for view in VIEWS:
         train = ["mtl_dist.train", "--config", f"{BUCKET}/runs/search/best.yaml", "--run.name", view]

@@ -139,7 +139,7 @@ class EngineConfig(Section):
     ranks (GPU only); frozen: running statistics."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(None, ge=1)
-    """CPU threads of a rank for torch; None: the machine's cores shared among its ranks."""
+    """CPU threads of a rank for torch; None: ray.cpus_per_rank under Ray, else the machine's cores over its ranks."""
 
     @field_validator("zero_stage")
     @classmethod

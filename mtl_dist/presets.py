@@ -29,7 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "model": {"name": "a", "backbone": "small", "weights": "none", "dropout": 0.0},
         "loss": {"expr_weights": "balanced", "au_weights": "balanced"},
-        "optim": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.02, "warmup_steps": 50},
+        "optim": {"name": "adamw", "lr": 6e-4, "weight_decay": 0.02, "warmup_steps": 50},
         "train": {"global_batch": 16, "epochs": 10},
         "checkpoint": {"keep_last": 1},
     },

@@ -129,9 +129,13 @@ def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def read_model(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Read and verify the weights. Raises ValueError where they are damaged."""
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
-    return load(_read_verified(checkpoint, MODEL))
+    try:
+        return load(_read_verified(checkpoint, MODEL))
+    except SafetensorError as error:
+        raise ValueError(f"{storage.join(checkpoint.uri, MODEL)} is not a safetensors file ({error})") from None
 
 
 def fetch_verified(uri: str, name: str, about: dict[str, Any], path: Path) -> None:

@@ -31,7 +31,7 @@ class LocalContext:
     def __init__(self):
         self.rank = int(os.environ.get("RANK", 0))
         self.num_ranks = int(os.environ.get("WORLD_SIZE", 1))
-        self.ranks_on_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.num_cpus = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         self._asked = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask)
@@ -52,7 +52,7 @@ class LocalContext:
 class RayContext:
     """A rank of Ray Train."""
 
-    def __init__(self):
+    def __init__(self, config: Config):
         import ray.train
 
         # What Ray and botocore tell of themselves at INFO, per rank, would bury the run's own lines.
@@ -60,7 +60,7 @@ class RayContext:
             logging.getLogger(name).setLevel(logging.WARNING)
         context = ray.train.get_context()
         self.rank, self.num_ranks = context.get_world_rank(), context.get_world_size()
-        self.ranks_on_node = context.get_local_world_size()
+        self.num_cpus = max(1, int(config.ray.cpus_per_rank))  # the machine's other cores may be another rank's
 
     def publish(self, metrics: dict[str, Any]) -> None:
         import ray.train
@@ -172,7 +172,8 @@ def ray_storage(uri: str):
 def _rank_main(settings: dict[str, Any]) -> None:
     from mtl_dist.runtime.loop import fit
 
-    fit(Config(**settings), RayContext())
+    config = Config(**settings)
+    fit(config, RayContext(config))
 
 
 def _input_error_in(error: BaseException) -> InputError | None:

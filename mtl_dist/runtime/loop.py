@@ -7,7 +7,6 @@ Ray Train.
 from __future__ import annotations
 
 import math
-import os
 import time
 from typing import Any, NamedTuple, Protocol
 
@@ -41,7 +40,7 @@ class RunContext(Protocol):
 
     rank: int
     num_ranks: int
-    ranks_on_node: int
+    num_cpus: int  # that this rank may use
 
     def publish(self, metrics: dict[str, Any]) -> None:
         """Report an evaluation. Every rank calls it, with the same metrics."""
@@ -72,7 +71,7 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
     """
     # ------------------------------------------------------------------------------------------------ setup
     device = _pick_device(config, context)
-    torch.set_num_threads(config.engine.threads or max(1, (os.cpu_count() or 1) // context.ranks_on_node))
+    torch.set_num_threads(config.engine.threads or context.num_cpus)
     data = open_data(config)
     cache = Cache(config.data.cache_dir, max_bytes=int(config.data.cache_gib * GIB))
     train_reader = ShardReader(config.data.train, data.train, cache)

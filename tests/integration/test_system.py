@@ -1,0 +1,127 @@
+"""The whole system on a real Ray cluster of two nodes and a real S3 server: shards, search, training, ensemble."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from cluster.local import LocalCluster
+from mtl_dist.tasks import VIEWS
+from tests.conftest import REPO, run_module
+
+pytestmark = pytest.mark.integration
+RUNS = "s3://mtl/runs"
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory, dataset):
+    """A cluster with shards of `dataset` in its store."""
+    with LocalCluster(tmp_path_factory.mktemp("cluster"), nodes=2, cpus_per_node=3) as state:
+        args = ("mtl_dist.shards", "create", str(dataset), "s3://mtl/faces", "--frames-per-shard", "7")
+        done = run_module(*args, env=state.client_env())
+        assert done.returncode == 0, done.stderr
+        yield state
+
+
+def submit(cluster, *args: str) -> subprocess.CompletedProcess[str]:
+    """`ray job submit -- python -m ...`, as a user does it."""
+    command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--working-dir", ".", "--", "python", "-m"]
+    env = {**os.environ, **cluster.client_env()}
+    return subprocess.run([*command, *args], cwd=REPO, env=env, capture_output=True, text=True, timeout=240)
+
+
+def run_args(view: str, name: str, *more: str) -> list[str]:
+    return [
+        "--preset", "small", "--run.name", name, "--run.storage", RUNS, "--data.train", f"s3://mtl/faces/{view}/train",
+        "--data.val", f"s3://mtl/faces/{view}/val", "--train.global-batch", "8", "--train.epochs", "2",
+        "--data.image-size", "80", "--optim.warmup-steps", "2", *more,
+    ]  # fmt: skip
+
+
+def read(cluster, uri: str) -> bytes:
+    script = "import sys; from mtl_dist import storage; sys.stdout.buffer.write(storage.read_bytes(sys.argv[1]))"
+    env = {**os.environ, **cluster.client_env()}
+    return subprocess.run(
+        [sys.executable, "-c", script, uri], cwd=REPO, env=env, capture_output=True, check=True
+    ).stdout
+
+
+def test_search_train_and_ensemble_run_as_jobs(cluster):
+    # The search: two trials, its best configuration is one that training takes.
+    search = ["--search.name", "weights", "--search.trials", "2", "--search.grace-epochs", "1"]
+    done = submit(cluster, "tune.search", *run_args("cropped", "unused"), *search)
+    assert done.returncode == 0, done.stdout[-3000:]
+    best = yaml.safe_load(read(cluster, f"{RUNS}/weights/best.yaml"))
+    assert set(best["loss"]) >= {"va", "expr", "au"}
+    trials = read(cluster, f"{RUNS}/weights/trials.csv").decode().splitlines()
+    assert trials[0] == "trial,loss.au,loss.expr,loss.va,optim.lr,epochs,P"
+    assert len(trials) == 3
+
+    # Training of both views on two ranks, with that configuration.
+    for view in VIEWS:
+        ranks = ["--ray.num-ranks", "2", "2", "--ray.placement", "SPREAD"]
+        done = submit(cluster, "mtl_dist.train", "--config", f"{RUNS}/weights/best.yaml", *run_args(view, view, *ranks))
+        assert done.returncode == 0, done.stdout[-3000:]
+        assert "constant predictor" in done.stdout
+    commits = [f"{RUNS}/{view}/checkpoints/step_000000010/COMMIT.json" for view in VIEWS]
+    assert all(json.loads(read(cluster, uri))["step"] == 10 for uri in commits)
+
+    # The final job.
+    runs = [f"{RUNS}/{view}" for view in VIEWS]
+    done = submit(cluster, "mtl_dist.ensemble", "--runs", *runs, "--out", f"{RUNS}/ensemble")
+    assert done.returncode == 0, done.stdout[-3000:]
+    score = json.loads(read(cluster, f"{RUNS}/ensemble/score.json"))
+    assert set(score["scores"]) == {"constant predictor", *VIEWS, "ensemble"}
+
+    # Again: the finished search and run are recognised, nothing is trained twice.
+    done = submit(cluster, "tune.search", *run_args("cropped", "unused"), *search)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "continuing the search" in done.stdout
+    assert read(cluster, f"{RUNS}/weights/trials.csv").decode().splitlines() == trials
+
+
+def test_two_ray_ranks_have_the_losses_of_one_process(cluster):
+    """BatchNorm frozen, so that the split of a batch cannot matter."""
+    frozen = ["--engine.batchnorm", "frozen"]
+    done = submit(cluster, "mtl_dist.train", *run_args("cropped", "by-ray", *frozen, "--ray.num-ranks", "2", "2"))
+    assert done.returncode == 0, done.stdout[-3000:]
+    done = run_module("mtl_dist.train", "--local", *run_args("cropped", "by-hand", *frozen), env=cluster.client_env())
+    assert done.returncode == 0, done.stderr
+    steps = []
+    for name in ("by-ray", "by-hand"):
+        records = [json.loads(line) for line in read(cluster, f"{RUNS}/{name}/metrics.jsonl").splitlines()]
+        steps.append([record["loss"] for record in records if record["kind"] == "step"])
+    assert len(steps[0]) == len(steps[1]) == 10
+    for mine, theirs in zip(*steps):
+        assert mine == pytest.approx(theirs, rel=2e-4, abs=2e-5)
+
+
+def test_more_ranks_than_the_cluster_has_are_refused_with_exit_code_2(cluster):
+    done = submit(cluster, "mtl_dist.train", *run_args("cropped", "many", "--ray.num-ranks", "8", "8"))
+    assert done.returncode != 0
+    assert "ray.num_ranks 8 with 1 CPU each need 8 CPU; the cluster has 6" in done.stdout
+    assert "exit code 2" in done.stdout.replace("exit_code", "exit code")
+    assert "Traceback" not in done.stdout
+
+
+def test_a_changed_shard_is_named_by_the_job_without_a_traceback(cluster, dataset):
+    """The size is right and the content is not: only a rank can find that, and its message reaches the user."""
+    create = ("mtl_dist.shards", "create", str(dataset), "s3://mtl/damaged", "--frames-per-shard", "7")
+    done = run_module(*create, env=cluster.client_env())
+    assert done.returncode == 0, done.stderr
+    path = cluster.dir / "s3" / "mtl" / "damaged" / "cropped" / "train" / "shard-000001.tar"
+    data = bytearray(path.read_bytes())
+    data[700] ^= 1
+    path.write_bytes(data)
+    args = [
+        arg.replace("s3://mtl/faces", "s3://mtl/damaged")
+        for arg in run_args("cropped", "damaged", "--ray.max-failures", "0")
+    ]
+    done = submit(cluster, "mtl_dist.train", *args)
+    assert done.returncode != 0
+    assert "error: s3://mtl/damaged/cropped/train/shard-000001.tar" in done.stdout

@@ -1,0 +1,138 @@
+"""Checkpoints prove themselves: what is not committed, whole and of this run is no checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mtl_dist.config import Config, build_config, flatten
+from mtl_dist.errors import InputError
+from mtl_dist.runtime.checkpoint import (
+    FORMAT,
+    FREE,
+    best,
+    check_same_run,
+    committed,
+    plan_retention,
+    read_model,
+    read_state,
+)
+
+IDENTITY = {"training set": "a" * 64, "validation set": "b" * 64}
+
+
+def write_checkpoint(run: Path, step: int, score: float | None = None) -> Path:
+    """Write the files of a checkpoint as `save_checkpoint` lays them out."""
+    directory = run / "checkpoints" / f"step_{step:09d}"
+    files = {}
+    for name, data in {"state.json": b'{"step": %d}' % step, "engine/state.pt": bytes(100)}.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_bytes(data)
+        files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    commit = {"format": FORMAT, "step": step, "score": score, "files": files}
+    (directory / "COMMIT.json").write_text(json.dumps(commit))
+    return directory
+
+
+def test_committed_checkpoints_are_listed_oldest_first(tmp_path):
+    for step in (10, 5, 1000000):
+        write_checkpoint(tmp_path, step)
+    found, skipped = committed(str(tmp_path))
+    assert [checkpoint.step for checkpoint in found] == [5, 10, 1000000]
+    assert not skipped
+    assert read_state(found[0]) == {"step": 5}
+
+
+def test_a_run_that_does_not_exist_has_none(tmp_path):
+    assert committed(str(tmp_path / "nothing")) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda d: (d / "COMMIT.json").unlink(), "no COMMIT.json"),
+        (lambda d: (d / "COMMIT.json").write_text("{"), "damaged COMMIT.json"),
+        (lambda d: (d / "COMMIT.json").write_text("[]"), "damaged COMMIT.json"),
+        (lambda d: (d / "COMMIT.json").write_text('{"format": "other"}'), "format 'other'"),
+        (lambda d: (d / "engine/state.pt").unlink(), "engine/state.pt is missing"),
+        (lambda d: (d / "engine/state.pt").write_bytes(bytes(99)), "another size"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over_with_the_reason(damage, reason, tmp_path):
+    write_checkpoint(tmp_path, 5)
+    damage(write_checkpoint(tmp_path, 10))
+    found, skipped = committed(str(tmp_path))
+    assert [checkpoint.step for checkpoint in found] == [5]
+    assert len(skipped) == 1
+    assert reason in skipped[0]
+    assert "step_000000010" in skipped[0]
+
+
+def test_a_flipped_bit_is_found_when_the_file_is_read(tmp_path):
+    directory = write_checkpoint(tmp_path, 5)
+    (directory / "state.json").write_bytes(b'{"step": 6}')
+    (checkpoint,), _ = committed(str(tmp_path))
+    with pytest.raises(ValueError, match=r"state\.json is damaged"):
+        read_state(checkpoint)
+
+
+def test_weights_that_are_a_pickle_are_not_loaded(tmp_path):
+    """A COMMIT proves that bytes are those that were saved, not that they are harmless."""
+    directory = write_checkpoint(tmp_path, 5)
+    data = b"\x80\x04cos\nsystem\n(S'touch /tmp/owned'\ntR."
+    (directory / "model.safetensors").write_bytes(data)
+    commit = json.loads((directory / "COMMIT.json").read_text())
+    commit["files"]["model.safetensors"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (directory / "COMMIT.json").write_text(json.dumps(commit))
+    (checkpoint,), _ = committed(str(tmp_path))
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        read_model(checkpoint)
+    assert not Path("/tmp/owned").exists()
+
+
+def test_the_best_is_the_highest_score_and_the_later_of_equals(tmp_path):
+    for step, score in ((1, 0.5), (2, 0.9), (3, 0.9), (4, None), (5, 0.1)):
+        write_checkpoint(tmp_path, step, score)
+    assert best(committed(str(tmp_path))[0]).step == 3
+    assert best([]) is None
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 50), st.none() | st.floats(-1, 3)), max_size=20, unique_by=lambda pair: pair[0]),
+    st.integers(1, 4),
+    st.integers(1, 4),
+)
+def test_retention_keeps_the_last_and_the_best_and_deletes_the_others(saved, keep_last, keep_best):
+    deleted = set(plan_retention(saved, keep_last=keep_last, keep_best=keep_best))
+    kept = {step for step, _ in saved} - deleted
+    assert set(sorted(step for step, _ in saved)[-keep_last:]) <= kept
+    scored = sorted(((score, step) for step, score in saved if score is not None), reverse=True)
+    assert {step for _, step in scored[:keep_best]} <= kept
+    assert len(kept) <= keep_last + keep_best
+    if saved:
+        assert max(step for step, _ in saved) in kept
+
+
+def test_a_checkpoint_fits_its_own_configuration_and_free_settings_may_change():
+    state = {"config": flatten(Config()), "identity": IDENTITY}
+    check_same_run(state, Config(), IDENTITY, "here")
+    moved = build_config({"data": {"workers": 7, "cache_gib": 1.0}, "ray": {"num_ranks": 8}, "engine": {"threads": 3}})
+    check_same_run(state, moved, IDENTITY, "here")
+    assert set(FREE) <= set(flatten(Config()))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [("optim", "lr", 0.5), ("model", "name", "b"), ("run", "seed", 3), ("train", "epochs", 9)],
+)
+def test_another_configuration_is_refused_naming_the_field(section, key, value):
+    state = {"config": flatten(Config()), "identity": IDENTITY}
+    with pytest.raises(InputError, match=rf"{section}\.{key}.*--run.name"):
+        check_same_run(state, build_config({section: {key: value}}), IDENTITY, "here")
+    with pytest.raises(InputError, match="another validation set"):
+        check_same_run(state, Config(), {**IDENTITY, "validation set": "c" * 64}, "here")
