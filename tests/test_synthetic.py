@@ -70,7 +70,7 @@ def test_layout(small_set):
             cropped, aligned = (Image.open(dest / view / image) for view in VIEWS)
             assert aligned.size == (ALIGNED_PX, ALIGNED_PX)
             assert cropped.width == cropped.height
-            assert 96 <= cropped.width <= 160
+            assert 112 <= cropped.width <= 160
 
 
 def test_files_do_not_depend_on_the_number_of_processes(small_set, tmp_path):

@@ -42,10 +42,10 @@ class Head:
 
 
 def crop_transform(head: Head) -> np.ndarray:
-    """The (2, 3) matrix from scene to `cropped` pixels: a box of the detector, never rotated, 4.2 to 5.4 units wide."""
+    """The (2, 3) matrix from scene to `cropped` pixels: a box of the detector, never rotated, 3.5 to 4.5 units wide."""
     look, side_px = head.look, head.identity.crop_px
-    scale = side_px / (4.8 - 0.6 * look.lean)
-    centre = (look.crop_shift[0], 0.8 + look.crop_shift[1])
+    scale = side_px / (4.0 - 0.5 * look.lean)
+    centre = (look.crop_shift[0], 0.75 + look.crop_shift[1])
     return np.array([[scale, 0, side_px / 2 - scale * centre[0]], [0, scale, side_px / 2 - scale * centre[1]]])
 
 

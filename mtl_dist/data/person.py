@@ -112,6 +112,6 @@ def make_identity(rng: np.random.Generator) -> Identity:
         glasses=bool(rng.random() < 0.16),
         beard=float(rng.uniform(0.35, 0.75)) if rng.random() < 0.18 else 0.0,
         age=float(rng.random() ** 2),
-        crop_px=int(rng.integers(96, 161)),
-        crop_blur_px=float(rng.uniform(0.6, 0.9)),
+        crop_px=int(rng.integers(112, 161)),
+        crop_blur_px=float(rng.uniform(0.35, 0.6)),
     )

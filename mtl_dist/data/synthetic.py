@@ -2,7 +2,7 @@
 
     write_synthetic(Path("demo_data"), num_train=1500, num_val=500)
 
-    DEST/cropped/<video>/<frame>.jpg          the face with its surroundings, square, 96 to 160 pixels
+    DEST/cropped/<video>/<frame>.jpg          the face with its surroundings, square, 112 to 160 pixels
     DEST/cropped_aligned/<video>/<frame>.jpg  112 x 112, the eyes on a fixed template
     DEST/training_set_annotations.txt, DEST/validation_set_annotations.txt
 
@@ -27,7 +27,7 @@ from mtl_dist.data.synthetic_plan import Video, annotation_text, count_labels, k
 from mtl_dist.tasks import VIEWS
 
 PARAMETERS_FILE = "synthetic.json"
-RENDERER_VERSION = 1  # raise it when the pictures change, so that an old directory is not taken for a new one
+RENDERER_VERSION = 2  # raise it when the pictures change, so that an old directory is not taken for a new one
 
 
 def write_synthetic(
