@@ -62,7 +62,7 @@ class Recipe(NamedTuple):
 
 
 RENDERED = Recipe(epochs=12, batch=16, eval_every=4, search_epochs=2, train_seconds=100)
-FEW_PHOTOGRAPHS = Recipe(epochs=60, batch=16, eval_every=10, search_epochs=10, train_seconds=60)
+FEW_PHOTOGRAPHS = Recipe(epochs=60, batch=16, eval_every=20, search_epochs=10, train_seconds=60)
 
 
 def main(args: list[str] | None = None) -> None:

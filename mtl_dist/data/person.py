@@ -113,5 +113,5 @@ def make_identity(rng: np.random.Generator) -> Identity:
         beard=float(rng.uniform(0.35, 0.75)) if rng.random() < 0.18 else 0.0,
         age=float(rng.random() ** 2),
         crop_px=int(rng.integers(112, 161)),
-        crop_blur_px=float(rng.uniform(0.35, 0.6)),
+        crop_blur_px=float(rng.uniform(0.25, 0.5)),
     )

@@ -27,7 +27,7 @@ from mtl_dist.data.synthetic_plan import Video, annotation_text, count_labels, k
 from mtl_dist.tasks import VIEWS
 
 PARAMETERS_FILE = "synthetic.json"
-RENDERER_VERSION = 2  # raise it when the pictures change, so that an old directory is not taken for a new one
+RENDERER_VERSION = 3  # raise it when the pictures change, so that an old directory is not taken for a new one
 
 
 def write_synthetic(

@@ -279,8 +279,8 @@ def _plan_episode(rng: np.random.Generator, expression: str) -> _Episode:
         prototype = body._replace(aus=dict.fromkeys(combination, 1.0), hand=str(rng.choice(("", "", *HANDS))))
     else:
         prototype = PROTOTYPES[expression]
-    # One face in four gives little away: then posture and hands are the better witnesses.
-    readiness = 0.4 if rng.random() < 0.25 else 1.0
+    # One face in three gives little away: then posture and hands are the better witnesses.
+    readiness = 0.3 if rng.random() < 0.35 else 1.0
     chance = np.array([max(0.02, readiness * prototype.aus.get(au, 0.0)) for au in ALL_AUS])
     is_on = rng.random(len(ALL_AUS)) < chance
     if is_on[ALL_AUS.index(26)]:
@@ -293,7 +293,7 @@ def _plan_episode(rng: np.random.Generator, expression: str) -> _Episode:
         is_on, rng.uniform(0.55, 0.75, len(ALL_AUS)) + 0.25 * strength, rng.uniform(0, 0.16, len(ALL_AUS))
     )
     energy = float(rng.uniform(-1, 1))
-    shows_body = rng.random() < 0.8  # the rest of the time the posture says nothing
+    shows_body = rng.random() < 0.92  # the rest of the time the posture says nothing
     return _Episode(
         expression=expression,
         strength=strength,
@@ -302,7 +302,7 @@ def _plan_episode(rng: np.random.Generator, expression: str) -> _Episode:
         shoulders=prototype.shoulders * shows_body + 0.3 * energy,
         lean=prototype.lean * shows_body + 0.2 * energy,
         roll=prototype.roll * shows_body * float(rng.choice((-1, 1))),
-        hand=prototype.hand if shows_body and rng.random() < 0.8 else "",
+        hand=prototype.hand if shows_body and rng.random() < 0.9 else "",
         hand_side=int(rng.choice((-1, 1))),
     )
 

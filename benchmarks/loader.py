@@ -1,0 +1,244 @@
+"""Loader speed beside its peers and the decoder alone, in one run, in rounds taken in turn.
+
+    pip install 'mtl_dist[bench]'
+    python -m benchmarks.loader [--images 20000] [--rounds 5]
+
+Data: 112 x 112 JPEGs of about 6 KB (rendered faces, repeated with other noise), labels included. Everything yields
+shuffled batches of 64 as tensors of pixels and labels. `decoder alone` decodes the same bytes from memory into one preallocated batch:
+nothing can be faster with this decoder. Medians over rounds; the quartiles say how noisy the machine was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image
+
+from mtl_dist.data.annotations import FILES, HEADER
+from mtl_dist.data.cache import Cache
+from mtl_dist.data.index import read_index
+from mtl_dist.data.loader import train_batches
+from mtl_dist.data.order import Order
+from mtl_dist.data.reader import ShardReader
+
+BATCH, SIZE, SHARD_ROWS = 64, 112, 1000
+Epoch = Callable[[int], Iterator[int]]  # epoch -> the number of images of each batch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=20000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="also write the table as JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="mtl_dist-bench-") as scratch:
+        root = Path(scratch)
+        source = make_images(root / "source", args.images)
+        contenders = dict(build_contenders(root, source))
+        speeds: dict[str, list[float]] = {name: [] for name in contenders}
+        for round_number in range(args.rounds + 1):  # the first warms page cache and imports
+            for name, epoch in contenders.items():
+                speed = measure(epoch, round_number)
+                if round_number:
+                    speeds[name].append(speed)
+        report(speeds, args.out)
+
+
+def measure(epoch: Epoch, number: int) -> float:
+    """Images a second over an epoch, from asking for the first batch to having the last."""
+    begun = time.perf_counter()
+    images = sum(epoch(number))
+    return images / (time.perf_counter() - begun)
+
+
+def report(speeds: dict[str, list[float]], out: Path | None) -> None:
+    limit = statistics.median(speeds["decoder alone"])
+    rows = {}
+    print(f"{'':34}{'images/s':>10}{'quartiles':>18}{'of decoder':>12}")
+    for name, found in sorted(speeds.items(), key=lambda item: -statistics.median(item[1])):
+        low, middle, high = np.percentile(found, [25, 50, 75])
+        rows[name] = {
+            "images_per_s": round(middle),
+            "quartiles": [round(low), round(high)],
+            "of_decoder": round(middle / limit, 3),
+        }
+        print(f"{name:34}{middle:>10.0f}{f'{low:.0f}-{high:.0f}':>18}{middle / limit:>12.2f}")
+    if out:
+        out.write_text(json.dumps(rows, indent=1))
+
+
+def make_images(root: Path, count: int) -> Path:
+    """Write a labelled set of `count` JPEGs in the s-Aff-Wild2 layout: 200 rendered faces, each with new noise."""
+    from mtl_dist.data.synthetic import write_synthetic
+
+    faces = root.with_name("faces")
+    write_synthetic(faces, num_train=200, num_val=20, jobs=2)
+    pixels = [np.asarray(Image.open(path)) for path in sorted((faces / "cropped_aligned").rglob("*.jpg"))]
+    rng = np.random.default_rng(0)
+    lines = [HEADER]
+    for number in range(count):
+        noisy = pixels[number % len(pixels)] + rng.normal(0, 7, (SIZE, SIZE, 3))
+        image = f"v{number // 500}/{number:05d}.jpg"
+        path = root / "cropped_aligned" / image
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(simplejpeg.encode_jpeg(noisy.clip(0, 255).astype(np.uint8), quality=82))
+        au = ",".join(map(str, rng.integers(0, 2, 12)))
+        lines.append(f"{image},{rng.uniform(-1, 1):.3f},{rng.uniform(-1, 1):.3f},{rng.integers(8)},{au}")
+    for name in FILES.values():
+        (root / name).write_text("\n".join(lines if "training" in name else lines[:101]) + "\n")
+    shutil.rmtree(faces)
+    return root
+
+
+def build_contenders(root: Path, source: Path) -> Iterator[tuple[str, Epoch]]:
+    """Yield (name, epoch) of every loader whose package is installed; the others are named as missing."""
+    from mtl_dist.shards import create
+
+    create(source, str(root / "shards"), views=("cropped_aligned",), frames_per_shard=SHARD_ROWS, jobs=2)
+    shards = root / "shards" / "cropped_aligned" / "train"
+    samples = read_samples(shards)
+    size = sum(len(image) for image, _ in samples) / len(samples)
+    print(f"{len(samples)} images of {size / 1000:.1f} KB, batches of {BATCH}")
+
+    yield "decoder alone", lambda number: decode_alone(samples)
+    for workers in (0, 1, 2):
+        yield f"mtl_dist, {workers} threads", lambda number, workers=workers: ours(shards, number, workers)
+    for name, build in (("webdataset", webdatasets), ("litdata", litdatas), ("streaming", streamings)):
+        try:
+            yield from build(root, shards, samples)
+        except ImportError as error:
+            print(f"{name} is left out: {error}")
+
+
+def read_samples(shards: Path) -> list[tuple[bytes, dict]]:
+    import tarfile
+
+    samples = []
+    for path in sorted(shards.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            members = [tar.extractfile(member).read() for member in tar]
+        samples += [(image, json.loads(label)) for image, label in zip(members[::2], members[1::2])]
+    return samples
+
+
+def decode_alone(samples: list[tuple[bytes, dict]]) -> Iterator[int]:
+    batch = np.empty((BATCH, SIZE, SIZE, 3), np.uint8)
+    for begin in range(0, len(samples) - BATCH + 1, BATCH):
+        for place in range(BATCH):
+            simplejpeg.decode_jpeg(samples[begin + place][0], "RGB", buffer=batch[place])
+        yield BATCH
+
+
+def ours(shards: Path, number: int, workers: int) -> Iterator[int]:
+    index = read_index(str(shards))
+    order = Order(index.shard_rows, BATCH, 16, 4, seed=0)
+    reader = ShardReader(str(shards), index, Cache())
+    batches = train_batches(
+        reader, order, epoch=number, start_step=0, rank=0, num_ranks=1, size=SIZE, workers=workers, prefetch=4
+    )  # fmt: skip
+    for batch in batches:
+        yield len(batch.rows)
+
+
+# ------------------------------------------------------------------------------------------------------------ the peers
+
+
+def label_tensor(label: dict) -> torch.Tensor:
+    """(15,) float32: valence, arousal, expression, action units."""
+    return torch.tensor([*(label["va"] or (-5, -5)), label["expr"] if label["expr"] is not None else -1, *label["au"]])
+
+
+def decode_with_pil(image: bytes) -> torch.Tensor:
+    return torch.from_numpy(np.array(Image.open(io.BytesIO(image)).convert("RGB")))
+
+
+def decode_with_simplejpeg(image: bytes) -> torch.Tensor:
+    return torch.from_numpy(simplejpeg.decode_jpeg(image, "RGB"))
+
+
+def webdatasets(root: Path, shards: Path, samples) -> Iterator[tuple[str, Epoch]]:
+    import webdataset as wds
+
+    urls = [str(path) for path in sorted(shards.glob("*.tar"))]
+    decoders = {"PIL": decode_with_pil, "simplejpeg": decode_with_simplejpeg}
+    for name, decode in decoders.items():
+        for workers in (0, 2):
+
+            def epoch(number: int, decode=decode, workers=workers) -> Iterator[int]:
+                stages = wds.WebDataset(urls, shardshuffle=len(urls), seed=number, empty_check=False)
+                stages = stages.shuffle(1000).to_tuple("jpg", "json")
+                stages = stages.map_tuple(decode, lambda data: label_tensor(json.loads(data))).batched(BATCH)
+                for images, _ in wds.WebLoader(stages, batch_size=None, num_workers=workers):
+                    yield len(images)
+
+            yield f"webdataset + {name}, {workers} processes", epoch
+
+
+def litdatas(root: Path, shards: Path, samples) -> Iterator[tuple[str, Epoch]]:
+    import litdata
+    from torchvision.io import decode_jpeg
+
+    out = root / "litdata"
+    writer = litdata.streaming.writer.BinaryWriter(str(out), chunk_bytes="8MB")
+    for place, (image, label) in enumerate(samples):
+        writer.add_item(place, {"image": image, "label": label_tensor(label).numpy()})
+    writer.done()
+    writer.merge()
+
+    class Faces(litdata.StreamingDataset):
+        def __getitem__(self, place):
+            item = super().__getitem__(place)
+            data = torch.frombuffer(bytearray(item["image"]), dtype=torch.uint8)
+            return decode_jpeg(data), torch.from_numpy(np.array(item["label"]))
+
+    for workers in (0, 2):
+
+        def epoch(number: int, workers=workers) -> Iterator[int]:
+            loader = litdata.StreamingDataLoader(
+                Faces(str(out), shuffle=True, seed=number), batch_size=BATCH, num_workers=workers
+            )
+            for images, _ in loader:
+                yield len(images)
+
+        yield f"LitData + torchvision, {workers} processes", epoch
+
+
+def streamings(root: Path, shards: Path, samples) -> Iterator[tuple[str, Epoch]]:
+    import streaming
+
+    out = root / "mds"
+    columns = {"image": "bytes", "label": "ndarray:float32:15"}
+    with streaming.MDSWriter(out=str(out), columns=columns) as writer:
+        for image, label in samples:
+            writer.write({"image": image, "label": label_tensor(label).numpy()})
+
+    class Faces(streaming.StreamingDataset):
+        def __getitem__(self, place):
+            item = super().__getitem__(place)
+            return decode_with_simplejpeg(item["image"]), torch.from_numpy(item["label"].copy())
+
+    for workers in (0, 2):
+
+        def epoch(number: int, workers=workers) -> Iterator[int]:
+            streaming.base.util.clean_stale_shared_memory()
+            data = Faces(local=str(out), shuffle=True, shuffle_seed=number, batch_size=BATCH)
+            for images, _ in torch.utils.data.DataLoader(data, batch_size=BATCH, num_workers=workers):
+                yield len(images)
+
+        yield f"MosaicML Streaming, {workers} processes", epoch
+
+
+if __name__ == "__main__":
+    main()
