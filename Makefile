@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DATA ?=
 
-.PHONY: help install demo test test-all lint bench clean
+.PHONY: help install demo test lint bench clean
 
 help:
 	@echo "make install         virtual environment in .venv with everything"
 	@echo "make demo            the whole system on this machine: cluster, shards, search, training, ensemble, score"
 	@echo "make demo DATA=DIR   the same on your data in the s-Aff-Wild2 layout"
 	@echo "make test            all tests"
+	@echo "make bench           loader speed beside its peers"
 	@echo "make lint            ruff"
 	@echo "make clean           remove what demo and tests leave (not .venv)"
 
@@ -28,14 +29,18 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)
-	@$(BIN)/python -m cluster.demo $(if $(DATA),--data $(DATA))
+	@$(BIN)/python -m cluster.demo $(if $(DATA),--data '$(DATA)')
 
 test: $(STAMP) lint
 	@$(BIN)/python -m pytest
+
+bench: $(STAMP)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python -m benchmarks.loader
 
 lint: $(STAMP)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 clean:
-	@test ! -x $(BIN)/python || $(BIN)/python -m cluster.local down --dir demo/cluster --purge >/dev/null 2>&1 || true
+	@for dir in demo/*/cluster; do test ! -d $$dir || $(BIN)/python -m cluster.local down --dir $$dir --purge; done
 	rm -rf demo .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -4,8 +4,9 @@
     python -m benchmarks.loader [--images 20000] [--rounds 5]
 
 Data: 112 x 112 JPEGs of about 6 KB (rendered faces, repeated with other noise), labels included. Everything yields
-shuffled batches of 64 as tensors of pixels and labels. `decoder alone` decodes the same bytes from memory into one preallocated batch:
-nothing can be faster with this decoder. Medians over rounds; the quartiles say how noisy the machine was.
+shuffled batches of 64 as tensors of pixels and labels. `decoder alone` decodes the same bytes from memory into one
+preallocated batch: nothing can be faster with this decoder. Medians over rounds; the quartiles say how noisy the
+machine was.
 """
 
 from __future__ import annotations

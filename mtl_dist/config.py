@@ -156,7 +156,8 @@ class EngineConfig(Section):
 
 class TrainConfig(Section):
     global_batch: int = Field(24, ge=1)
-    """Samples of an optimizer step over all ranks. The number of ranks changes speed, never the result."""
+    """Samples of an optimizer step over all ranks, whatever their number. Losses are those of this batch; only
+    BatchNorm's statistics (engine.batchnorm) and dropout depend on how it is split."""
     epochs: int = Field(50, ge=1)
     accumulation: int = Field(1, ge=1)
     """Micro-batches a rank splits its part of the global batch into. Losses stay those of the whole batch, at the
@@ -181,6 +182,8 @@ class RayConfig(Section):
     gpus_per_rank: float = Field(0.0, ge=0)
     placement: Literal["PACK", "SPREAD"] = "PACK"
     """PACK ranks on few nodes (less network), or SPREAD them over many."""
+    autoscaling: bool = False
+    """The cluster adds nodes when ranks wait for them: do not refuse what it has no room for yet."""
     max_failures: int = Field(3, ge=-1)
     """Restarts after failures before the run gives up; -1: without end."""
 
@@ -217,6 +220,16 @@ class Config(Section):
                 f"data.streams {streams} does not divide train.global_batch {batch}: every stream gives "
                 f"the same number of samples to a step; use one of {_divisors(batch)}"
             )
+        low, high = self.ray.num_ranks
+        if self.engine.zero_stage and low != high:
+            raise ValueError(
+                f"engine.zero_stage {self.engine.zero_stage} with ray.num_ranks {low} {high}: sharded optimizer states "
+                "fit one number of ranks only; use ZeRO 0, which continues on any number, or one number"
+            )
+        if 0 < self.ray.gpus_per_rank < 1:
+            raise ValueError(f"ray.gpus_per_rank is {self.ray.gpus_per_rank:g}; a rank has whole GPUs: 0, 1 or more")
+        if self.engine.device == "cpu" and self.ray.gpus_per_rank:
+            raise ValueError("engine.device is cpu and ray.gpus_per_rank is not 0; change one of them")
         if self.num_streams < self.ray.num_ranks[1]:
             raise ValueError(
                 f"ray.num_ranks goes up to {self.ray.num_ranks[1]} but there are {self.num_streams} "

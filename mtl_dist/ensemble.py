@@ -14,6 +14,7 @@ import csv
 import io
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import tyro
@@ -42,6 +43,8 @@ class EnsembleCommand:
     workers: int = 1
     """Loader threads."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    cache_dir: Path | None = None
+    """Per-node cache of shards; None: $MTL_CACHE_DIR or ~/.cache/mtl_dist/shards."""
 
 
 class Member(NamedTuple):
@@ -74,7 +77,7 @@ def main(args: list[str] | None = None) -> None:
     for member, own in zip(members, predicted):
         results[member.val.view] = scores(metric_sums(own.predictions, own.targets))
     results["ensemble"] = scores(metric_sums(ensemble.predictions, ensemble.targets))
-    names = image_names(members[0])
+    names = image_names(members[0], command)
     storage.write_bytes(storage.join(command.out, "predictions.csv"), _predictions_csv(ensemble, names))
     storage.write_bytes(storage.join(command.out, "table.txt"), render_scores(results).encode())
     report = {
@@ -142,12 +145,19 @@ def predict_member(member: Member, command: EnsembleCommand) -> Predicted:
         raise InputError(f"{member.checkpoint.uri}: {error}; delete it to use the next best checkpoint") from None
     wanted = command.device if command.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(wanted)
-    cache = Cache(config.data.cache_dir, max_bytes=int(config.data.cache_gib * GIB))
+    cache = Cache(command.cache_dir, max_bytes=int(config.data.cache_gib * GIB))
     batches = eval_batches(
         ShardReader(member.val_uri, member.val, cache), batch=command.batch, rank=0, num_ranks=1,
         size=config.data.image_size, workers=command.workers, prefetch=config.data.prefetch)  # fmt: skip
     with progress_bar(f"predicting {member.val.view}", member.val.rows) as advance:
-        predicted = predict(model.to(device), batches, device=device, size=config.input_size, progress=advance)
+        predicted = predict(
+            model.to(device),
+            batches,
+            device=device,
+            size=config.input_size,
+            bf16=config.engine.autocast == "bf16",
+            progress=advance,
+        )
     by_row = np.argsort(predicted.rows)
     return Predicted(
         predicted.rows[by_row],
@@ -174,14 +184,14 @@ def combine(members: list[Predicted]) -> Predicted:
     return first._replace(predictions=type(first.predictions)(*(np.mean(column, axis=0) for column in columns)))
 
 
-def image_names(member: Member) -> list[str]:
+def image_names(member: Member, command: EnsembleCommand) -> list[str]:
     """Return "video/frame.jpg" of a member's validation rows, in ascending order of rows."""
     import numpy as np
 
     from mtl_dist.data.cache import Cache
     from mtl_dist.data.reader import ShardReader
 
-    reader = ShardReader(member.val_uri, member.val, Cache(member.config.data.cache_dir))
+    reader = ShardReader(member.val_uri, member.val, Cache(command.cache_dir))
     rows, names = reader.rows_and_names()
     return [names[place] for place in np.argsort(rows)]
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import tyro
 
+from mtl_dist import storage
 from mtl_dist.config import Config, Section, build_config, read_config_file
 from mtl_dist.errors import InputError, nearest
 
@@ -64,8 +65,24 @@ def parse_command(command: type[Command], args: list[str] | None, *, prog: str, 
 
 
 def config_of(command: CommandConfig) -> Config:
-    """Return the configuration alone."""
-    return Config(**{name: getattr(command, name) for name in Config.model_fields})
+    """Return the configuration alone, with absolute paths: ranks work in directories of their own."""
+    config = Config(**{name: getattr(command, name) for name in Config.model_fields})
+    weights = config.model.weights
+    return config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"storage": storage.absolute(config.run.storage)}),
+            "data": config.data.model_copy(
+                update={
+                    "train": storage.absolute(config.data.train),
+                    "val": storage.absolute(config.data.val),
+                    "cache_dir": config.data.cache_dir and config.data.cache_dir.expanduser().resolve(),
+                }
+            ),
+            "model": config.model.model_copy(
+                update={"weights": weights if weights in ("none", "imagenet") else storage.absolute(weights)}
+            ),
+        }
+    )
 
 
 def load_preset(name: str) -> dict[str, Any]:

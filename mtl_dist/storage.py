@@ -46,6 +46,11 @@ def local_path(uri: str) -> Path:
     return Path(uri.removeprefix("file://")).expanduser()
 
 
+def absolute(uri: str) -> str:
+    """Return a local URI as an absolute path; s3:// and the empty string as they are."""
+    return str(local_path(uri).absolute()) if uri and not is_s3(uri) else uri
+
+
 def exists(uri: str) -> bool:
     """Whether this object or file exists."""
     if not is_s3(uri):

@@ -276,9 +276,7 @@ def test_a_failed_download_says_what_to_do_instead(tmp_path, monkeypatch):
     for variable in ("no_proxy", "NO_PROXY", "HTTPS_PROXY"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
-    with pytest.raises(
-        RuntimeError, match=r"inception_v3_google.*--model\.weights FILE or s3://.*--model\.weights none"
-    ):
+    with pytest.raises(InputError, match=r"inception_v3_google.*--model\.weights FILE or s3://.*--model\.weights none"):
         build_model(make_config(backbone="inception_v3", weights="imagenet"))
 
 

@@ -29,6 +29,7 @@ from tune.space import build_param_space, default_space, read_space
 from tune.trial import run_trial, trial_config
 
 METRIC = "p"
+DRIVER_CPUS = 0.1  # of a trial's driver, which only waits for its ranks
 # What best.yaml leaves to the run that uses it.
 OWN_SETTINGS = (
     "run.name",
@@ -77,7 +78,7 @@ def main(args: list[str] | None = None) -> None:
     if command.dry_run:
         print(plan)
         return
-    _check_same_search(search_uri, config, space)
+    _check_same_search(search_uri, config, search, space)
     results = run_search(config, search, build_param_space(space), search_uri)
     finish_search(config, results, search_uri)
 
@@ -91,7 +92,8 @@ def run_search(config: Config, search: SearchConfig, param_space: dict[str, Any]
 
     connect(config)
     trainable = tune.with_resources(
-        functools.partial(run_trial, base=json.loads(config.model_dump_json()), search_uri=search_uri), {"CPU": 0.1}
+        functools.partial(run_trial, base=json.loads(config.model_dump_json()), search_uri=search_uri),
+        {"CPU": DRIVER_CPUS},
     )
     path, filesystem = ray_storage(search_uri)
     experiment = f"{path}/tune"
@@ -120,7 +122,7 @@ def run_search(config: Config, search: SearchConfig, param_space: dict[str, Any]
                 grace_period=min(search.grace_epochs, epochs),
                 reduction_factor=search.reduction,
             ),
-            max_concurrent_trials=search.concurrent,
+            max_concurrent_trials=search.concurrent or _room_for_trials(config),
         ),
         run_config=tune.RunConfig(
             name="tune",
@@ -216,12 +218,24 @@ def build_reporter(num_trials: int):
     return Reporter()
 
 
+def _room_for_trials(config: Config) -> int:
+    """How many trials' ranks the cluster has room for. Tune itself would count drivers only and start all at once."""
+    import ray
+
+    total, least = ray.cluster_resources(), config.ray.num_ranks[0]
+    rooms = [int(total.get("CPU", 0) / (least * config.ray.cpus_per_rank + DRIVER_CPUS))]
+    if config.ray.gpus_per_rank:
+        rooms.append(int(total.get("GPU", 0) / (least * config.ray.gpus_per_rank)))
+    return max(1, min(rooms))
+
+
 def _build_searcher(search: SearchConfig, seed: int):
     if search.algorithm == "random":
         from ray.tune.search.basic_variant import BasicVariantGenerator
 
         return BasicVariantGenerator(random_state=seed)
     try:
+        import optuna  # noqa: F401  Ray asserts where it is missing
         from ray.tune.search.optuna import OptunaSearch
 
         return OptunaSearch(seed=seed)
@@ -231,22 +245,20 @@ def _build_searcher(search: SearchConfig, seed: int):
         ) from None
 
 
-def _check_same_search(search_uri: str, config: Config, space: dict[str, Any]) -> None:
-    """Raise where this name belongs to a search of other settings; a restored trial would mix the two."""
+def _check_same_search(search_uri: str, config: Config, search: SearchConfig, space: dict[str, Any]) -> None:
+    """Raise where this name belongs to a search of other settings; a restored search would mix the two."""
     uri = storage.join(search_uri, "search.json")
-    wanted = {
-        "config": {k: v for k, v in flatten(config).items() if not k.startswith(("run.name", "ray."))},
-        "space": space,
-    }
+    settings = {key: value for key, value in flatten(config).items() if not key.startswith(("run.name", "ray."))}
+    own = search.model_dump(include={"trials", "algorithm", "grace_epochs", "reduction"})
+    wanted = {**settings, **{f"search.{key}": value for key, value in own.items()}, "space": space}
     if storage.exists(uri):
         stored = json.loads(storage.read_bytes(uri))
-        for part in ("config", "space"):
-            for key in sorted(stored[part].keys() | wanted[part].keys()):
-                if stored[part].get(key) != wanted[part].get(key):
-                    raise InputError(
-                        f"search {search_uri} was begun with {key} {stored[part].get(key)!r}, not "
-                        f"{wanted[part].get(key)!r}; give this one another --search.name"
-                    )
+        for key in sorted(stored.keys() | wanted.keys()):
+            if stored.get(key) != wanted.get(key):
+                raise InputError(
+                    f"search {search_uri} was begun with {key} {stored.get(key)!r}, not {wanted.get(key)!r}; give this "
+                    "one another --search.name"
+                )
     storage.write_bytes(uri, json.dumps(wanted, indent=1).encode())
 
 

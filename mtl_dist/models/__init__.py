@@ -26,7 +26,7 @@ def build_model(config: ModelConfig, *, seed: int = 0, weights_file: Path | None
 
     Raises:
         InputError: an unknown name, or weights that do not fit the backbone.
-        RuntimeError: ImageNet weights could not be downloaded.
+        InputError: ImageNet weights could not be downloaded.
     """
     if config.name not in MODELS:
         raise InputError(f"unknown model {config.name!r}; known: {', '.join(sorted(MODELS))}")

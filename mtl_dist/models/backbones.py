@@ -132,7 +132,7 @@ def load_imagenet_weights(backbone: Backbone) -> list[str]:
 
     Raises:
         InputError: torchvision has no weights for this backbone.
-        RuntimeError: the download failed; the message says what to do instead.
+        InputError: the download failed; the message says what to do instead.
     """
     if not isinstance(backbone, InceptionV3):
         raise InputError(
@@ -143,7 +143,7 @@ def load_imagenet_weights(backbone: Backbone) -> list[str]:
     try:
         state = weights.get_state_dict(check_hash=True, progress=False)
     except (OSError, RuntimeError) as error:  # no network, no space; a wrong hash is a RuntimeError
-        raise RuntimeError(
+        raise InputError(
             f"could not download the ImageNet weights {weights.url} ({error}). Give a file: --model.weights FILE or "
             "s3://...; random initialisation must be asked for by name: --model.weights none"
         ) from error

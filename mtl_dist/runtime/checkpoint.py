@@ -30,7 +30,7 @@ FREE = (
     "run.storage", "data.train", "data.val", "data.workers", "data.prefetch", "data.cache_dir", "data.cache_gib",
     "engine.device", "engine.threads", "train.eval_batch", "checkpoint.every_steps", "checkpoint.keep_last",
     "checkpoint.keep_best", "ray.num_ranks", "ray.cpus_per_rank", "ray.gpus_per_rank", "ray.placement",
-    "ray.max_failures",
+    "ray.autoscaling", "ray.max_failures",
 )  # fmt: skip
 
 
@@ -112,6 +112,8 @@ def committed(run_uri: str) -> tuple[list[Checkpoint], list[str]]:
                 raise ValueError(f"format '{commit['format']}'; this version reads '{FORMAT}'")
             checkpoint = Checkpoint(uri, commit["step"], commit["score"], commit["files"])
             wrong = [n for n, about in checkpoint.files.items() if stored.get(f"{directory}/{n}") != about["bytes"]]
+        except InputError:  # the store refuses or is away: that says nothing of the checkpoint
+            raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             skipped.append(f"{uri}: damaged {COMMIT} ({error})")
             continue
@@ -146,10 +148,13 @@ def fetch_verified(uri: str, name: str, about: dict[str, Any], path: Path) -> No
         raise ValueError(f"{storage.join(uri, name)} is damaged: its size or sha256 is not what {COMMIT} says")
 
 
-def apply_retention(run_uri: str, *, keep_last: int, keep_best: int) -> None:
-    """Delete the committed checkpoints that `plan_retention` gives up; their COMMIT goes first."""
-    found, _ = committed(run_uri)
-    for step in plan_retention([(c.step, c.score) for c in found], keep_last=keep_last, keep_best=keep_best):
+def apply_retention(run_uri: str, *, step: int, keep_last: int, keep_best: int) -> None:
+    """Delete the committed checkpoints up to `step` that `plan_retention` gives up; their COMMIT goes first.
+
+    Later ones are of a life before a damaged checkpoint was passed over: they vouch for nothing until written again.
+    """
+    saved = [(c.step, c.score) for c in committed(run_uri)[0] if c.step <= step]
+    for step in plan_retention(saved, keep_last=keep_last, keep_best=keep_best):
         storage.delete_all(step_uri(run_uri, step), first=COMMIT)
 
 
@@ -197,11 +202,14 @@ def _choose(run_uri: str, config: Config, identity: dict[str, str]):
                 for name, about in checkpoint.files.items():
                     fetch_verified(checkpoint.uri, name, about, Path(scratch) / "file")
             state = read_state(checkpoint)
+        except InputError as error:  # the store refuses or is away: that says nothing of the checkpoint
+            return error
         except (ValueError, FileNotFoundError) as error:
             skipped.append(f"{checkpoint.uri}: {error}")
             continue
         try:
             check_same_run(state, config, identity, checkpoint.uri)
+            _check_same_ranks(state, config, checkpoint.uri)
         except InputError as error:
             return error
         _say_skipped(skipped)
@@ -209,6 +217,15 @@ def _choose(run_uri: str, config: Config, identity: dict[str, str]):
         return checkpoint.uri, checkpoint.files, state
     _say_skipped(skipped)
     return None
+
+
+def _check_same_ranks(state: dict[str, Any], config: Config, where: str) -> None:
+    if config.engine.zero_stage and state["num_ranks"] != dist.get_world_size():
+        raise InputError(
+            f"{where} was saved with ZeRO {config.engine.zero_stage} by {state['num_ranks']} ranks, and this run has "
+            f"{dist.get_world_size()}: sharded optimizer states fit the same number only; start as many ranks, or use "
+            "--engine.zero-stage 0 under another --run.name, which continues on any number"
+        )
 
 
 def _say_skipped(skipped: list[str]) -> None:

@@ -3,11 +3,15 @@ importer of ray."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
+import sys
+import uuid
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from mtl_dist import storage
@@ -32,7 +36,8 @@ class LocalContext:
         self.rank = int(os.environ.get("RANK", 0))
         self.num_ranks = int(os.environ.get("WORLD_SIZE", 1))
         self.num_cpus = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        self._asked = False
+        self.has_gpu = torch.cuda.is_available()
+        self.signal = 0  # the one that asked to stop
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask)
 
@@ -40,12 +45,12 @@ class LocalContext:
         pass
 
     def should_stop(self) -> bool:
-        return self._asked
+        return bool(self.signal)
 
     def _ask(self, number: int, frame) -> None:
-        if self._asked and number == signal.SIGINT:
+        if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._asked = True
+        self.signal = number
         print("stopping after this step ...", flush=True)
 
 
@@ -61,6 +66,7 @@ class RayContext:
         context = ray.train.get_context()
         self.rank, self.num_ranks = context.get_world_rank(), context.get_world_size()
         self.num_cpus = max(1, int(config.ray.cpus_per_rank))  # the machine's other cores may be another rank's
+        self.has_gpu = config.ray.gpus_per_rank > 0  # Ray hides no GPU from a worker that asked for none
 
     def publish(self, metrics: dict[str, Any]) -> None:
         import ray.train
@@ -71,14 +77,12 @@ class RayContext:
         return False
 
 
-def run_local(config: Config) -> dict[str, Any]:
-    """Train in this process: alone, or as one rank of torchrun. Returns the last scores."""
-    import torch
-
+def run_local(config: Config) -> None:
+    """Train in this process: alone, or as one rank of torchrun. Exits with 128 + signal where one stopped it."""
     from mtl_dist.runtime.loop import fit
 
     context = LocalContext()
-    use_cuda = torch.cuda.is_available() and config.engine.device != "cpu"
+    use_cuda = context.has_gpu and config.engine.device != "cpu"
     if use_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     backend = "nccl" if use_cuda else "gloo"
@@ -88,9 +92,11 @@ def run_local(config: Config) -> dict[str, Any]:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        return fit(config, context)
+        fit(config, context)
     finally:
         dist.destroy_process_group()
+    if context.signal:
+        sys.exit(128 + context.signal)
 
 
 def is_torchrun() -> bool:
@@ -99,15 +105,22 @@ def is_torchrun() -> bool:
 
 
 def run_ray(config: Config, *, callbacks: list | None = None) -> None:
-    """Train under Ray Train on the cluster this process is connected to. Raises a rank's `InputError` as such."""
-    trainer = build_trainer(config, callbacks=callbacks)
+    """Train under Ray Train on the cluster this process is connected to.
+
+    Ray restarts ranks after any error. After an `InputError` or a loss that is not finite that would only repeat it:
+    the rank leaves a note for the restarted ranks, which end at once, and for us, who raise it again.
+    """
+    note = storage.join(config.run.uri, f"failed-{uuid.uuid4().hex[:12]}.json")
+    trainer = build_trainer(config, note=note, callbacks=callbacks)
     try:
         trainer.fit()
     except Exception as error:
-        raise _input_error_in(error) or error from None
+        raise _read_note(note) or error from None
+    if found := _read_note(note):
+        raise found
 
 
-def build_trainer(config: Config, *, callbacks: list | None = None):
+def build_trainer(config: Config, *, note: str, callbacks: list | None = None):
     """Build the TorchTrainer of a run; its ranks restart and resize as `config.ray` says."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -116,7 +129,7 @@ def build_trainer(config: Config, *, callbacks: list | None = None):
     path, filesystem = ray_storage(storage.join(config.run.storage, config.run.name, "ray"))
     return TorchTrainer(
         _rank_main,
-        train_loop_config=config.model_dump(mode="json"),
+        train_loop_config={"config": config.model_dump(mode="json"), "note": note},
         scaling_config=ScalingConfig(
             placement_strategy=config.ray.placement,
             num_workers=high if low == high else (low, high),
@@ -147,13 +160,17 @@ def connect(config: Config) -> None:
                 f"no Ray cluster answers: {error}; start one (python -m cluster.local up), submit with `ray job "
                 "submit`, or train in this process with --local"
             ) from None
-    least = config.ray.num_ranks[0]
-    total = ray.cluster_resources()
+    if config.ray.autoscaling:
+        return
+    least, nodes = config.ray.num_ranks[0], [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for resource, each in (("CPU", config.ray.cpus_per_rank), ("GPU", config.ray.gpus_per_rank)):
-        if each * least > total.get(resource, 0):
+        room = sum(int(node.get(resource, 0) / each) for node in nodes) if each else least
+        if room < least:
+            total = sum(node.get(resource, 0) for node in nodes)
             raise InputError(
                 f"ray.num_ranks {least} with {each:g} {resource} each need {each * least:g} {resource}; the cluster "
-                f"has {total.get(resource, 0):g}: lower ray.num_ranks or ray.{resource.lower()}s_per_rank, or add nodes"
+                f"has {total:g} on {len(nodes)} node(s), room for {room}: lower ray.num_ranks or "
+                f"ray.{resource.lower()}s_per_rank, or add nodes (--ray.autoscaling where they come by themselves)"
             )
 
 
@@ -169,20 +186,27 @@ def ray_storage(uri: str):
     return uri.removeprefix("s3://"), PyFileSystem(FSSpecHandler(s3fs.S3FileSystem(endpoint_url=endpoint)))
 
 
-def _rank_main(settings: dict[str, Any]) -> None:
-    from mtl_dist.runtime.loop import fit
+def _rank_main(task: dict[str, Any]) -> None:
+    from mtl_dist.runtime.loop import NonFiniteLoss, fit
 
-    config = Config(**settings)
-    fit(config, RayContext(config))
+    if storage.exists(task["note"]):
+        return
+    config = Config(**task["config"])
+    try:
+        fit(config, RayContext(config))
+    except (InputError, NonFiniteLoss) as error:
+        about = {"kind": type(error).__name__, "message": str(error)}
+        storage.write_bytes(task["note"], json.dumps(about).encode())
+        raise
 
 
-def _input_error_in(error: BaseException) -> InputError | None:
-    """Find the `InputError` of a rank inside what Ray raised, so that the driver says it and nothing else."""
-    seen: list[BaseException] = [error]
-    while seen:
-        current = seen.pop()
-        if isinstance(current, InputError):
-            return InputError(str(current))
-        seen += [e for e in (current.__cause__, current.__context__) if e is not None]
-        seen += list(getattr(current, "worker_failures", {}).values())
-    return None
+def _read_note(uri: str) -> Exception | None:
+    """Return what a rank noted before it gave up, as an exception; the note is removed."""
+    from mtl_dist.runtime.loop import NonFiniteLoss
+
+    try:
+        about = json.loads(storage.read_bytes(uri))
+    except FileNotFoundError:
+        return None
+    storage.delete(uri)
+    return {"InputError": InputError, "NonFiniteLoss": NonFiniteLoss}[about["kind"]](about["message"])

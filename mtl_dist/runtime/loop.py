@@ -34,6 +34,7 @@ from mtl_dist.runtime.tracking import Tracker
 from mtl_dist.tasks import TASKS, Batch
 
 CONFIG_NAME = "config.yaml"
+STOP_EVERY_STEPS = 8
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
@@ -43,6 +44,7 @@ class RunContext(Protocol):
     rank: int
     num_ranks: int
     num_cpus: int  # that this rank may use
+    has_gpu: bool  # whether this rank may use one
 
     def publish(self, metrics: dict[str, Any]) -> None:
         """Report an evaluation. Every rank calls it, with the same metrics."""
@@ -52,7 +54,7 @@ class RunContext(Protocol):
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss of a step is not a number or infinite."""
+    """The loss of a step, or what a step made of the weights, is not a number or infinite."""
 
 
 class _Progress(NamedTuple):
@@ -77,6 +79,11 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
     if device.type == "cpu":
         _keep_freed_memory()
     data = open_data(config)
+    if context.num_ranks > config.num_streams:
+        raise InputError(
+            f"{context.num_ranks} ranks for {config.num_streams} streams: a rank reads one at least; start "
+            "fewer ranks, or raise train.global_batch or data.streams"
+        )
     cache = Cache(config.data.cache_dir, max_bytes=int(config.data.cache_gib * GIB))
     train_reader = ShardReader(config.data.train, data.train, cache)
     val_reader = ShardReader(config.data.val, data.val, cache)
@@ -98,11 +105,20 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
     if context.rank == 0:
         tracker = Tracker(config.run.uri, resumed_at=step)
         storage.write_bytes(storage.join(config.run.uri, CONFIG_NAME), dump_yaml(config).encode())
-    if step >= total_steps and tracker:
-        print(f"run '{config.run.name}' is finished (step {step} of {total_steps}); nothing is left to do", flush=True)
+    if step >= total_steps:
+        context.publish({"step": step, "epoch": config.train.epochs, **_flat_scores(last_scores)})
+        if tracker:
+            print(
+                f"run '{config.run.name}' is finished (step {step} of {total_steps}); nothing is left to do", flush=True
+            )
 
     def save(score: float | None) -> None:
-        _average_buffers(engine.module.model, config)
+        _average_batchnorm(engine.module.model, config)
+        _check_finite(engine.module, step)
+        if (
+            tracker
+        ):  # before the COMMIT: records beyond the step a run continues from are dropped, missing ones are not made
+            tracker.flush()
         state = {
             "step": step,
             "config": flatten(config),
@@ -111,10 +127,9 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
             "num_ranks": context.num_ranks,
         }
         save_checkpoint(engine, config.run.uri, step=step, state=state, score=score)
-        if context.rank == 0:
-            tracker.flush()
+        if tracker:
             apply_retention(
-                config.run.uri, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best
+                config.run.uri, step=step, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best
             )
 
     for epoch in range(step // steps_per_epoch, config.train.epochs):
@@ -147,30 +162,34 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
             unseen = _Progress(step, epoch, lr, loss, batch.rows.flatten().numpy(), waited_s)
 
             # ------------------------------------------------------- once in a while: stop, save in mid-epoch
-            stop = _any_rank(context.should_stop())
-            every = config.checkpoint.every_steps
-            if stop or (every and step % every == 0 and step % steps_per_epoch):
-                _look_at(unseen, tracker, config, total_steps)  # nothing that is not finite is ever saved
-                unseen = None
-                save(score=None)
-            if stop:
-                if tracker:
-                    print(f"stopped at step {step} of {total_steps}, saved; the same command continues", flush=True)
-                batches.close()
-                return last_scores
+            if step % steps_per_epoch:  # what is due at an epoch's end comes after its evaluation
+                stop = _any_rank(context, step)
+                if stop or _is_due(step, config.checkpoint.every_steps):
+                    _look_at(unseen, tracker, config, total_steps)
+                    unseen = None
+                    save(score=None)
+                if stop:
+                    batches.close()
+                    _say_stopped(tracker, step, total_steps)
+                    return last_scores
             asked = time.monotonic()
         if unseen:
             _look_at(unseen, tracker, config, total_steps)
 
         # ------------------------------------------------------------- once in a while: evaluate, publish, save
-        is_last = epoch + 1 == config.train.epochs
-        if is_last or (epoch + 1) % config.train.eval_every == 0:
-            _average_buffers(engine.module.model, config)
+        is_last, stop = epoch + 1 == config.train.epochs, _any_rank(context, step, always=True)
+        if is_last or _is_due(epoch + 1, config.train.eval_every):
+            _average_batchnorm(engine.module.model, config)
             last_scores = _evaluate(engine, val_reader, config, context, device)
             if tracker:
                 tracker.evaluated(step, epoch, last_scores, constant_scores(data.val.labels))
             save(score=last_scores["p"])
             context.publish({"step": step, "epoch": epoch + 1, **_flat_scores(last_scores)})
+        elif stop or _is_due(step, config.checkpoint.every_steps):
+            save(score=None)
+        if stop and not is_last:
+            _say_stopped(tracker, step, total_steps)
+            break
     return last_scores
 
 
@@ -192,7 +211,8 @@ def _train_step(
         # The losses of the whole batch need the sums of the whole batch before the first backward: CCC is no mean.
         for number, (part, label) in enumerate(micro_batches):
             _seed_dropout(config, step, rank, number)
-            sums = engine.module.sums(part, label)
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.engine.autocast == "bf16"):
+                sums = engine.module.sums(part, label)
             total = sums if total is None else total.plus(sums)
         total = total.detached_total()
     for number, (part, label) in enumerate(micro_batches):
@@ -267,9 +287,11 @@ def _build_model(config: Config) -> nn.Module:
 def _pick_device(config: Config, context: RunContext) -> torch.device:
     wanted = config.engine.device
     if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise InputError("engine.device is cuda, but torch sees no GPU here; use auto or cpu")
+        wanted = "cuda" if context.has_gpu else "cpu"
+    if wanted == "cuda" and not context.has_gpu:
+        raise InputError(
+            "engine.device is cuda, but this rank has no GPU (under Ray: ray.gpus_per_rank); use auto or cpu"
+        )
     if config.engine.batchnorm == "sync" and wanted == "cpu":
         raise InputError(
             "engine.batchnorm is sync, which torch has on GPUs only; use local (buffers are averaged) or frozen"
@@ -295,23 +317,48 @@ def _freeze_batchnorm(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _average_buffers(model: nn.Module, config: Config) -> None:
+def _average_batchnorm(model: nn.Module, config: Config) -> None:
     """Make BatchNorm's running statistics the mean over ranks: DeepSpeed saves rank 0's and evaluates with each own."""
     if dist.get_world_size() == 1 or config.engine.batchnorm != "local":
         return
-    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    buffers = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
+    flat = torch.cat(buffers)
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers])):
-        buffer.copy_(mean.view_as(buffer))
+    for buffer, mean in zip(buffers, flat.split([len(buffer) for buffer in buffers])):
+        buffer.copy_(mean)
 
 
-def _any_rank(asked: bool) -> bool:
-    """Whether any rank was asked to stop: all ranks must leave the loop at the same step."""
-    if dist.get_world_size() == 1:
-        return asked
+def _check_finite(module: nn.Module, step: int) -> None:
+    """Raise before weights are saved that are no numbers: a finite loss can have gradients that are not."""
+    wrong = [name for name, tensor in module.state_dict().items() if not bool(torch.isfinite(tensor).all())]
+    if wrong:
+        raise NonFiniteLoss(
+            f"step {step}: weights are not finite ({', '.join(wrong[:3])}). The last checkpoint is intact; lower "
+            "optim.lr or optim.clip_norm under another --run.name"
+        )
+
+
+def _is_due(count: int, every: int | None) -> bool:
+    return every is not None and count % every == 0
+
+
+def _any_rank(context: RunContext, step: int, *, always: bool = False) -> bool:
+    """Whether any rank was asked to stop: all ranks must leave the loop at the same step.
+
+    Several ranks ask each other now and then only, since the answer makes the host wait for the device.
+    """
+    if context.num_ranks == 1:
+        return context.should_stop()
+    if not always and step % STOP_EVERY_STEPS:
+        return False
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    flag = torch.tensor(float(asked), device=device)
+    flag = torch.tensor(float(context.should_stop()), device=device)
     dist.all_reduce(flag)
     return bool(flag)
+
+
+def _say_stopped(tracker: Tracker | None, step: int, total_steps: int) -> None:
+    if tracker:
+        print(f"stopped at step {step} of {total_steps}, saved; the same command continues", flush=True)

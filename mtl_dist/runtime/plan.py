@@ -48,8 +48,15 @@ def plan_run(config: Config) -> str:
     check_stored(config.data.val, data.val)
     storage.check_writable(config.run.uri)
     found, _ = committed(config.run.uri)
-    if found:
-        check_same_run(read_state(found[-1]), config, data.identity(), found[-1].uri)
+    for checkpoint in reversed(found):
+        try:
+            state = read_state(checkpoint)
+        except InputError:
+            raise
+        except ValueError:
+            continue  # damaged: the run will pass it over too, and say so
+        check_same_run(state, config, data.identity(), checkpoint.uri)
+        break
     return _describe(config, data, done=found[-1].step if found else 0)
 
 
