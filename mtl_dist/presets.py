@@ -65,22 +65,21 @@ def parse_command(command: type[Command], args: list[str] | None, *, prog: str, 
 
 
 def config_of(command: CommandConfig) -> Config:
-    """Return the configuration alone, with absolute paths: ranks work in directories of their own."""
-    config = Config(**{name: getattr(command, name) for name in Config.model_fields})
-    weights = config.model.weights
+    """Return the configuration alone, with absolute paths."""
+    return with_absolute_paths(Config(**{name: getattr(command, name) for name in Config.model_fields}))
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Make local paths absolute: under Ray every rank works in a directory of its own."""
+    run, data, model = config.run, config.data, config.model
+    weights = model.weights if model.weights in ("none", "imagenet") else storage.absolute(model.weights)
+    cache_dir = data.cache_dir and data.cache_dir.expanduser().absolute()
+    sets = {"train": storage.absolute(data.train), "val": storage.absolute(data.val), "cache_dir": cache_dir}
     return config.model_copy(
         update={
-            "run": config.run.model_copy(update={"storage": storage.absolute(config.run.storage)}),
-            "data": config.data.model_copy(
-                update={
-                    "train": storage.absolute(config.data.train),
-                    "val": storage.absolute(config.data.val),
-                    "cache_dir": config.data.cache_dir and config.data.cache_dir.expanduser().resolve(),
-                }
-            ),
-            "model": config.model.model_copy(
-                update={"weights": weights if weights in ("none", "imagenet") else storage.absolute(weights)}
-            ),
+            "run": run.model_copy(update={"storage": storage.absolute(run.storage)}),
+            "data": data.model_copy(update=sets),
+            "model": model.model_copy(update={"weights": weights}),
         }
     )
 
