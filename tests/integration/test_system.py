@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import yaml
 
-from cluster.local import LocalCluster
+from cluster.local import LocalCluster, find_processes
 from mtl_dist.tasks import VIEWS
 from tests.conftest import REPO, run_module
 
@@ -118,10 +121,41 @@ def test_a_changed_shard_is_named_by_the_job_without_a_traceback(cluster, datase
     data = bytearray(path.read_bytes())
     data[700] ^= 1
     path.write_bytes(data)
-    args = [
-        arg.replace("s3://mtl/faces", "s3://mtl/damaged")
-        for arg in run_args("cropped", "damaged", "--ray.max-failures", "0")
-    ]
+    args = [arg.replace("s3://mtl/faces", "s3://mtl/damaged") for arg in run_args("cropped", "damaged")]
     done = submit(cluster, "mtl_dist.train", *args)
     assert done.returncode != 0
     assert "error: s3://mtl/damaged/cropped/train/shard-000001.tar" in done.stdout
+    assert done.stdout.count("Started training worker group") <= 2, "an error that no retry mends was retried"
+
+
+def test_a_killed_rank_is_restarted_and_the_run_continues(cluster):
+    """kill -9 of a rank after the first checkpoint: Ray starts the ranks again, and every step is recorded once."""
+    more = ["--ray.num-ranks", "2", "2", "--train.epochs", "6", "--checkpoint.every-steps", "3"]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--working-dir", ".", "--", "python", "-m"]
+    with subprocess.Popen(
+        [*command, "mtl_dist.train", *run_args("cropped", "killed", *more)],
+        cwd=REPO,
+        env={**os.environ, **cluster.client_env()},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as job:
+        run = cluster.dir / "s3" / "mtl" / "runs" / "killed"
+        while not list(run.glob("checkpoints/*/COMMIT.json")):
+            assert job.poll() is None, job.stdout.read()
+            time.sleep(0.01)
+        ranks = [pid for pid in find_processes(cluster.cluster_id) if "RayTrainWorker" in read_command(pid)]
+        os.kill(ranks[-1], signal.SIGKILL)
+        printed, _ = job.communicate(timeout=240)
+    assert job.returncode == 0, printed[-3000:]
+    assert len(ranks) >= 2
+    assert "continuing from s3://mtl/runs/killed/checkpoints/step_" in printed
+    records = [json.loads(line) for line in read(cluster, f"{RUNS}/killed/metrics.jsonl").splitlines()]
+    assert [record["step"] for record in records if record["kind"] == "step"] == list(range(1, 31))
+
+
+def read_command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:  # it has ended
+        return ""
