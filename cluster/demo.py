@@ -41,7 +41,8 @@ NUM_NODES, CPUS_PER_NODE = 2, 4  # logical CPUs: room for trial drivers beside r
 
 RAY_SPEAKS = (
     "\tINFO ", "\tWARNING ", "\tSUCC ", "(TrainController", "(PlacementGroupCleaner", "Running entrypoint", "[Gloo]",
-    "core_worker.cc", "Setting up process group", "Reporting training result",
+    "core_worker.cc", "Setting up process group", "Reporting training result", "Found credentials", "Found endpoint",
+    "(raylet",
 )  # fmt: skip
 
 
@@ -170,13 +171,21 @@ class Display:
 
     def begin(self, title: str, seconds: float, later: list[Step]) -> None:
         self.number = min(self.number + 1, self.num_steps)
-        left = seconds + sum(step.seconds for step in later)
-        heading, done = f"[{self.number}/{self.num_steps}] {title}", self.progress.tasks[0].total - left
-        self.progress.update(self.bar, completed=done, description=heading, left=f"about {left:.0f} s left")
-        self.console.print(f"\n{heading} (about {left:.0f} s left)", markup=False, style="bold")
+        self.begun, self.seconds, self.later_s = time.monotonic(), seconds, sum(step.seconds for step in later)
+        self.heading = f"[{self.number}/{self.num_steps}] {title}"
+        left = self._advance()
+        self.console.print(f"\n{self.heading} (about {left:.0f} s left)", markup=False, style="bold")
 
     def line(self, text: str) -> None:
+        self._advance()
         self.console.print(f"  {text}", markup=False, soft_wrap=True, style="dim")
+
+    def _advance(self) -> float:
+        """Move the bar by the clock within a step, never past its guess; returns the seconds left."""
+        left = max(self.seconds - (time.monotonic() - self.begun), 0) + self.later_s
+        done = self.progress.tasks[0].total - left
+        self.progress.update(self.bar, completed=done, description=self.heading, left=f"about {left:.0f} s left")
+        return left
 
 
 def run_step(step: Step, cluster: ClusterState, show: Display, log: Path) -> None:

@@ -23,8 +23,21 @@ from mtl_dist.tasks import Batch, Labels
 MAX_OPEN_SHARDS = 512  # each holds one file descriptor
 
 
+# A sample's row number and labels side by side, so that a batch picks them with one copy a sample.
+_RECORD = np.dtype(
+    [("row", "i8"), ("va", "f4", 2), ("expr", "u1"), ("au", "u1", 12), ("va_mask", "?"), ("expr_mask", "?"),
+     ("au_mask", "?", 12)]
+)  # fmt: skip
+
+
 class _OpenShard(NamedTuple):
-    tar: mmap.mmap
+    """A mapped shard. Python lists, not arrays: samples are picked one at a time."""
+
+    tar: memoryview
+    offset: list[int]
+    length: list[int]
+    crc32: list[int]
+    records: np.ndarray  # (n,) of _RECORD
     sidecar: Sidecar
 
 
@@ -40,15 +53,14 @@ class ShardReader:
     def read_batch(self, samples: np.ndarray, size: int) -> Batch:
         """Decode samples (n,) by number into a `Batch` of n single images of `size` pixels a side."""
         pixels = np.empty((len(samples), size, size, 3), np.uint8)
+        records = np.empty(len(samples), _RECORD)
         shards = np.searchsorted(self._starts, samples, side="right") - 1
         places = samples - self._starts[shards]
-        picked = {name: [] for name in ("row", "va", "expr", "au", "va_mask", "expr_mask", "au_mask")}
+        opened = {shard: self._shard(shard) for shard in set(shards.tolist())}
         for i, (shard, place) in enumerate(zip(shards.tolist(), places.tolist())):
-            opened = self._shard(shard)
-            self._decode(shard, opened, place, pixels[i])
-            for name, values in picked.items():
-                values.append(getattr(opened.sidecar, name)[place])
-        return _collate(pixels, picked)
+            self._decode(shard, opened[shard], place, pixels[i])
+            records[i] = opened[shard].records[place]
+        return _collate(pixels, records)
 
     def rows_and_names(self) -> tuple[np.ndarray, list[str]]:
         """Return the row number (n,) and "video/frame.jpg" of every sample of the set, in its order."""
@@ -85,18 +97,22 @@ class ShardReader:
         tar_uri = storage.join(self.uri, f"{entry.name}.tar")
         file = self.cache.open(tar_uri, sha256=entry.tar_sha256, size=entry.tar_bytes)
         with file:  # the mapping keeps the file, and with it the shared lock, open
-            return _OpenShard(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), sidecar)
+            mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        records = np.empty(len(sidecar.row), _RECORD)
+        for name in _RECORD.names:
+            records[name] = getattr(sidecar, name)
+        lists = (column.tolist() for column in (sidecar.offset, sidecar.length, sidecar.crc32))
+        return _OpenShard(mapped, *lists, records, sidecar)
 
     def _decode(self, shard: int, opened: _OpenShard, place: int, out: np.ndarray) -> None:
-        sidecar = opened.sidecar
-        begin, length = int(sidecar.offset[place]), int(sidecar.length[place])
-        image = memoryview(opened.tar)[begin : begin + length]
-        if zlib.crc32(image) != sidecar.crc32[place]:
-            raise self._damaged_row(shard, int(sidecar.row[place]), "its bytes do not match their checksum")
+        begin = opened.offset[place]
+        image = opened.tar[begin : begin + opened.length[place]]
+        if zlib.crc32(image) != opened.crc32[place]:
+            raise self._damaged_row(shard, int(opened.sidecar.row[place]), "its bytes do not match their checksum")
         try:
             decode_into(image, out)
         except DecodeError as error:
-            raise self._damaged_row(shard, int(sidecar.row[place]), str(error)) from None
+            raise self._damaged_row(shard, int(opened.sidecar.row[place]), str(error)) from None
 
     def _damaged_row(self, shard: int, row: int, what: str) -> InputError:
         entry = self.index.shards[shard]
@@ -112,18 +128,17 @@ class ShardReader:
         return InputError(f"{uri}{where}: {what}; {repair_hint(self.uri)}")
 
 
-def _collate(pixels: np.ndarray, picked: dict[str, list]) -> Batch:
-    def column(name: str, dtype, width: tuple[int, ...] = ()) -> torch.Tensor:
-        array = np.array(picked[name]).reshape(len(pixels), *width)  # keeps its shape when there is no sample
-        return torch.from_numpy(array.astype(dtype))[:, None]
+def _collate(pixels: np.ndarray, records: np.ndarray) -> Batch:
+    def column(name: str, dtype) -> torch.Tensor:
+        return torch.from_numpy(records[name].astype(dtype))[:, None]
 
     labels = Labels(
-        va=column("va", np.float32, (2,)),
+        va=column("va", np.float32),
         expr=column("expr", np.int64),
-        au=column("au", np.float32, (12,)),
+        au=column("au", np.float32),
         va_mask=column("va_mask", bool),
         expr_mask=column("expr_mask", bool),
-        au_mask=column("au_mask", bool, (12,)),
+        au_mask=column("au_mask", bool),
     )
     return Batch(
         inputs=torch.from_numpy(pixels).permute(0, 3, 1, 2)[:, None],  # a channels_last view of the decoded rows
