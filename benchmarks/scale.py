@@ -2,8 +2,8 @@
 
     python -m benchmarks.scale [--rows 1000000000] [--shards 100000] [--ranks 4096]
 
-One rank's plan of an epoch: seconds and memory. The rows of a step: milliseconds, most of them in blocks that have to be
-shuffled first. Over all ranks: whether any row is read twice, and the share that an epoch reads (every step of some
+One rank's plan of an epoch: seconds and memory. The rows of a step: milliseconds, most of them in blocks that have to
+be shuffled first. Over all ranks: whether any row is read twice, and the share that an epoch reads (every step of some
 ranks, every rank at some steps). Shuffle quality: how far apart, in the order of training, two samples come that were
 neighbours in a shard; a perfect shuffle of everything gives a third of an epoch.
 """

@@ -18,6 +18,7 @@ from mtl_dist.errors import InputError, nearest
 from mtl_dist.tasks import TASKS
 
 MAX_AUTO_STREAMS = 64
+MIN_INPUT_SIZE = 75  # pixels; below it InceptionV3 has nothing left to pool
 
 
 class Section(BaseModel):
@@ -94,7 +95,7 @@ class ModelConfig(Section):
     backbone: Literal["inception_v3", "small"] = "inception_v3"
     weights: str = "imagenet"
     """imagenet (torchvision downloads them), a file or s3:// URI of a state dict, or none: random initialisation."""
-    image_size: int | None = Field(None, ge=75)
+    image_size: int | None = None
     """Side of the model's input after cropping on the device; None: data.image_size."""
     dropout: float = Field(0.3, ge=0, lt=1)
 
@@ -213,12 +214,17 @@ class Config(Section):
     ray: RayConfig = RayConfig()
 
     @model_validator(mode="after")
-    def _streams_divide_the_batch(self):
+    def _fits_together(self):
         streams, batch = self.data.streams, self.train.global_batch
         if streams is not None and batch % streams:
             raise ValueError(
                 f"data.streams {streams} does not divide train.global_batch {batch}: every stream gives "
                 f"the same number of samples to a step; use one of {_divisors(batch)}"
+            )
+        if self.input_size < MIN_INPUT_SIZE:
+            raise ValueError(
+                f"the model's input would be {self.input_size} pixels a side (data.image_size, or model.image_size); "
+                f"the backbone needs {MIN_INPUT_SIZE} at least"
             )
         low, high = self.ray.num_ranks
         if self.engine.zero_stage and low != high:

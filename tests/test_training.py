@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file
+from safetensors.torch import save_file
 
+from mtl_dist.config import build_config
 from mtl_dist.runtime.checkpoint import best, committed
 from mtl_dist.runtime.tracking import read_records
 from tests.conftest import REPO, assert_one_message, run_module
@@ -163,6 +165,22 @@ def test_zero_1_and_2_train_and_continue_on_two_ranks(stage, frozen, shards, tmp
     assert "continuing from" in again.stdout
     found = final_weights(tmp_path, "run")
     assert all(found[name].tobytes() == expected[name].tobytes() for name in expected)
+
+
+def test_backbone_weights_come_from_a_file_in_the_store(s3, shards, tmp_path):
+    """The same weights as those of the seed give the same run; the file's name is what decides, not its place."""
+    from mtl_dist import storage
+    from mtl_dist.models import build_model
+    from mtl_dist.presets import load_preset
+
+    config = build_config(load_preset("small")).model
+    save_file(build_model(config, seed=0).backbone.state_dict(), tmp_path / "backbone.safetensors")
+    storage.upload(tmp_path / "backbone.safetensors", "s3://mtl/weights/backbone.safetensors")
+    train(shards, tmp_path, "stored", "--train.epochs", "1", "--model.weights", "s3://mtl/weights/backbone.safetensors")
+    train(shards, tmp_path, "random", "--train.epochs", "1")
+    assert losses(tmp_path, "stored") == losses(tmp_path, "random")
+    done = run_module(*train_args(shards, tmp_path, "gone", "--model.weights", "s3://mtl/weights/gone.safetensors"))
+    assert_one_message(done, "s3://mtl/weights/gone.safetensors", "model.weights")
 
 
 def test_bf16_and_uncertainty_train(shards, tmp_path):

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import math
+import tempfile
 import time
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -273,14 +275,16 @@ def _flat_scores(result: dict[str, Any]) -> dict[str, float]:
 
 
 def _build_model(config: Config) -> nn.Module:
-    import tempfile
-    from pathlib import Path
-
     if not storage.is_s3(config.model.weights):
         return build_model(config.model, seed=config.run.seed)
     with tempfile.TemporaryDirectory(prefix="mtl_dist-weights-") as scratch:
         path = Path(scratch) / config.model.weights.rpartition("/")[2]
-        storage.download(config.model.weights, path)
+        try:
+            storage.download(config.model.weights, path)
+        except FileNotFoundError:
+            raise InputError(
+                f"model.weights {config.model.weights} does not exist; give a state dict, imagenet or none"
+            ) from None
         return build_model(config.model, seed=config.run.seed, weights_file=path)
 
 
