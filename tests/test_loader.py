@@ -471,3 +471,20 @@ def test_a_cache_that_cannot_be_written_is_named(s3, tmp_path):
     about = put("s3://mtl/unwritable", b"x")
     with pytest.raises(InputError, match=r"cache directory .* cannot be used.*data\.cache_dir"):
         Cache(tmp_path / "file" / "cache").open(**about)
+
+
+def test_a_batch_that_is_kept_is_never_overwritten_and_one_that_is_not_lends_its_memory(shards):
+    """Pixels live in arrays that are used again: only when no batch, tensor or view refers to them."""
+    index = read_index(f"{shards}/cropped/train")
+    reader = ShardReader(f"{shards}/cropped/train", index, Cache())
+    first = reader.read_batch(np.arange(8), 80)
+    kept = first.inputs[2:3, :, 1].clone(), first.inputs[2:3, :, 1]  # a view of a view, when the batch itself is gone
+    address = first.inputs.data_ptr()
+    del first
+    others = [reader.read_batch(np.arange(begin, begin + 8), 80) for begin in range(8, 32, 8)]
+    assert address not in [batch.inputs.data_ptr() for batch in others]
+    assert torch.equal(*kept)
+    del kept
+    assert reader.read_batch(np.arange(8), 80).inputs.data_ptr() == address
+    many = [reader.read_batch(np.arange(8), 80) for _ in range(40)]
+    assert len({batch.inputs.data_ptr() for batch in many}) == 40

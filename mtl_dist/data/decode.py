@@ -24,12 +24,18 @@ def decode(data: bytes | memoryview, size: int | None = None) -> np.ndarray:
 
 
 def decode_into(data: bytes | memoryview, out: np.ndarray) -> None:
-    """Decode a JPEG into `out`, (S, S, 3) uint8 and contiguous; no copy where the image has that size already."""
-    size = out.shape[0]
-    if _read_header(data) == (size, size):
-        _decode(data, out=out, least=0)
-    else:
-        out[:] = resize(_decode(data, out=None, least=size), size)
+    """Decode a JPEG into `out`, (S, S, 3) uint8 and contiguous; no copy where the image has that size already.
+
+    Raises `DecodeError` as `decode` does.
+    """
+    try:
+        # Straight into place: looking at the header first would cost 2% of the decoding, and the usual image fits. One
+        # that is too large is refused before it is decoded, one that is smaller comes back in another shape.
+        if simplejpeg.decode_jpeg(data, "RGB", buffer=out).shape == out.shape:
+            return
+    except ValueError:
+        pass
+    out[:] = decode(data, out.shape[0])  # resized, or the error in words
 
 
 def resize(pixels: np.ndarray, size: int) -> np.ndarray:
