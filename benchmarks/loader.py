@@ -14,8 +14,12 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
+import platform
+import shlex
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -77,7 +81,12 @@ def report(speeds: dict[str, list[float]], out: Path | None) -> None:
         }
         print(f"{name:34}{middle:>10.0f}{f'{low:.0f}-{high:.0f}':>18}{middle / limit:>12.2f}")
     if out:
-        out.write_text(json.dumps(rows, indent=1))
+        about = {
+            "date": time.strftime("%Y-%m-%d"),
+            "command": shlex.join(["python", "-m", "benchmarks.loader", *sys.argv[1:]]),
+        }
+        machine = f"{os.cpu_count()} CPU cores, {platform.machine()}, Python {platform.python_version()}"
+        out.write_text(json.dumps({**about, "machine": machine, "loaders": rows}, indent=1) + "\n")
 
 
 def make_images(root: Path, count: int) -> Path:
@@ -94,7 +103,7 @@ def make_images(root: Path, count: int) -> Path:
         image = f"v{number // 500}/{number:05d}.jpg"
         path = root / "cropped_aligned" / image
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(simplejpeg.encode_jpeg(noisy.clip(0, 255).astype(np.uint8), quality=82))
+        path.write_bytes(simplejpeg.encode_jpeg(noisy.clip(0, 255).astype(np.uint8), quality=87))
         au = ",".join(map(str, rng.integers(0, 2, 12)))
         lines.append(f"{image},{rng.uniform(-1, 1):.3f},{rng.uniform(-1, 1):.3f},{rng.integers(8)},{au}")
     for name in FILES.values():
@@ -115,7 +124,7 @@ def build_contenders(root: Path, source: Path) -> Iterator[tuple[str, Epoch]]:
 
     yield "decoder alone", lambda number: decode_alone(samples)
     for workers in (0, 1, 2):
-        yield f"mtl_dist, {workers} threads", lambda number, workers=workers: ours(shards, number, workers)
+        yield f"mtl_dist, {workers} threads", ours(shards, workers)
     for name, build in (("webdataset", webdatasets), ("litdata", litdatas), ("streaming", streamings)):
         try:
             yield from build(root, shards, samples)
@@ -142,15 +151,17 @@ def decode_alone(samples: list[tuple[bytes, dict]]) -> Iterator[int]:
         yield BATCH
 
 
-def ours(shards: Path, number: int, workers: int) -> Iterator[int]:
+def ours(shards: Path, workers: int) -> Epoch:
+    """As a training run does it: one reader for all epochs."""
     index = read_index(str(shards))
-    order = Order(index.shard_rows, BATCH, 16, 4, seed=0)
-    reader = ShardReader(str(shards), index, Cache())
-    batches = train_batches(
-        reader, order, epoch=number, start_step=0, rank=0, num_ranks=1, size=SIZE, workers=workers, prefetch=4
-    )  # fmt: skip
-    for batch in batches:
-        yield len(batch.rows)
+    order, reader = Order(index.shard_rows, BATCH, 16, 4, seed=0), ShardReader(str(shards), index, Cache())
+
+    def epoch(number: int) -> Iterator[int]:
+        options = {"rank": 0, "num_ranks": 1, "size": SIZE, "workers": workers, "prefetch": 4}
+        for batch in train_batches(reader, order, epoch=number, start_step=0, **options):
+            yield len(batch.rows)
+
+    return epoch
 
 
 # ------------------------------------------------------------------------------------------------------------ the peers
@@ -205,12 +216,10 @@ def litdatas(root: Path, shards: Path, samples) -> Iterator[tuple[str, Epoch]]:
             return decode_jpeg(data), torch.from_numpy(np.array(item["label"]))
 
     for workers in (0, 2):
+        loader = litdata.StreamingDataLoader(Faces(str(out), shuffle=True), batch_size=BATCH, num_workers=workers)
 
-        def epoch(number: int, workers=workers) -> Iterator[int]:
-            loader = litdata.StreamingDataLoader(
-                Faces(str(out), shuffle=True, seed=number), batch_size=BATCH, num_workers=workers
-            )
-            for images, _ in loader:
+        def epoch(number: int, loader=loader) -> Iterator[int]:
+            for images, _ in loader:  # it counts its epochs itself
                 yield len(images)
 
         yield f"LitData + torchvision, {workers} processes", epoch
