@@ -29,7 +29,6 @@ import random
 import secrets
 import shlex
 import shutil
-import signal
 import socket
 import string
 import subprocess
@@ -41,34 +40,32 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from cluster.processes import (
+    ID_VARIABLE,
+    POLL_S,
+    ClusterError,
+    Process,
+    end_processes,
+    find_processes,
+    is_alive,
+    read_start_ticks,
+)
+
 BUCKET = "mtl"
 MARKER = ".mtl_cluster"  # in the S3 server's directory; not a bucket, since buckets are directories
 REGION = "us-east-1"  # rclone accepts any; clients refuse to sign without one
 MAX_NODES = 32
 START_TIMEOUT_S = 60.0
-TERM_GRACE_S = 1.5  # Ray's processes need no goodbye; more would only make `down` slow
-POLL_S = 0.1
 OBJECT_STORE_BYTES = 200_000_000
 # Below the kernel's ephemeral range: no outgoing connection takes a port between our check and the server's bind.
 # Above the 10002-19999 of other Ray clusters' workers.
 PORT_RANGE = range(20_000, 32_000)
 
-ID_VARIABLE = "MTL_CLUSTER_ID"
 # What a user's shell may hold that would lead a node or a client to another cluster or to other credentials.
 FOREIGN_PREFIXES = ("RAY_", "AWS_", "RCLONE_", "MTL_CLUSTER_")
 FOREIGN_CREDENTIALS = ("AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_SESSION_TOKEN", "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS")
 
 Progress = Callable[[str], None]
-
-
-class ClusterError(RuntimeError):
-    """A part of the cluster did not start or did not end; the message holds the tail of its log."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Process:
-    pid: int
-    start_ticks: int  # since boot: with the pid it names one process for ever
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +192,7 @@ def down(dir: Path | str, *, purge: bool = False) -> int:
     dir = Path(dir).expanduser().resolve()
     with lock(dir) if dir.is_dir() else contextlib.nullcontext():
         num_ended = end_processes(cluster_id(dir))
+        _children[:] = [child for child in _children if child.poll() is None]  # reaped: no zombie of ours stays
         was_cluster = is_cluster_dir(dir)
         remove_state(dir)
         if purge and was_cluster:
@@ -545,84 +543,6 @@ def find_parts(state: ClusterState) -> dict[str, Process]:
                     continue
             parts[name] = Process(pid, read_start_ticks(pid))
     return dict(sorted(parts.items()))
-
-
-# -------------------------------------------------------------------------------------------------------------- ending
-
-
-def end_processes(id: str) -> int:
-    """SIGTERM, then SIGKILL every process that carries the id until a scan finds none; return how many there were."""
-    seen: set[int] = set()
-    begin = time.monotonic()
-    termed: set[int] = set()
-    # Twice: one scan can miss a process that was forked behind it by one that ended before it came there.
-    while pids := find_processes(id) or find_processes(id):
-        seen.update(pids)
-        elapsed_s = time.monotonic() - begin
-        if elapsed_s > 15:
-            raise ClusterError(f"processes {sorted(pids)} of cluster {id} do not end")
-        for pid in pids:
-            if elapsed_s > TERM_GRACE_S:
-                send_signal(id, pid, signal.SIGKILL)
-            elif pid not in termed:
-                send_signal(id, pid, signal.SIGTERM)
-                termed.add(pid)
-        time.sleep(POLL_S)
-    _children[:] = [child for child in _children if child.poll() is None]
-    return len(seen)
-
-
-def find_processes(id: str) -> list[int]:
-    """List the processes that carry the id, without this one and its ancestors (`down` may run inside a job)."""
-    own = own_lineage()
-    pids = [int(entry.name) for entry in os.scandir("/proc") if entry.name.isdigit()]
-    return [pid for pid in pids if pid not in own and has_id(id, pid)]
-
-
-def has_id(id: str, pid: int) -> bool:
-    try:
-        environment = Path(f"/proc/{pid}/environ").read_bytes()
-    except OSError:  # ended meanwhile, or another user's
-        return False
-    return f"{ID_VARIABLE}={id}".encode() in environment.split(b"\0")
-
-
-def own_lineage() -> frozenset[int]:
-    lineage, pid = set(), os.getpid()
-    while pid > 0:
-        lineage.add(pid)
-        try:
-            pid = int(read_stat(pid)[1])
-        except OSError:
-            break
-    return frozenset(lineage)
-
-
-def read_stat(pid: int) -> list[str]:
-    """Return the fields of /proc/<pid>/stat after the command's name: state, parent, ..."""
-    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-
-
-def read_start_ticks(pid: int) -> int:
-    return int(read_stat(pid)[19])
-
-
-def is_alive(id: str, process: Process) -> bool:
-    try:
-        return read_start_ticks(process.pid) == process.start_ticks and has_id(id, process.pid)
-    except OSError:
-        return False
-
-
-def send_signal(id: str, pid: int, number: signal.Signals) -> None:
-    """Send a signal to the process that carries the id, and to no later owner of its pid."""
-    with contextlib.suppress(ProcessLookupError):
-        descriptor = os.pidfd_open(pid)
-        try:
-            if has_id(id, pid):
-                signal.pidfd_send_signal(descriptor, number)
-        finally:
-            os.close(descriptor)
 
 
 # -------------------------------------------------------------------------------------------------------- command line

@@ -373,7 +373,8 @@ def test_a_cached_file_cut_short_by_a_crash_is_fetched_anew(remote, tmp_path, si
     ShardReader(remote, index, cache).read_batch(np.arange(20), SIZE)
     for path in cached_files(tmp_path / "cache"):
         os.truncate(path, size)
-    ShardReader(remote, index, cache).read_batch(np.arange(20), SIZE)
+    assert len(ShardReader(remote, index, cache).read_batch(np.arange(20), SIZE).rows) == 20
+    assert all(path.stat().st_size > 1000 for path in cached_files(tmp_path / "cache"))
 
 
 def test_a_torn_download_is_not_believed_and_does_not_stay(remote, tmp_path):

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.local import LocalCluster, find_processes
+from cluster.local import LocalCluster
+from cluster.processes import find_processes
 from mtl_dist.tasks import VIEWS
 from tests.conftest import REPO, run_module
 
