@@ -117,9 +117,8 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
     def save(score: float | None) -> None:
         _average_batchnorm(engine.module.model, config)
         _check_finite(engine.module, step)
-        if (
-            tracker
-        ):  # before the COMMIT: records beyond the step a run continues from are dropped, missing ones are not made
+        if tracker:
+            # Before the COMMIT: records beyond the step a run continues from are dropped, missing ones stay missing.
             tracker.flush()
         state = {
             "step": step,
