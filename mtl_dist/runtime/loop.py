@@ -305,7 +305,8 @@ def _pick_device(config: Config, context: RunContext) -> torch.device:
 def _keep_freed_memory() -> None:
     """Tell glibc not to give freed memory back to the kernel: every step would fault its activations in again.
 
-    Steps of the small preset took a third less time (benchmarks/NOTES.md). Other C libraries are left as they are.
+    Three epochs of the small preset took 19 and 20 s with it, 22 to 24 s without (benchmarks/NOTES.md). Other C
+    libraries are left as they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
