@@ -25,6 +25,7 @@ MAX_NAME_BYTES = 255
 class Annotations(NamedTuple):
     """The rows of one annotation file; label entries are 0 where their mask is False."""
 
+    row: np.ndarray  # (N,) int64 row number: the place below the header, from 0
     images: list[str]  # (N) "video/frame.jpg"
     va: np.ndarray  # (N, 2) float32
     expr: np.ndarray  # (N,) uint8
@@ -33,6 +34,11 @@ class Annotations(NamedTuple):
     expr_mask: np.ndarray  # (N,) bool
     au_mask: np.ndarray  # (N, 12) bool
     sha256: str  # of the file's bytes
+
+    def take(self, places: np.ndarray) -> Annotations:
+        """Return the rows at `places`, in that order."""
+        arrays = {key: value[places] for key, value in self._asdict().items() if isinstance(value, np.ndarray)}
+        return self._replace(images=[self.images[place] for place in places], **arrays)
 
 
 def read_annotations(path: Path) -> Annotations:
@@ -56,6 +62,7 @@ def read_annotations(path: Path) -> Annotations:
     values = np.array([value for _, value in rows], np.float64)
     va_mask, expr_mask, au_mask = values[:, 0] != MISSING_VA, values[:, 2] != MISSING_EXPR, values[:, 3:] != MISSING_AU
     return Annotations(
+        row=np.arange(len(rows)),
         images=images,
         va=np.where(va_mask[:, None], values[:, :2], 0).astype(np.float32),
         expr=np.where(expr_mask, values[:, 2], 0).astype(np.uint8),

@@ -39,8 +39,7 @@ class ShardJob(NamedTuple):
     images_dir: Path
     dest: str
     about: dict  # the plan's fingerprint
-    rows: np.ndarray  # (n,) row numbers, in tar order
-    labels: Annotations  # of these rows only
+    labels: Annotations  # of this shard's rows, in tar order
 
 
 class SetPlan(NamedTuple):
@@ -60,7 +59,7 @@ def plan_set(
     Rows are shuffled once, by the seed: training then reads nearby shards in an order unlike the videos'. Both views
     get the same rows in the same shards.
     """
-    _check_images(annotations.images, images_dir)
+    _check_images(annotations, images_dir)
     num_rows = len(annotations.images)
     shuffled = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, split == "val"]))).permutation(
         num_rows
@@ -84,8 +83,8 @@ def plan_set(
     }
     jobs = []
     for number, begin in enumerate(range(0, num_rows, frames_per_shard)):
-        rows = shuffled[begin : begin + frames_per_shard]
-        jobs.append(ShardJob(f"shard-{number:06d}", images_dir, dest, fingerprint, rows, _take(annotations, rows)))
+        labels = annotations.take(shuffled[begin : begin + frames_per_shard])
+        jobs.append(ShardJob(f"shard-{number:06d}", images_dir, dest, fingerprint, labels))
     return SetPlan(dest, index, jobs, _find_done(dest, fingerprint, {job.name for job in jobs}))
 
 
@@ -131,13 +130,13 @@ def count_labels(labels: Annotations) -> LabelCounts:
 
 def write_shard(job: ShardJob) -> tuple[str, ShardEntry]:
     """Make one shard, the tar first, its sidecar when the tar is in the store. Returns (dest, entry)."""
-    num_rows = len(job.rows)
+    num_rows = len(job.labels.row)
     offset, length = np.zeros(num_rows, np.int64), np.zeros(num_rows, np.int64)
     crc32 = np.zeros(num_rows, np.uint32)
     with tempfile.TemporaryDirectory(prefix="mtl_dist-") as scratch:
         tar_path = Path(scratch) / f"{job.name}.tar"
         with tarfile.open(tar_path, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for place, row in enumerate(job.rows):
+            for place, row in enumerate(job.labels.row):
                 image = _read_image(job.images_dir / job.labels.images[place], int(row))
                 key = f"{row:09d}"
                 offset[place], length[place], crc32[place] = tar.offset + TAR_BLOCK, len(image), zlib.crc32(image)
@@ -149,7 +148,7 @@ def write_shard(job: ShardJob) -> tuple[str, ShardEntry]:
     width = max(map(len, names))
     labels = job.labels
     sidecar = Sidecar(
-        row=job.rows,
+        row=labels.row,
         offset=offset,
         length=length,
         crc32=crc32,
@@ -183,9 +182,9 @@ def _run_jobs(todo: list[ShardJob], jobs: int):
             raise
 
 
-def _check_images(images: list[str], images_dir: Path) -> None:
+def _check_images(annotations: Annotations, images_dir: Path) -> None:
     missing, empty = [], []
-    for row, image in enumerate(images):
+    for row, image in zip(annotations.row, annotations.images):
         try:
             if not (images_dir / image).stat().st_size:
                 empty.append(f"{images_dir / image} (row {row})")
@@ -195,7 +194,7 @@ def _check_images(images: list[str], images_dir: Path) -> None:
         if faults:
             more = f" and {len(faults) - MAX_LISTED} more" if len(faults) > MAX_LISTED else ""
             raise InputError(
-                f"{len(faults)} of {len(images)} listed images {what}: {', '.join(faults[:MAX_LISTED])}{more}; "
+                f"{len(faults)} of {len(annotations.images)} listed images {what}: {', '.join(faults[:MAX_LISTED])}{more}; "
                 "expected every listed image; restore them or take their rows out of the annotations"
             )
 
@@ -248,11 +247,6 @@ def _entry(name: str, sidecar: bytes) -> ShardEntry:
         sidecar_bytes=len(sidecar),
         sidecar_sha256=hashlib.sha256(sidecar).hexdigest(),
     )
-
-
-def _take(labels: Annotations, rows: np.ndarray) -> Annotations:
-    arrays = {key: value[rows] for key, value in labels._asdict().items() if isinstance(value, np.ndarray)}
-    return labels._replace(images=[labels.images[row] for row in rows], **arrays)
 
 
 def _read_image(path: Path, row: int) -> bytes:
