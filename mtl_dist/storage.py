@@ -97,6 +97,20 @@ def upload(path: Path, uri: str) -> None:
         _client().upload_file(str(path), bucket, key)
 
 
+@contextlib.contextmanager
+def staged(uri: str) -> Iterator[Path]:
+    """Give a local path to write to; when the block ends well, the file is at `uri`, atomically."""
+    if not is_s3(uri):
+        target = local_path(uri)
+        with _local_write_errors(target), atomic_path(target) as part:
+            yield part
+        return
+    with tempfile.TemporaryDirectory(prefix="mtl_dist-") as scratch:
+        path = Path(scratch) / "object"
+        yield path
+        upload(path, uri)
+
+
 def download(uri: str, path: Path) -> None:
     """Copy an object to a local file, atomically. Raises FileNotFoundError where there is none."""
     with atomic_path(path) as part:

@@ -75,14 +75,23 @@ def files_below(root: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("kind", BAD_IMAGES)
-def test_a_bad_image_is_named_with_its_row_and_nothing_is_written(source, tmp_path, kind):
+def test_a_bad_image_is_named_with_its_row_and_no_set_is_written(source, tmp_path, kind):
     content, words = BAD_IMAGES[kind]
     path = spoil(source, content)
     with pytest.raises(InputError) as error:
         create(source, str(tmp_path / "dest"), frames_per_shard=3, jobs=1)
     for word in (str(path), "row 33", *words):
         assert word in str(error.value)
-    assert files_below(tmp_path / "dest") == []
+    assert_whole_shards_only(tmp_path / "dest")
+
+
+def assert_whole_shards_only(root: Path) -> None:
+    """No index, and every file one of a finished shard."""
+    files = {path.name for path in files_below(root)}
+    assert not [name for name in files if not name.startswith("shard-")]
+    assert {name.removesuffix(".tar") for name in files if name.endswith(".tar")} == {
+        name.removesuffix(".safetensors") for name in files if name.endswith(".safetensors")
+    }
 
 
 def test_a_bad_image_at_the_command_line_with_several_processes(source, tmp_path):
@@ -91,9 +100,15 @@ def test_a_bad_image_at_the_command_line_with_several_processes(source, tmp_path
         "mtl_dist.shards", "create", str(source), str(tmp_path / "dest"), "--frames-per-shard", "2", "--jobs", "2"
     )
     assert_one_message(done, str(path), "row 33", "truncated")
-    assert files_below(tmp_path / "dest") == []
-    spoil(source, jpeg())  # mended, the same command succeeds
+    assert_whole_shards_only(tmp_path / "dest")
+    finished = {path: path.stat().st_mtime_ns for path in files_below(tmp_path / "dest")}
+    assert finished
+    spoil(source, jpeg())  # mended, the same command continues after what is finished
     create(source, str(tmp_path / "dest"), frames_per_shard=2, jobs=1)
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    create(source, str(tmp_path / "undisturbed"), frames_per_shard=2, jobs=1)
+    for path in files_below(tmp_path / "undisturbed"):
+        assert path.read_bytes() == (tmp_path / "dest" / path.relative_to(tmp_path / "undisturbed")).read_bytes()
 
 
 def test_many_missing_images_are_counted_and_a_few_named(source, tmp_path):
@@ -108,7 +123,7 @@ def test_a_directory_in_the_place_of_an_image_is_named(source, tmp_path):
     path.mkdir()
     with pytest.raises(InputError, match=path.name):
         create(source, str(tmp_path / "dest"), frames_per_shard=3, jobs=1)
-    assert files_below(tmp_path / "dest") == []
+    assert_whole_shards_only(tmp_path / "dest")
 
 
 def test_a_bad_annotation_is_found_before_anything_is_written(source, tmp_path):

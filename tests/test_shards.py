@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 
 from mtl_dist import storage
+from mtl_dist.data import ustar
 from mtl_dist.data.annotations import FILES, read_annotations
 from mtl_dist.data.index import INDEX_NAME, dump_index, read_index
 from mtl_dist.data.sidecar import dump_sidecar, parse_sidecar, read_about
@@ -89,6 +90,45 @@ def test_another_seed_puts_the_same_rows_elsewhere(dataset, shards, tmp_path):
     assert sorted(chain(*rows[0])) == sorted(chain(*rows[1])) == list(range(40))
 
 
+def test_shards_are_cut_by_bytes(dataset, shards, tmp_path):
+    create(dataset, str(tmp_path), views=("cropped",), shard_bytes=20_000, jobs=1)
+    index = read_index(str(tmp_path / "cropped" / "train"))
+    assert (index.frames_per_shard, index.shard_bytes) == (None, 20_000)
+    contents = [entry.tar_bytes for entry in index.shards]
+    assert len(contents) > 3
+    assert max(contents) <= 20_000 + ustar.RECORD  # an archive ends with a padding
+    assert min(contents[:-1]) > 10_000
+    assert sorted(chain(*rows_of(tmp_path / "cropped" / "train"))) == list(range(40))
+    create(dataset, str(tmp_path / "both"), views=("cropped",), shard_bytes=20_000, frames_per_shard=2, jobs=1)
+    assert {entry.rows for entry in read_index(str(tmp_path / "both" / "cropped" / "train")).shards} == {2}
+
+
+def test_an_image_larger_than_a_shard_has_one_of_its_own(dataset, tmp_path):
+    create(dataset, str(tmp_path), views=("cropped",), shard_bytes=1, jobs=1)
+    assert {entry.rows for entry in read_index(str(tmp_path / "cropped" / "train")).shards} == {1}
+
+
+@pytest.mark.parametrize("size", [0, 1, 511, 512, 6543, 8 << 20])
+def test_a_member_header_is_that_of_tarfile(size):
+    member = tarfile.TarInfo("012345678.json")
+    member.size, member.mode = size, 0o444
+    assert bytes(ustar.make_header(b"012345678.json", size)) == member.tobuf(tarfile.USTAR_FORMAT)
+
+
+def test_an_archive_is_byte_for_byte_that_of_tarfile(shards):
+    data = (shards / "cropped" / "train" / "shard-000001.tar").read_bytes()
+    again = io.BytesIO()
+    with (
+        tarfile.open(fileobj=io.BytesIO(data)) as tar,
+        tarfile.open(fileobj=again, mode="w", format=tarfile.USTAR_FORMAT) as copy,
+    ):
+        for member in tar:
+            copied = tarfile.TarInfo(member.name)
+            copied.size, copied.mode = member.size, 0o444
+            copy.addfile(copied, tar.extractfile(member))
+    assert again.getvalue() == data
+
+
 def test_a_run_killed_in_the_middle_continues_and_ends_like_an_undisturbed_one(tmp_path):
     source = write_dataset(tmp_path / "source", num_train=150, num_val=10, size=32)
     arguments = ["create", str(source), str(tmp_path / "killed"), "--frames-per-shard", "1", "--jobs", "1"]
@@ -120,7 +160,9 @@ def test_a_rerun_of_a_finished_set_writes_no_shard(dataset, copied):
     assert {path: path.stat().st_mtime_ns for path in copied.rglob("shard-*")} == before
 
 
-@pytest.mark.parametrize("lost", ["tar", "safetensors", "tar cut short", "sidecar cut short", "sidecar changed"])
+@pytest.mark.parametrize(
+    "lost", ["tar", "safetensors", "tar cut short", "sidecar cut short", "sidecar changed", "sidecar changed, no index"]
+)
 def test_a_rerun_repairs_what_is_lost_or_torn(dataset, shards, copied, lost):
     tar, sidecar = (copied / f"cropped/train/shard-000002.{suffix}" for suffix in ("tar", "safetensors"))
     match lost:
@@ -132,8 +174,10 @@ def test_a_rerun_repairs_what_is_lost_or_torn(dataset, shards, copied, lost):
             os.truncate(tar, tar.stat().st_size - 512)
         case "sidecar cut short":
             os.truncate(sidecar, 100)
-        case "sidecar changed":  # a label that changed on disk must not be sealed by a new checksum
+        case _:  # a label that changed on disk must not be sealed by a new checksum
             flip_bit(sidecar, sidecar.stat().st_size - 1)
+            if "no index" in lost:
+                (sidecar.parent / INDEX_NAME).unlink()
     create(dataset, str(copied), frames_per_shard=7, jobs=1)
     assert read_tree(copied) == read_tree(shards)
 

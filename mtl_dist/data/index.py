@@ -41,7 +41,8 @@ class Index(_Strict):
     view: str
     split: str
     rows: int = Field(gt=0)
-    frames_per_shard: int
+    frames_per_shard: int | None  # the limits that shards were cut at
+    shard_bytes: int | None
     seed: int  # of the shuffle at writing
     source_sha256: str  # of the annotation file
     expressions: list[str]

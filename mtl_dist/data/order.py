@@ -62,7 +62,7 @@ class EpochPlan:
         self._shards = _rng(order.seed, epoch, _SHARDS).permutation(len(order.shard_rows))
         self._starts = np.concatenate([[0], np.cumsum(order.shard_rows[self._shards])])
         self._index_starts = np.concatenate([[0], np.cumsum(order.shard_rows)[:-1]])
-        self._shuffled: dict[int, tuple[int, np.ndarray]] = {}  # stream -> its current block and that block's samples
+        self._shuffled: dict[int, tuple[int, int, np.ndarray]] = {}  # stream -> its block: start, stop, samples
 
     def samples(self, step: int) -> np.ndarray:
         """Return (n,) int64 sample numbers this rank reads at `step`, ordered by stream."""
@@ -76,9 +76,9 @@ class EpochPlan:
         at, end = begin + step * share, begin + (step + 1) * share
         parts = []
         while at < end:
-            start, stop = self._block_around(stream, at)
+            start, stop, samples = self._block(stream, at)
             upto = min(end, stop)
-            parts.append(self._block_samples(stream, start, stop)[at - start : upto - start])
+            parts.append(samples[at - start : upto - start])
             at = upto
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
@@ -108,17 +108,18 @@ class EpochPlan:
         high = min(low + size, len(self._starts) - 1)
         return max(begin, int(self._starts[low])), min(end, int(self._starts[high]))
 
-    def _block_samples(self, stream: int, start: int, stop: int) -> np.ndarray:
-        """Return the samples of a block in their shuffled order; the stream's current block is kept."""
+    def _block(self, stream: int, place: int) -> tuple[int, int, np.ndarray]:
+        """Return the block of `stream` that holds `place`, and its samples shuffled; the stream's latest is kept."""
         kept = self._shuffled.get(stream)
-        if kept is None or kept[0] != start:
+        if kept is None or not kept[0] <= place < kept[1]:
+            start, stop = self._block_around(stream, place)
             places = np.arange(start, stop)
             shards = np.searchsorted(self._starts, places, side="right") - 1
             samples = self._index_starts[self._shards[shards]] + places - self._starts[shards]
             # Keyed by the stream too: a shard that two streams share is shuffled on its own in each.
             _rng(self.order.seed, self.epoch, _BLOCK, stream, start).shuffle(samples)
-            kept = self._shuffled[stream] = (start, samples)
-        return kept[1]
+            kept = self._shuffled[stream] = (start, stop, samples)
+        return kept
 
 
 def eval_range(num_rows: int, *, rank: int, num_ranks: int) -> tuple[int, int]:

@@ -5,6 +5,7 @@ A safetensors file (a JSON header, then plain arrays): readable from many langua
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import NamedTuple
 
@@ -53,7 +54,8 @@ _WIDTHS = {"va": 2, "au": NUM_AUS, "au_mask": NUM_AUS}
 def dump_sidecar(sidecar: Sidecar, about: dict) -> bytes:
     """Serialise; `about` (plan, tar size and checksum) goes into the header. Equal input gives equal bytes."""
     arrays = {name: np.ascontiguousarray(array, _DTYPES[name]) for name, array in sidecar._asdict().items()}
-    return save(arrays, metadata={"about": json.dumps(about, sort_keys=True)})
+    _, body = _split_header(save(arrays))
+    return save(arrays, metadata={"about": json.dumps({**about, "sha256": _digest(about, body)}, sort_keys=True)})
 
 
 def parse_sidecar(data: bytes) -> Sidecar:
@@ -74,6 +76,17 @@ def parse_sidecar(data: bytes) -> Sidecar:
 
 def read_about(data: bytes) -> dict:
     """Return what the header says about plan and tar. Raises ValueError for a foreign or damaged file."""
+    header, body = _split_header(data)
+    about = json.loads(json.loads(header)["__metadata__"]["about"])
+    if about.pop("sha256", None) != _digest(about, body):
+        raise ValueError("it does not match the checksum in its header")
+    return about
+
+
+def _split_header(data: bytes) -> tuple[bytes, bytes]:
     length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    return json.loads(header["__metadata__"]["about"])
+    return data[8 : 8 + length], data[8 + length :]
+
+
+def _digest(about: dict, body: bytes) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode() + body).hexdigest()

@@ -6,21 +6,21 @@ Every image is decoded before it is written: what is in a shard can be read.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import io
 import json
 import multiprocessing
-import tarfile
-import tempfile
+import os
 import zlib
-from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mtl_dist import storage
+from mtl_dist.data import ustar
 from mtl_dist.data.annotations import Annotations
 from mtl_dist.data.decode import DecodeError, decode
 from mtl_dist.data.index import FORMAT, INDEX_NAME, Index, ShardEntry, dump_index, read_index
@@ -28,7 +28,8 @@ from mtl_dist.data.sidecar import Sidecar, dump_sidecar, read_about
 from mtl_dist.errors import InputError
 from mtl_dist.tasks import AUS, EXPRESSIONS, NUM_EXPRESSIONS, LabelCounts
 
-TAR_BLOCK = 512
+MEMBER_OVERHEAD = 4 * ustar.BLOCK  # of a sample beside its image's bytes: two headers, padding, a JSON
+READ_THREADS = 16
 MAX_LISTED = 5  # faults named in one message
 
 
@@ -38,7 +39,7 @@ class ShardJob(NamedTuple):
     name: str
     images_dir: Path
     dest: str
-    about: dict  # the plan's fingerprint
+    about: dict  # the plan, and this shard's place in it
     labels: Annotations  # of this shard's rows, in tar order
 
 
@@ -52,15 +53,24 @@ class SetPlan(NamedTuple):
 
 
 def plan_set(
-    annotations: Annotations, images_dir: Path, dest: str, *, view: str, split: str, seed: int, frames_per_shard: int
+    annotations: Annotations,
+    images_dir: Path,
+    dest: str,
+    *,
+    view: str,
+    split: str,
+    seed: int,
+    frames_per_shard: int | None = None,
+    shard_bytes: int | None = None,
 ) -> SetPlan:
     """Decide which shards of one view and split are to be made. Raises `InputError` before anything is written.
 
-    Rows are shuffled once, by the seed: training then reads nearby shards in an order unlike the videos'. Both views
-    get the same rows in the same shards.
+    Rows are shuffled once, by the seed: training then reads nearby shards in an order unlike the videos'. A shard is
+    full at `frames_per_shard` rows or about `shard_bytes` bytes, whichever comes first. By rows, both views get the
+    same rows in the same shards.
     """
-    _check_images(annotations, images_dir)
-    num_rows = len(annotations.images)
+    sizes = _image_sizes(annotations, images_dir)
+    num_rows = len(sizes)
     shuffled = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, split == "val"]))).permutation(
         num_rows
     )
@@ -70,6 +80,7 @@ def plan_set(
         split=split,
         rows=num_rows,
         frames_per_shard=frames_per_shard,
+        shard_bytes=shard_bytes,
         seed=seed,
         source_sha256=annotations.sha256,
         expressions=list(EXPRESSIONS),
@@ -79,33 +90,28 @@ def plan_set(
     )
     fingerprint = {
         key: getattr(index, key)
-        for key in ("format", "view", "split", "rows", "frames_per_shard", "seed", "source_sha256")
+        for key in ("format", "view", "split", "rows", "frames_per_shard", "shard_bytes", "seed", "source_sha256")
     }
     jobs = []
-    for number, begin in enumerate(range(0, num_rows, frames_per_shard)):
-        labels = annotations.take(shuffled[begin : begin + frames_per_shard])
-        jobs.append(ShardJob(f"shard-{number:06d}", images_dir, dest, fingerprint, labels))
-    return SetPlan(dest, index, jobs, _find_done(dest, fingerprint, {job.name for job in jobs}))
+    for begin, end in _cut(sizes[shuffled], frames_per_shard=frames_per_shard, shard_bytes=shard_bytes):
+        about = {**fingerprint, "begin": begin, "rows_here": end - begin}
+        labels = annotations.take(shuffled[begin:end])
+        jobs.append(ShardJob(f"shard-{len(jobs):06d}", images_dir, dest, about, labels))
+    return SetPlan(dest, index, jobs, _find_done(dest, fingerprint, jobs))
 
 
 def write_sets(plans: list[SetPlan], *, jobs: int, progress: Callable[[int], None]) -> list[Index]:
     """Make the missing shards of all plans with `jobs` processes, then their indexes.
 
-    `progress` is told of rows finished. An image that cannot be decoded stops the run with its path; what this call
-    wrote is then removed again.
+    `progress` is told of rows finished. An image that cannot be decoded stops the run with its path; the shards that
+    are finished stay, and the same call continues after them.
     """
     entries = {(plan.dest, name): entry for plan in plans for name, entry in plan.done.items()}
     progress(sum(entry.rows for entry in entries.values()))
     todo = [job for plan in plans for job in plan.jobs if (plan.dest, job.name) not in entries]
-    try:
-        for dest, entry in _run_jobs(todo, jobs):
-            entries[dest, entry.name] = entry
-            progress(entry.rows)
-    except InputError:
-        for job in todo:  # not only those that were reported: other processes finished theirs meanwhile
-            storage.delete(storage.join(job.dest, f"{job.name}.safetensors"))
-            storage.delete(storage.join(job.dest, f"{job.name}.tar"))
-        raise
+    for dest, entry in _run_jobs(todo, jobs):
+        entries[dest, entry.name] = entry
+        progress(entry.rows)
     indexes = []
     for plan in plans:
         shards = [entries[plan.dest, job.name].model_dump() for job in plan.jobs]
@@ -130,29 +136,19 @@ def count_labels(labels: Annotations) -> LabelCounts:
 
 def write_shard(job: ShardJob) -> tuple[str, ShardEntry]:
     """Make one shard, the tar first, its sidecar when the tar is in the store. Returns (dest, entry)."""
-    num_rows = len(job.labels.row)
-    offset, length = np.zeros(num_rows, np.int64), np.zeros(num_rows, np.int64)
-    crc32 = np.zeros(num_rows, np.uint32)
-    with tempfile.TemporaryDirectory(prefix="mtl_dist-") as scratch:
-        tar_path = Path(scratch) / f"{job.name}.tar"
-        with tarfile.open(tar_path, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for place, row in enumerate(job.labels.row):
-                image = _read_image(job.images_dir / job.labels.images[place], int(row))
-                key = f"{row:09d}"
-                offset[place], length[place], crc32[place] = tar.offset + TAR_BLOCK, len(image), zlib.crc32(image)
-                _add_member(tar, f"{key}.jpg", image)
-                _add_member(tar, f"{key}.json", json.dumps(_label_json(job.labels, place, int(row))).encode())
-        tar_sha256, tar_bytes = storage.sha256_of(tar_path), tar_path.stat().st_size
-        storage.upload(tar_path, storage.join(job.dest, f"{job.name}.tar"))
+    # Left in reverse: the slot is free while the tar is uploaded.
+    with storage.staged(storage.join(job.dest, f"{job.name}.tar")) as path, _building:
+        places = _write_tar(path, job)
+        tar = {"tar_sha256": storage.sha256_of(path), "tar_bytes": path.stat().st_size}
     names = [name.encode() for name in job.labels.images]
     width = max(map(len, names))
     labels = job.labels
     sidecar = Sidecar(
         row=labels.row,
-        offset=offset,
-        length=length,
-        crc32=crc32,
-        image=np.array([list(name.ljust(width, b"\0")) for name in names], np.uint8),
+        offset=places[:, 0],
+        length=places[:, 1],
+        crc32=places[:, 2],
+        image=np.frombuffer(b"".join(name.ljust(width, b"\0") for name in names), np.uint8).reshape(-1, width),
         va=labels.va,
         expr=labels.expr,
         au=labels.au,
@@ -160,17 +156,51 @@ def write_shard(job: ShardJob) -> tuple[str, ShardEntry]:
         expr_mask=labels.expr_mask,
         au_mask=labels.au_mask,
     )
-    data = dump_sidecar(sidecar, {**job.about, "rows_here": num_rows, "tar_bytes": tar_bytes, "tar_sha256": tar_sha256})
+    data = dump_sidecar(sidecar, {**job.about, **tar})
     storage.write_bytes(storage.join(job.dest, f"{job.name}.safetensors"), data)
     return job.dest, _entry(job.name, data)
 
 
-def _run_jobs(todo: list[ShardJob], jobs: int):
-    if jobs == 1 or len(todo) <= 1:
+def _write_tar(path: Path, job: ShardJob) -> np.ndarray:
+    """Write the members; return offset, length and CRC-32 (n, 3) int64 of every image."""
+    places = np.zeros((len(job.labels.row), 3), np.int64)
+    rows = zip(job.labels.row.tolist(), job.labels.images, _label_texts(job.labels))
+    with path.open("wb", buffering=1 << 20) as tar:
+        at = 0
+        for place, (row, name, text) in enumerate(rows):
+            image = _read_image(f"{job.images_dir}/{name}", row)
+            places[place] = at + ustar.BLOCK, len(image), zlib.crc32(image)
+            for suffix, data in ((b"jpg", image), (b"json", text)):
+                tail = ustar.padding(len(data))
+                tar.write(ustar.make_header(b"%09d.%s" % (row, suffix), len(data)))
+                tar.write(data)
+                tar.write(tail)
+                at += ustar.BLOCK + len(data) + len(tail)
+        end = bytes(2 * ustar.BLOCK)
+        tar.write(end + ustar.padding(at + len(end), ustar.RECORD))
+    return places
+
+
+# Held while a process makes a tar. The processes of a pool share `jobs` slots: so many tars are made at a time, and as
+# many others uploaded meanwhile.
+_building: contextlib.AbstractContextManager = contextlib.nullcontext()
+
+
+def _share_slots(slots: contextlib.AbstractContextManager) -> None:
+    global _building
+    _building = slots
+
+
+def _run_jobs(todo: list[ShardJob], jobs: int) -> Iterator[tuple[str, ShardEntry]]:
+    uploads = any(storage.is_s3(job.dest) for job in todo)
+    if len(todo) <= 1 or (jobs == 1 and not uploads):
         yield from map(write_shard, todo)
         return
     # spawn: a forked copy of a process that holds S3 connections and threads is not safe to use.
-    with ProcessPoolExecutor(min(jobs, len(todo)), mp_context=multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    processes = min(2 * jobs if uploads else jobs, len(todo))
+    slots = (spawn.BoundedSemaphore(jobs),)
+    with ProcessPoolExecutor(processes, mp_context=spawn, initializer=_share_slots, initargs=slots) as pool:
         futures = {pool.submit(write_shard, job) for job in todo}
         try:
             while futures:
@@ -182,59 +212,82 @@ def _run_jobs(todo: list[ShardJob], jobs: int):
             raise
 
 
-def _check_images(annotations: Annotations, images_dir: Path) -> None:
-    missing, empty = [], []
-    for row, image in zip(annotations.row, annotations.images):
+def _image_sizes(annotations: Annotations, images_dir: Path) -> np.ndarray:
+    """Return the bytes (N,) int64 of every listed image; an `InputError` where one does not exist or is empty."""
+    sizes, missing, empty = np.zeros(len(annotations.row), np.int64), [], []
+    directory = str(images_dir)
+    for place, image in enumerate(annotations.images):
         try:
-            if not (images_dir / image).stat().st_size:
-                empty.append(f"{images_dir / image} (row {row})")
+            sizes[place] = os.stat(f"{directory}/{image}").st_size
+            if not sizes[place]:
+                empty.append(place)
         except OSError:
-            missing.append(f"{images_dir / image} (row {row})")
+            missing.append(place)
     for faults, what in ((missing, "do not exist"), (empty, "are empty")):
         if faults:
+            some = [f"{images_dir / annotations.images[p]} (row {annotations.row[p]})" for p in faults[:MAX_LISTED]]
             more = f" and {len(faults) - MAX_LISTED} more" if len(faults) > MAX_LISTED else ""
             raise InputError(
-                f"{len(faults)} of {len(annotations.images)} listed images {what}: {', '.join(faults[:MAX_LISTED])}{more}; "
-                "expected every listed image; restore them or take their rows out of the annotations"
+                f"{len(faults)} of {len(sizes)} listed images {what}: {', '.join(some)}{more}; expected every listed "
+                "image; restore them or take their rows out of the annotations"
             )
+    return sizes
 
 
-def _find_done(dest: str, fingerprint: dict, expected: set[str]) -> dict[str, ShardEntry]:
+def _cut(sizes: np.ndarray, *, frames_per_shard: int | None, shard_bytes: int | None) -> list[tuple[int, int]]:
+    """Return the [begin, end) of every shard over images of these bytes (N,), in the order they are written."""
+    ends = np.cumsum(sizes + MEMBER_OVERHEAD)
+    cuts, begin = [], 0
+    while begin < len(sizes):
+        end = min(begin + (frames_per_shard or len(sizes)), len(sizes))
+        if shard_bytes:
+            before = ends[begin - 1] if begin else 0
+            end = min(end, max(begin + 1, int(np.searchsorted(ends, before + shard_bytes, side="right"))))
+        cuts.append((begin, end))
+        begin = end
+    return cuts
+
+
+def _find_done(dest: str, fingerprint: dict, jobs: list[ShardJob]) -> dict[str, ShardEntry]:
     """Return the entries of finished shards at `dest`; an `InputError` if it holds anything of another plan."""
     sizes = dict(storage.list_objects(dest))
+    expected = {job.name: job.about for job in jobs}
     indexed = None
     if INDEX_NAME in sizes:
         index = read_index(dest)
-        other = {key: getattr(index, key) for key in fingerprint if getattr(index, key) != fingerprint[key]}
-        if other:
-            raise InputError(
-                f"{dest} holds other shards: its index has {_pairs(other)}, this set "
-                f"{_pairs({key: fingerprint[key] for key in other})}; choose another destination or delete it"
-            )
+        _check_same(dest, "its index", {key: getattr(index, key) for key in fingerprint}, fingerprint)
         indexed = {shard.name: shard for shard in index.shards}
-    done = {}
+    sidecars = []
     for name in sizes:
         stem, _, suffix = name.rpartition(".")
         if name == INDEX_NAME or (suffix == "tar" and stem in expected):
             continue
         if suffix != "safetensors" or stem not in expected:
             raise InputError(f"{dest} holds '{name}', which is not of this set; choose an empty destination")
-        data = storage.read_bytes(storage.join(dest, name))
-        try:
-            about = read_about(data)
-        except (ValueError, KeyError, TypeError):
-            continue  # torn or foreign: made again
-        other = {key: about.get(key) for key in fingerprint if about.get(key) != fingerprint[key]}
-        if other:
-            raise InputError(
-                f"{dest} holds other shards: {name} has {_pairs(other)}, this set "
-                f"{_pairs({key: fingerprint[key] for key in other})}; choose another destination or delete it"
-            )
-        entry = _entry(stem, data)
-        # A sidecar that changed since the index was written must not get a new checksum: it is made again.
-        if sizes.get(f"{stem}.tar") == entry.tar_bytes and (indexed is None or indexed[stem] == entry):
-            done[stem] = entry
+        sidecars.append(stem)
+    done = {}
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        found = pool.map(lambda stem: storage.read_bytes(storage.join(dest, f"{stem}.safetensors")), sidecars)
+        for stem, data in zip(sidecars, found):
+            try:
+                about = read_about(data)
+            except (ValueError, KeyError, TypeError):
+                continue  # torn, changed or foreign: made again
+            _check_same(dest, f"{stem}.safetensors", about, expected[stem])
+            entry = _entry(stem, data)
+            # A sidecar that changed since the index was written must not get a new checksum: it is made again.
+            if sizes.get(f"{stem}.tar") == entry.tar_bytes and (indexed is None or indexed[stem] == entry):
+                done[stem] = entry
     return done
+
+
+def _check_same(dest: str, what: str, found: dict, expected: dict) -> None:
+    other = [key for key in expected if found.get(key) != expected[key]]
+    if other:
+        raise InputError(
+            f"{dest} holds other shards: {what} has {_pairs({key: found.get(key) for key in other})}, this set "
+            f"{_pairs({key: expected[key] for key in other})}; choose another destination or delete it"
+        )
 
 
 def _entry(name: str, sidecar: bytes) -> ShardEntry:
@@ -249,35 +302,33 @@ def _entry(name: str, sidecar: bytes) -> ShardEntry:
     )
 
 
-def _read_image(path: Path, row: int) -> bytes:
+def _read_image(path: str, row: int) -> bytes:
     try:
-        image = path.read_bytes()
+        with open(path, "rb", buffering=0) as file:
+            image = file.read()
         decode(image)
     except (OSError, DecodeError) as error:
         what = error.strerror if isinstance(error, OSError) else error
         raise InputError(
             f"image {path} (row {row}): {what}; expected a whole JPEG; restore it or take its row out of "
-            "the annotations"
+            "the annotations; the shards that are finished stay, and the same command continues after them"
         ) from None
     return image
 
 
-def _label_json(labels: Annotations, place: int, row: int) -> dict[str, Any]:
-    """The labels of a sample for other programs: null where there is none."""
-    au = [int(value) if known else None for value, known in zip(labels.au[place], labels.au_mask[place])]
-    return {
-        "row": row,
-        "image": labels.images[place],
-        "va": [round(float(value), 6) for value in labels.va[place]] if labels.va_mask[place] else None,
-        "expr": int(labels.expr[place]) if labels.expr_mask[place] else None,
-        "au": au if labels.au_mask[place].any() else None,
-    }
-
-
-def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)  # mtime, uid and gid stay 0: equal input gives equal bytes
-    member.size, member.mode = len(data), 0o444
-    tar.addfile(member, io.BytesIO(data))
+def _label_texts(labels: Annotations) -> Iterator[bytes]:
+    """Yield the JSON of every sample for other programs: null where there is no label."""
+    columns = (labels.row, labels.va, labels.va_mask, labels.expr, labels.expr_mask, labels.au, labels.au_mask)
+    samples = zip(labels.images, *(column.tolist() for column in columns))
+    for image, row, va, va_mask, expr, expr_mask, au, au_mask in samples:
+        sample = {
+            "row": row,
+            "image": image,
+            "va": [round(value, 6) for value in va] if va_mask else None,
+            "expr": expr if expr_mask else None,
+            "au": [value if known else None for value, known in zip(au, au_mask)] if any(au_mask) else None,
+        }
+        yield json.dumps(sample).encode()
 
 
 def _pairs(values: dict[str, Any]) -> str:
