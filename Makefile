@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DATA ?=
 
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test test-all lint bench clean
 
 help:
 	@echo "make install         virtual environment in .venv with everything"
 	@echo "make demo            the whole system on this machine: cluster, shards, search, training, ensemble, score"
 	@echo "make demo DATA=DIR   the same on your data in the s-Aff-Wild2 layout"
-	@echo "make test            all tests"
+	@echo "make test            the tests"
+	@echo "make test-all        the tests and the slow ones: every failure at every moment"
 	@echo "make bench           the loader beside its peers, and the order at scale"
 	@echo "make lint            ruff"
 	@echo "make clean           remove what demo and tests leave (not .venv)"
@@ -40,6 +41,9 @@ bench: $(STAMP)
 	$(BIN)/uv pip install --quiet --python $(VENV)-bench/bin/python --compile-bytecode --editable '.[bench]'
 	$(VENV)-bench/bin/python -m benchmarks.scale
 	$(VENV)-bench/bin/python -m benchmarks.loader
+
+test-all: $(STAMP) lint
+	@$(BIN)/python -m pytest -m 'slow or not slow'
 
 lint: $(STAMP)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -30,14 +30,16 @@ import simplejpeg
 import torch
 from PIL import Image
 
-from mtl_dist.data.annotations import FILES, HEADER
+from mtl_dist.data.annotations import FILES, HEADER, read_annotations
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.index import read_index
 from mtl_dist.data.loader import train_batches
 from mtl_dist.data.order import Order
 from mtl_dist.data.reader import ShardReader
+from mtl_dist.data.writer import plan_set, write_sets
 
-BATCH, SIZE, SHARD_ROWS = 64, 112, 1000
+BATCH, SIZE, SHARD_ROWS, VIEW = 64, 112, 1000, "cropped_aligned"
+NOISE = 3.2  # of the camera, in grey levels: 112 x 112 pixels then take about 6 KB
 Epoch = Callable[[int], Iterator[int]]  # epoch -> the number of images of each batch
 
 
@@ -95,15 +97,17 @@ def make_images(root: Path, count: int) -> Path:
 
     faces = root.with_name("faces")
     write_synthetic(faces, num_train=200, num_val=20, jobs=2)
-    pixels = [np.asarray(Image.open(path)) for path in sorted((faces / "cropped_aligned").rglob("*.jpg"))]
+    pixels = [np.asarray(Image.open(path)) for path in sorted((faces / VIEW).rglob("*.jpg"))]
     rng = np.random.default_rng(0)
     lines = [HEADER]
     for number in range(count):
-        noisy = pixels[number % len(pixels)] + rng.normal(0, 7, (SIZE, SIZE, 3))
+        noisy = pixels[number % len(pixels)] + rng.normal(0, NOISE, (SIZE, SIZE, 3))
         image = f"v{number // 500}/{number:05d}.jpg"
-        path = root / "cropped_aligned" / image
+        path = root / VIEW / image
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(simplejpeg.encode_jpeg(noisy.clip(0, 255).astype(np.uint8), quality=87))
+        # Quality and chroma of OpenCV's imwrite, which the tools that cut faces out of videos use.
+        data = simplejpeg.encode_jpeg(noisy.clip(0, 255).astype(np.uint8), quality=95, colorsubsampling="420")
+        path.write_bytes(data)
         au = ",".join(map(str, rng.integers(0, 2, 12)))
         lines.append(f"{image},{rng.uniform(-1, 1):.3f},{rng.uniform(-1, 1):.3f},{rng.integers(8)},{au}")
     for name in FILES.values():
@@ -112,12 +116,17 @@ def make_images(root: Path, count: int) -> Path:
     return root
 
 
+def make_set(root: Path, source: Path, shard_rows: int) -> Path:
+    """Write the training rows of `source` as shards below `root`."""
+    annotations = read_annotations(source / FILES["train"])
+    options = {"view": VIEW, "split": "train", "seed": 0, "frames_per_shard": shard_rows}
+    write_sets([plan_set(annotations, source / VIEW, str(root), **options)], jobs=1, progress=lambda rows: None)
+    return root
+
+
 def build_contenders(root: Path, source: Path) -> Iterator[tuple[str, Epoch]]:
     """Yield (name, epoch) of every loader whose package is installed; the others are named as missing."""
-    from mtl_dist.shards import create
-
-    create(source, str(root / "shards"), views=("cropped_aligned",), frames_per_shard=SHARD_ROWS, jobs=2)
-    shards = root / "shards" / "cropped_aligned" / "train"
+    shards = make_set(root / "shards", source, SHARD_ROWS)
     samples = read_samples(shards)
     size = sum(len(image) for image, _ in samples) / len(samples)
     print(f"{len(samples)} images of {size / 1000:.1f} KB, batches of {BATCH}")
@@ -167,6 +176,12 @@ def ours(shards: Path, workers: int) -> Epoch:
 # ------------------------------------------------------------------------------------------------------------ the peers
 
 
+def count(loader) -> Iterator[int]:
+    """Every loader is made once for all rounds, and keeps its processes."""
+    for images, _ in loader:
+        yield len(images)
+
+
 def label_tensor(label: dict) -> torch.Tensor:
     """(15,) float32: valence, arousal, expression, action units."""
     return torch.tensor([*(label["va"] or (-5, -5)), label["expr"] if label["expr"] is not None else -1, *label["au"]])
@@ -187,15 +202,11 @@ def webdatasets(root: Path, shards: Path, samples) -> Iterator[tuple[str, Epoch]
     decoders = {"PIL": decode_with_pil, "simplejpeg": decode_with_simplejpeg}
     for name, decode in decoders.items():
         for workers in (0, 2):
-
-            def epoch(number: int, decode=decode, workers=workers) -> Iterator[int]:
-                stages = wds.WebDataset(urls, shardshuffle=len(urls), seed=number, empty_check=False)
-                stages = stages.shuffle(1000).to_tuple("jpg", "json")
-                stages = stages.map_tuple(decode, lambda data: label_tensor(json.loads(data))).batched(BATCH)
-                for images, _ in wds.WebLoader(stages, batch_size=None, num_workers=workers):
-                    yield len(images)
-
-            yield f"webdataset + {name}, {workers} processes", epoch
+            stages = wds.WebDataset(urls, shardshuffle=len(urls), seed=0, empty_check=False)
+            stages = stages.shuffle(1000).to_tuple("jpg", "json")
+            stages = stages.map_tuple(decode, lambda data: label_tensor(json.loads(data))).batched(BATCH)
+            loader = wds.WebLoader(stages, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
+            yield f"webdataset + {name}, {workers} processes", lambda number, loader=loader: count(loader)
 
 
 def litdatas(root: Path, shards: Path, samples) -> Iterator[tuple[str, Epoch]]:
@@ -216,13 +227,9 @@ def litdatas(root: Path, shards: Path, samples) -> Iterator[tuple[str, Epoch]]:
             return decode_jpeg(data), torch.from_numpy(np.array(item["label"]))
 
     for workers in (0, 2):
-        loader = litdata.StreamingDataLoader(Faces(str(out), shuffle=True), batch_size=BATCH, num_workers=workers)
-
-        def epoch(number: int, loader=loader) -> Iterator[int]:
-            for images, _ in loader:  # it counts its epochs itself
-                yield len(images)
-
-        yield f"LitData + torchvision, {workers} processes", epoch
+        options = {"batch_size": BATCH, "num_workers": workers, "persistent_workers": workers > 0}
+        loader = litdata.StreamingDataLoader(Faces(str(out), shuffle=True), **options)  # it counts its epochs itself
+        yield f"LitData + torchvision, {workers} processes", lambda number, loader=loader: count(loader)
 
 
 def streamings(root: Path, shards: Path, samples) -> Iterator[tuple[str, Epoch]]:
@@ -240,14 +247,12 @@ def streamings(root: Path, shards: Path, samples) -> Iterator[tuple[str, Epoch]]
             return decode_with_simplejpeg(item["image"]), torch.from_numpy(item["label"].copy())
 
     for workers in (0, 2):
-
-        def epoch(number: int, workers=workers) -> Iterator[int]:
-            streaming.base.util.clean_stale_shared_memory()
-            data = Faces(local=str(out), shuffle=True, shuffle_seed=number, batch_size=BATCH)
-            for images, _ in torch.utils.data.DataLoader(data, batch_size=BATCH, num_workers=workers):
-                yield len(images)
-
-        yield f"MosaicML Streaming, {workers} processes", epoch
+        streaming.base.util.clean_stale_shared_memory()
+        # Its sets of one process may not share a directory.
+        data = Faces(local=str(shutil.copytree(out, f"{out}-{workers}")), shuffle=True, batch_size=BATCH)
+        options = {"batch_size": BATCH, "num_workers": workers, "persistent_workers": workers > 0}
+        loader = torch.utils.data.DataLoader(data, **options)
+        yield f"MosaicML Streaming, {workers} processes", lambda number, loader=loader: count(loader)
 
 
 if __name__ == "__main__":

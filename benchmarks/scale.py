@@ -5,7 +5,7 @@
 One rank's plan of an epoch: seconds and memory. The rows of a step: milliseconds, most of them in blocks that have to
 be shuffled first. Over all ranks: whether any row is read twice, and the share that an epoch reads (every step of some
 ranks, every rank at some steps). Shuffle quality: how far apart, in the order of training, two samples come that were
-neighbours in a shard; a perfect shuffle of everything gives a third of an epoch.
+neighbours in a shard, beside MosaicML Streaming's py1e; a perfect shuffle of everything gives a third of an epoch.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ import time
 import numpy as np
 
 from mtl_dist.data.order import EpochPlan, Order
+
+PART = 64
+STREAMING_BLOCK = 1 << 18  # rows: its default from 16 canonical nodes on
 
 
 def main() -> None:
@@ -69,17 +72,41 @@ def check_coverage(order: Order, ranks: int) -> None:
 
 
 def print_quality(order: Order, ranks: int) -> None:
-    """Distance in steps between samples that were neighbours in a shard, over some shards."""
-    plan = EpochPlan(order, epoch=0, rank=3, num_ranks=ranks)
-    rows = np.concatenate([plan.samples(step) for step in range(order.num_steps)])
-    step_of = np.repeat(np.arange(order.num_steps), order.global_batch // order.streams * len(plan.streams))
-    by_row = np.argsort(rows)
-    neighbours = np.diff(rows[by_row]) == 1
-    gaps = np.abs(np.diff(step_of[by_row]))[neighbours]
-    print(
-        f"neighbours of a shard       {gaps.mean():.0f} steps apart on average ({gaps.mean() / order.num_steps:.3f} of "
-        f"an epoch; a perfect shuffle 0.333); in one step {np.mean(gaps == 0):.5f}"
+    """How far apart in training neighbours of a shard come, in epochs: ours, and Streaming's where it is installed.
+
+    On 1/`PART` of the set with as many streams: a stream is then what it is in the whole.
+    """
+    part = Order(
+        order.shard_rows[::PART], order.global_batch // PART, order.streams // PART, order.block_shards, seed=0
     )
+    plan = EpochPlan(part, epoch=0, rank=0, num_ranks=1)
+    share = part.global_batch // part.streams
+    place = np.full(part.num_rows, -1)
+    for stream in plan.streams:
+        samples = np.concatenate([plan.stream_samples(stream, step) for step in range(part.num_steps)])
+        place[samples] = np.arange(len(samples)) // share * share
+    print("\nneighbours of a shard       mean distance   in the same step   shards read at a time, a stream")
+    print_distances("mtl_dist", place, part, part.block_shards)
+    try:
+        from streaming.base.shuffle.py1e import get_shuffle_py1e
+    except ImportError as error:
+        print(f"Streaming is left out: {error}")
+        return
+    rows_per_shard = int(part.shard_rows[0])
+    for what, block in (("py1e, its default block", STREAMING_BLOCK), ("py1e, our block", 4 * rows_per_shard)):
+        samples = get_shuffle_py1e(part.shard_rows, part.streams, seed=0, epoch=0, block_size=block)
+        place = np.empty(part.num_rows, np.int64)
+        place[samples] = np.arange(part.num_rows) % (part.num_rows // part.streams) // share * share
+        print_distances(f"Streaming {what}", place, part, block / rows_per_shard)
+
+
+def print_distances(name: str, place: np.ndarray, order: Order, shards: float) -> None:
+    """`place` (N,) of every row in its stream, -1 where it is not read."""
+    starts = np.cumsum(order.shard_rows)[:-1]
+    neighbours = (place[:-1] >= 0) & (place[1:] >= 0)
+    neighbours[starts - 1] = False  # the last of a shard and the first of the next
+    gaps = np.abs(np.diff(place))[neighbours]
+    print(f"  {name:34}{gaps.mean() / order.rows_per_stream:>8.3f} epochs{np.mean(gaps == 0):>15.5f}{shards:>20.1f}")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ class RunConfig(Section):
     """Where runs live: a directory or s3://bucket/prefix. This run's files go to <storage>/<name>/."""
     seed: int = 0
     """Seeds the order, augmentation, initialisation and dropout."""
+    audit_dir: Path | None = None
+    """Also write the rows of every step here, a file a process: what a failure lost or repeated can be counted."""
 
     @field_validator("name")
     @classmethod
@@ -132,13 +134,16 @@ class OptimConfig(Section):
 
 class EngineConfig(Section):
     zero_stage: int = 0
-    """DeepSpeed ZeRO stage: 0, 1 or 2."""
+    """DeepSpeed ZeRO stage: 0, 1 or 2. A run continues at any, on any number of ranks."""
     autocast: Literal["none", "bf16"] = "none"
     """bf16: forward and backward under torch autocast; weights and optimizer stay fp32."""
     batchnorm: Literal["local", "sync", "frozen"] = "local"
     """local: statistics of the rank's batch, buffers averaged over ranks before evaluation and saving; sync: over all
     ranks (GPU only); frozen: running statistics."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    hang_s: float = Field(900.0, gt=0)
+    """Seconds without a step after which a rank is taken to hang, named and ended, to be started again. More than the
+    store may take to answer (5 minutes) and than the slowest step."""
     threads: int | None = Field(None, ge=1)
     """CPU threads of a rank for torch; None: ray.cpus_per_rank under Ray, else the machine's cores over its ranks."""
 
@@ -147,8 +152,8 @@ class EngineConfig(Section):
     def _is_supported(cls, stage: int) -> int:
         if stage == 3:
             raise ValueError(
-                "ZeRO 3 is refused: it shards 30 M parameters that fit any GPU, its checkpoints resume on "
-                "the same number of ranks only, and one forward per step is all it allows; use 0, 1 or 2"
+                "ZeRO 3 is refused: it shards 30 M parameters that fit any GPU, and one forward per step is all it "
+                "allows; use 0, 1 or 2"
             )
         if stage not in (0, 1, 2):
             raise ValueError("expected 0, 1 or 2")
@@ -167,13 +172,20 @@ class TrainConfig(Section):
     """Images per rank and forward pass in evaluation."""
     eval_every: int = Field(1, ge=1)
     """Evaluate every so many epochs, and after the last."""
+    ema: float = Field(0.0, ge=0, lt=1)
+    """Evaluate and save an exponential moving average of the weights with this decay (0.999); 0: the last weights."""
 
 
 class CheckpointConfig(Section):
     every_steps: int | None = Field(None, ge=1)
     """Also save every so many steps; None: after every evaluation only."""
+    every_minutes: float | None = Field(None, gt=0)
+    """Also save when the last save is so long ago."""
     keep_last: int = Field(2, ge=1)
     keep_best: int = Field(1, ge=1)
+    """The best of each score are kept: P, VA, EXPR and AU."""
+    keep_every_hours: float | None = Field(None, gt=0)
+    """Also keep one of every so many hours, for good."""
 
 
 class RayConfig(Section):
@@ -225,12 +237,6 @@ class Config(Section):
             raise ValueError(
                 f"the model's input would be {self.input_size} pixels a side (data.image_size, or model.image_size); "
                 f"the backbone needs {MIN_INPUT_SIZE} at least"
-            )
-        low, high = self.ray.num_ranks
-        if self.engine.zero_stage and low != high:
-            raise ValueError(
-                f"engine.zero_stage {self.engine.zero_stage} with ray.num_ranks {low} {high}: sharded optimizer states "
-                "fit one number of ranks only; use ZeRO 0, which continues on any number, or one number"
             )
         if 0 < self.ray.gpus_per_rank < 1:
             raise ValueError(f"ray.gpus_per_rank is {self.ray.gpus_per_rank:g}; a rank has whole GPUs: 0, 1 or more")

@@ -179,13 +179,13 @@ def combine(members: list[Predicted]) -> Predicted:
             )
         for name, mine, theirs in zip(first.targets._fields, first.targets, other.targets):
             if not np.array_equal(mine, theirs):
-                raise InputError(f"the views' labels differ ({name}) for one row; make both from one annotation file")
+                raise InputError(f"the views' labels differ ({name}) for one row; make both from one source")
     columns = zip(*(member.predictions for member in members))
     return first._replace(predictions=type(first.predictions)(*(np.mean(column, axis=0) for column in columns)))
 
 
 def image_names(member: Member, command: EnsembleCommand) -> list[str]:
-    """Return "video/frame.jpg" of a member's validation rows, in ascending order of rows."""
+    """Return the image names of a member's validation rows, in ascending order of rows."""
     import numpy as np
 
     from mtl_dist.data.cache import Cache
@@ -205,7 +205,8 @@ def _check_members(members: list[Member]) -> None:
     sources = {member.val.source_sha256 for member in members}
     if len(sources) > 1:
         raise InputError(
-            "the runs' validation sets come from different annotation files; make both views from one source"
+            "the runs' validation sets come from different sources, or from other choices of rows; make both "
+            "views from one source with the same options"
         )
 
 

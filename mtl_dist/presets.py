@@ -74,10 +74,11 @@ def with_absolute_paths(config: Config) -> Config:
     run, data, model = config.run, config.data, config.model
     weights = model.weights if model.weights in ("none", "imagenet") else storage.absolute(model.weights)
     cache_dir = data.cache_dir and data.cache_dir.expanduser().absolute()
+    audit_dir = run.audit_dir and run.audit_dir.expanduser().absolute()
     sets = {"train": storage.absolute(data.train), "val": storage.absolute(data.val), "cache_dir": cache_dir}
     return config.model_copy(
         update={
-            "run": run.model_copy(update={"storage": storage.absolute(run.storage)}),
+            "run": run.model_copy(update={"storage": storage.absolute(run.storage), "audit_dir": audit_dir}),
             "data": data.model_copy(update=sets),
             "model": model.model_copy(update={"weights": weights}),
         }

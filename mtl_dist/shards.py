@@ -3,17 +3,18 @@
 Examples:
     python -m mtl_dist.shards synth /tmp/faces --num-train 1200 --num-val 300
     python -m mtl_dist.shards create /data/s-Aff-Wild2 s3://bucket/faces --jobs 8
+    python -m mtl_dist.shards create faces.csv s3://bucket/faces --views cropped --val-fraction 0.1
     python -m mtl_dist.shards verify s3://bucket/faces/cropped/train
-    python -m mtl_dist.shards inspect s3://bucket/faces/cropped/train
+    python -m mtl_dist.shards inspect s3://bucket/faces/cropped/train --sheet sheet.png
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
-import tarfile
-import tempfile
+import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,6 +22,7 @@ from typing import Annotated, Literal
 import tyro
 
 from mtl_dist import storage
+from mtl_dist.data.columns import NO_OPTIONS, TableOptions
 from mtl_dist.errors import InputError, run_command
 from mtl_dist.progress import progress_bar
 from mtl_dist.tasks import AUS, EXPRESSIONS, SPLITS, VIEWS
@@ -32,59 +34,81 @@ FRAMES_PER_SHARD = 1000
 
 
 def create(
-    source: Annotated[Path, tyro.conf.Positional],
-    dest: Annotated[str, tyro.conf.Positional],
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
+    dest: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DEST")],
     *,
     views: tuple[View, ...] = VIEWS,
     frames_per_shard: int | None = None,
     shard_bytes: int | None = None,
+    val_fraction: float | None = None,
+    skip_bad_images: bool = False,
     seed: int = 0,
     jobs: Jobs = CORES,
+    table: Annotated[TableOptions, tyro.conf.arg(name="")] = NO_OPTIONS,
 ) -> None:
-    """Write shards of a data set in the s-Aff-Wild2 layout. Run again, it makes only what is missing.
+    """Write shards of a labelled data set. Run again, it makes only what is missing.
 
     Every listed image is decoded and every label checked; the first fault stops the run and names file and row.
 
+    SOURCE is a directory in the s-Aff-Wild2 layout, or a .csv or .parquet table with a row an image:
+
+        create /data/s-Aff-Wild2 s3://bucket/faces
+        create /data/mine /data/shards --val-fraction 0.1 --skip-bad-images
+        create faces.csv DEST --views cropped --images /data/crops
+        create faces.parquet DEST --views cropped --columns.image path --columns.au AU{:02}_c --val-fraction 0.1
+        create training.csv DEST --views cropped --table-format affectnet --val-table validation.csv
+            --images /data/AffectNet --expressions Contempt=Other
+
     Args:
-        source: Holds training_set_annotations.txt, validation_set_annotations.txt and a directory a view.
+        source: A directory that holds training_set_annotations.txt, validation_set_annotations.txt and a directory a
+            view; or a table, of one view.
         dest: Directory or s3://bucket/prefix; the sets are written to <dest>/<view>/<split>/.
-        views: Views to write.
+        views: Views to write. A table describes one.
         frames_per_shard: Rows of a shard; 1000 where no limit is given: of 112 x 112 pixels about 8 MB.
         shard_bytes: Bytes of a shard, about; 100000000 suits data over 10^6 rows. With both, what is reached first.
-        seed: Of the one shuffle of rows at writing.
+        val_fraction: Where the source has no validation part: share of its rows, taken as whole videos and persons.
+        skip_bad_images: Look at every image first, and leave rows whose image is missing, empty or damaged in a view
+            out of all views. They are listed in <dest>/skipped.csv.
+        seed: Of the one shuffle of rows at writing, and of the choice for --val-fraction.
     """
-    from mtl_dist.data.annotations import FILES, read_annotations
+    from mtl_dist.data import skipping
+    from mtl_dist.data.sources import find_images, read_source
+    from mtl_dist.data.summary import print_summary
     from mtl_dist.data.writer import plan_set, write_sets
 
     if frames_per_shard is None and shard_bytes is None:
         frames_per_shard = FRAMES_PER_SHARD
     _check_positive(frames_per_shard=frames_per_shard, shard_bytes=shard_bytes, jobs=jobs)
-    if not source.is_dir():
-        raise InputError(f"source {source} is not a directory; expected the annotation files and a directory a view")
+    images_dirs = find_images(source, views, table)
     storage.check_writable(dest)
-    plans = []
-    for split in SPLITS:
-        annotations = read_annotations(source / FILES[split])
-        for view in views:
-            where = storage.join(dest, view, split)
-            plans.append(
-                plan_set(
-                    annotations,
-                    source / view,
-                    where,
-                    view=view,
-                    split=split,
-                    seed=seed,
-                    frames_per_shard=frames_per_shard,
-                    shard_bytes=shard_bytes,
-                )
-            )
+    found = read_source(source, table, val_fraction=val_fraction, seed=seed)
+    splits, skipped = found.splits, []
+    if skip_bad_images:
+        listed = skipping.read_skipped(dest, but=views)
+        with progress_bar("checking images", len(views) * skipping.count_images(splits)) as advance:
+            splits, skipped = skipping.drop_bad_images(splits, images_dirs, jobs=jobs, progress=advance)
+    plans = [
+        plan_set(
+            splits[split],
+            images_dirs[view],
+            storage.join(dest, view, split),
+            view=view,
+            split=split,
+            seed=seed,
+            frames_per_shard=frames_per_shard,
+            shard_bytes=shard_bytes,
+        )
+        for split in SPLITS
+        for view in views
+    ]
+    begun = time.monotonic()
     with progress_bar("writing shards", sum(plan.index.rows for plan in plans)) as advance:
         indexes = write_sets(plans, jobs=jobs, progress=advance)
-    for index in indexes:
-        where = storage.join(dest, index.view, index.split)
-        size = sum(shard.tar_bytes for shard in index.shards)
-        print(f"{where}: {index.rows} rows in {len(index.shards)} shards, {size / 1e6:.1f} MB; {_coverage(index)}")
+    seconds = time.monotonic() - begun
+    if skip_bad_images:
+        skipping.write_skipped(dest, [*listed, *skipped])
+    written = sum(plan.index.rows - sum(entry.rows for entry in plan.done.values()) for plan in plans)
+    print_summary(dest, indexes, found, skipped, num_written=written, seconds=seconds)
 
 
 def verify(uri: Annotated[str, tyro.conf.Positional], *, jobs: Jobs = CORES) -> None:
@@ -96,33 +120,53 @@ def verify(uri: Annotated[str, tyro.conf.Positional], *, jobs: Jobs = CORES) -> 
         uri: The directory or s3:// prefix that holds index.json.
     """
     from mtl_dist.data.index import index_dir, read_index
+    from mtl_dist.data.verify import find_set_faults
 
     _check_positive(jobs=jobs)
-    index, faults = read_index(uri), []
-    with progress_bar("verifying", index.rows) as advance, _pool(jobs) as pool:
+    index, shards = read_index(uri), []
+    with progress_bar("verifying", index.rows) as advance, contextlib.ExitStack() as stack:
+        run = map if jobs == 1 else stack.enter_context(_pool(jobs)).map
         tasks = [(index_dir(uri), shard.model_dump()) for shard in index.shards]
-        for shard, found in zip(index.shards, pool.map(_verify_shard, tasks)):
-            faults += found
+        for shard, found in zip(index.shards, run(_verify_shard, tasks)):
+            shards.append(found)
             advance(shard.rows)
+    faults = [fault for found in shards for fault in found.faults] or find_set_faults(index, shards)
     if faults:
         repair = "to repair: delete these, then run `python -m mtl_dist.shards create` with the original arguments"
         raise InputError("\n  ".join([f"{len(faults)} faults in {uri}:", *faults, repair]))
     print(f"{uri}: {index.rows} rows in {len(index.shards)} shards are whole")
 
 
-def inspect(uri: Annotated[str, tyro.conf.Positional], *, as_json: bool = False) -> None:
-    """Print what a set holds: rows, shards, bytes, and a histogram of its labels.
+def inspect(
+    uri: Annotated[str, tyro.conf.Positional],
+    *,
+    as_json: bool = False,
+    sheet: Path | None = None,
+    num_images: int = 40,
+    seed: int = 0,
+) -> None:
+    """Print what a set holds: rows, shards, bytes, and a histogram of its labels; or draw some of it.
 
     Args:
         uri: The directory or s3:// prefix that holds index.json.
         as_json: Print one JSON object for programs.
+        sheet: Also write a contact sheet to this .png file: images with their labels below them.
+        num_images: Of the sheet.
+        seed: Of the choice of these images.
     """
     from rich.console import Console
     from rich.table import Table
 
     from mtl_dist.data.index import read_index
 
+    _check_positive(num_images=num_images)
+    if sheet is not None and sheet.suffix.lower() != ".png":
+        raise InputError(f"--sheet is {sheet}; expected a file whose name ends with .png")
     index = read_index(uri)
+    if sheet is not None:
+        from mtl_dist.data.sheet import draw_sheet
+
+        storage.write_bytes(str(sheet), draw_sheet(uri, index, num_images=num_images, seed=seed))
     counts = index.labels
     about = {
         "view": index.view,
@@ -135,10 +179,7 @@ def inspect(uri: Annotated[str, tyro.conf.Positional], *, as_json: bool = False)
     if as_json:
         print(json.dumps({**about, "labels": counts.model_dump()}))
         return
-    console = Console()
-    console.print(
-        f"[bold]{uri}[/bold]  " + "  ".join(f"{key} {value}" for key, value in about.items()), highlight=False
-    )
+    print(f"{uri}  " + "  ".join(f"{key} {value}" for key, value in about.items()))
     table = Table("label", "rows", "share of rows", "")
     rows = [("valence, arousal", counts.va), ("expression", counts.expr), ("any action unit", max(counts.au))]
     rows += [(f"  {name}", count) for name, count in zip(EXPRESSIONS, counts.expr_classes)]
@@ -146,7 +187,9 @@ def inspect(uri: Annotated[str, tyro.conf.Positional], *, as_json: bool = False)
     for name, count in [*rows, ("no label at all", counts.unlabelled)]:
         share = count / index.rows
         table.add_row(name, str(count), f"{share:.1%}", "█" * round(30 * share))
-    console.print(table)
+    Console().print(table)
+    if sheet is not None:
+        print(f"wrote {sheet}")
 
 
 def synth(
@@ -176,60 +219,15 @@ def synth(
     print(f"{dest}: " + ", ".join(f"{key} {value}" for key, value in summary.items()))
 
 
-def _verify_shard(task: tuple[str, dict]) -> list[str]:
-    """Return what is wrong with one shard, in words; empty where nothing is."""
-    import zlib
-
-    from mtl_dist.data.decode import DecodeError, decode
+def _verify_shard(task: tuple[str, dict]):
     from mtl_dist.data.index import ShardEntry
-    from mtl_dist.data.sidecar import parse_sidecar
+    from mtl_dist.data.verify import verify_shard
 
-    uri, entry = task[0], ShardEntry.model_validate(task[1])
-    tar_uri, sidecar_uri = (storage.join(uri, f"{entry.name}.{suffix}") for suffix in ("tar", "safetensors"))
-    with tempfile.TemporaryDirectory(prefix="mtl_dist-") as scratch:
-        paths = {tar_uri: Path(scratch) / "tar", sidecar_uri: Path(scratch) / "sidecar"}
-        for name, path in paths.items():
-            try:
-                storage.download(name, path)
-            except FileNotFoundError:
-                return [f"{name} is gone"]
-        faults = [
-            f"{name}: its sha256 is not the index's"
-            for name, sha256 in ((tar_uri, entry.tar_sha256), (sidecar_uri, entry.sidecar_sha256))
-            if storage.sha256_of(paths[name]) != sha256
-        ]
-        if faults:
-            return faults
-        sidecar = parse_sidecar(paths[sidecar_uri].read_bytes())
-        if len(sidecar.row) != entry.rows:
-            return [f"{sidecar_uri}: {len(sidecar.row)} rows; the index says {entry.rows}"]
-        with tarfile.open(paths[tar_uri]) as tar:
-            images = [member for member in tar if member.name.endswith(".jpg")]
-            found = [(member.name, member.offset_data, member.size) for member in images]
-        expected = [(f"{row:09d}.jpg", begin, n) for row, begin, n in zip(sidecar.row, sidecar.offset, sidecar.length)]
-        if found != expected:
-            return [f"{tar_uri}: its members are not those of the sidecar"]
-        data = paths[tar_uri].read_bytes()
-        for row, begin, length, crc32 in zip(sidecar.row, sidecar.offset, sidecar.length, sidecar.crc32):
-            image = data[begin : begin + length]
-            try:
-                decode(image)
-            except DecodeError as error:
-                faults.append(f"{tar_uri}, row {row}: {error}")
-            if zlib.crc32(image) != crc32:
-                faults.append(f"{tar_uri}, row {row}: its bytes do not match their checksum")
-    return faults
+    return verify_shard(task[0], ShardEntry.model_validate(task[1]))
 
 
 def _pool(jobs: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
-
-
-def _coverage(index) -> str:
-    counts = index.labels
-    missing = counts.missing_tasks()
-    text = f"labelled: VA {counts.va}, EXPR {counts.expr}, AU {max(counts.au)}, none {counts.unlabelled}"
-    return text + (f"; no labels at all for {', '.join(missing)}" if missing else "")
 
 
 def _check_positive(**values: int | None) -> None:

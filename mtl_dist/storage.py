@@ -1,27 +1,29 @@
-"""One URI, a local path or s3://bucket/key: read, write, list, delete. The only importer of boto3.
+"""One URI, a local path or s3://bucket/key: read, write, list, delete.
 
-Writes are atomic (a temporary name and a rename; S3 puts are atomic by themselves). Faults of the network are retried
-by botocore within `TIMEOUTS`; what a user can mend (credentials, bucket, server, path) is an `InputError` with the URI.
+Writes are atomic: a temporary name and a rename; S3 puts are atomic by themselves. What a user can mend (credentials,
+bucket, server, path) is an `InputError` with the URI, a store that does not answer a `StorageError`: how often and how
+long it is asked is said in `s3.py`, which is imported when the first s3:// URI is met.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import os
 import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from mtl_dist.errors import InputError, StorageError
+from mtl_dist.errors import InputError
 
-# botocore: at most 6 tries (or AWS_MAX_ATTEMPTS) of 10 s to connect and 30 s between bytes, with back-off: under
-# 5 minutes in all. Where nothing listens, 6 tries take about 16 s.
-TIMEOUTS = {"connect_timeout": 10, "read_timeout": 30}
-MAX_ATTEMPTS = 6
+PART_PREFIX = ".part-"  # of a file that is being written; then the host's name and random letters
+ABANDONED_S = 24 * 3600  # of another host: nothing is written for a day
 
 
 class StoredObject(NamedTuple):
@@ -53,48 +55,41 @@ def absolute(uri: str) -> str:
 
 def exists(uri: str) -> bool:
     """Whether this object or file exists."""
-    if not is_s3(uri):
-        return local_path(uri).is_file()
-    bucket, key = _split(uri)
-    try:
-        with _s3_errors(uri):
-            _client().head_object(Bucket=bucket, Key=key)
-    except FileNotFoundError:
-        return False
-    return True
+    return _s3().exists(uri) if is_s3(uri) else local_path(uri).is_file()
 
 
-def read_bytes(uri: str) -> bytes:
-    """Read a whole object. Raises FileNotFoundError where there is none."""
-    if not is_s3(uri):
-        return local_path(uri).read_bytes()
-    bucket, key = _split(uri)
-    with _s3_errors(uri):
-        return _client().get_object(Bucket=bucket, Key=key)["Body"].read()
+def read_bytes(uri: str, *, max_bytes: int | None = None) -> bytes:
+    """Read a whole object.
+
+    Raises FileNotFoundError where there is none, and `InputError` before reading where it is larger than `max_bytes`.
+    """
+    if is_s3(uri):
+        return _s3().read_bytes(uri, max_bytes=max_bytes)
+    with local_path(uri).open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if max_bytes is not None and size > max_bytes:
+            raise InputError(f"{uri} has {size} bytes; at most {max_bytes} are read")
+        return file.read()
 
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a whole object atomically."""
-    if not is_s3(uri):
-        path = local_path(uri)
-        with _local_write_errors(path), atomic_path(path) as part:
-            part.write_bytes(data)
+    if is_s3(uri):
+        _s3().write_bytes(uri, data)
         return
-    bucket, key = _split(uri)
-    with _s3_errors(uri):
-        _client().put_object(Bucket=bucket, Key=key, Body=data)
+    path = local_path(uri)
+    with _local_write_errors(path), atomic_path(path) as part:
+        part.write_bytes(data)
 
 
 def upload(path: Path, uri: str) -> None:
     """Copy a local file to a URI, atomically."""
-    if not is_s3(uri):
-        target = local_path(uri)
-        with _local_write_errors(target), atomic_path(target) as part:
-            shutil.copyfile(path, part)
+    if is_s3(uri):
+        _s3().upload(path, uri)
         return
-    bucket, key = _split(uri)
-    with _s3_errors(uri):
-        _client().upload_file(str(path), bucket, key)
+    target = local_path(uri)
+    with _local_write_errors(target), atomic_path(target) as part:
+        shutil.copyfile(path, part)
 
 
 @contextlib.contextmanager
@@ -112,38 +107,35 @@ def staged(uri: str) -> Iterator[Path]:
 
 
 def download(uri: str, path: Path) -> None:
-    """Copy an object to a local file, atomically. Raises FileNotFoundError where there is none."""
+    """Copy an object to a local file, atomically.
+
+    Raises FileNotFoundError where there is none, and any other OSError where `path` cannot be written.
+    """
     with atomic_path(path) as part:
-        if not is_s3(uri):
+        if is_s3(uri):
+            _s3().download(uri, part)
+        else:
             shutil.copyfile(local_path(uri), part)
-            return
-        bucket, key = _split(uri)
-        with _s3_errors(uri):
-            _client().download_file(bucket, key, str(part))
 
 
 def list_objects(uri: str) -> list[StoredObject]:
     """List every object below a prefix, sorted by name; empty where there is nothing."""
     if not is_s3(uri):
         root = local_path(uri)
-        files = [path for path in root.rglob("*") if path.is_file() and not path.name.startswith(".part-")]
+        files = [path for path in root.rglob("*") if path.is_file() and not path.name.startswith(PART_PREFIX)]
         return sorted(StoredObject(path.relative_to(root).as_posix(), path.stat().st_size) for path in files)
-    bucket, key = _split(uri)
+    key = _s3().split(uri)[1]
     prefix = f"{key.rstrip('/')}/" if key else ""
-    with _s3_errors(uri):
-        pages = _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        found = [(item["Key"], item["Size"]) for page in pages for item in page.get("Contents", ())]
+    found = _s3().list_objects(uri, prefix)
     return sorted(StoredObject(name.removeprefix(prefix), size) for name, size in found if name != prefix)
 
 
 def delete(uri: str) -> None:
     """Delete one object; nothing happens where there is none."""
-    if not is_s3(uri):
+    if is_s3(uri):
+        _s3().delete(uri)
+    else:
         local_path(uri).unlink(missing_ok=True)
-        return
-    bucket, key = _split(uri)
-    with _s3_errors(uri):
-        _client().delete_object(Bucket=bucket, Key=key)
 
 
 def delete_all(uri: str, *, first: str | None = None) -> None:
@@ -169,17 +161,46 @@ def sha256_of(path: Path) -> str:
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`, renamed onto it when the block ends well and removed when it does not."""
+    """Give a temporary path beside `path`, renamed onto it when the block ends well and removed when it does not.
+
+    A process that is killed in the block leaves a file; the next that writes into this directory removes it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".part-", dir=path.parent)
-    os.close(handle)
-    part = Path(name)
+    _remove_abandoned(path.parent, os.getpid())
+    handle, part = _open_part(path.parent)
     try:
         yield part
         part.chmod(0o644)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _open_part(directory: Path) -> tuple[int, Path]:
+    """Create a file that is locked as long as its handle is open: who gets the lock may remove it."""
+    while True:
+        handle, name = tempfile.mkstemp(prefix=f"{PART_PREFIX}{socket.gethostname()}-", dir=directory)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.fstat(handle).st_nlink:  # 0: removed by another process before it was locked
+            return handle, Path(name)
+        os.close(handle)
+
+
+@functools.lru_cache
+def _remove_abandoned(directory: Path, pid: int) -> None:
+    """Remove what killed processes were writing here; once a directory and process, because listing costs.
+
+    Locks tell of processes of this host, on whatever file system. Those of other hosts may not be seen: a day is
+    waited.
+    """
+    for part in directory.glob(f"{PART_PREFIX}*"):
+        with contextlib.suppress(OSError), part.open("r+b") as file:  # removed by another, or locked: being written
+            is_ours = part.name.startswith(f"{PART_PREFIX}{socket.gethostname()}-")
+            if is_ours or time.time() - part.stat().st_mtime > ABANDONED_S:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                part.unlink()
 
 
 @contextlib.contextmanager
@@ -192,69 +213,7 @@ def _local_write_errors(path: Path) -> Iterator[None]:
         raise InputError(f"{path} cannot be written: {error.strerror}") from None
 
 
-def _split(uri: str) -> tuple[str, str]:
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
-    if not bucket:
-        raise InputError(f"'{uri}' names no bucket; expected s3://bucket/prefix")
-    return bucket, key
+def _s3():
+    from mtl_dist import s3  # boto3 takes 0.3 s to import, and local paths do without
 
-
-@functools.cache
-def _client_of(pid: int):
-    import boto3
-    from botocore.config import Config as BotoConfig
-
-    attempts = int(os.environ.get("AWS_MAX_ATTEMPTS") or MAX_ATTEMPTS)
-    retries = {"mode": "standard", "total_max_attempts": attempts}
-    return boto3.client("s3", config=BotoConfig(max_pool_connections=32, retries=retries, **TIMEOUTS))
-
-
-def _client():
-    """Return this process's client: boto3's own chain finds credentials, region and AWS_ENDPOINT_URL."""
-    return _client_of(os.getpid())  # a client does not survive a fork
-
-
-@contextlib.contextmanager
-def _s3_errors(uri: str) -> Iterator[None]:
-    import botocore.exceptions as boto
-    from boto3.exceptions import S3UploadFailedError
-
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
-    try:
-        yield
-    except (boto.NoCredentialsError, boto.PartialCredentialsError) as error:
-        raise InputError(
-            f"{uri}: no S3 credentials ({error}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a "
-            "profile or role that boto3 finds"
-        ) from None
-    except (boto.EndpointConnectionError, boto.ConnectTimeoutError, boto.ConnectionClosedError) as error:
-        raise InputError(
-            f"{uri}: no S3 server answers at {endpoint} ({error}); check AWS_ENDPOINT_URL and the network"
-        ) from None
-    except (boto.ClientError, S3UploadFailedError) as error:
-        text = str(error)
-        code = error.response.get("Error", {}).get("Code", "") if isinstance(error, boto.ClientError) else text
-        if isinstance(error, boto.ClientError) and code in ("404", "NoSuchKey"):
-            raise FileNotFoundError(f"{uri} does not exist") from None
-        if "NoSuchBucket" in code:
-            raise InputError(
-                f"{uri}: bucket '{_split(uri)[0]}' does not exist at {endpoint}; create it or correct the name"
-            ) from None
-        if any(
-            word in code
-            for word in (
-                "403",
-                "AccessDenied",
-                "InvalidAccessKeyId",
-                "SignatureDoesNotMatch",
-                "InvalidToken",
-                "ExpiredToken",
-            )
-        ):
-            raise InputError(
-                f"{uri}: the S3 server at {endpoint} refuses these credentials ({text}); check "
-                "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what the key may do"
-            ) from None
-        raise StorageError(f"{uri}: {text}") from error
-    except boto.BotoCoreError as error:
-        raise StorageError(f"{uri}: {error}") from error
+    return s3

@@ -48,7 +48,7 @@ class Batch(NamedTuple):
     inputs: Tensor  # (B, T, 3, H, W) uint8
     num_frames: Tensor  # (B,) int64, valid frames of each sample
     labels: Labels
-    rows: Tensor  # (B, T) int64, row numbers of the annotation file
+    rows: Tensor  # (B, T) int64, row numbers of the annotation file or table
 
 
 class Outputs(NamedTuple):

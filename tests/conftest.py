@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +59,14 @@ def assert_one_message(done: subprocess.CompletedProcess[str], *words: str) -> N
     assert "Traceback" not in done.stderr, done.stderr
     for word in words:
         assert word in printed, (word, printed)
+
+
+@contextlib.contextmanager
+def within(seconds: float):
+    """Fail if the block takes longer."""
+    began = time.monotonic()
+    yield
+    assert time.monotonic() - began < seconds
 
 
 @pytest.fixture(scope="session")

@@ -103,6 +103,7 @@ def test_line_ends_byte_order_mark_and_blank_end_do_not_matter(tmp_path, end):
                 "a/..\\..\\x",
                 "x.jpg",
                 "a/b/c.jpg",
+                "a//b.jpg",
                 "",
                 "./a.jpg",
             )
@@ -119,6 +120,14 @@ def test_a_bad_row_is_refused_with_file_line_value_and_expectation(tmp_path, row
         read_annotations(path)
     for word in (f"{path}:3", *words):
         assert word in str(error.value)
+
+
+def test_spaces_and_floats_are_read_row_by_row_to_the_same_values(tmp_path):
+    plain = read_annotations(write(tmp_path, GOOD, GOOD))
+    spaced = read_annotations(write(tmp_path, [f" {value} " for value in GOOD], [*GOOD[:3], "+3.0", *GOOD[4:]]))
+    assert spaced.images == plain.images
+    for name in ("row", "va", "expr", "au", "va_mask", "expr_mask", "au_mask"):
+        np.testing.assert_array_equal(getattr(spaced, name), getattr(plain, name))
 
 
 @pytest.mark.parametrize(

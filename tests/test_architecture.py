@@ -16,6 +16,7 @@ FILES = [path for package in PACKAGES for path in sorted((REPO / package).rglob(
 # From the bottom up. A module imports from layers below its own, and from its own package.
 LAYERS = [
     {"mtl_dist.tasks", "mtl_dist.errors"},
+    {"mtl_dist.s3"},
     {"mtl_dist.storage", "mtl_dist.progress"},
     {"mtl_dist.config"},
     {"mtl_dist.presets"},
@@ -35,8 +36,8 @@ LAYER_OF = {unit: number for number, units in enumerate(LAYERS) for unit in unit
 
 # A library and the only places that import it.
 ONLY_IMPORTERS = {
-    "boto3": ("mtl_dist.storage", "cluster"),
-    "botocore": ("mtl_dist.storage", "cluster"),
+    "boto3": ("mtl_dist.s3", "cluster", "benchmarks"),
+    "botocore": ("mtl_dist.s3", "cluster", "benchmarks"),
     "deepspeed": ("mtl_dist.runtime.engine",),
     "ray": ("mtl_dist.runtime.launch", "tune", "cluster"),
     "pickle": ("mtl_dist.models.backbones",),  # for the name of an exception: torch.load(weights_only=True) raises it
@@ -44,9 +45,7 @@ ONLY_IMPORTERS = {
 }
 DRAWERS = {"utils", "util", "common", "helpers", "misc", "core", "base"}
 MAX_LINES = 450
-LONGER = {
-    "cluster/local.py": 800,  # one command that reads from top to bottom: ports, processes, their end
-}
+LONGER: dict[str, int] = {}  # none, so far
 
 
 class Import(NamedTuple):

@@ -13,6 +13,7 @@ import simplejpeg
 from mtl_dist import storage
 from mtl_dist.data.annotations import FILES, read_annotations
 from mtl_dist.data.cache import Cache
+from mtl_dist.data.columns import Columns, TableOptions
 from mtl_dist.data.index import INDEX_NAME, read_index
 from mtl_dist.data.reader import ShardReader
 from mtl_dist.data.sidecar import parse_sidecar
@@ -139,6 +140,42 @@ def test_a_source_that_is_no_data_set_is_named(tmp_path):
         create(tmp_path / "absent", str(tmp_path / "dest"), jobs=1)
     with pytest.raises(InputError, match=r"training_set_annotations\.txt cannot be read"):
         create(tmp_path, str(tmp_path / "dest"), jobs=1)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ([], ["is a table and describes one view", "--views cropped or --views cropped_aligned", "--images"]),
+        (
+            ["--views", "cropped", "--expressions", "bored=-"],
+            ["has no validation part", "--columns.split", "--val-table", "--val-fraction 0.1"],
+        ),
+        (["--views", "cropped", "--columns.valence", "valense"], ["'valense'", "did you mean 'valence'?"]),
+        (["--views", "cropped", "--images", "/absent"], ["--images /absent is not a directory"]),
+        (["--views", "cropped", "--val-fraction", "0.5"], ["table.csv, row 1 (from 0): expression is 'bored'"]),
+        (["--views", "cropped", "--expressions", "bored"], ["'bored'", "expected NAME=CLASS"]),
+        (["--views", "cropped", "--val-fraction", "0.5", "--expressions", "bored=-"], ["listed images do not exist"]),
+    ],
+)
+def test_a_table_that_does_not_fit_ends_with_one_message(tmp_path, args, words):
+    table = tmp_path / "table.csv"
+    table.write_text("image,valence,arousal,expression\na/1.jpg,0,0,Happy\nb/2.jpg,0,0,bored\n")
+    done = run_module("mtl_dist.shards", "create", str(table), str(tmp_path / "dest"), *args)
+    assert_one_message(done, *words)
+    assert files_below(tmp_path) == [table]
+
+
+def test_options_that_would_have_no_effect_are_refused(dataset, tmp_path):
+    for options, words in (
+        ({"table": TableOptions(images=tmp_path)}, "--images describes a table"),
+        ({"table": TableOptions(table_format="affectnet")}, "--table-format describes a table"),
+        ({"table": TableOptions(columns=Columns(image="x"))}, "--columns describes a table"),
+        ({"val_fraction": 0.1}, r"--val-fraction is given, but .*validation_set_annotations\.txt exists"),
+        ({"views": ("cropped", "cropped")}, "--views is cropped cropped; expected every view once"),
+    ):
+        with pytest.raises(InputError, match=words):
+            create(dataset, str(tmp_path / "dest"), jobs=1, **options)
+    assert files_below(tmp_path) == []
 
 
 # ---------------------------------------------------------------------------------------------------- the destination

@@ -10,31 +10,33 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtl_dist.config import Config, build_config, flatten
+from mtl_dist.config import CheckpointConfig, Config, build_config, flatten
 from mtl_dist.errors import InputError
 from mtl_dist.runtime.checkpoint import (
     FORMAT,
     FREE,
+    Checkpoint,
     best,
     check_same_run,
     committed,
-    plan_retention,
     read_model,
     read_state,
 )
+from mtl_dist.runtime.saving import HOUR_S, SCORES, plan_retention
 
 IDENTITY = {"training set": "a" * 64, "validation set": "b" * 64}
 
 
-def write_checkpoint(run: Path, step: int, score: float | None = None) -> Path:
-    """Write the files of a checkpoint as `save_checkpoint` lays them out."""
-    directory = run / "checkpoints" / f"step_{step:09d}"
+def write_checkpoint(run: Path, step: int, score: float | None = None, *, life: str = "00000000") -> Path:
+    """Write the files of a checkpoint as `saving.py` lays them out."""
+    directory = run / "checkpoints" / f"step_{step:09d}_{life}"
     files = {}
-    for name, data in {"state.json": b'{"step": %d}' % step, "engine/state.pt": bytes(100)}.items():
+    for name, data in {"state.json": b'{"step": %d}' % step, "train.safetensors": bytes(100)}.items():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_bytes(data)
         files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    commit = {"format": FORMAT, "step": step, "score": score, "files": files}
+    scores = {} if score is None else {"p": score}
+    commit = {"format": FORMAT, "step": step, "scores": scores, "saved_at": float(step), "files": files}
     (directory / "COMMIT.json").write_text(json.dumps(commit))
     return directory
 
@@ -59,8 +61,8 @@ def test_a_run_that_does_not_exist_has_none(tmp_path):
         (lambda d: (d / "COMMIT.json").write_text("{"), "damaged COMMIT.json"),
         (lambda d: (d / "COMMIT.json").write_text("[]"), "damaged COMMIT.json"),
         (lambda d: (d / "COMMIT.json").write_text('{"format": "other"}'), "format 'other'"),
-        (lambda d: (d / "engine/state.pt").unlink(), "engine/state.pt is missing"),
-        (lambda d: (d / "engine/state.pt").write_bytes(bytes(99)), "another size"),
+        (lambda d: (d / "train.safetensors").unlink(), "train.safetensors is missing"),
+        (lambda d: (d / "train.safetensors").write_bytes(bytes(99)), "another size"),
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over_with_the_reason(damage, reason, tmp_path):
@@ -102,20 +104,47 @@ def test_the_best_is_the_highest_score_and_the_later_of_equals(tmp_path):
     assert best([]) is None
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 50), st.none() | st.floats(-1, 3)), max_size=20, unique_by=lambda pair: pair[0]),
-    st.integers(1, 4),
-    st.integers(1, 4),
-)
-def test_retention_keeps_the_last_and_the_best_and_deletes_the_others(saved, keep_last, keep_best):
-    deleted = set(plan_retention(saved, keep_last=keep_last, keep_best=keep_best))
-    kept = {step for step, _ in saved} - deleted
-    assert set(sorted(step for step, _ in saved)[-keep_last:]) <= kept
-    scored = sorted(((score, step) for step, score in saved if score is not None), reverse=True)
-    assert {step for _, step in scored[:keep_best]} <= kept
-    assert len(kept) <= keep_last + keep_best
-    if saved:
-        assert max(step for step, _ in saved) in kept
+@st.composite
+def saved_checkpoints(draw) -> list[Checkpoint]:
+    """Checkpoints of several lives, some of the same step, each with some of the scores or none."""
+    steps = draw(st.lists(st.integers(0, 30), max_size=20))
+    scores = st.dictionaries(st.sampled_from(SCORES), st.floats(-1, 3), max_size=4)
+    hours = st.floats(0, 100)
+    return [
+        Checkpoint(f"run/{place}", step, draw(scores), draw(hours) * HOUR_S, {}) for place, step in enumerate(steps)
+    ]
+
+
+def retention(**settings) -> CheckpointConfig:
+    return CheckpointConfig(**settings)
+
+
+@given(saved_checkpoints(), st.integers(1, 4), st.integers(1, 4))
+def test_retention_keeps_the_last_and_the_best_of_each_score_and_no_more(saved, keep_last, keep_best):
+    deleted = plan_retention(saved, retention(keep_last=keep_last, keep_best=keep_best))
+    kept = [checkpoint for checkpoint in saved if checkpoint not in deleted]
+    steps = sorted({checkpoint.step for checkpoint in saved})
+    assert {checkpoint.step for checkpoint in kept} >= set(steps[-keep_last:])
+    assert len({checkpoint.step for checkpoint in kept}) == len(kept), "two of one step"
+    latest = [max((c for c in saved if c.step == step), key=lambda c: c.saved_at) for step in steps]
+    for name in SCORES:
+        scored = sorted((c for c in latest if name in c.scores), key=lambda c: (c.scores[name], c.step), reverse=True)
+        assert {c.uri for c in scored[:keep_best]} <= {c.uri for c in kept}
+    assert len(kept) <= keep_last + keep_best * len(SCORES)
+
+
+@given(st.lists(st.floats(0.1, 5), min_size=1, max_size=40), st.floats(0.5, 10))
+def test_retention_keeps_one_of_every_so_many_hours_for_good(gaps, every):
+    """Saved one after the other by a clock, each time with retention applied, as a run does it."""
+    kept, now, milestones = [], 0.0, []
+    for step, gap in enumerate(gaps):
+        now += gap * HOUR_S
+        kept.append(Checkpoint(f"run/{step}", step, {}, now, {}))
+        if not milestones or now - milestones[-1] >= every * HOUR_S:
+            milestones.append(now)
+        deleted = plan_retention(kept, retention(keep_last=1, keep_every_hours=every))
+        kept = [checkpoint for checkpoint in kept if checkpoint not in deleted]
+        assert {c.saved_at for c in kept} == {*milestones, now}
 
 
 def test_a_checkpoint_fits_its_own_configuration_and_free_settings_may_change():

@@ -193,12 +193,21 @@ def test_shards_ahead_are_all_that_the_steps_touch_and_no_more_than_their_blocks
         ahead = plan.shards_ahead(step, num_steps)
         samples = np.concatenate([plan.samples(at) for at in range(step, step + num_steps)])
         touched = set(np.searchsorted(ends, samples, side="right").tolist())
-        assert touched <= set(ahead.tolist())
-        assert len(set(ahead.tolist())) == len(ahead)
-        assert 0 <= ahead.min() <= ahead.max() < len(order.shard_rows)
+        assert touched <= set(ahead)
+        assert len(set(ahead)) == len(ahead)
+        assert 0 <= min(ahead) <= max(ahead) < len(order.shard_rows)
         # Every block a stream touches within these steps has at most `block_shards` shards.
         num_blocks = len(plan.streams) * (num_steps * (order.global_batch // order.streams) + 1)
         assert len(ahead) <= num_blocks * order.block_shards
+
+
+def test_shards_ahead_come_in_the_order_of_need():
+    order = Order(np.full(64, 100), 64, 4, 4, seed=0)  # 4 streams of 16 shards
+    plan = EpochPlan(order, epoch=0, rank=0, num_ranks=1)
+    first_blocks, two_blocks = plan.shards_ahead(0, 1), plan.shards_ahead(0, 40)
+    assert len(first_blocks) >= 4 * order.block_shards - 1
+    assert len(two_blocks) > len(first_blocks)
+    assert set(two_blocks[: len(first_blocks) - 4]) <= set(first_blocks)
 
 
 def test_resuming_late_in_a_large_epoch_opens_few_shards():

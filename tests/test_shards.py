@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -23,10 +24,12 @@ from PIL import Image
 from mtl_dist import storage
 from mtl_dist.data import ustar
 from mtl_dist.data.annotations import FILES, read_annotations
+from mtl_dist.data.columns import Columns, TableOptions
 from mtl_dist.data.index import INDEX_NAME, dump_index, read_index
+from mtl_dist.data.sheet import choose_samples, draw_sheet
 from mtl_dist.data.sidecar import dump_sidecar, parse_sidecar, read_about
 from mtl_dist.errors import InputError
-from mtl_dist.shards import create, verify
+from mtl_dist.shards import create, inspect, verify
 from mtl_dist.tasks import AUS, EXPRESSIONS, SPLITS, VIEWS
 from tests.conftest import REPO, assert_one_message, run_module, write_dataset
 
@@ -283,7 +286,10 @@ def test_verify_names_every_damaged_shard_and_no_other(copied):
     lines = str(error.value).splitlines()
     assert lines[0].startswith("5 faults in ")
     for line, path, what in zip(
-        lines[1:], (tars[0], tars[1], sidecars[2], tars[3], tars[4]), ["its sha256"] * 4 + ["is gone"], strict=False
+        lines[1:],
+        (tars[0], tars[1], sidecars[2], tars[3], tars[4]),
+        ["its sha256"] * 3 + ["bytes; the index says", "is gone"],
+        strict=False,
     ):
         assert str(path) in line
         assert what in line
@@ -407,3 +413,195 @@ def test_a_sidecar_of_other_arrays_is_refused():
         parse_sidecar(save(sidecar))
     with pytest.raises(ValueError, match="not a safetensors file"):
         parse_sidecar(io.BytesIO(b"x" * 100).read())
+
+
+# ---------------------------------------------------------------------------------------- other sources, and skipping
+
+
+def write_table(dataset: Path, path: Path) -> Path:
+    """The training rows of `dataset` as a table, with a person for every two videos."""
+    rows = read_rows(dataset, "train")
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "valence", "arousal", "expression", *(f"AU{number}" for number in AUS), "person"])
+        for row in rows:
+            va, au = row["va"] or ["", ""], row["au"] or [None] * len(AUS)
+            expr = "" if row["expr"] is None else EXPRESSIONS[row["expr"]]
+            person = int(row["image"][1 : row["image"].index("/")]) // 2
+            table.writerow([row["image"], *va, expr, *("" if value is None else value for value in au), f"p{person}"])
+    return path
+
+
+def test_a_table_becomes_both_views_by_two_runs(dataset, tmp_path, capsys):
+    table, dest = write_table(dataset, tmp_path / "faces.csv"), tmp_path / "dest"
+    for view in VIEWS:
+        options = TableOptions(images=dataset / view)
+        create(table, str(dest), views=(view,), frames_per_shard=7, val_fraction=0.3, jobs=1, table=options)
+    assert "skipped: nothing" in capsys.readouterr().out
+    expected, found = read_rows(dataset, "train"), {}
+    for view, split in SETS:
+        verify(str(dest / view / split), jobs=1)
+        for path in (dest / view / split).glob("*.tar"):
+            with tarfile.open(path) as tar:
+                texts = [json.load(tar.extractfile(member)) for member in tar if member.name.endswith(".json")]
+            found |= {(view, text["row"]): (split, text) for text in texts}
+    assert sorted(found) == sorted((view, row) for view in VIEWS for row in range(40))
+    for (view, row), (split, labels) in found.items():
+        assert_labels(labels, expected[row])
+        assert found[VIEWS[0], row][0] == split, view
+    for split in SPLITS:
+        assert len({read_index(str(dest / view / split)).source_sha256 for view in VIEWS}) == 1
+    people = [{int(text["image"][1]) // 2 for part, text in found.values() if part == split} for split in SPLITS]
+    assert not people[0] & people[1]
+
+
+def test_a_table_continued_with_other_choices_is_refused(dataset, tmp_path):
+    table = write_table(dataset, tmp_path / "faces.csv")
+
+    def run(fraction: float = 0.3, **options) -> None:
+        options = TableOptions(images=dataset / "cropped", **options)
+        create(table, str(tmp_path / "dest"), views=("cropped",), val_fraction=fraction, jobs=1, table=options)
+
+    run()
+    before = read_tree(tmp_path / "dest")
+    run()
+    for other in ({"fraction": 0.6}, {"columns": Columns(au="")}, {"expressions": ("Bored=Other",)}):
+        with pytest.raises(InputError, match=r"holds other shards|source_sha256"):
+            run(**other)
+    assert read_tree(tmp_path / "dest") == before
+
+
+def test_a_directory_without_a_validation_part_is_parted_by_video(dataset, tmp_path):
+    source = Path(shutil.copytree(dataset, tmp_path / "source"))
+    (source / FILES["val"]).unlink()
+    with pytest.raises(InputError, match=r"validation_set_annotations\.txt does not exist; .*--val-fraction 0\.1"):
+        create(source, str(tmp_path / "dest"), jobs=1)
+    create(source, str(tmp_path / "dest"), views=("cropped",), frames_per_shard=7, val_fraction=0.2, jobs=1)
+    rows = [list(chain(*rows_of(tmp_path / "dest" / "cropped" / split))) for split in SPLITS]
+    assert sorted(chain(*rows)) == list(range(40))
+    videos = [{read_rows(dataset, "train")[row]["image"].split("/")[0] for row in part} for part in rows]
+    assert len(videos[1]) == 1
+    assert not videos[0] & videos[1]
+
+
+BAD_BYTES = {5: None, 12: b"", 33: b"GIF89a"}  # what is in the place of the images of these training rows
+
+
+@pytest.fixture
+def spoilt(dataset, tmp_path) -> Path:
+    source = Path(shutil.copytree(dataset, tmp_path / "source"))
+    images = read_annotations(source / FILES["train"]).images
+    for (row, content), view in zip(BAD_BYTES.items(), ("cropped", "cropped_aligned", "cropped")):
+        (source / view / images[row]).unlink()
+        if content is not None:
+            (source / view / images[row]).write_bytes(content)
+    return source
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_rows_of_bad_images_are_left_out_of_all_views_and_listed(spoilt, tmp_path, capsys, jobs):
+    dest = tmp_path / "dest"
+    create(spoilt, str(dest), frames_per_shard=7, jobs=jobs, skip_bad_images=True)
+    for view in VIEWS:
+        assert sorted(chain(*rows_of(dest / view / "train"))) == [row for row in range(40) if row not in BAD_BYTES]
+        assert sorted(chain(*rows_of(dest / view / "val"))) == list(range(20))
+        verify(str(dest / view / "train"), jobs=1)
+    with (dest / "skipped.csv").open() as file:
+        listed = list(csv.DictReader(file))
+    assert [(int(line["row"]), line["split"], line["view"]) for line in listed] == [
+        (5, "train", "cropped"),
+        (12, "train", "cropped_aligned"),
+        (33, "train", "cropped"),
+    ]
+    assert [line["reason"].partition(" (")[0] for line in listed] == ["missing", "empty", "not a JPEG image"]
+    printed = capsys.readouterr().out
+    assert "skipped: 3 rows for bad images (1 missing, 1 empty, 1 not a JPEG image), listed in" in printed
+    create(spoilt, str(dest), frames_per_shard=7, jobs=1, skip_bad_images=True)
+    assert "every shard was there already" in capsys.readouterr().out
+    with pytest.raises(InputError, match="do not exist"):
+        create(spoilt, str(dest), frames_per_shard=7, jobs=1)
+
+
+def test_skipping_nothing_gives_the_same_shards(dataset, shards, tmp_path):
+    create(dataset, str(tmp_path), frames_per_shard=7, jobs=1, skip_bad_images=True)
+    tree = read_tree(tmp_path)
+    assert tree.pop("skipped.csv") == b"row,split,view,image,reason\n"
+    assert tree == read_tree(shards)
+
+
+def test_a_second_view_keeps_what_the_first_has_listed(spoilt, tmp_path):
+    for view in (*VIEWS, *VIEWS):
+        create(spoilt, str(tmp_path / "dest"), views=(view,), jobs=1, skip_bad_images=True)
+    lines = (tmp_path / "dest" / "skipped.csv").read_text().splitlines()[1:]
+    assert sorted(line.split(",")[0] for line in lines) == ["12", "33", "5"]
+
+
+@pytest.mark.parametrize("content", [b"", b"row,reason\n1,x\n", b"row,split,view,image,reason\n1,2\n"])
+def test_another_file_in_the_place_of_the_list_is_left_alone(dataset, tmp_path, content):
+    (tmp_path / "skipped.csv").write_bytes(content)
+    with pytest.raises(InputError, match=r"skipped\.csv would be written, and holds something else"):
+        create(dataset, str(tmp_path), jobs=1, skip_bad_images=True)
+    assert read_tree(tmp_path) == {"skipped.csv": content}
+
+
+@pytest.mark.parametrize("what", ["most images", "a split"])
+def test_a_directory_of_other_images_is_not_skipped_as_a_whole(spoilt, tmp_path, what):
+    for path in (spoilt / "cropped").glob("t[0-3]/*" if what == "most images" else "v*/*"):
+        path.unlink()
+    with pytest.raises(InputError, match=r"of 60 rows would be skipped \(\d+ missing.*right directory"):
+        create(spoilt, str(tmp_path / "dest"), jobs=1, skip_bad_images=True)
+    assert read_tree(tmp_path / "dest") == {}
+
+
+def test_create_ends_with_what_there_is_what_was_left_out_and_what_is_next(dataset, tmp_path):
+    dest = tmp_path / ("a long name " * 9).strip()
+    done = run_module("mtl_dist.shards", "create", str(dataset), str(dest), "--jobs", "1")
+    assert done.returncode == 0, done.stderr
+    index = read_index(str(dest / "cropped" / "train"))
+    lines = [line.rsplit(maxsplit=2) for line in done.stdout.splitlines()]
+    cells = {line[0].strip(): line[1] for line in lines if len(line) == 3}
+    assert cells["rows"] == "40"
+    assert cells["videos"] == "5"
+    assert cells["Neutral"] == str(index.labels.expr_classes[0])
+    assert cells["AU26 on"] == str(index.labels.au_positives[-1])
+    for words in ("skipped: nothing", "wrote 120 images in ", " images/s"):
+        assert words in done.stdout
+    command = shlex.split(done.stdout.splitlines()[-1].removeprefix("next: python -m "))
+    done = run_module(*command, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "40 rows of cropped" in done.stdout
+
+
+# ------------------------------------------------------------------------------------------------------ contact sheets
+
+
+def test_a_sheet_is_drawn_of_a_few_shards_the_same_each_time(shards, tmp_path):
+    uri, path = str(shards / "cropped" / "train"), tmp_path / "sheet.png"
+    index = read_index(uri)
+    done = run_module("mtl_dist.shards", "inspect", uri, "--sheet", str(path), "--num-images", "9")
+    assert done.returncode == 0, done.stderr
+    assert path.read_bytes() == draw_sheet(uri, index, num_images=9, seed=0)
+    assert path.read_bytes() != draw_sheet(uri, index, num_images=9, seed=1)
+    with Image.open(path) as image:
+        nine = image.size
+    with Image.open(io.BytesIO(draw_sheet(uri, index, num_images=1000, seed=0))) as image:
+        assert image.size[0] == nine[0]
+        assert image.size[1] > 2 * nine[1]  # all 40 rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_images"), [([1000] * 50, 40), ([1] * 50, 40), ([3] * 20, 40), ([5], 9), ([2], 1)]
+)
+def test_samples_of_a_sheet_are_distinct_and_of_few_shards(rows, num_images):
+    rows = np.array(rows)
+    samples = choose_samples(rows, num_images=num_images, seed=0)
+    assert len(set(samples.tolist())) == len(samples) == min(num_images, rows.sum())
+    assert samples.min() >= 0
+    assert samples.max() < rows.sum()
+    shards_used = set(np.searchsorted(np.cumsum(rows), samples, side="right").tolist())
+    assert len(shards_used) <= max(8, -(-num_images // rows[0]))
+
+
+def test_a_sheet_of_another_kind_is_refused(shards, tmp_path):
+    with pytest.raises(InputError, match=r"--sheet is .*sheet\.pdf; expected a file whose name ends with \.png"):
+        inspect(str(shards / "cropped" / "train"), sheet=tmp_path / "sheet.pdf")

@@ -8,12 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
 from mtl_dist.config import build_config
 from mtl_dist.runtime.checkpoint import best, committed
+from mtl_dist.runtime.saving import read_lives
 from mtl_dist.runtime.tracking import read_records
 from tests.conftest import REPO, assert_one_message, run_module
 
@@ -73,15 +75,17 @@ def frozen(shards, tmp_path_factory) -> Path:
 
 
 def test_a_run_leaves_these_files_and_scores_and_nothing_else(undisturbed):
-    last, step = f"step_{2 * STEPS_PER_EPOCH:09d}", STEPS_PER_EPOCH
+    step = STEPS_PER_EPOCH
     found = {
         path.relative_to(undisturbed / "run").as_posix() for path in (undisturbed / "run").rglob("*") if path.is_file()
     }
-    files = {"COMMIT.json", "state.json", "model.safetensors", "engine/mp_rank_00_model_states.pt"}
+    files = {"COMMIT.json", "state.json", "model.safetensors", "train.safetensors"}
     kept = {path.split("/")[1] for path in found if path.startswith("checkpoints/")}
-    assert last in kept
-    assert len(kept) <= 2  # keep_last 1 and keep_best 1
-    assert found == {"config.yaml", "metrics.jsonl"} | {f"checkpoints/{one}/{name}" for one in kept for name in files}
+    assert [one for one in kept if one.startswith(f"step_{2 * step:09d}_")]
+    assert len(kept) <= 2  # the last, and the best of each score, which was found at the end of either epoch
+    assert found == {"config.yaml", "metrics.jsonl", "lives.json"} | {
+        f"checkpoints/{one}/{name}" for one in kept for name in files
+    }
     records = read_records(str(undisturbed / "run"))
     assert [record["step"] for record in records if record["kind"] == "step"] == list(range(1, 2 * step + 1))
     assert [record["step"] for record in records if record["kind"] == "eval"] == [step, 2 * step]
@@ -130,7 +134,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_the_reason(shards, tmp_
     train(shards, tmp_path, "run", "--checkpoint.keep-last", "2", "--train.eval-every", "1")
     found, _ = committed(str(tmp_path / "run"))
     assert [c.step for c in found] == [5, 10]
-    weights = Path(found[-1].uri) / "engine/mp_rank_00_model_states.pt"
+    weights = Path(found[-1].uri) / "train.safetensors"
     data = bytearray(weights.read_bytes())
     data[len(data) // 2] ^= 1
     weights.write_bytes(data)
@@ -165,6 +169,46 @@ def test_zero_1_and_2_train_and_continue_on_two_ranks(stage, frozen, shards, tmp
     assert "continuing from" in again.stdout
     found = final_weights(tmp_path, "run")
     assert all(found[name].tobytes() == expected[name].tobytes() for name in expected)
+
+
+def cut_back(storage: Path, name: str, step: int) -> None:
+    """Make a run what a kill after `step` would have left: later checkpoints are not committed."""
+    for checkpoint in committed(f"{storage}/{name}")[0]:
+        if checkpoint.step > step:
+            (Path(checkpoint.uri) / "COMMIT.json").unlink()
+
+
+def test_a_run_goes_on_at_other_numbers_of_ranks_and_zero_stages(frozen, shards, tmp_path):
+    """2 ranks at ZeRO 1, one at 2, three at 2, two at 0: the losses and weights are those of one undisturbed rank."""
+    args = train_args(shards, tmp_path, "run", "--engine.batchnorm", "frozen")
+    args += ["--checkpoint.every-steps", "1", "--checkpoint.keep-last", "99"]
+    for num_ranks, stage, step in ((2, 1, 3), (1, 2, 6), (3, 2, 8), (2, 0, 10)):
+        stage_args = [*args, "--engine.zero-stage", str(stage)]
+        done = torchrun(num_ranks, *stage_args) if num_ranks > 1 else run_module(*stage_args)
+        assert done.returncode == 0, done.stderr
+        cut_back(tmp_path, "run", step)
+    assert_same_losses(losses(tmp_path, "run"), losses(frozen, "run"))
+    mine, theirs = final_weights(tmp_path, "run"), final_weights(frozen, "run")
+    for name in theirs:  # to the noise that Adam makes of small gradients
+        np.testing.assert_allclose(mine[name], theirs[name], rtol=1e-3, atol=1e-3, err_msg=name)
+    lives = read_lives(f"{tmp_path}/run")
+    assert [(life["step"], life["num_ranks"]) for life in lives] == [(0, 2), (3, 1), (6, 3), (8, 2)]
+
+
+@pytest.mark.parametrize("optimizer", [(), ("--optim.name", "sgd", "--optim.lr", "0.01")])
+def test_averaged_weights_and_uncertainty_go_on_bit_identically(optimizer, shards, tmp_path):
+    more = ("--train.ema", "0.9", "--loss.balancing", "uncertainty", "--checkpoint.every-steps", "1", *optimizer)
+    train(shards, tmp_path, "run", *more, "--checkpoint.keep-last", "99")
+    expected, expected_losses = final_weights(tmp_path, "run"), losses(tmp_path, "run")
+    cut_back(tmp_path, "run", 4)
+    assert "continuing from" in train(shards, tmp_path, "run", *more).stdout
+    found = final_weights(tmp_path, "run")
+    assert all(found[name].tobytes() == expected[name].tobytes() for name in expected)
+    assert losses(tmp_path, "run") == expected_losses
+    last = load_file(f"{committed(f'{tmp_path}/run')[0][-1].uri}/train.safetensors")
+    assert [name for name in last if name.startswith("module/balancer")]
+    raw = {name: tensor for name, tensor in last.items() if name.startswith("module/model.")}
+    assert any(not np.array_equal(raw[f"module/model.{name}"], found[name]) for name in found), "no average"
 
 
 def test_backbone_weights_come_from_a_file_in_the_store(s3, shards, tmp_path):

@@ -8,10 +8,13 @@ one image can have several rows.
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import csv
 
 from mtl_dist.errors import InputError
 from mtl_dist.tasks import AUS, EXPRESSIONS, MISSING_AU, MISSING_EXPR, MISSING_VA, NUM_AUS
@@ -20,20 +23,24 @@ HEADER = "image,valence,arousal,expression,aus"
 FILES = {"train": "training_set_annotations.txt", "val": "validation_set_annotations.txt"}
 NUM_VALUES = 4 + NUM_AUS
 MAX_NAME_BYTES = 255
+# A part of a name that needs no second look (RE2): printable ASCII without slashes, and no dot in front.
+PLAIN_PART = r"[!-\-0-\[\]-~][ -.0-\[\]-~]*"
 
 
 class Annotations(NamedTuple):
-    """The rows of one annotation file; label entries are 0 where their mask is False."""
+    """The rows of one annotation file or table; label entries are 0 where their mask is False."""
 
     row: np.ndarray  # (N,) int64 row number: the place below the header, from 0
-    images: list[str]  # (N) "video/frame.jpg"
+    images: list[str]  # (N) "video/frame.jpg"; of a table a relative path of any depth
     va: np.ndarray  # (N, 2) float32
     expr: np.ndarray  # (N,) uint8
     au: np.ndarray  # (N, 12) uint8
     va_mask: np.ndarray  # (N,) bool
     expr_mask: np.ndarray  # (N,) bool
     au_mask: np.ndarray  # (N, 12) bool
-    sha256: str  # of the file's bytes
+    sha256: (
+        str  # of the file's bytes; where a part of it was chosen (a table, a split, skipped rows) of these choices too
+    )
 
     def take(self, places: np.ndarray) -> Annotations:
         """Return the rows at `places`, in that order."""
@@ -45,24 +52,22 @@ def read_annotations(path: Path) -> Annotations:
     """Parse an annotation file. Raises `InputError` naming file, line, value and what was expected."""
     try:
         data = path.read_bytes()
-        lines = data.decode("utf-8-sig").splitlines()
+        text = data.decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"annotations {path} cannot be read: {error.strerror}; expected an s-Aff-Wild2 file") from None
     except UnicodeDecodeError:
         raise InputError(f"annotations {path} are not UTF-8 text; expected an s-Aff-Wild2 file") from None
-    while lines and not lines[-1].strip():
-        lines.pop()
-    if not lines or lines[0].strip() != HEADER:
-        raise InputError(f"{path}:1: header is '{lines[0].strip() if lines else ''}'; expected '{HEADER}'")
-    if len(lines) == 1:
+    header, _, body = text.partition("\n")
+    if header.strip() != HEADER:
+        raise InputError(f"{path}:1: header is '{header.strip()[:MAX_NAME_BYTES]}'; expected '{HEADER}'")
+    body = body.rstrip()
+    if not body:
         raise InputError(f"{path} holds a header and no rows; expected one row a frame")
 
-    rows = [_parse_row(line, f"{path}:{number}") for number, line in enumerate(lines[1:], start=2)]
-    images = [image for image, _ in rows]
-    values = np.array([value for _, value in rows], np.float64)
+    images, values = _parse_columns(body.encode()) or _parse_rows(body, path)
     va_mask, expr_mask, au_mask = values[:, 0] != MISSING_VA, values[:, 2] != MISSING_EXPR, values[:, 3:] != MISSING_AU
     return Annotations(
-        row=np.arange(len(rows)),
+        row=np.arange(len(images)),
         images=images,
         va=np.where(va_mask[:, None], values[:, :2], 0).astype(np.float32),
         expr=np.where(expr_mask, values[:, 2], 0).astype(np.uint8),
@@ -74,6 +79,62 @@ def read_annotations(path: Path) -> Annotations:
     )
 
 
+def is_image_name(name: str, *, num_parts: int | None = None) -> bool:
+    """Whether a name is a relative path, '/' between its parts, that stays below its directory, printable and short."""
+    parts = name.split("/")
+    return (
+        not {"", ".", ".."} & set(parts)
+        and "\\" not in name
+        and name.isprintable()
+        and len(name.encode()) <= MAX_NAME_BYTES
+        and num_parts in (None, len(parts))
+    )
+
+
+def find_bad_name(names: pa.Array, *, num_parts: int | None = None) -> int | None:
+    """Return the place of the first name that `is_image_name` refuses; None where all are good."""
+    repeat = "*" if num_parts is None else f"{{{num_parts - 1}}}"
+    is_plain = pc.match_substring_regex(names, f"^({PLAIN_PART}/){repeat}{PLAIN_PART}$")
+    is_plain = pc.and_(is_plain, pc.less_equal(pc.binary_length(names), MAX_NAME_BYTES))
+    for place in np.flatnonzero(~is_plain.to_numpy(zero_copy_only=False)):
+        if not is_image_name(names[place].as_py(), num_parts=num_parts):
+            return int(place)
+    return None
+
+
+def _parse_columns(body: bytes) -> tuple[list[str], np.ndarray] | None:
+    """Parse all rows at once: names, and (N, 15) values. None where anything is unusual: `_parse_rows` judges it."""
+    columns = ["image", *map(str, range(1, NUM_VALUES))]
+    types = {name: pa.float64() for name in columns} | {"image": pa.large_string()}
+    try:
+        table = csv.read_csv(
+            pa.BufferReader(body),
+            read_options=csv.ReadOptions(column_names=columns),
+            parse_options=csv.ParseOptions(quote_char=False, ignore_empty_lines=False),
+            convert_options=csv.ConvertOptions(column_types=types, null_values=[]),
+        )
+    except pa.ArrowInvalid:
+        return None
+    names = pc.utf8_trim_whitespace(table["image"]).combine_chunks()
+    values = np.column_stack([table[name].to_numpy() for name in columns[1:]])
+    va, expr, au = values[:, :2], values[:, 2], values[:, 3:]
+    no_va = va == MISSING_VA
+    is_good = (
+        (no_va.all(1) | (~no_va.any(1) & (np.abs(va) <= 1).all(1)))
+        & np.isin(expr, [MISSING_EXPR, *range(len(EXPRESSIONS))])
+        & ((au == 0) | (au == 1) | (au == MISSING_AU)).all(1)
+    )
+    if not is_good.all() or find_bad_name(names, num_parts=2) is not None:
+        return None
+    return names.to_pylist(), values
+
+
+def _parse_rows(body: str, path: Path) -> tuple[list[str], np.ndarray]:
+    """The rule, row by row: slower, and it says what is wrong."""
+    rows = [_parse_row(line, f"{path}:{number}") for number, line in enumerate(body.splitlines(), start=2)]
+    return [image for image, _ in rows], np.array([values for _, values in rows], np.float64)
+
+
 def _parse_row(line: str, where: str) -> tuple[str, list[float]]:
     fields = [field.strip() for field in line.split(",")]
     if len(fields) != NUM_VALUES:
@@ -82,15 +143,7 @@ def _parse_row(line: str, where: str) -> tuple[str, list[float]]:
             f"and {NUM_AUS} action units"
         )
     image = fields[0]
-    parts = PurePosixPath(image).parts
-    if (
-        len(parts) != 2
-        or ".." in parts
-        or image.startswith("/")
-        or "\\" in image
-        or not image.isprintable()
-        or len(image.encode()) > MAX_NAME_BYTES
-    ):
+    if not is_image_name(image, num_parts=2):
         raise InputError(f"{where}: image is {image!r}; expected 'video/frame.jpg'")
     try:
         values = [float(field) for field in fields[1:]]

@@ -2,24 +2,34 @@
 
 A file's name is a hash of its URI and checksum, so neither equal base names nor a set written anew can collide. A file
 is downloaded under a lock to a temporary name, checked against the index, then renamed: what has its name is whole.
-Readers hold a shared lock on what they have open, and eviction takes only what nobody holds.
+Readers hold a shared lock on what they have open, and eviction takes only what nobody holds: jobs with bounds of their
+own can share a directory, and the smallest bound holds for what is not open. Open files can exceed it, as one that is
+larger than the bound does.
+
+A disk that fills up before the bound is reached costs the cache everything nobody holds; if that is not enough, the run
+ends with an `InputError`. A download that fails fails for all who wait for it, so their waits do not add up: a store
+that falls silent ends a run within 10 minutes, 5 for fetching ahead and 5 for fetching when the shard is needed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import BinaryIO
 
 from mtl_dist import storage
 from mtl_dist.data.index import repair_hint
-from mtl_dist.errors import InputError
+from mtl_dist.errors import InputError, StorageError
 
 GIB = 1 << 30
+FULL = (errno.ENOSPC, errno.EDQUOT)
+MAX_NOTE_BYTES = 2000
 
 
 class Cache:
@@ -33,28 +43,28 @@ class Cache:
     def open(self, uri: str, *, sha256: str, size: int) -> BinaryIO:
         """Open a stored object's verified local copy; a local path is opened in place.
 
-        Raises `InputError` naming the object if it is gone, or if what the store sends is not what the index says.
+        Raises `InputError` naming the object if it is gone, if what the store sends is not what the index says, or if
+        this node has no room for it; `StorageError` if the store does not answer.
         """
         if not storage.is_s3(uri):
             return _open_in_place(uri, size)
         path = self.path(uri, sha256)
-        while True:
+        try:
             try:
-                file = path.open("rb")
-                fcntl.flock(file, fcntl.LOCK_SH)
-                found = os.fstat(file.fileno())
-                if found.st_nlink and found.st_size == size:  # 0 links: evicted between opening and locking
-                    with contextlib.suppress(PermissionError):  # another user's
-                        os.utime(file.fileno())  # eviction goes by it; most mounts do not keep it by themselves
-                    return file
-                file.close()
-                if found.st_size != size:
-                    path.unlink(missing_ok=True)  # cut short when the machine went down
-            except FileNotFoundError:
-                pass
+                return self._open_cached(uri, path, sha256=sha256, size=size)
             except OSError as error:
-                raise self._unusable(error) from None
-            self._fetch(uri, path, sha256=sha256, size=size)
+                if error.errno not in FULL:
+                    raise
+            self._evict(room_for=size, max_bytes=0)
+            return self._open_cached(uri, path, sha256=sha256, size=size)
+        except StorageError:
+            raise
+        except OSError as error:
+            need = f"; {uri} needs {size} bytes, and all that is cached is in use" if error.errno in FULL else ""
+            raise InputError(
+                f"cache directory {self.directory} cannot be used: {error.strerror}{need}; make room there, or set "
+                "data.cache_dir to a directory you may write to"
+            ) from None
 
     def path(self, uri: str, sha256: str) -> Path:
         return self.directory / hashlib.sha256(f"{uri}\n{sha256}".encode()).hexdigest()[:40]
@@ -63,19 +73,34 @@ class Cache:
         """Remove a copy that turned out to be damaged on this disk."""
         self.path(uri, sha256).unlink(missing_ok=True)
 
-    def _fetch(self, uri: str, path: Path, *, sha256: str, size: int) -> None:
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            lock = (self.directory / f"{path.name}.lock").open("w")
-        except OSError as error:
-            raise self._unusable(error) from None
-        with lock:
+    def _open_cached(self, uri: str, path: Path, *, sha256: str, size: int) -> BinaryIO:
+        while True:
+            try:
+                file = _open_locked(path)
+            except FileNotFoundError:
+                file = self._fetch(uri, path, sha256=sha256, size=size)
+            if file is None:
+                continue
+            found = os.fstat(file.fileno())
+            if found.st_nlink and found.st_size == size:  # 0 links: evicted between opening and locking
+                with contextlib.suppress(PermissionError):  # another user's
+                    os.utime(file.fileno())  # eviction goes by it; most mounts do not keep it by themselves
+                return file
+            file.close()
+            if found.st_size != size:
+                path.unlink(missing_ok=True)  # cut short when the machine went down
+
+    def _fetch(self, uri: str, path: Path, *, sha256: str, size: int) -> BinaryIO | None:
+        """Download, check and open an object; None where another process has done so meanwhile."""
+        asked = time.time()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with (self.directory / f"{path.name}.lock").open("a+b", buffering=0) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # one download a node; released by the kernel when a process dies
             if path.exists():
-                return
-            self._evict(room_for=size)
-            # Ours alone under the lock. A directory, because boto3 has temporary names of its own.
-            scratch = path.with_suffix(".part")
+                return None
+            _raise_noted(lock, since=asked)
+            self._evict(room_for=size, max_bytes=self.max_bytes)
+            scratch = path.with_suffix(".part")  # ours alone under the lock
             try:
                 for _ in range(2):
                     shutil.rmtree(scratch, ignore_errors=True)  # a dead process's leftover, too
@@ -86,21 +111,20 @@ class Cache:
                     except FileNotFoundError:
                         raise InputError(f"{uri} is gone, but the index lists it; {_hint(uri)}") from None
                     if part.stat().st_size == size and storage.sha256_of(part) == sha256:
+                        file = _open_locked(part)  # before it has its name: nobody can evict it
                         part.replace(path)
-                        return
+                        return file
                 raise InputError(
                     f"{uri} is not what the index says (its sha256 or size differs, fetched twice); {_hint(uri)}"
                 )
+            except StorageError as error:
+                with contextlib.suppress(OSError):
+                    lock.write(str(error).encode()[:MAX_NOTE_BYTES])
+                raise
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
 
-    def _unusable(self, error: OSError) -> InputError:
-        return InputError(
-            f"cache directory {self.directory} cannot be used: {error.strerror}; set data.cache_dir to one you may "
-            "write to"
-        )
-
-    def _evict(self, *, room_for: int) -> None:
+    def _evict(self, *, room_for: int, max_bytes: int) -> None:
         """Remove the files used longest ago until `room_for` more bytes fit; what a process holds open stays."""
         found, total = [], 0
         for path in self.directory.iterdir():
@@ -111,7 +135,7 @@ class Cache:
                     found.append((path.stat().st_atime_ns, path.stat().st_size, path))
         total += sum(size for _, size, _ in found)
         for _, size, path in sorted(found):
-            if total + room_for <= self.max_bytes:
+            if total + room_for <= max_bytes:
                 return
             with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -119,9 +143,25 @@ class Cache:
                 total -= size
 
 
+def _open_locked(path: Path) -> BinaryIO:
+    """Open a file and hold it against eviction as long as it, or a mapping of it, is open."""
+    file = path.open("rb")
+    fcntl.flock(file, fcntl.LOCK_SH)
+    return file
+
+
+def _raise_noted(lock: BinaryIO, *, since: float) -> None:
+    """Raise the fault of a download that was waited for; one from before is forgotten."""
+    if os.fstat(lock.fileno()).st_mtime > since:
+        lock.seek(0)
+        if note := lock.read():
+            raise StorageError(note.decode(errors="replace"))
+    lock.truncate(0)
+
+
 def _remove_leftover(scratch: Path) -> bool:
     """Remove what a killed process had downloaded; False where a living one still does."""
-    with scratch.with_suffix(".lock").open("w") as lock:
+    with scratch.with_suffix(".lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -5,7 +5,12 @@ from __future__ import annotations
 import numpy as np
 import simplejpeg
 
+MAX_IMAGE_BYTES = 32 << 20
 MAX_SIDE = 4096  # pixels; a header that claims more is a picture bomb (decoded: over 48 MB)
+# Every scan of a progressive JPEG passes over all pixels, at 0.5 ns each, and needs 30 bytes only: some megabytes could
+# take hours. Usual are 10 scans. Counting takes a tenth of the decoding, so only what could take seconds is counted.
+MAX_SCANS = 100
+COUNTED_FROM = 10**11  # pixels x bytes: 2 s
 
 
 class DecodeError(ValueError):
@@ -15,9 +20,13 @@ class DecodeError(ValueError):
 def decode(data: bytes | memoryview, size: int | None = None) -> np.ndarray:
     """Decode a JPEG to (H, W, 3) uint8 RGB, resized to (size, size) where a size is given.
 
-    Raises `DecodeError` for bytes that are no JPEG, are truncated or damaged, or claim more than 4096 pixels a side.
+    Raises `DecodeError` for bytes that are no JPEG, are truncated or damaged, claim more than 4096 pixels a side, or
+    are more than 32 MiB or 100 scans.
     """
+    if len(data) > MAX_IMAGE_BYTES:
+        raise DecodeError(f"{len(data)} bytes; at most {MAX_IMAGE_BYTES} are decoded")
     height, width = _read_header(data)
+    _check_scans(data, height * width)
     size = size or 0
     pixels = _decode(data, out=None, least=size)
     return pixels if not size or (height, width) == (size, size) else resize(pixels, size)
@@ -28,6 +37,7 @@ def decode_into(data: bytes | memoryview, out: np.ndarray) -> None:
 
     Raises `DecodeError` as `decode` does.
     """
+    _check_scans(data, out.shape[0] * out.shape[1])
     try:
         # Straight into place: looking at the header first would cost 2% of the decoding, and the usual image fits. One
         # that is too large is refused before it is decoded, one that is smaller comes back in another shape.
@@ -56,6 +66,11 @@ def _read_header(data: bytes | memoryview) -> tuple[int, int]:
     if max(height, width) > MAX_SIDE:
         raise DecodeError(f"{width} x {height} pixels; at most {MAX_SIDE} a side are decoded")
     return height, width
+
+
+def _check_scans(data: bytes | memoryview, pixels: int) -> None:
+    if pixels * len(data) > COUNTED_FROM and (scans := bytes(data).count(b"\xff\xda")) > MAX_SCANS:
+        raise DecodeError(f"JPEG of {scans} scans; at most {MAX_SCANS} are decoded")
 
 
 def _decode(data: bytes | memoryview, *, out: np.ndarray | None, least: int) -> np.ndarray:

@@ -17,6 +17,13 @@ from mtl_dist.tasks import AUS, EXPRESSIONS, LabelCounts
 
 FORMAT = "mtl_dist-shards-1"
 INDEX_NAME = "index.json"
+# Bounds of what a reader takes: a foreign index must not make it ask for more than a machine has.
+MAX_INDEX_BYTES = 32 << 20  # about 90,000 shards; parsed it takes some 20 times that
+MAX_ROWS = 10**9
+MAX_TAR_BYTES = 1 << 40
+MAX_SIDECAR_BYTES = 512 << 20
+MAX_MESSAGE = 1000  # characters; an index can have a fault a shard
+LEAST_TAR_BYTES = 2048  # of a row: two headers, two blocks
 
 
 class _Strict(BaseModel):
@@ -27,10 +34,10 @@ class ShardEntry(_Strict):
     """One tar and its sidecar."""
 
     name: str = Field(pattern=r"^shard-[0-9]{6}$")  # <name>.tar and <name>.safetensors
-    rows: int = Field(gt=0)
-    tar_bytes: int = Field(gt=0)
+    rows: int = Field(gt=0, le=MAX_ROWS)
+    tar_bytes: int = Field(gt=0, le=MAX_TAR_BYTES)
     tar_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    sidecar_bytes: int = Field(gt=0)
+    sidecar_bytes: int = Field(gt=0, le=MAX_SIDECAR_BYTES)
     sidecar_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
@@ -44,7 +51,7 @@ class Index(_Strict):
     frames_per_shard: int | None  # the limits that shards were cut at
     shard_bytes: int | None
     seed: int  # of the shuffle at writing
-    source_sha256: str  # of the annotation file
+    source_sha256: str  # of the annotation file or table, and of what was chosen of it
     expressions: list[str]
     aus: list[int]
     labels: LabelCounts
@@ -71,7 +78,7 @@ def read_index(uri: str) -> Index:
     uri = index_dir(uri)
     where = storage.join(uri, INDEX_NAME)
     try:
-        raw: Any = json.loads(storage.read_bytes(where))
+        raw: Any = json.loads(storage.read_bytes(where, max_bytes=MAX_INDEX_BYTES))
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             f"no shard set at '{uri}': {INDEX_NAME} does not exist; make one with `python -m "
@@ -83,7 +90,9 @@ def read_index(uri: str) -> Index:
     try:
         index = Index.model_validate(raw)
     except pydantic.ValidationError as error:
-        raise InputError(f"{where} is not an index of format {FORMAT}: {explain_validation(error)}") from None
+        raise InputError(
+            f"{where} is not an index of format {FORMAT}: {explain_validation(error)[:MAX_MESSAGE]}"
+        ) from None
     if index.format != FORMAT:
         raise InputError(f"{where} has format '{index.format}'; this version reads '{FORMAT}'")
     if index.sha256 != claimed:
@@ -95,7 +104,26 @@ def read_index(uri: str) -> Index:
             f"{where} has other classes: {index.expressions}, AU {index.aus}; expected {list(EXPRESSIONS)}, "
             f"AU {list(AUS)}"
         )
+    if fault := _find_contradiction(index):
+        raise InputError(f"{where} contradicts itself: {fault}; make the set again")
     return index
+
+
+def _find_contradiction(index: Index) -> str | None:
+    """Return what cannot be true of any set: readers count on these sums, and losses are weighted by the labels."""
+    names, labels, rows = [shard.name for shard in index.shards], index.labels, index.rows
+    counts = [labels.va, labels.expr, *labels.au, *labels.expr_classes, *labels.au_positives, labels.unlabelled]
+    if sorted(set(names)) != names:
+        return "its shards are not in the order of their names, each once"
+    if (total := sum(shard.rows for shard in index.shards)) != rows:
+        return f"its shards have {total} rows; it says {rows}"
+    if small := [shard.name for shard in index.shards if shard.tar_bytes < LEAST_TAR_BYTES * shard.rows]:
+        return f"{small[0]}.tar has fewer bytes than its rows need"
+    if labels.rows != rows or min(counts) < 0 or max(counts) > rows:
+        return f"its labels count {labels.rows} rows and {min(counts)} to {max(counts)} of a kind; expected {rows} rows"
+    if sum(labels.expr_classes) != labels.expr or any(on > of for on, of in zip(labels.au_positives, labels.au)):
+        return "its labels do not add up"
+    return None
 
 
 def index_dir(uri: str) -> str:

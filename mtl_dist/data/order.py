@@ -16,6 +16,7 @@ global_batch - 1 samples of an epoch are left out, others each epoch. Samples ar
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 
 import numpy as np
 
@@ -82,8 +83,11 @@ class EpochPlan:
             at = upto
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def shards_ahead(self, step: int, num_steps: int = 1) -> np.ndarray:
-        """Return the shards (numbers in the index) of the blocks that steps [step, step + num_steps) read from."""
+    def shards_ahead(self, step: int, num_steps: int = 1) -> list[int]:
+        """Return the shards (numbers in the index) of the blocks that steps [step, step + num_steps) read from.
+
+        In the order of need: the first shards of all streams come before the later ones of any.
+        """
         share = self.order.global_batch // self.order.streams
         found = []
         for stream in self.streams:
@@ -92,8 +96,9 @@ class EpochPlan:
             last_place = min((step + num_steps) * share, self.order.rows_per_stream) - 1
             stop = self._block_around(stream, begin + last_place)[1]
             low, high = np.searchsorted(self._starts, [first, stop - 1], side="right") - 1
-            found.append(self._shards[low : high + 1])
-        return np.unique(np.concatenate(found))
+            found.append(self._shards[low : high + 1].tolist())
+        in_turn = chain.from_iterable(zip_longest(*found))
+        return list(dict.fromkeys(shard for shard in in_turn if shard is not None))
 
     def _block_around(self, stream: int, place: int) -> tuple[int, int]:
         """Return the places [start, stop) of the block of `stream` that holds `place`.

@@ -17,7 +17,7 @@ from mtl_dist import storage
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.decode import DecodeError, decode_into
 from mtl_dist.data.index import Index, ShardEntry, index_dir, repair_hint
-from mtl_dist.data.sidecar import Sidecar, parse_sidecar
+from mtl_dist.data.sidecar import Sidecar, check_places, parse_sidecar
 from mtl_dist.errors import InputError
 from mtl_dist.tasks import Batch, Labels
 
@@ -66,7 +66,7 @@ class ShardReader:
         return _collate(pixels, records)
 
     def rows_and_names(self) -> tuple[np.ndarray, list[str]]:
-        """Return the row number (n,) and "video/frame.jpg" of every sample of the set, in its order."""
+        """Return the row number (n,) and the image name of every sample of the set, in its order."""
         sidecars = [self._shard(number).sidecar for number in range(len(self.index.shards))]
         return np.concatenate([s.row for s in sidecars]), [name for s in sidecars for name in s.image_names()]
 
@@ -95,6 +95,7 @@ class ShardReader:
             raise self._damage(sidecar_uri, entry.sidecar_sha256, "its bytes do not match their checksum")
         try:
             sidecar = parse_sidecar(data)
+            check_places(sidecar, rows=entry.rows, tar_bytes=entry.tar_bytes)
         except ValueError as error:
             raise InputError(f"{sidecar_uri}: {error}; {repair_hint(self.uri)}") from None
         tar_uri = storage.join(self.uri, f"{entry.name}.tar")

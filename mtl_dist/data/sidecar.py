@@ -1,6 +1,9 @@
 """The sidecar of a shard: where every member lies in the tar, its checksum, and the labels, as arrays.
 
 A safetensors file (a JSON header, then plain arrays): readable from many languages, and nothing in it can run.
+
+A sidecar may come from anywhere, with a checksum that is right. What is parsed has labels in their range, names that
+stay below a directory, and places that lie in its tar (`check_places`): readers need not look again.
 """
 
 from __future__ import annotations
@@ -10,20 +13,25 @@ import json
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from mtl_dist.tasks import NUM_AUS
+from mtl_dist.data.annotations import MAX_NAME_BYTES, find_bad_name
+from mtl_dist.data.decode import MAX_IMAGE_BYTES
+from mtl_dist.tasks import NUM_AUS, NUM_EXPRESSIONS
+
+MAX_ROW = 10**9 - 1  # nine digits name its members
 
 
 class Sidecar(NamedTuple):
     """n samples of one shard, in tar order."""
 
-    row: np.ndarray  # (n,) int64 row number in the annotation file
+    row: np.ndarray  # (n,) int64 row number in the annotation file or table
     offset: np.ndarray  # (n,) int64 first byte of the image in the tar
     length: np.ndarray  # (n,) int64 bytes of the image
     crc32: np.ndarray  # (n,) uint32 of the image's bytes
-    image: np.ndarray  # (n, w) uint8: "video/frame.jpg" in UTF-8, padded with zeros
+    image: np.ndarray  # (n, w) uint8: its name, such as "video/frame.jpg", in UTF-8, padded with zeros
     va: np.ndarray  # (n, 2) float32
     expr: np.ndarray  # (n,) uint8
     au: np.ndarray  # (n, 12) uint8
@@ -49,6 +57,7 @@ _DTYPES = {
     "au_mask": "uint8",
 }
 _WIDTHS = {"va": 2, "au": NUM_AUS, "au_mask": NUM_AUS}
+_LARGEST = {"expr": NUM_EXPRESSIONS - 1, "au": 1, "va_mask": 1, "expr_mask": 1, "au_mask": 1}
 
 
 def dump_sidecar(sidecar: Sidecar, about: dict) -> bytes:
@@ -59,25 +68,60 @@ def dump_sidecar(sidecar: Sidecar, about: dict) -> bytes:
 
 
 def parse_sidecar(data: bytes) -> Sidecar:
-    """Parse and check names, types and shapes. Raises ValueError with the reason."""
+    """Parse and check names, types, shapes and values. Raises ValueError with the reason."""
     try:
         arrays = load(data)
-    except SafetensorError as error:
-        raise ValueError(f"not a safetensors file ({error})") from None
+    except (SafetensorError, KeyError, TypeError) as error:  # the latter two of types that numpy lacks
+        raise ValueError(f"not a safetensors file of arrays ({error})") from None
     if set(arrays) != set(_DTYPES):
-        raise ValueError(f"holds the arrays {sorted(arrays)}; expected {sorted(_DTYPES)}")
-    rows = len(arrays["row"])
+        raise ValueError(f"holds the arrays {sorted(arrays)[:20]}; expected {sorted(_DTYPES)}")
+    rows = arrays["row"].size
     for name, array in arrays.items():
-        shape = (rows, array.shape[-1]) if name == "image" else (rows, _WIDTHS[name]) if name in _WIDTHS else (rows,)
-        if array.dtype != _DTYPES[name] or array.shape != shape:
-            raise ValueError(f"array '{name}' is {array.dtype} {array.shape}; expected {_DTYPES[name]} {shape}")
-    return Sidecar(**arrays)
+        width = array.shape[-1:] if name == "image" else tuple(filter(None, [_WIDTHS.get(name)]))
+        if array.dtype != _DTYPES[name] or array.shape != (rows, *width):
+            raise ValueError(f"array '{name}' is {array.dtype} {array.shape}; expected {_DTYPES[name]} {rows, *width}")
+    sidecar = Sidecar(**arrays)
+    _check_values(sidecar)
+    return sidecar
+
+
+def check_places(sidecar: Sidecar, *, rows: int, tar_bytes: int) -> None:
+    """Raise ValueError unless the sidecar has so many rows and its images lie in such a tar, one behind the other."""
+    if len(sidecar.row) != rows:
+        raise ValueError(f"{len(sidecar.row)} rows; the index says {rows}")
+    begin, length = sidecar.offset, sidecar.length
+    if length.min() < 1 or length.max() > MAX_IMAGE_BYTES:
+        raise ValueError(f"images of {length.min()} to {length.max()} bytes; expected 1 to {MAX_IMAGE_BYTES}")
+    if begin.min() < 0 or begin.max() > tar_bytes:  # before sums: they could overflow
+        raise ValueError(f"images at {begin.min()} to {begin.max()}; the tar has {tar_bytes} bytes")
+    if (begin[1:] < begin[:-1] + length[:-1]).any() or begin[-1] + length[-1] > tar_bytes:
+        raise ValueError(f"images that overlap, are not in tar order, or end beyond the tar's {tar_bytes} bytes")
+
+
+def _check_values(sidecar: Sidecar) -> None:
+    if not len(sidecar.row) or not sidecar.image.shape[1]:
+        raise ValueError("holds no rows or no names")
+    if sidecar.row.min() < 0 or sidecar.row.max() > MAX_ROW or len(np.unique(sidecar.row)) < len(sidecar.row):
+        raise ValueError(f"row numbers are not 0 to {MAX_ROW}, each once")
+    if not (np.abs(sidecar.va) <= 1).all():
+        raise ValueError("valence or arousal is not in [-1, 1]")
+    for name, largest in _LARGEST.items():
+        if (found := getattr(sidecar, name).max()) > largest:
+            raise ValueError(f"array '{name}' holds {found}; expected 0 to {largest}")
+    if sidecar.image.shape[1] > MAX_NAME_BYTES:
+        raise ValueError(f"image names of {sidecar.image.shape[1]} bytes; at most {MAX_NAME_BYTES} are read")
+    names = sidecar.image_names()  # raises UnicodeDecodeError, a ValueError
+    if (place := find_bad_name(pa.array(names))) is not None:
+        raise ValueError(f"row {sidecar.row[place]} has the image name {names[place]!r}; expected a relative path")
 
 
 def read_about(data: bytes) -> dict:
     """Return what the header says about plan and tar. Raises ValueError for a foreign or damaged file."""
     header, body = _split_header(data)
-    about = json.loads(json.loads(header)["__metadata__"]["about"])
+    try:
+        about = dict(json.loads(json.loads(header)["__metadata__"]["about"]))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"its header does not say what it is ({error})") from None
     if about.pop("sha256", None) != _digest(about, body):
         raise ValueError("it does not match the checksum in its header")
     return about
@@ -89,4 +133,4 @@ def _split_header(data: bytes) -> tuple[bytes, bytes]:
 
 
 def _digest(about: dict, body: bytes) -> str:
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode() + body).hexdigest()
+    return hashlib.sha256(json.dumps(about, sort_keys=True, separators=(",", ":")).encode() + body).hexdigest()

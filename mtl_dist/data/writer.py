@@ -229,7 +229,7 @@ def _image_sizes(annotations: Annotations, images_dir: Path) -> np.ndarray:
             more = f" and {len(faults) - MAX_LISTED} more" if len(faults) > MAX_LISTED else ""
             raise InputError(
                 f"{len(faults)} of {len(sizes)} listed images {what}: {', '.join(some)}{more}; expected every listed "
-                "image; restore them or take their rows out of the annotations"
+                "image; restore them, correct the directory, or leave their rows out with --skip-bad-images"
             )
     return sizes
 
@@ -310,8 +310,9 @@ def _read_image(path: str, row: int) -> bytes:
     except (OSError, DecodeError) as error:
         what = error.strerror if isinstance(error, OSError) else error
         raise InputError(
-            f"image {path} (row {row}): {what}; expected a whole JPEG; restore it or take its row out of "
-            "the annotations; the shards that are finished stay, and the same command continues after them"
+            f"image {path} (row {row}): {what}; expected a whole JPEG; restore it: the shards that are "
+            "finished stay, and the same command continues after them; or begin anew elsewhere with --skip-bad-images, "
+            "which leaves such rows out"
         ) from None
     return image
 

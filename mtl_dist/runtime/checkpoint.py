@@ -1,77 +1,69 @@
-"""Checkpoints that prove themselves: <run>/checkpoints/step_000003000/ with COMMIT.json written last.
+"""Checkpoints that prove themselves: <run>/checkpoints/step_000003000_1f3a9c2e/ with COMMIT.json written last.
 
-    engine/...           DeepSpeed's state, to continue
-    model.safetensors    the weights, for predict and ensemble: nothing in it can run
+    model.safetensors    the weights that were evaluated, for predict and ensemble
+    train.safetensors    what continuing needs beside them: the optimizer's state, learned loss weights, raw weights
+                         where the model's are averages; whole tensors, for any number of ranks and ZeRO stage
     state.json           where the run stands, its configuration and data, its scores
     COMMIT.json          every file with its size and sha256
 
-Without a COMMIT whose every file is there and whole, a directory is no checkpoint. The newest valid one wins.
+Nothing in it can run. Without a COMMIT whose every file is there and whole, a directory is no checkpoint. The newest
+valid one wins. Each start of a run (a life, the hex digits) writes to directories of its own, so that a process
+believed dead that wakes up cannot spoil what its successor saved. `saving.py` writes them.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from mtl_dist import storage
 from mtl_dist.config import Config, flatten
 from mtl_dist.errors import InputError
-from mtl_dist.runtime.engine import load_engine, save_engine
 
-FORMAT = "mtl_dist-checkpoint-1"
-COMMIT, STATE, MODEL = "COMMIT.json", "state.json", "model.safetensors"
+FORMAT = "mtl_dist-checkpoint-2"
+COMMIT, STATE, MODEL, TRAIN = "COMMIT.json", "state.json", "model.safetensors", "train.safetensors"
+DIRECTORY = re.compile(r"step_(\d{9})_([0-9a-f]{8})")
 # Settings that may change between parts of a run: they move or time the work, and leave its result.
 FREE = (
-    "run.storage", "data.train", "data.val", "data.workers", "data.prefetch", "data.cache_dir", "data.cache_gib",
-    "engine.device", "engine.threads", "train.eval_batch", "checkpoint.every_steps", "checkpoint.keep_last",
-    "checkpoint.keep_best", "ray.num_ranks", "ray.cpus_per_rank", "ray.gpus_per_rank", "ray.placement",
+    "run.storage", "run.audit_dir", "data.train", "data.val", "data.workers", "data.prefetch", "data.cache_dir",
+    "data.cache_gib", "engine.device", "engine.threads", "engine.zero_stage", "engine.hang_s", "train.eval_batch",
+    "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep_last", "checkpoint.keep_best",
+    "checkpoint.keep_every_hours", "ray.num_ranks", "ray.cpus_per_rank", "ray.gpus_per_rank", "ray.placement",
     "ray.autoscaling", "ray.max_failures",
 )  # fmt: skip
 
 
 class Checkpoint(NamedTuple):
-    """A committed checkpoint. `score` is P on the validation split, None where it was not evaluated."""
+    """A committed checkpoint."""
 
     uri: str
     step: int
-    score: float | None
+    scores: dict[str, float]  # of its evaluation; empty where it was not evaluated
+    saved_at: float  # Unix time
     files: dict[str, dict[str, Any]]  # name -> {"bytes", "sha256"}
 
-
-def save_checkpoint(engine, run_uri: str, *, step: int, state: dict[str, Any], score: float | None) -> Checkpoint:
-    """Write a checkpoint of this step. All ranks must call it; rank 0 commits when every rank's files are stored."""
-    uri = step_uri(run_uri, step)
-    rank = dist.get_rank()
-    if rank == 0:
-        storage.delete_all(uri, first=COMMIT)  # a torn attempt of an earlier life
-    dist.barrier()
-    with tempfile.TemporaryDirectory(prefix="mtl_dist-save-") as scratch:
-        save_engine(engine, Path(scratch))
-        if rank == 0:
-            _write_model(Path(scratch) / MODEL, engine.module.model)
-            (Path(scratch) / STATE).write_text(json.dumps(state, indent=1))
-        files = {}
-        for path in sorted(path for path in Path(scratch).rglob("*") if path.is_file()):
-            name = path.relative_to(scratch).as_posix()
-            files[name] = {"bytes": path.stat().st_size, "sha256": storage.sha256_of(path)}
-            storage.upload(path, storage.join(uri, name))
-    files_of_ranks: list[dict] = [{}] * dist.get_world_size()
-    dist.all_gather_object(files_of_ranks, files)
-    checkpoint = Checkpoint(uri, step, score, {name: about for part in files_of_ranks for name, about in part.items()})
-    if rank == 0:
-        commit = {"format": FORMAT, "step": step, "score": score, "files": checkpoint.files}
-        storage.write_bytes(storage.join(uri, COMMIT), json.dumps(commit, indent=1).encode())
-    dist.barrier()
-    return checkpoint
+    @property
+    def score(self) -> float | None:
+        """P on the validation split."""
+        return self.scores.get("p")
 
 
-def restore_checkpoint(engine, run_uri: str, config: Config, identity: dict[str, str]) -> dict[str, Any] | None:
-    """Load the newest valid checkpoint into the engine on all ranks; its state, or None where a run begins.
+class Restored(NamedTuple):
+    """What a run continues from."""
+
+    state: dict[str, Any]
+    model: dict[str, Tensor]  # the evaluated weights
+    train: dict[str, Tensor]
+
+
+def load_checkpoint(run_uri: str, config: Config, identity: dict[str, str]) -> Restored | None:
+    """Load the newest valid checkpoint on all ranks; None where a run begins.
 
     Rank 0 chooses and says which it skipped and why. Raises `InputError` naming the field where the checkpoint belongs
     to another configuration or other data.
@@ -80,17 +72,12 @@ def restore_checkpoint(engine, run_uri: str, config: Config, identity: dict[str,
     if dist.get_rank() == 0:
         chosen[0] = _choose(run_uri, config, identity)
     dist.broadcast_object_list(chosen, src=0)
-    if isinstance(chosen[0], InputError):
+    if isinstance(chosen[0], Exception):
         raise chosen[0]
     if chosen[0] is None:
         return None
-    uri, files, state = chosen[0]
-    with tempfile.TemporaryDirectory(prefix="mtl_dist-load-") as scratch:
-        for name, about in files.items():
-            if name.startswith("engine/"):
-                fetch_verified(uri, name, about, Path(scratch) / name)
-        load_engine(engine, Path(scratch))
-    return state
+    checkpoint, state = chosen[0]
+    return Restored(state, read_tensors(checkpoint, MODEL), read_tensors(checkpoint, TRAIN))
 
 
 def committed(run_uri: str) -> tuple[list[Checkpoint], list[str]]:
@@ -107,21 +94,27 @@ def committed(run_uri: str) -> tuple[list[Checkpoint], list[str]]:
             skipped.append(f"{uri}: no {COMMIT} (its save did not finish)")
             continue
         try:
-            commit = json.loads(storage.read_bytes(storage.join(uri, COMMIT)))
-            if commit["format"] != FORMAT:
-                raise ValueError(f"format '{commit['format']}'; this version reads '{FORMAT}'")
-            checkpoint = Checkpoint(uri, commit["step"], commit["score"], commit["files"])
+            checkpoint = _parse_commit(uri, storage.read_bytes(storage.join(uri, COMMIT)))
             wrong = [n for n, about in checkpoint.files.items() if stored.get(f"{directory}/{n}") != about["bytes"]]
         except InputError:  # the store refuses or is away: that says nothing of the checkpoint
             raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
             skipped.append(f"{uri}: damaged {COMMIT} ({error})")
             continue
         if wrong:
             skipped.append(f"{uri}: {wrong[0]} is missing or has another size than {COMMIT} says")
         else:
             found.append(checkpoint)
-    return sorted(found, key=lambda checkpoint: checkpoint.step), skipped
+    return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.saved_at)), skipped
+
+
+def _parse_commit(uri: str, data: bytes) -> Checkpoint:
+    commit = json.loads(data)
+    if commit["format"] != FORMAT:
+        raise ValueError(f"format '{commit['format']}'; this version reads '{FORMAT}'")
+    if commit["step"] != int(DIRECTORY.fullmatch(uri.rpartition("/")[2])[1]):
+        raise ValueError(f"it is of step {commit['step']}")
+    return Checkpoint(uri, commit["step"], commit["scores"], commit["saved_at"], commit["files"])
 
 
 def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -131,49 +124,24 @@ def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def read_model(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Read and verify the weights. Raises ValueError where they are damaged."""
+    return read_tensors(checkpoint, MODEL)
+
+
+def read_tensors(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
+    """Read and verify a safetensors file. Raises ValueError where it is damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     try:
-        return load(_read_verified(checkpoint, MODEL))
+        return load(_read_verified(checkpoint, name))
     except SafetensorError as error:
-        raise ValueError(f"{storage.join(checkpoint.uri, MODEL)} is not a safetensors file ({error})") from None
-
-
-def fetch_verified(uri: str, name: str, about: dict[str, Any], path: Path) -> None:
-    """Copy a checkpoint's file here and check it. Raises ValueError where it is not what COMMIT says."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    storage.download(storage.join(uri, name), path)
-    if path.stat().st_size != about["bytes"] or storage.sha256_of(path) != about["sha256"]:
-        raise ValueError(f"{storage.join(uri, name)} is damaged: its size or sha256 is not what {COMMIT} says")
-
-
-def apply_retention(run_uri: str, *, step: int, keep_last: int, keep_best: int) -> None:
-    """Delete the committed checkpoints up to `step` that `plan_retention` gives up; their COMMIT goes first.
-
-    Later ones are of a life before a damaged checkpoint was passed over: they vouch for nothing until written again.
-    """
-    saved = [(c.step, c.score) for c in committed(run_uri)[0] if c.step <= step]
-    for step in plan_retention(saved, keep_last=keep_last, keep_best=keep_best):
-        storage.delete_all(step_uri(run_uri, step), first=COMMIT)
-
-
-def plan_retention(saved: list[tuple[int, float | None]], *, keep_last: int, keep_best: int) -> list[int]:
-    """Return the steps to delete of (step, score) pairs: all but the last ones and the best scored ones."""
-    steps = sorted(step for step, _ in saved)
-    by_score = sorted((score, step) for step, score in saved if score is not None)
-    keep = set(steps[-keep_last:]) | {step for _, step in by_score[-keep_best:]}
-    return [step for step in steps if step not in keep]
+        raise ValueError(f"{storage.join(checkpoint.uri, name)} is not a safetensors file ({error})") from None
 
 
 def best(checkpoints: list[Checkpoint]) -> Checkpoint | None:
     """Return the checkpoint of the highest score, the later of equals; None where none is scored."""
     scored = [checkpoint for checkpoint in checkpoints if checkpoint.score is not None]
     return max(scored, key=lambda checkpoint: (checkpoint.score, checkpoint.step), default=None)
-
-
-def step_uri(run_uri: str, step: int) -> str:
-    return storage.join(run_uri, "checkpoints", f"step_{step:09d}")
 
 
 def check_same_run(state: dict[str, Any], config: Config, identity: dict[str, str], where: str) -> None:
@@ -194,38 +162,27 @@ def check_same_run(state: dict[str, Any], config: Config, identity: dict[str, st
 
 
 def _choose(run_uri: str, config: Config, identity: dict[str, str]):
-    """Return (uri, files, state) of the newest checkpoint that verifies; an `InputError` if it is of another run."""
-    found, skipped = committed(run_uri)
-    for checkpoint in reversed(found):
-        try:
-            with tempfile.TemporaryDirectory(prefix="mtl_dist-check-") as scratch:
-                for name, about in checkpoint.files.items():
-                    fetch_verified(checkpoint.uri, name, about, Path(scratch) / "file")
-            state = read_state(checkpoint)
-        except InputError as error:  # the store refuses or is away: that says nothing of the checkpoint
-            return error
-        except (ValueError, FileNotFoundError) as error:
-            skipped.append(f"{checkpoint.uri}: {error}")
-            continue
-        try:
+    """Return (checkpoint, state) of the newest that verifies; an error where it is of another run."""
+    try:
+        found, skipped = committed(run_uri)
+        for checkpoint in reversed(found):
+            try:
+                for name in checkpoint.files:
+                    _read_verified(checkpoint, name)
+                state = read_state(checkpoint)
+            except InputError:  # the store refuses or is away: that says nothing of the checkpoint
+                raise
+            except (ValueError, FileNotFoundError) as error:
+                skipped.append(f"{checkpoint.uri}: {error}")
+                continue
             check_same_run(state, config, identity, checkpoint.uri)
-            _check_same_ranks(state, config, checkpoint.uri)
-        except InputError as error:
-            return error
+            _say_skipped(skipped)
+            print(f"continuing from {checkpoint.uri}", flush=True)
+            return checkpoint, state
         _say_skipped(skipped)
-        print(f"continuing from {checkpoint.uri}", flush=True)
-        return checkpoint.uri, checkpoint.files, state
-    _say_skipped(skipped)
-    return None
-
-
-def _check_same_ranks(state: dict[str, Any], config: Config, where: str) -> None:
-    if config.engine.zero_stage and state["num_ranks"] != dist.get_world_size():
-        raise InputError(
-            f"{where} was saved with ZeRO {config.engine.zero_stage} by {state['num_ranks']} ranks, and this run has "
-            f"{dist.get_world_size()}: sharded optimizer states fit the same number only; start as many ranks, or use "
-            "--engine.zero-stage 0 under another --run.name, which continues on any number"
-        )
+        return None
+    except (InputError, OSError) as error:  # for every rank to raise
+        return error
 
 
 def _say_skipped(skipped: list[str]) -> None:
@@ -234,13 +191,11 @@ def _say_skipped(skipped: list[str]) -> None:
 
 
 def _read_verified(checkpoint: Checkpoint, name: str) -> bytes:
+    """Read a checkpoint's file. Raises ValueError where it is not what COMMIT says."""
+    about, where = checkpoint.files[name], storage.join(checkpoint.uri, name)
     with tempfile.TemporaryDirectory(prefix="mtl_dist-read-") as scratch:
         path = Path(scratch) / "file"
-        fetch_verified(checkpoint.uri, name, checkpoint.files[name], path)
+        storage.download(where, path)
+        if path.stat().st_size != about["bytes"] or storage.sha256_of(path) != about["sha256"]:
+            raise ValueError(f"{where} is damaged: its size or sha256 is not what {COMMIT} says")
         return path.read_bytes()
-
-
-def _write_model(path: Path, model: nn.Module) -> None:
-    from safetensors.torch import save_file
-
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, path)

@@ -5,15 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import os
-import shutil
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from mtl_dist.config import Config
-
-CHECKPOINT_TAG = "engine"
 
 
 def build_engine(module: nn.Module, config: Config, *, num_ranks: int, device: torch.device):
@@ -66,20 +62,55 @@ def set_learning_rate(engine, lr: float) -> None:
         group["lr"] = lr
 
 
-def save_engine(engine, directory: Path) -> None:
-    """Write the engine's state of this rank below `directory`. All ranks must call it."""
-    engine.save_checkpoint(str(directory), tag=CHECKPOINT_TAG, save_latest=False)
-    # A recovery script of DeepSpeed's that nothing here uses.
-    for script in directory.rglob("zero_to_fp32.py"):
-        script.unlink()
+def read_optimizer(engine, config: Config) -> dict[str, torch.Tensor]:
+    """Return the optimizer's state as "exp_avg/<parameter>" -> whole tensor, whatever the ZeRO stage and ranks.
+
+    All ranks must call it: at ZeRO 1 and 2 every tensor is gathered. A parameter that was never stepped has none.
+    """
+    keys = _state_keys(config)
+    found = {}
+    for name, parameter in _trained(engine):
+        for key in keys:
+            if config.engine.zero_stage:
+                found[f"{key}/{name}"] = parameter.get_full_hp_param(key)
+            elif key in engine.optimizer.state.get(parameter, {}):
+                found[f"{key}/{name}"] = engine.optimizer.state[parameter][key]
+    return found
 
 
-def load_engine(engine, directory: Path) -> None:
-    """Load what `save_engine` wrote. DeepSpeed unpickles: only ever give it files whose COMMIT verified."""
-    path, _ = engine.load_checkpoint(str(directory), tag=CHECKPOINT_TAG)
-    if path is None:  # DeepSpeed's way to say that a file is missing
-        raise RuntimeError(f"DeepSpeed found no engine state in {directory}")
-    shutil.rmtree(directory, ignore_errors=True)
+def restore_optimizer(engine, config: Config, tensors: dict[str, torch.Tensor], *, steps: int) -> None:
+    """Give a new engine the state that `read_optimizer` returned after `steps` steps (0: none), on any number of ranks.
+
+    Must be called for a new run too.
+    """
+    keys, optimizer = _state_keys(config), engine.optimizer
+    if config.engine.zero_stage:
+        # Each rank holds slices of the flattened parameter groups. torch would make their state in the first step, and
+        # DeepSpeed 0.19.8 links all of it to the parameters after the first *group's*: the second's would be lost.
+        for flat in optimizer.single_partition_of_fp32_groups:
+            optimizer.optimizer.state[flat] = _with_steps({key: torch.zeros_like(flat) for key in keys}, config, steps)
+        optimizer._lazy_init_hp_params_optimizer_state()
+    for name, parameter in _trained(engine):
+        state = {key: tensors[f"{key}/{name}"].to(parameter.device) for key in keys if f"{key}/{name}" in tensors}
+        if config.engine.zero_stage:
+            for key, value in state.items():
+                parameter.set_full_hp_param(value, key)
+        elif state:
+            optimizer.state[parameter] = _with_steps(state, config, steps)
+
+
+def _trained(engine) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
+
+
+def _state_keys(config: Config) -> tuple[str, ...]:
+    if config.optim.name == "adamw":
+        return ("exp_avg", "exp_avg_sq")
+    return ("momentum_buffer",) if config.optim.momentum else ()
+
+
+def _with_steps(state: dict[str, torch.Tensor], config: Config, steps: int) -> dict[str, torch.Tensor]:
+    return state | ({"step": torch.tensor(float(steps))} if config.optim.name == "adamw" else {})
 
 
 def _deepspeed_config(config: Config, num_ranks: int) -> dict:

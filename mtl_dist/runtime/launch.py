@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import uuid
 from typing import Any
 
@@ -24,9 +25,14 @@ HANDED_ON = (
     "AWS_ENDPOINT_URL_S3",
     "AWS_REGION",
     "AWS_DEFAULT_REGION",
+    "AWS_MAX_ATTEMPTS",
     "MTL_CACHE_DIR",
+    "MTL_S3_TIMEOUT_S",
     "RAY_ADDRESS",
 )
+
+
+ASK_EVERY_S = 2.0  # of the controller by a rank that is alone; several ask at the same steps
 
 
 class LocalContext:
@@ -46,6 +52,9 @@ class LocalContext:
 
     def should_stop(self) -> bool:
         return bool(self.signal)
+
+    def should_save(self) -> bool:
+        return False
 
     def _ask(self, number: int, frame) -> None:
         if self.signal and number == signal.SIGINT:
@@ -67,6 +76,7 @@ class RayContext:
         self.rank, self.num_ranks = context.get_world_rank(), context.get_world_size()
         self.num_cpus = max(1, int(config.ray.cpus_per_rank))  # the machine's other cores may be another rank's
         self.has_gpu = config.ray.gpus_per_rank > 0  # Ray hides no GPU from a worker that asked for none
+        self._asked, self._notice = 0.0, None
 
     def publish(self, metrics: dict[str, Any]) -> None:
         import ray.train
@@ -75,6 +85,20 @@ class RayContext:
 
     def should_stop(self) -> bool:
         return False
+
+    def should_save(self) -> bool:
+        """Whether a node of the run was given notice since this was last asked. A barrier of all ranks."""
+        import ray.train
+
+        if self.num_ranks == 1 and time.monotonic() - self._asked < ASK_EVERY_S:
+            return False
+        self._asked = time.monotonic()
+        notice = ray.train.get_preemption_info()
+        is_new = notice is not None and notice != self._notice
+        self._notice = notice
+        if is_new and self.rank == 0:
+            print(f"a node is about to go (ranks {notice.preempted_ranks}): saving", flush=True)
+        return is_new
 
 
 def run_local(config: Config) -> None:

@@ -28,15 +28,20 @@ from mtl_dist.errors import InputError
 from mtl_dist.models import build_model
 from mtl_dist.objective.metrics import constant_scores, scores
 from mtl_dist.objective.module import ObjectiveModule, StepLoss
-from mtl_dist.runtime.checkpoint import apply_retention, restore_checkpoint, save_checkpoint
-from mtl_dist.runtime.engine import build_engine, learning_rate, set_learning_rate
+from mtl_dist.runtime.audit import Audit
+from mtl_dist.runtime.averaging import WeightAverage
+from mtl_dist.runtime.checkpoint import Restored, load_checkpoint
+from mtl_dist.runtime.engine import build_engine, learning_rate, read_optimizer, restore_optimizer, set_learning_rate
 from mtl_dist.runtime.evaluate import predict, total_sums
 from mtl_dist.runtime.plan import open_data
+from mtl_dist.runtime.saving import Saver, begin_life
 from mtl_dist.runtime.tracking import Tracker
+from mtl_dist.runtime.watchdog import Watchdog
 from mtl_dist.tasks import TASKS, Batch
 
 CONFIG_NAME = "config.yaml"
-STOP_EVERY_STEPS = 8
+ASK_EVERY_STEPS = 8
+MODULE, OPTIMIZER = "module/", "optimizer/"  # of a checkpoint's train.safetensors
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
@@ -52,7 +57,10 @@ class RunContext(Protocol):
         """Report an evaluation. Every rank calls it, with the same metrics."""
 
     def should_stop(self) -> bool:
-        """Whether this rank was asked to stop (a signal, a preemption); ranks may disagree."""
+        """Whether this rank was asked to stop (a signal); ranks may disagree."""
+
+    def should_save(self) -> bool:
+        """Whether a checkpoint is wanted now: a machine of the run is about to go. All ranks ask at the same steps."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -89,23 +97,29 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
     cache = Cache(config.data.cache_dir, max_bytes=int(config.data.cache_gib * GIB))
     train_reader = ShardReader(config.data.train, data.train, cache)
     val_reader = ShardReader(config.data.val, data.val, cache)
-    module = ObjectiveModule(_build_model(config), config.loss, data.train.labels)
+
+    # ---------------------------------------------------------------------------------------------- restore
+    restored = load_checkpoint(config.run.uri, config, data.identity())
+    step, last_scores = (restored.state["step"], restored.state["scores"]) if restored else (0, {})
+    module = ObjectiveModule(_build_model(config, pretrained=restored is None), config.loss, data.train.labels)
+    average = WeightAverage(module.model, config.train.ema) if config.train.ema else None
+    if restored:
+        _restore_weights(module, average, restored)
     if config.engine.batchnorm == "sync":
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
     engine = build_engine(module, config, num_ranks=context.num_ranks, device=device)
+    if average:
+        average.model.to(device)
+    restore_optimizer(engine, config, _part(restored.train, OPTIMIZER) if restored else {}, steps=step)
+    restored = None  # hundreds of megabytes
+    evaluated = average.model if average else engine.module.model
 
     steps_per_epoch = data.order.num_steps
     total_steps = steps_per_epoch * config.train.epochs
-    last_scores: dict[str, Any] = {}
-
-    # ---------------------------------------------------------------------------------------------- restore
-    state = restore_checkpoint(engine, config.run.uri, config, data.identity())
-    step = state["step"] if state else 0
-    if state:
-        last_scores = state["scores"]
     tracker = None
+    life = begin_life(config.run.uri, step=step, num_ranks=context.num_ranks)
     if context.rank == 0:
-        tracker = Tracker(config.run.uri, resumed_at=step)
+        tracker = Tracker(config.run.uri, resumed_at=step, num_ranks=context.num_ranks)
         storage.write_bytes(storage.join(config.run.uri, CONFIG_NAME), dump_yaml(config).encode())
     if step >= total_steps:
         context.publish({"step": step, "epoch": config.train.epochs, **_flat_scores(last_scores)})
@@ -113,13 +127,15 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
             print(
                 f"run '{config.run.name}' is finished (step {step} of {total_steps}); nothing is left to do", flush=True
             )
+    audit = Audit(config.run.audit_dir, config.run.name, life=life, rank=context.rank) if config.run.audit_dir else None
+    saved_at = time.monotonic()
 
-    def save(score: float | None) -> None:
+    def save(saver: Saver, scored: dict[str, Any]) -> None:
+        nonlocal saved_at
         _average_batchnorm(engine.module.model, config)
         _check_finite(engine.module, step)
-        if tracker:
-            # Before the COMMIT: records beyond the step a run continues from are dropped, missing ones stay missing.
-            tracker.flush()
+        if average:
+            average.copy_buffers(engine.module.model)
         state = {
             "step": step,
             "config": flatten(config),
@@ -127,70 +143,89 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
             "scores": last_scores,
             "num_ranks": context.num_ranks,
         }
-        save_checkpoint(engine, config.run.uri, step=step, state=state, score=score)
-        if tracker:
-            apply_retention(
-                config.run.uri, step=step, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best
+        # The model's own weights are in both files only where the evaluated ones are averages.
+        rest = {MODULE + n: t for n, t in engine.module.state_dict().items() if average or not n.startswith("model.")}
+        rest |= {OPTIMIZER + name: tensor for name, tensor in read_optimizer(engine, config).items()}
+        saver.save(evaluated.state_dict(), rest, state=state, scores=scored, metrics=tracker.dump() if tracker else b"")
+        saved_at = time.monotonic()
+
+    with (
+        Watchdog(limit_s=config.engine.hang_s) as watchdog,
+        Saver(config.run.uri, config.checkpoint, life=life) as saver,
+    ):
+        for epoch in range(step // steps_per_epoch, config.train.epochs):
+            module.train()
+            if config.engine.batchnorm == "frozen":
+                _freeze_batchnorm(module)
+            batches = train_batches(
+                train_reader,
+                data.order,
+                epoch=epoch,
+                start_step=step % steps_per_epoch,
+                rank=context.rank,
+                num_ranks=context.num_ranks,
+                size=config.data.image_size,
+                workers=config.data.workers,
+                prefetch=config.data.prefetch,
             )
-
-    for epoch in range(step // steps_per_epoch, config.train.epochs):
-        module.train()
-        if config.engine.batchnorm == "frozen":
-            _freeze_batchnorm(module)
-        batches = train_batches(
-            train_reader,
-            data.order,
-            epoch=epoch,
-            start_step=step % steps_per_epoch,
-            rank=context.rank,
-            num_ranks=context.num_ranks,
-            size=config.data.image_size,
-            workers=config.data.workers,
-            prefetch=config.data.prefetch,
-        )
-        unseen: _Progress | None = None
-        asked = time.monotonic()
-        for batch in batches:
-            waited_s = time.monotonic() - asked
-
-            # --------------------------------------------------------------------------------------- step
-            lr = learning_rate(config, step, total_steps)
-            set_learning_rate(engine, lr)
-            loss = _train_step(engine, batch, config, epoch=epoch, step=step, device=device, rank=context.rank)
-            step += 1
-            if unseen:  # the step before: its loss is there by now, and asking for it does not make the device wait
-                _look_at(unseen, tracker, config, total_steps)
-            unseen = _Progress(step, epoch, lr, loss, batch.rows.flatten().numpy(), waited_s)
-
-            # ------------------------------------------------------- once in a while: stop, save in mid-epoch
-            if step % steps_per_epoch:  # what is due at an epoch's end comes after its evaluation
-                stop = _any_rank(context, step)
-                if stop or _is_due(step, config.checkpoint.every_steps):
-                    _look_at(unseen, tracker, config, total_steps)
-                    unseen = None
-                    save(score=None)
-                if stop:
-                    batches.close()
-                    _say_stopped(tracker, step, total_steps)
-                    return last_scores
+            unseen: _Progress | None = None
             asked = time.monotonic()
-        if unseen:
-            _look_at(unseen, tracker, config, total_steps)
+            watchdog.moved(step + 1, 0, f"waiting for the data of step {step + 1}")
+            for batch in batches:
+                waited_s = time.monotonic() - asked
 
-        # ------------------------------------------------------------- once in a while: evaluate, publish, save
-        is_last, stop = epoch + 1 == config.train.epochs, _any_rank(context, step, always=True)
-        if is_last or _is_due(epoch + 1, config.train.eval_every):
-            _average_batchnorm(engine.module.model, config)
-            last_scores = _evaluate(engine, val_reader, config, context, device)
-            if tracker:
-                tracker.evaluated(step, epoch, last_scores, constant_scores(data.val.labels))
-            save(score=last_scores["p"])
-            context.publish({"step": step, "epoch": epoch + 1, **_flat_scores(last_scores)})
-        elif stop or _is_due(step, config.checkpoint.every_steps):
-            save(score=None)
-        if stop and not is_last:
-            _say_stopped(tracker, step, total_steps)
-            break
+                # ----------------------------------------------------------------------------------- step
+                watchdog.moved(step + 1, 1, f"step {step + 1}")
+                lr = learning_rate(config, step, total_steps)
+                set_learning_rate(engine, lr)
+                loss = _train_step(engine, batch, config, epoch=epoch, step=step, device=device, rank=context.rank)
+                step += 1
+                if average:
+                    average.update(engine.module.model, step)
+                if audit:
+                    audit.finished(step, epoch, batch.rows.flatten().numpy())
+                if unseen:  # the step before: its loss is there by now, and asking does not make the device wait
+                    _look_at(unseen, tracker, saver, config, total_steps)
+                unseen = _Progress(step, epoch, lr, loss, batch.rows.flatten().numpy(), waited_s)
+
+                # --------------------------------------------------- once in a while: stop, save in mid-epoch
+                if step % steps_per_epoch:  # what is due at an epoch's end comes after its evaluation
+                    wishes = _ask_ranks(context, step, is_due=_is_late(saved_at, config.checkpoint.every_minutes))
+                    if wishes.any or _is_due(step, config.checkpoint.every_steps):
+                        _look_at(unseen, tracker, saver, config, total_steps)
+                        unseen = None
+                        save(saver, {})
+                    if wishes.stop:
+                        batches.close()
+                        _say_stopped(tracker, step, total_steps)
+                        return last_scores
+                    if wishes.now:
+                        saver.wait()
+                asked = time.monotonic()
+                watchdog.moved(step + 1, 0, f"waiting for the data of step {step + 1}")
+            if unseen:
+                _look_at(unseen, tracker, saver, config, total_steps)
+
+            # --------------------------------------------------------- once in a while: evaluate, publish, save
+            is_last = epoch + 1 == config.train.epochs
+            is_late = _is_late(saved_at, config.checkpoint.every_minutes)
+            wishes = _ask_ranks(context, step, is_due=is_late, always=True)
+            if is_last or _is_due(epoch + 1, config.train.eval_every):
+                _average_batchnorm(engine.module.model, config)
+                if average:
+                    average.copy_buffers(engine.module.model)
+                last_scores = _evaluate(evaluated, val_reader, config, context, device, watchdog, step)
+                if tracker:
+                    tracker.evaluated(step, epoch, last_scores, constant_scores(data.val.labels))
+                save(saver, last_scores)
+                context.publish({"step": step, "epoch": epoch + 1, **_flat_scores(last_scores)})
+            elif wishes.any or _is_due(step, config.checkpoint.every_steps):
+                save(saver, {})
+            if wishes.now:
+                saver.wait()
+            if wishes.stop and not is_last:
+                _say_stopped(tracker, step, total_steps)
+                break
     return last_scores
 
 
@@ -230,7 +265,7 @@ def _seed_dropout(config: Config, step: int, rank: int, part: int) -> None:
     torch.manual_seed(int(seed >> np.uint64(1)))
 
 
-def _look_at(progress: _Progress, tracker: Tracker | None, config: Config, total_steps: int) -> None:
+def _look_at(progress: _Progress, tracker: Tracker | None, saver: Saver, config: Config, total_steps: int) -> None:
     """Record a step's losses; stop the run where they are not finite. All ranks hold the same values."""
     losses = {task: float(loss) for task, loss in progress.loss.tasks.items()} | {"total": float(progress.loss.total)}
     if not all(math.isfinite(value) for value in losses.values()):
@@ -250,10 +285,19 @@ def _look_at(progress: _Progress, tracker: Tracker | None, config: Config, total
             shown,
             images=config.train.global_batch,
             waited_s=progress.waited_s,
+            saved_step=saver.saved.step if saver.saved else None,
         )
 
 
-def _evaluate(engine, reader: ShardReader, config: Config, context: RunContext, device: torch.device) -> dict[str, Any]:
+def _evaluate(
+    model: nn.Module,
+    reader: ShardReader,
+    config: Config,
+    context: RunContext,
+    device: torch.device,
+    watchdog: Watchdog,
+    step: int,
+) -> dict[str, Any]:
     batches = eval_batches(
         reader,
         batch=config.train.eval_batch,
@@ -264,7 +308,12 @@ def _evaluate(engine, reader: ShardReader, config: Config, context: RunContext, 
         prefetch=config.data.prefetch,
     )
     predicted = predict(
-        engine.module.model, batches, device=device, size=config.input_size, bf16=config.engine.autocast == "bf16"
+        model,
+        batches,
+        device=device,
+        size=config.input_size,
+        bf16=config.engine.autocast == "bf16",
+        progress=lambda count: watchdog.moved(step, 2, f"the evaluation after step {step}"),
     )
     return scores(total_sums(predicted))
 
@@ -273,7 +322,10 @@ def _flat_scores(result: dict[str, Any]) -> dict[str, float]:
     return {key: result[key] for key in ("p", "ccc_v", "ccc_a", *TASKS) if result[key] is not None}
 
 
-def _build_model(config: Config) -> nn.Module:
+def _build_model(config: Config, *, pretrained: bool) -> nn.Module:
+    """Build the model, with pretrained weights unless a checkpoint's replace them."""
+    if not pretrained:
+        return build_model(config.model.model_copy(update={"weights": "none"}), seed=config.run.seed)
     if not storage.is_s3(config.model.weights):
         return build_model(config.model, seed=config.run.seed)
     with tempfile.TemporaryDirectory(prefix="mtl_dist-weights-") as scratch:
@@ -348,19 +400,45 @@ def _is_due(count: int, every: int | None) -> bool:
     return every is not None and count % every == 0
 
 
-def _any_rank(context: RunContext, step: int, *, always: bool = False) -> bool:
-    """Whether any rank was asked to stop: all ranks must leave the loop at the same step.
+def _is_late(saved_at: float, every_minutes: float | None) -> bool:
+    return every_minutes is not None and time.monotonic() - saved_at >= 60 * every_minutes
+
+
+class _Wishes(NamedTuple):
+    stop: bool  # save and leave the loop
+    now: bool  # save, and wait until it is stored
+    late: bool  # save
+
+    @property
+    def any(self) -> bool:
+        return self.stop or self.now or self.late
+
+
+def _ask_ranks(context: RunContext, step: int, *, is_due: bool, always: bool = False) -> _Wishes:
+    """What any rank was asked for: all ranks must save and leave the loop at the same step. Rank 0's clock counts.
 
     Several ranks ask each other now and then only, since the answer makes the host wait for the device.
     """
     if context.num_ranks == 1:
-        return context.should_stop()
-    if not always and step % STOP_EVERY_STEPS:
-        return False
+        return _Wishes(context.should_stop(), context.should_save(), is_due)
+    if not always and step % ASK_EVERY_STEPS:
+        return _Wishes(False, False, False)
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    flag = torch.tensor(float(context.should_stop()), device=device)
-    dist.all_reduce(flag)
-    return bool(flag)
+    mine = (context.should_stop(), context.should_save(), is_due and context.rank == 0)
+    flags = torch.tensor(mine, dtype=torch.float32, device=device)
+    dist.all_reduce(flags)
+    return _Wishes(*(bool(flag) for flag in flags))
+
+
+def _restore_weights(module: ObjectiveModule, average: WeightAverage | None, restored: Restored) -> None:
+    weights = {f"model.{name}": tensor for name, tensor in restored.model.items()}
+    module.load_state_dict(weights | _part(restored.train, MODULE))
+    if average:
+        average.model.load_state_dict(restored.model)
+
+
+def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _say_stopped(tracker: Tracker | None, step: int, total_steps: int) -> None:

@@ -19,10 +19,10 @@ SCORE_NAMES = {"ccc_v": "CCC V", "ccc_a": "CCC A", "va": "VA", "expr": "EXPR F1"
 
 
 class Tracker:
-    """Collects records of a run and writes them to <run>/metrics.jsonl at every `flush`."""
+    """Collects records of a run; what `dump` returns is stored as <run>/metrics.jsonl with every checkpoint."""
 
-    def __init__(self, run_uri: str, *, resumed_at: int):
-        self.uri = storage.join(run_uri, METRICS)
+    def __init__(self, run_uri: str, *, resumed_at: int, num_ranks: int):
+        self.num_ranks = num_ranks
         # Steps after the checkpoint that a run continues from are done again: their old records go.
         self.records = [record for record in read_records(run_uri) if record["step"] <= resumed_at]
         self.console = Console(highlight=False)
@@ -30,7 +30,16 @@ class Tracker:
         self._last_line = time.monotonic()
 
     def step(
-        self, step: int, total: int, epoch: int, lr: float, losses: dict[str, float], *, images: int, waited_s: float
+        self,
+        step: int,
+        total: int,
+        epoch: int,
+        lr: float,
+        losses: dict[str, float],
+        *,
+        images: int,
+        waited_s: float,
+        saved_step: int | None,
     ) -> None:
         """Take note of a finished step; print a line now and then."""
         self.records.append({"kind": "step", "step": step, "epoch": epoch, "lr": lr, "loss": losses})
@@ -44,7 +53,8 @@ class Tracker:
         shown = "  ".join(f"{task} {losses[task]:.3f}" for task in (*TASKS, "total") if task in losses)
         line = (
             f"epoch {epoch + 1}  step {step}/{total}  loss {shown}  {speed:.0f} images/s  "
-            f"waiting for data {waiting:.0%}  {left:.0f} s left"
+            f"waiting for data {waiting:.0%}  checkpoint {'none yet' if saved_step is None else saved_step}  "
+            f"{self.num_ranks} rank{'s' * (self.num_ranks > 1)}  {left:.0f} s left"
         )
         self.console.print(line, end="\r" if self.console.is_terminal else "\n", soft_wrap=True)
         self._window = _Window()
@@ -60,8 +70,8 @@ class Tracker:
         )
         self._window = _Window()  # the time of an evaluation is not the steps'
 
-    def flush(self) -> None:
-        storage.write_bytes(self.uri, "".join(json.dumps(record) + "\n" for record in self.records).encode())
+    def dump(self) -> bytes:
+        return "".join(json.dumps(record) + "\n" for record in self.records).encode()
 
 
 class _Window:

@@ -1,0 +1,196 @@
+"""What the columns and codes of a table mean: `--columns.*`, `--table-format`, `--expressions`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from mtl_dist.config import Section
+from mtl_dist.errors import InputError, nearest
+from mtl_dist.tasks import AUS, EXPRESSIONS, MISSING_EXPR, MISSING_VA
+
+MAX_LISTED_CHARS = 600  # of column names in one message
+UNLABELLED = "-"  # in `--expressions NAME=-`
+
+
+class Columns(Section):
+    """Columns by their names in the table's header. A column that is named and not there is an error; '' is none."""
+
+    image: str | None = None
+    """Path of the image below --images. None: image (affectnet: subDirectory_filePath)."""
+    valence: str | None = None
+    """None: valence, where there is one."""
+    arousal: str | None = None
+    """None: arousal, where there is one."""
+    expression: str | None = None
+    """Codes 0 to 7 in our order, or names. None: expression, where there is one."""
+    au: str | None = None
+    """Pattern of the action units' columns, such as AU{:02}_c. None: AU{}, where there are some."""
+    video: str | None = None
+    """Rows of one video stay on one side of --val-fraction. None: video, else the image's directory."""
+    person: str | None = None
+    """Rows of one person stay on one side of --val-fraction. None: person, where there is one."""
+    split: str | None = None
+    """train or val; rows of other splits are left out. None: split, where there is one."""
+
+
+class TableOptions(Section):
+    table_format: Literal["plain", "affectnet"] = "plain"
+    """affectnet: the columns of AffectNet's lists, its expression codes (mapped by name), VA of -2 missing."""
+    images: Path | None = None
+    """Directory that the table's image paths start from. None: the table's own directory."""
+    val_table: Path | None = None
+    """A second table of the same columns: the validation part."""
+    expressions: tuple[str, ...] = ()
+    """What further names or codes of expressions mean, as NAME=CLASS: Contempt=Other; NAME=- is no label."""
+    columns: Columns = Columns()
+
+
+NO_OPTIONS = TableOptions()
+
+
+class TableFormat(NamedTuple):
+    columns: dict[str, str]  # by role; "au" is a pattern
+    codes: tuple[str, ...]  # names of the expression codes 0, 1, ...
+    unlabelled: tuple[str, ...]  # names that are none of our classes, and no error
+    missing_va: tuple[float, ...]
+
+
+_PLAIN = {name: name for name in ("image", "valence", "arousal", "expression", "video", "person", "split")}
+FORMATS = {
+    "plain": TableFormat({**_PLAIN, "au": "AU{}"}, EXPRESSIONS, (), (MISSING_VA,)),
+    "affectnet": TableFormat(
+        {**_PLAIN, "image": "subDirectory_filePath", "au": ""},
+        ("Neutral", "Happy", "Sad", "Surprise", "Fear", "Disgust", "Anger", "Contempt", "None", "Uncertain", "No-Face"),
+        ("Contempt", "None", "Uncertain", "No-Face"),
+        (-2.0, MISSING_VA),
+    ),
+}
+SYNONYMS = {
+    "Angry": "Anger",
+    "Disgusted": "Disgust",
+    "Fearful": "Fear",
+    "Happy": "Happiness",
+    "Sad": "Sadness",
+    "Surprised": "Surprise",
+}
+_CLASS_OF = {name.casefold(): name for name in EXPRESSIONS} | {key.casefold(): name for key, name in SYNONYMS.items()}
+
+
+class FoundColumns(NamedTuple):
+    """The columns of one table, by their names in its header; None (or nothing) where it has none."""
+
+    image: str
+    valence: str | None
+    arousal: str | None
+    expression: str | None
+    video: str | None
+    person: str | None
+    split: str | None
+    aus: dict[int, str]  # by FACS number
+
+    def names(self) -> list[str]:
+        """Every column that is read, once."""
+        single = [name for name in self[:-1] if name is not None]
+        return list(dict.fromkeys([*single, *self.aus.values()]))
+
+
+def find_columns(options: TableOptions, available: list[str], path: Path) -> FoundColumns:
+    """Return which column of `available` serves what. Raises `InputError` for a named one that is not there."""
+    usual = FORMATS[options.table_format].columns
+    given = options.columns.model_dump()
+    found: dict[str, str | None] = {}
+    for role, name in given.items():
+        if role == "au":
+            continue
+        if name and name not in available:
+            raise InputError(f"{path} has no column '{name}' (--columns.{role}); {_nearest(name, available)}")
+        found[role] = name or None if name is not None else usual[role] if usual[role] in available else None
+    if found["image"] is None:
+        other = ", or say --table-format affectnet" if FORMATS["affectnet"].columns["image"] in available else ""
+        raise InputError(
+            f"{path} has no column '{usual['image']}' in its first line; {_nearest(usual['image'], available)}; name "
+            f"the column of image paths with --columns.image{other}"
+        )
+    columns = FoundColumns(**found, aus=_find_aus(given["au"], usual["au"], available, path))
+    if (columns.valence is None) != (columns.arousal is None):
+        there, gone = ("valence", "arousal") if columns.valence else ("arousal", "valence")
+        raise InputError(
+            f"{path} has {there} (column '{found[there]}') and no {gone}; name its column with --columns.{gone}, or "
+            f"leave both out with --columns.{there} ''"
+        )
+    if columns.valence is None and columns.expression is None and not columns.aus:
+        raise InputError(
+            f"{path} has no labels: no column valence, arousal, expression or AU1, AU2, ...; "
+            f"{_nearest('', available)}; name them with --columns.valence, --columns.expression, --columns.au ..."
+        )
+    return columns
+
+
+def _find_aus(given: str | None, usual: str, available: list[str], path: Path) -> dict[int, str]:
+    pattern = usual if given is None else given
+    if not pattern:
+        return {}
+    try:
+        names = {number: pattern.format(number) for number in AUS}
+    except (ValueError, IndexError, KeyError):
+        names = {}
+    if len(set(names.values())) < len(AUS):
+        raise InputError(f"--columns.au is '{pattern}'; expected a pattern with {{}} for the number, such as AU{{}}")
+    found = {number: name for number, name in names.items() if name in available}
+    if given and not found:
+        raise InputError(
+            f"{path} has no column '{names[1]}', '{names[2]}', ... (--columns.au {given}); "
+            f"{_nearest(names[1], available)}"
+        )
+    return found
+
+
+def _nearest(name: str, available: list[str]) -> str:
+    text = nearest(name, available)
+    return text if len(text) <= MAX_LISTED_CHARS else f"{text[:MAX_LISTED_CHARS]} ..."  # some tables have 700 columns
+
+
+class ExpressionCodes:
+    """What an expression in a table means. Built from `--table-format` and `--expressions`; raises `InputError`."""
+
+    def __init__(self, options: TableOptions):
+        self.format = FORMATS[options.table_format]
+        self.given: dict[str, str] = {}
+        for pair in options.expressions:
+            name, separator, target = (part.strip() for part in pair.rpartition("="))
+            known = UNLABELLED if target == UNLABELLED else _CLASS_OF.get(target.casefold())
+            if not separator or not name or known is None:
+                raise InputError(
+                    f"--expressions has '{pair}'; expected NAME=CLASS with a class of {', '.join(EXPRESSIONS)}, or "
+                    f"NAME={UNLABELLED} for no label"
+                )
+            self.given[name.casefold()] = known
+
+    def parse(self, text: str) -> tuple[int, str | None]:
+        """Return (class 0 to 7 or -1, why a value that is there is no label). Raises ValueError: what was expected."""
+        name = self._name(text)
+        if name is None:
+            return MISSING_EXPR, None
+        given = self.given.get(text.casefold()) or self.given.get(name.casefold())
+        if given == UNLABELLED or (given is None and name in self.format.unlabelled):
+            return MISSING_EXPR, name if name == text else f"{name} ({text})"
+        known = given or _CLASS_OF.get(name.casefold())
+        if known is None:
+            codes = f"0 to {len(self.format.codes) - 1}, or {MISSING_EXPR} or nothing where it is missing"
+            raise ValueError(
+                f"{', '.join(EXPRESSIONS)}, or {codes}; say what it means with --expressions '{text}=Other', or "
+                f"'{text}={UNLABELLED}' for no label"
+            )
+        return EXPRESSIONS.index(known), None
+
+    def _name(self, text: str) -> str | None:
+        """Return a code's name, None for the code of a missing one, and other text as it is (formats' spelling)."""
+        try:
+            code = float(text)
+        except ValueError:
+            same = (name for name in self.format.unlabelled if name.casefold() == text.casefold())
+            return next(same, text)
+        if code == MISSING_EXPR:
+            return None
+        return self.format.codes[int(code)] if code in range(len(self.format.codes)) else text

@@ -1,0 +1,142 @@
+"""`create --skip-bad-images`: look at every image before anything is written, and leave out the rows of bad ones."""
+
+from __future__ import annotations
+
+import csv
+import io
+import multiprocessing
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from mtl_dist import storage
+from mtl_dist.data.annotations import Annotations
+from mtl_dist.data.decode import DecodeError, decode
+from mtl_dist.data.sources import with_choice
+from mtl_dist.errors import InputError
+
+SKIPPED_NAME = "skipped.csv"
+HEADER = ["row", "split", "view", "image", "reason"]
+CHUNK = 256  # images of one task
+MAX_LISTED = 5  # images named in one message
+
+
+class Skipped(NamedTuple):
+    """A row that was left out, for an image of one view."""
+
+    row: int
+    split: str
+    view: str
+    image: str
+    reason: str
+
+
+def drop_bad_images(
+    splits: dict[str, Annotations], images_dirs: dict[str, Path], *, jobs: int, progress: Callable[[int], None]
+) -> tuple[dict[str, Annotations], list[Skipped]]:
+    """Return the splits without rows whose image is missing, empty or does not decode in any view, and those rows.
+
+    `images_dirs` by view; `progress` is told of images looked at (`count_images` in all). Raises `InputError` where
+    more than half of the rows would go: the directory is probably the wrong one.
+    """
+    names = _distinct(splits)
+    bad = {view: _find_bad(directory, names, jobs, progress) for view, directory in images_dirs.items()}
+    skipped, left = [], {}
+    for split, part in splits.items():
+        before = len(skipped)
+        for row, image in zip(part.row.tolist(), part.images):
+            skipped += [Skipped(row, split, view, image, bad[view][image]) for view in bad if image in bad[view]]
+        gone = sorted({entry.row for entry in skipped[before:]})
+        left[split] = part
+        if gone:
+            places = np.flatnonzero(~np.isin(part.row, gone))
+            left[split] = with_choice(part.take(places), skipped_rows=gone)
+    num_rows, num_left = (sum(len(part.row) for part in sides.values()) for sides in (splits, left))
+    if 2 * num_left < num_rows or not all(len(part.row) for part in left.values()):
+        reasons = ", ".join(f"{count} {reason}" for reason, count in count_reasons(skipped).items())
+        examples = ", ".join(str(images_dirs[entry.view] / entry.image) for entry in skipped[:MAX_LISTED])
+        raise InputError(
+            f"{num_rows - num_left} of {num_rows} rows would be skipped ({reasons}): {examples} ...; that is more than "
+            "half, or all of a split: is this the right directory of images?"
+        )
+    return left, skipped
+
+
+def count_images(splits: dict[str, Annotations]) -> int:
+    """How many distinct images of one view the splits list."""
+    return len(_distinct(splits))
+
+
+def count_reasons(skipped: list[Skipped]) -> dict[str, int]:
+    """Count by reason, without what each image adds to it, the most frequent first."""
+    return dict(Counter(entry.reason.partition(" (")[0].rpartition("; ")[2] for entry in skipped).most_common())
+
+
+def read_skipped(dest: str, *, but: tuple[str, ...]) -> list[Skipped]:
+    """Return what earlier runs listed in <dest>/skipped.csv of other views `but` these. Raises `InputError`."""
+    where = storage.join(dest, SKIPPED_NAME)
+    try:
+        lines = list(csv.reader(io.StringIO(storage.read_bytes(where).decode())))
+    except FileNotFoundError:
+        return []
+    if not lines or any(len(line) != len(HEADER) for line in lines) or lines[0] != HEADER:
+        raise InputError(f"{where} would be written, and holds something else; expected '{','.join(HEADER)}'; move it")
+    return [Skipped(*line) for line in lines[1:] if line[2] not in but]
+
+
+def write_skipped(dest: str, skipped: list[Skipped]) -> None:
+    """Write <dest>/skipped.csv."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([HEADER, *skipped])
+    storage.write_bytes(storage.join(dest, SKIPPED_NAME), text.getvalue().encode())
+
+
+def _distinct(splits: dict[str, Annotations]) -> list[str]:
+    """Every image once: one image can have several rows."""
+    return list(dict.fromkeys(image for part in splits.values() for image in part.images))
+
+
+def _find_bad(directory: Path, names: list[str], jobs: int, progress: Callable[[int], None]) -> dict[str, str]:
+    """Return the reason of every bad image, by name."""
+    found: dict[str, str] = {}
+    tasks = [(directory, names[begin : begin + CHUNK]) for begin in range(0, len(names), CHUNK)]
+    for (_, part), reasons in zip(tasks, _map(tasks, min(jobs, len(tasks)))):
+        found |= reasons
+        progress(len(part))
+    return found
+
+
+def _map(tasks: list[tuple[Path, list[str]]], jobs: int) -> Iterator[dict[str, str]]:
+    if jobs == 1:
+        yield from map(check_images, tasks)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            yield from pool.map(check_images, tasks)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def check_images(task: tuple[Path, list[str]]) -> dict[str, str]:
+    """Decode images of one directory, and return what is wrong with which."""
+    directory, names = task
+    found = {}
+    for name in names:
+        try:
+            data = (directory / name).read_bytes()
+            if data:
+                decode(data)
+            else:
+                found[name] = "empty"
+        except FileNotFoundError:
+            found[name] = "missing"
+        except OSError as error:
+            found[name] = f"cannot be read ({error.strerror})"
+        except DecodeError as error:
+            found[name] = str(error)
+    return found

@@ -1,0 +1,69 @@
+"""What `create` says at its end: what was written, what was not and why, and what to do next."""
+
+from __future__ import annotations
+
+import shlex
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from mtl_dist import storage
+from mtl_dist.data.index import Index
+from mtl_dist.data.skipping import SKIPPED_NAME, Skipped, count_reasons
+from mtl_dist.data.sources import Source
+from mtl_dist.tasks import AUS, EXPRESSIONS, SPLITS
+
+
+def print_summary(
+    dest: str, indexes: list[Index], source: Source, skipped: list[Skipped], *, num_written: int, seconds: float
+) -> None:
+    """Print counts of labels by split, a line a set, and what was left out. Views of a split have the same labels."""
+    Console(highlight=False).print(_label_table({index.split: index for index in indexes}, source.num_videos))
+    for index in indexes:
+        size = sum(shard.tar_bytes for shard in index.shards)
+        where = storage.join(dest, index.view, index.split)
+        without = index.labels.missing_tasks()
+        note = f"; no labels at all for {', '.join(without)}" if without else ""
+        print(f"{where}: {index.rows:,} rows in {len(index.shards):,} shards, {size / 1e6:,.1f} MB{note}")
+    print()
+    for line in _left_out(dest, source, skipped):
+        print(line)
+    if num_written:
+        print(f"wrote {num_written:,} images in {seconds:.1f} s, {num_written / max(seconds, 1e-9):,.0f} images/s")
+    else:
+        print("every shard was there already")
+    view = indexes[0].view
+    train, val = (shlex.quote(storage.join(dest, view, split)) for split in SPLITS)
+    print(f"next: python -m mtl_dist.train --local --data.train {train} --data.val {val}")
+
+
+def _label_table(by_split: dict[str, Index], num_videos: dict[str, int]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for split in by_split:
+        table.add_column(split, justify="right", no_wrap=True)
+    labels = [index.labels for index in by_split.values()]
+    rows = [("rows", [counts.rows for counts in labels]), ("videos", [num_videos[split] for split in by_split])]
+    rows += [("valence, arousal", [counts.va for counts in labels])]
+    rows += [("expression", [counts.expr for counts in labels])]
+    if any(counts.expr for counts in labels):
+        classes = zip(EXPRESSIONS, zip(*(counts.expr_classes for counts in labels)))
+        rows += [(f"  {name}", counts) for name, counts in classes]
+    rows += [("any action unit", [max(counts.au) for counts in labels])]
+    if any(max(counts.au) for counts in labels):
+        units = zip(AUS, zip(*(counts.au_positives for counts in labels)))
+        rows += [(f"  AU{number} on", counts) for number, counts in units]
+    for name, counts in [*rows, ("no label at all", [counts.unlabelled for counts in labels])]:
+        table.add_row(name, *(f"{count:,}" for count in counts))
+    return table
+
+
+def _left_out(dest: str, source: Source, skipped: list[Skipped]) -> list[str]:
+    lines = [f"skipped: {count:,} rows of {why}" for why, count in source.left_out.items()]
+    if skipped:
+        num_rows = len({(entry.split, entry.row) for entry in skipped})
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in count_reasons(skipped).items())
+        lines.append(f"skipped: {num_rows:,} rows for bad images ({reasons}), listed in {dest}/{SKIPPED_NAME}")
+    lines = lines or ["skipped: nothing"]
+    return lines + [f"no expression label: {count:,} rows of {why}" for why, count in source.unlabelled.items()]

@@ -1,0 +1,80 @@
+"""Which rows every step consumed, on request (`run.audit_dir`): what a failure lost or repeated can be counted.
+
+A file for every process that trains, a line for every step it finished: life, step, epoch, rank, rows, and when.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from mtl_dist.errors import InputError
+
+
+class Audit:
+    """Writes one process's file. Lines are not buffered: what a killed process finished is there."""
+
+    def __init__(self, directory: Path, run_name: str, *, life: str, rank: int):
+        self.life, self.rank = life, rank
+        try:
+            (directory / run_name).mkdir(parents=True, exist_ok=True)
+            path = directory / run_name / f"{life}-rank-{rank:05d}-pid-{os.getpid()}.jsonl"
+            self._file = path.open("wb", buffering=0)
+        except OSError as error:
+            raise InputError(f"run.audit_dir {directory} cannot be written: {error.strerror}; choose another") from None
+
+    def finished(self, step: int, epoch: int, rows: np.ndarray) -> None:
+        """Note that the optimizer took step `step` with this rank's rows (n,)."""
+        line = {
+            "life": self.life,
+            "step": step,
+            "epoch": epoch,
+            "rank": self.rank,
+            "rows": rows.tolist(),
+            "at": time.time(),
+        }
+        self._file.write(json.dumps(line).encode() + b"\n")
+
+
+class Report(NamedTuple):
+    """What the audit of a run says of its epochs."""
+
+    rows_lost: int  # of the rows that the steps of the last lives should have read, never read
+    rows_twice: int  # read more than once in an epoch by the steps that count
+    steps_repeated: int  # done again, because they came after the checkpoint that a later life continued from
+    finished_at: list[tuple[float, int]]  # (Unix time, step) whenever all ranks had finished a step, in order of time
+
+
+def read_audit(directory: Path, run_name: str, *, global_batch: int, num_steps: int) -> Report:
+    """Count over all processes of a run. A step counts as the last life did it: earlier attempts were undone."""
+    lines = [
+        json.loads(line)
+        for path in sorted((directory / run_name).glob("*.jsonl"))
+        for line in path.read_text().splitlines()
+        if line.endswith("}")  # the last of a killed process may be torn
+    ]
+    lines.sort(key=lambda line: line["at"])
+    attempts: dict[int, dict[str, list[dict]]] = {}  # step -> life -> the lines of its ranks
+    for line in lines:
+        attempts.setdefault(line["step"], {}).setdefault(line["life"], []).append(line)
+    lost = twice = repeated = 0
+    epochs: dict[int, list[int]] = {}
+    finished = []
+    for step in range(1, num_steps + 1):
+        lives = list(attempts.get(step, {"": []}).values())
+        rows = [row for line in lives[-1] for row in line["rows"]]
+        lost += max(global_batch - len(set(rows)), 0)
+        repeated += len(lives) - 1
+        if rows:
+            epochs.setdefault(lives[-1][0]["epoch"], []).extend(rows)
+        for ranks in lives:
+            if sum(len(line["rows"]) for line in ranks) == global_batch:
+                finished.append((max(line["at"] for line in ranks), step))
+    for rows in epochs.values():
+        twice += len(rows) - len(set(rows))
+    return Report(lost, twice, repeated, sorted(finished))

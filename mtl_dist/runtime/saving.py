@@ -1,0 +1,192 @@
+"""Save checkpoints while training goes on: a copy of the tensors is all that the loop waits for.
+
+Rank 0 writes, hashes and uploads in a thread, one checkpoint at a time, COMMIT last; then it deletes what retention
+gives up. A store that is away costs the checkpoint, not the run: the next one is tried, and only the last must succeed.
+
+A run lives as often as it is started: `lives.json` names the life that may write. A process that was cut off or frozen,
+was believed dead, and wakes up beside its successor finds another name there and ends.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mtl_dist import storage
+from mtl_dist.config import CheckpointConfig
+from mtl_dist.errors import InputError
+from mtl_dist.runtime.checkpoint import COMMIT, FORMAT, MODEL, STATE, TRAIN, Checkpoint, committed
+from mtl_dist.runtime.tracking import METRICS
+
+LIVES = "lives.json"
+SCORES = ("p", "va", "expr", "au")  # the best checkpoint of each is kept
+HOUR_S = 3600.0
+
+
+class Superseded(RuntimeError):
+    """Another start of the same run has taken over."""
+
+
+class Saver:
+    """Saves checkpoints of a run in the background. Every rank has one; only rank 0's writes."""
+
+    def __init__(self, run_uri: str, config: CheckpointConfig, *, life: str, clock: Callable[[], float] = time.time):
+        self.run_uri, self.config, self.life, self.clock = run_uri, config, life, clock
+        self.saved: Checkpoint | None = None  # the last that was committed
+        self.is_writer = dist.get_rank() == 0
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[Checkpoint] | None = None
+        self._pending_step = 0
+        self._failed: Exception | None = None
+
+    def save(
+        self, model: dict[str, Tensor], train: dict[str, Tensor], *, state: dict[str, Any], scores: dict, metrics: bytes
+    ) -> None:
+        """Copy the tensors and store them in the background.
+
+        Waits for the checkpoint before, where it is not stored yet. `metrics` is written before the COMMIT: records
+        beyond the step that a run continues from are dropped, missing ones would stay missing.
+        """
+        if not self.is_writer:
+            return
+        begun = time.monotonic()
+        self.wait()
+        copies = [{name: _copy(tensor) for name, tensor in tensors.items()} for tensors in (model, train)]
+        blocked_s = time.monotonic() - begun
+        kept = {name: scores[name] for name in SCORES if scores.get(name) is not None}
+        self._pending_step = state["step"]
+        self._pending = self._pool.submit(self._store, *copies, state, kept, metrics, blocked_s)
+
+    def wait(self) -> None:
+        """Wait for the save under way. What kept it from being stored is said, not raised, unless by `Superseded`."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        try:
+            self.saved, self._failed = pending.result(), None
+        except (InputError, OSError) as error:
+            self._failed = error
+            last = f"the last is {self.saved.uri}" if self.saved else "there is none yet"
+            print(f"checkpoint of step {self._pending_step} was not stored ({last}): {error}", flush=True)
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        """Wait for the last save. Raises what kept it from being stored, unless something else is being raised."""
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+        if self._failed and error is None:
+            raise self._failed
+
+    def _store(self, model, train, state: dict, scores: dict, metrics: bytes, blocked_s: float) -> Checkpoint:
+        from safetensors.torch import save_file
+
+        begun, step, files = time.monotonic(), state["step"], {}
+        uri = storage.join(self.run_uri, "checkpoints", f"step_{step:09d}_{self.life}")
+        with tempfile.TemporaryDirectory(prefix="mtl_dist-save-") as scratch:
+            for name, tensors in ((MODEL, model), (TRAIN, train)):
+                save_file(tensors, Path(scratch) / name)
+                tensors.clear()
+            (Path(scratch) / STATE).write_text(json.dumps(state, indent=1))
+            for name in (MODEL, TRAIN, STATE):
+                path = Path(scratch) / name
+                files[name] = {"bytes": path.stat().st_size, "sha256": storage.sha256_of(path)}
+                storage.upload(path, storage.join(uri, name))
+        self.check_current()
+        storage.write_bytes(storage.join(self.run_uri, METRICS), metrics)
+        checkpoint = Checkpoint(uri, step, scores, self.clock(), files)
+        commit = {
+            "format": FORMAT,
+            "step": step,
+            "scores": scores,
+            "saved_at": checkpoint.saved_at,
+            "blocked_s": round(blocked_s, 4),  # what the loop waited, and what all of it took
+            "save_s": round(blocked_s + time.monotonic() - begun, 4),
+            "files": files,
+        }
+        storage.write_bytes(storage.join(uri, COMMIT), json.dumps(commit, indent=1).encode())
+        self._apply_retention(checkpoint)
+        return checkpoint
+
+    def check_current(self) -> None:
+        """Raise `Superseded` unless this life is the run's latest."""
+        lives = read_lives(self.run_uri)
+        if lives and lives[-1]["life"] != self.life:
+            raise Superseded(
+                f"run {self.run_uri} was started again at {lives[-1]['started']} on {lives[-1]['host']}: this process "
+                "was believed dead, or two commands train one run; it ends, and leaves what the other writes alone"
+            )
+
+    def _apply_retention(self, newest: Checkpoint) -> None:
+        """Delete what `plan_retention` gives up, and what no COMMIT vouches for; a COMMIT goes before its files.
+
+        Checkpoints beyond the newest are of a life before a damaged one was passed over: they vouch for nothing.
+        """
+        found, _ = committed(self.run_uri)
+        found = [checkpoint for checkpoint in found if checkpoint.step <= newest.step]
+        for checkpoint in plan_retention(found, self.config):
+            storage.delete_all(checkpoint.uri, first=COMMIT)
+        root = storage.join(self.run_uri, "checkpoints")
+        names = [found.name for found in storage.list_objects(root)]
+        whole = {name.partition("/")[0] for name in names if name.endswith(f"/{COMMIT}")}
+        for torn in sorted({name.partition("/")[0] for name in names} - whole):
+            storage.delete_all(storage.join(root, torn))
+
+
+def plan_retention(saved: list[Checkpoint], config: CheckpointConfig) -> list[Checkpoint]:
+    """Return what to delete: all but the last, the best of every score, and one of every so many hours."""
+    by_step = {
+        checkpoint.step: checkpoint for checkpoint in sorted(saved, key=lambda c: c.saved_at)
+    }  # the latest life's
+    newest_first = sorted(by_step.values(), key=lambda c: c.step, reverse=True)
+    keep = {checkpoint.uri for checkpoint in newest_first[: config.keep_last]}
+    for name in SCORES:
+        scored = [checkpoint for checkpoint in newest_first if name in checkpoint.scores]
+        keep |= {c.uri for c in sorted(scored, key=lambda c: c.scores[name], reverse=True)[: config.keep_best]}
+    if config.keep_every_hours:
+        milestone = float("-inf")
+        for checkpoint in sorted(by_step.values(), key=lambda c: c.saved_at):
+            if checkpoint.saved_at - milestone >= config.keep_every_hours * HOUR_S:
+                milestone = checkpoint.saved_at
+                keep.add(checkpoint.uri)
+    return [checkpoint for checkpoint in saved if checkpoint.uri not in keep]
+
+
+def begin_life(run_uri: str, *, step: int, num_ranks: int) -> str:
+    """Enter a new life of the run in its storage, so that earlier ones end; return its name. Every rank calls it."""
+    chosen: list[Any] = [None]
+    if dist.get_rank() == 0:
+        started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        life = {"life": secrets.token_hex(4), "started": started, "step": step, "num_ranks": num_ranks}
+        lives = [*read_lives(run_uri), life | {"host": socket.gethostname()}]
+        storage.write_bytes(storage.join(run_uri, LIVES), json.dumps(lives, indent=1).encode())
+        chosen[0] = life["life"]
+    dist.broadcast_object_list(chosen, src=0)
+    return chosen[0]
+
+
+def read_lives(run_uri: str) -> list[dict[str, Any]]:
+    """Return every start of a run, the latest last: life, started, step, num_ranks, host."""
+    try:
+        return json.loads(storage.read_bytes(storage.join(run_uri, LIVES)))
+    except FileNotFoundError:
+        return []
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """Copy to the CPU, contiguous: training goes on with the original."""
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

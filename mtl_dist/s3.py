@@ -1,0 +1,295 @@
+"""Requests to an S3 server: every retry, the renewal of credentials, every error in words. The only importer of boto3.
+
+A request is tried 6 times (`AWS_MAX_ATTEMPTS`), with waits of 1, 2, 4, 8 and 16 s between: when the server says that it
+is busy or broken, when nothing answers, when the connection breaks or stalls, in the middle of a body too. A try waits
+10 s to connect and 30 s (`MTL_S3_TIMEOUT_S`) for the next byte, and none begins later than 3 minutes after the first:
+a request ends within 5 minutes, whatever the server does; where nothing listens, after about 25 s. Reads are whole or
+again: an object over 8 MiB is read in parts, each a request. Only an upload over 8 MiB can take twice as long: boto3
+tries its parts by itself, and then takes them back.
+
+Credentials that the server refuses are asked for anew from boto3's own chain, once a request: they may have expired
+before their time. What a user can mend is an `InputError`, the rest a `StorageError`; both name the URI.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import boto3
+import botocore.exceptions as boto
+import urllib3.exceptions
+from boto3.exceptions import S3UploadFailedError
+from botocore.config import Config as BotoConfig
+from botocore.parsers import ResponseParserError
+
+from mtl_dist.errors import InputError, StorageError
+
+MAX_ATTEMPTS = 6
+CONNECT_TIMEOUT_S = 10
+READ_TIMEOUT_S = 30  # without a byte
+LAST_TRY_S = 180  # after the first: no try begins later
+SLOWEST_S = 240  # for a part, all its tries together: a body that trickles in slower (35 kB/s) is given up
+FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 16.0
+CHUNK_BYTES = 64 << 10  # between two looks at the clock
+PART_BYTES = 8 << 20
+PARTS_AT_ONCE = 8
+
+# The server has answered, and will not be pleased by trying again. 400 is what HEAD, without a body, says of a token.
+REFUSALS = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired", "400"}
+NO_CREDENTIALS = (
+    boto.NoCredentialsError,
+    boto.PartialCredentialsError,
+    boto.CredentialRetrievalError,
+    boto.ProfileNotFound,
+    boto.ConfigParseError,
+    boto.MetadataRetrievalError,
+    boto.TokenRetrievalError,
+    boto.SSOError,
+)
+UNREACHABLE = (boto.EndpointConnectionError, boto.ConnectTimeoutError, boto.ProxyConnectionError)
+TRANSIENT = (
+    *UNREACHABLE,
+    boto.HTTPClientError,  # closed, timed out, broken in the middle
+    boto.IncompleteReadError,
+    ResponseParserError,
+    urllib3.exceptions.HTTPError,
+)
+
+_lock = threading.Lock()
+_clients: dict[tuple[int, int], Any] = {}  # by process, because a client does not survive a fork, and attempts
+_answered: set[str] = set()  # endpoints that have answered this process: one that falls silent is away, not mistyped
+
+
+class _Part(NamedTuple):
+    data: bytes
+    total: int  # bytes of the object
+    etag: str | None
+
+
+def exists(uri: str) -> bool:
+    try:
+        _request(uri, lambda client, **where: client.head_object(**where))
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def read_bytes(uri: str, *, max_bytes: int | None = None) -> bytes:
+    """Read a whole object. Raises `InputError` before reading where it is larger than `max_bytes`."""
+    return _read(uri, max_bytes=max_bytes).data
+
+
+def download(uri: str, path: Path) -> None:
+    """Copy an object to `path`, all bytes from one version of it."""
+    for _ in range(2):
+        if _download_parts(uri, path):
+            return
+    raise InputError(f"{uri} is being replaced while it is read; start again when nobody writes it")
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    _request(uri, lambda client, **where: client.put_object(**where, Body=data))
+
+
+def upload(path: Path, uri: str) -> None:
+    """Copy a file to an object; one over 8 MiB in parts that boto3 sends side by side and tries again by itself."""
+    attempts = _max_attempts()
+    _request(uri, lambda client, Bucket, Key: client.upload_file(str(path), Bucket, Key), boto_attempts=attempts)
+
+
+def list_objects(uri: str, prefix: str) -> list[tuple[str, int]]:
+    """Return key and size of every object whose key starts with `prefix`."""
+
+    def list_pages(client, Bucket: str, Key: str) -> list[tuple[str, int]]:
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=Bucket, Prefix=prefix)
+        return [(item["Key"], item["Size"]) for page in pages for item in page.get("Contents", ())]
+
+    return _request(uri, list_pages)
+
+
+def delete(uri: str) -> None:
+    _request(uri, lambda client, **where: client.delete_object(**where))
+
+
+def split(uri: str) -> tuple[str, str]:
+    """Return bucket and key."""
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    if not bucket:
+        raise InputError(f"'{uri}' names no bucket; expected s3://bucket/prefix")
+    return bucket, key
+
+
+def _download_parts(uri: str, path: Path) -> bool:
+    """Write an object's parts to `path`; False where it was replaced meanwhile."""
+    first = _read(uri, begin=0)
+    path.write_bytes(first.data)
+
+    def copy(begin: int) -> bool:
+        part = _read(uri, begin=begin)
+        with path.open("r+b") as file:
+            file.seek(begin)
+            file.write(part.data)
+        return (part.etag, part.total) == (first.etag, first.total)
+
+    with ThreadPoolExecutor(PARTS_AT_ONCE, thread_name_prefix="s3-part") as pool:
+        return all(pool.map(copy, range(len(first.data), first.total, PART_BYTES)))
+
+
+def _read(uri: str, *, begin: int | None = None, max_bytes: int | None = None) -> _Part:
+    """Read an object, or PART_BYTES of it from `begin` on (fewer at its end, none beyond it)."""
+    give_up = time.monotonic() + SLOWEST_S
+    part = {} if begin is None else {"Range": f"bytes={begin}-{begin + PART_BYTES - 1}"}
+
+    def read(client, **where: str) -> _Part:
+        try:
+            response = client.get_object(**where, **part)
+        except boto.ClientError as error:
+            if part and _status(error) == 416:  # an empty object has no first byte
+                return _Part(b"", 0, None)
+            raise
+        size = response["ContentLength"]
+        total = int(response["ContentRange"].rpartition("/")[2]) if "ContentRange" in response else size
+        with contextlib.closing(response["Body"]) as body:
+            if max_bytes is not None and size > max_bytes:
+                raise InputError(f"{uri} has {size} bytes; at most {max_bytes} are read")
+            chunks = []
+            for chunk in body.iter_chunks(CHUNK_BYTES):
+                chunks.append(chunk)
+                if time.monotonic() > give_up:
+                    got = sum(map(len, chunks))
+                    raise StorageError(f"{uri}: the store sent {got} of {size} bytes in {SLOWEST_S} s: given up")
+        return _Part(b"".join(chunks), total, response.get("ETag"))
+
+    return _request(uri, read)
+
+
+def _request(uri: str, call: Callable[..., Any], *, boto_attempts: int = 1) -> Any:
+    """Return `call(client, Bucket=, Key=)`, tried again as the module says; raise what is wrong in our words.
+
+    Where boto3 itself tries again (`boto_attempts`), only refused credentials are tried a second time here: retries
+    within retries multiply.
+    """
+    bucket, key = split(uri)
+    began, tries, refused = time.monotonic(), 0, False
+    max_tries = _max_attempts() if boto_attempts == 1 else 1
+    while True:
+        client = _client(uri, boto_attempts)
+        try:
+            result = call(client, Bucket=bucket, Key=key)
+            _answered.add(client.meta.endpoint_url)
+            return result
+        except (boto.BotoCoreError, boto.ClientError, S3UploadFailedError, *TRANSIENT) as raised:
+            error = (isinstance(raised, S3UploadFailedError) and raised.__context__) or raised
+        if isinstance(error, boto.ClientError):
+            _answered.add(client.meta.endpoint_url)
+        if _is_refused(error) and not refused:
+            refused = True
+            _forget(client)
+            continue
+        tries += 1
+        wait = min(FIRST_WAIT_S * 2 ** (tries - 1), LONGEST_WAIT_S) * random.uniform(0.75, 1)
+        waited = time.monotonic() - began
+        if not _is_transient(error) or tries >= max_tries or waited + wait > LAST_TRY_S:
+            effort = f"{tries} {'try' if tries == 1 else 'tries'} in {waited:.0f} s"
+            raise _in_words(uri, error, client.meta.endpoint_url, effort) from error
+        time.sleep(wait)
+
+
+def _is_refused(error: BaseException) -> bool:
+    return isinstance(error, boto.ClientError) and (_status(error) in (401, 403) or _code(error) in REFUSALS)
+
+
+def _is_transient(error: BaseException) -> bool:
+    if isinstance(error, boto.ClientError):
+        return (_status(error) or 0) >= 500 or _status(error) == 429 or _code(error) in ("SlowDown", "RequestTimeout")
+    return isinstance(error, TRANSIENT)
+
+
+def _status(error: boto.ClientError) -> int | None:
+    return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+
+
+def _code(error: boto.ClientError) -> str:
+    return error.response.get("Error", {}).get("Code", "")
+
+
+def _in_words(uri: str, error: BaseException, endpoint: str, effort: str) -> Exception:
+    if isinstance(error, NO_CREDENTIALS):
+        return InputError(
+            f"{uri}: no S3 credentials ({error}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a "
+            "profile or role that boto3 finds"
+        )
+    if isinstance(error, (*UNREACHABLE, boto.ConnectionClosedError, boto.SSLError)) and endpoint not in _answered:
+        return InputError(
+            f"{uri}: no S3 server answers at {endpoint} ({error}); check AWS_ENDPOINT_URL and the network"
+        )
+    if isinstance(error, boto.ClientError):
+        if _code(error) in ("404", "NoSuchKey"):
+            return FileNotFoundError(f"{uri} does not exist")
+        if _code(error) == "NoSuchBucket":
+            return InputError(
+                f"{uri}: bucket '{split(uri)[0]}' does not exist at {endpoint}; create it or correct the name"
+            )
+        if _is_refused(error):
+            return InputError(
+                f"{uri}: the S3 server at {endpoint} refuses these credentials ({error}); check "
+                "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what the key may do"
+            )
+    if isinstance(error, boto.ParamValidationError):
+        return InputError(f"{uri}: {error}; expected s3://bucket/prefix")
+    text = "no byte came in time" if isinstance(error, boto.ReadTimeoutError) else str(error)
+    return StorageError(f"{uri}: {text.replace(' (reached max retries: 0)', '')} ({effort} of {endpoint})")
+
+
+def _client(uri: str, boto_attempts: int) -> Any:
+    """Return this process's client: boto3's own chain finds credentials, region and AWS_ENDPOINT_URL."""
+    slot = os.getpid(), boto_attempts
+    with _lock:
+        if slot not in _clients:
+            read_timeout = _number("MTL_S3_TIMEOUT_S", READ_TIMEOUT_S)
+            config = BotoConfig(
+                connect_timeout=min(CONNECT_TIMEOUT_S, read_timeout),
+                read_timeout=read_timeout,
+                max_pool_connections=32,
+                retries={"mode": "standard", "total_max_attempts": boto_attempts},
+                # What matters has a sha256 of ours, and some servers send the checksum of the whole with a part.
+                response_checksum_validation="when_required",
+            )
+            try:
+                # A session of its own: the default one would keep the credentials that `_forget` is to forget.
+                _clients[slot] = boto3.session.Session().client("s3", config=config)
+            except NO_CREDENTIALS as error:
+                raise _in_words(uri, error, "", "") from None
+            except (boto.BotoCoreError, ValueError) as error:
+                raise InputError(f"{uri}: no S3 client can be made: {error}; correct the AWS_ variables") from None
+        return _clients[slot]
+
+
+def _forget(client: Any) -> None:
+    """Make the next request of this process ask the chain for credentials; the others finish with what they have."""
+    with _lock:
+        for slot in [slot for slot, known in _clients.items() if known is client]:
+            del _clients[slot]
+
+
+def _max_attempts() -> int:
+    return max(1, int(_number("AWS_MAX_ATTEMPTS", MAX_ATTEMPTS)))
+
+
+def _number(name: str, default: float) -> float:
+    text = os.environ.get(name)
+    try:
+        value = float(text) if text else default
+    except ValueError:
+        value = 0
+    if not 0 < value < float("inf"):
+        raise InputError(f"the environment's {name} is '{text}'; expected a number above 0")
+    return value
