@@ -17,10 +17,7 @@ Every figure is the median of rounds taken in turn; quartiles say how noisy the 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
-import shlex
 import shutil
 import subprocess
 import sys
@@ -36,7 +33,17 @@ import simplejpeg
 import torch
 from botocore.config import Config
 
-from benchmarks.loader import BATCH, SHARD_ROWS, SIZE, VIEW, decode_alone, make_images, make_set, read_samples
+from benchmarks.loader import (
+    BATCH,
+    SHARD_ROWS,
+    SIZE,
+    VIEW,
+    decode_alone,
+    make_images,
+    make_set,
+    read_samples,
+    write_results,
+)
 from mtl_dist import storage
 from mtl_dist.data.annotations import FILES, read_annotations
 from mtl_dist.data.cache import Cache
@@ -48,7 +55,8 @@ from tests.s3_server import BUCKET, S3Server
 
 STREAMS, BLOCK_SHARDS, PREFETCH = 16, 4, 4
 DOWNLOAD_THREADS = 8  # of the plain boto3 download
-REPEATS = 10  # rows of an image where a set should be larger than the images: `create` and `s3`
+# Rows of an image, where a set should be larger than its images.
+CREATE_REPEATS, S3_REPEATS = 20, 10
 RESUME_SHARDS = 1000
 PARTS = ("memory", "create", "s3", "resume")  # memory first, before others leave theirs
 
@@ -72,12 +80,7 @@ def main() -> None:
                 print(f"\n{name}")
                 results[name] = parts[name](root / name, source, args.rounds)
     if args.out:
-        about = {
-            "date": time.strftime("%Y-%m-%d"),
-            "command": shlex.join(["python", "-m", "benchmarks.datapath", *sys.argv[1:]]),
-            "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, Python {platform.python_version()}",
-        }
-        args.out.write_text(json.dumps({**about, **results}, indent=1) + "\n")
+        write_results(args.out, results)
 
 
 def in_turn(contenders: dict[str, Callable[[], float]], rounds: int, unit: str) -> dict[str, list[float]]:
@@ -103,7 +106,7 @@ def print_ratio(what: str, value: float) -> float:
 
 
 def bench_create(root: Path, source: Path, rounds: int) -> dict:
-    source = repeat_rows(root.with_suffix(".source"), source)
+    source = repeat_rows(root.with_suffix(".source"), source, CREATE_REPEATS)
     files = [f"{source}/{VIEW}/{name}" for name in read_annotations(source / FILES["train"]).images]
 
     def limit() -> float:
@@ -138,7 +141,9 @@ def bench_create(root: Path, source: Path, rounds: int) -> dict:
 
 
 def bench_s3(root: Path, source: Path, rounds: int) -> dict:
-    samples = read_samples(make_set(root / "local", repeat_rows(root.with_suffix(".source"), source), SHARD_ROWS))
+    samples = read_samples(
+        make_set(root / "local", repeat_rows(root.with_suffix(".source"), source, S3_REPEATS), SHARD_ROWS)
+    )
     uri = copy_up(root / "local")
     names = [found.name for found in storage.list_objects(uri)]
 
@@ -251,13 +256,13 @@ def batches_of(reader: ShardReader, order: Order, number: int, *, workers: int, 
     return train_batches(reader, order, epoch=number, start_step=start, **options)
 
 
-def repeat_rows(root: Path, source: Path) -> Path:
+def repeat_rows(root: Path, source: Path, times: int) -> Path:
     """Make a source whose annotations list every row of `source` several times, over the same images."""
     root.mkdir()
     (root / VIEW).symlink_to(source / VIEW)
     for split, name in FILES.items():
         header, *lines = (source / name).read_text().splitlines()
-        (root / name).write_text("\n".join([header, *lines * (REPEATS if split == "train" else 1)]) + "\n")
+        (root / name).write_text("\n".join([header, *lines * (times if split == "train" else 1)]) + "\n")
     return root
 
 

@@ -197,6 +197,8 @@ class RayConfig(Section):
     """PACK ranks on few nodes (less network), or SPREAD them over many."""
     autoscaling: bool = False
     """The cluster adds nodes when ranks wait for them: do not refuse what it has no room for yet."""
+    resize_every_s: float = Field(60.0, gt=0)
+    """How often ranks are added where the cluster has room for more, up to MAX."""
     max_failures: int = Field(3, ge=-1)
     """Restarts after failures before the run gives up; -1: without end."""
 

@@ -6,10 +6,12 @@ Examples:
     ray job submit -- python -m mtl_dist.train --preset a --run.name cropped --run.storage s3://bucket/runs
         --data.train s3://bucket/faces/cropped/train --data.val s3://bucket/faces/cropped/val --ray.num-ranks 1 8
     python -m mtl_dist.train --config best.yaml --dry-run
+    python -m mtl_dist.train --status s3://bucket/runs/cropped
 """
 
 from __future__ import annotations
 
+from mtl_dist import storage
 from mtl_dist.config import Config, dump_yaml
 from mtl_dist.errors import run_command
 from mtl_dist.presets import CommandConfig, config_of, parse_command
@@ -20,10 +22,17 @@ class TrainCommand(CommandConfig):
     """Train in this process, without Ray. Under torchrun this goes without saying."""
     dry_run: bool = False
     """Print the resolved configuration and the plan, and start nothing."""
+    status: str | None = None
+    """Print where the run at this <run.storage>/<run.name> is, from its storage alone, and start nothing."""
 
 
 def main(args: list[str] | None = None) -> None:
     command = parse_command(TrainCommand, args, prog="python -m mtl_dist.train", description=__doc__)
+    if command.status:
+        from mtl_dist.runtime.status import print_status
+
+        print_status(storage.absolute(command.status))
+        return
     config = config_of(command)
     from mtl_dist.runtime.plan import plan_run
 

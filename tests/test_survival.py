@@ -122,7 +122,7 @@ def alone():
 
 def save(saver: Saver, step: int, **scores: float) -> None:
     tensors = {"weight": torch.full((4,), float(step))}
-    saver.save(tensors, {}, state={"step": step, "scores": {}}, scores=scores, metrics=b"")
+    saver.save(tensors, {}, state={"step": step, "scores": {}}, scores=scores, records={})
 
 
 def open_saver(run: Path, **settings) -> Saver:
@@ -132,7 +132,7 @@ def open_saver(run: Path, **settings) -> Saver:
 def test_what_is_saved_is_the_moment_of_the_save(alone, tmp_path):
     weight = torch.zeros(1000)
     with open_saver(tmp_path) as saver:
-        saver.save({"weight": weight}, {}, state={"step": 1}, scores={}, metrics=b"")
+        saver.save({"weight": weight}, {}, state={"step": 1}, scores={}, records={})
         weight += 1  # training goes on
     (found,), _ = committed(str(tmp_path))
     assert not load_file(f"{found.uri}/model.safetensors")["weight"].any()

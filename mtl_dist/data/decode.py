@@ -37,15 +37,26 @@ def decode_into(data: bytes | memoryview, out: np.ndarray) -> None:
 
     Raises `DecodeError` as `decode` does.
     """
-    _check_scans(data, out.shape[0] * out.shape[1])
     try:
         # Straight into place: looking at the header first would cost 2% of the decoding, and the usual image fits. One
         # that is too large is refused before it is decoded, one that is smaller comes back in another shape.
-        if simplejpeg.decode_jpeg(data, "RGB", buffer=out).shape == out.shape:
+        is_cheap = len(data) * out.size <= 3 * COUNTED_FROM
+        if is_cheap and simplejpeg.decode_jpeg(data, "RGB", buffer=out).shape == out.shape:
             return
     except ValueError:
         pass
     out[:] = decode(data, out.shape[0])  # resized, or the error in words
+
+
+def check(data: bytes, scratch: np.ndarray) -> None:
+    """Raise `DecodeError` unless `decode` would decode this. Pixels go to `scratch`, (n,) uint8, where they fit."""
+    try:
+        if len(data) * scratch.size <= 3 * COUNTED_FROM:
+            simplejpeg.decode_jpeg(data, "RGB", buffer=scratch)
+            return
+    except ValueError:
+        pass
+    decode(data)
 
 
 def resize(pixels: np.ndarray, size: int) -> np.ndarray:

@@ -6,6 +6,7 @@ between address spaces or kept in shared memory.
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +17,8 @@ from mtl_dist.data.order import EpochPlan, Order, eval_range
 from mtl_dist.data.reader import ShardReader
 from mtl_dist.tasks import Batch
 
-FETCH_AHEAD_STEPS = 64  # how far ahead of the loader shards are fetched from the store
+PLAN_STEPS = 16  # whose samples are found at once
+FETCH_AHEAD_STEPS = 4 * PLAN_STEPS  # how far ahead of the loader shards are fetched from the store
 FETCH_THREADS = 2
 
 
@@ -36,16 +38,17 @@ def train_batches(
     plan = EpochPlan(order, epoch=epoch, rank=rank, num_ranks=num_ranks)
     fetchers = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="fetch")
 
-    def load(step: int) -> Callable[[], Batch]:
-        if (step - start_step) % FETCH_AHEAD_STEPS == 0:
-            for shard in plan.shards_ahead(step, min(2 * FETCH_AHEAD_STEPS, order.num_steps - step)):
-                fetchers.submit(reader.warm, [shard])  # a failure shows when the shard is read
-        samples = plan.samples(step)
-        return lambda: reader.read_batch(samples, size)
+    def loads() -> Iterator[Callable[[], Batch]]:
+        for begin in range(start_step, order.num_steps, PLAN_STEPS):
+            left = order.num_steps - begin
+            if (begin - start_step) % FETCH_AHEAD_STEPS == 0:
+                for shard in plan.shards_ahead(begin, min(2 * FETCH_AHEAD_STEPS, left)):
+                    fetchers.submit(reader.warm, [shard])  # a failure shows when the shard is read
+            for samples in plan.samples_of(begin, min(PLAN_STEPS, left)):
+                yield functools.partial(reader.read_batch, samples, size)
 
     try:
-        steps = range(start_step, order.num_steps)
-        yield from _ahead((load(step) for step in steps), workers=workers, prefetch=prefetch)
+        yield from _ahead(loads(), workers=workers, prefetch=prefetch)
     finally:
         fetchers.shutdown(wait=True, cancel_futures=True)
 

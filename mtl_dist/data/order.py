@@ -67,14 +67,19 @@ class EpochPlan:
 
     def samples(self, step: int) -> np.ndarray:
         """Return (n,) int64 sample numbers this rank reads at `step`, ordered by stream."""
-        assert 0 <= step < self.order.num_steps, (step, self.order.num_steps)
-        return np.concatenate([self.stream_samples(stream, step) for stream in self.streams])
+        return self.samples_of(step, 1)[0]
 
-    def stream_samples(self, stream: int, step: int) -> np.ndarray:
-        """Return the (global_batch / streams,) samples that one stream gives to `step`."""
+    def samples_of(self, step: int, num_steps: int) -> np.ndarray:
+        """Return (num_steps, n) int64: the samples of several steps, at little more than the cost of one."""
+        assert 0 <= step < step + num_steps <= self.order.num_steps, (step, num_steps, self.order.num_steps)
+        streams = [self.stream_samples(stream, step, num_steps).reshape(num_steps, -1) for stream in self.streams]
+        return np.concatenate(streams, axis=1)
+
+    def stream_samples(self, stream: int, step: int, num_steps: int = 1) -> np.ndarray:
+        """Return the (num_steps * global_batch / streams,) samples that one stream gives to steps from `step` on."""
         share = self.order.global_batch // self.order.streams
         begin = stream * self.order.rows_per_stream
-        at, end = begin + step * share, begin + (step + 1) * share
+        at, end = begin + step * share, begin + (step + num_steps) * share
         parts = []
         while at < end:
             start, stop, samples = self._block(stream, at)

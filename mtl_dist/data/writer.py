@@ -11,18 +11,19 @@ import hashlib
 import json
 import multiprocessing
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from isal.isal_zlib import crc32  # zlib's, at a fifth of its time
 
 from mtl_dist import storage
 from mtl_dist.data import ustar
 from mtl_dist.data.annotations import Annotations
-from mtl_dist.data.decode import DecodeError, decode
+from mtl_dist.data.decode import DecodeError, check
 from mtl_dist.data.index import FORMAT, INDEX_NAME, Index, ShardEntry, dump_index, read_index
 from mtl_dist.data.sidecar import Sidecar, dump_sidecar, read_about
 from mtl_dist.errors import InputError
@@ -30,6 +31,7 @@ from mtl_dist.tasks import AUS, EXPRESSIONS, NUM_EXPRESSIONS, LabelCounts
 
 MEMBER_OVERHEAD = 4 * ustar.BLOCK  # of a sample beside its image's bytes: two headers, padding, a JSON
 READ_THREADS = 16
+SCRATCH_BYTES = 512 * 512 * 3  # larger pictures are decoded to memory of their own
 MAX_LISTED = 5  # faults named in one message
 
 
@@ -166,16 +168,13 @@ def _write_tar(path: Path, job: ShardJob) -> np.ndarray:
     places = np.zeros((len(job.labels.row), 3), np.int64)
     rows = zip(job.labels.row.tolist(), job.labels.images, _label_texts(job.labels))
     with path.open("wb", buffering=1 << 20) as tar:
-        at = 0
+        at, scratch = 0, np.empty(SCRATCH_BYTES, np.uint8)
         for place, (row, name, text) in enumerate(rows):
-            image = _read_image(f"{job.images_dir}/{name}", row)
-            places[place] = at + ustar.BLOCK, len(image), zlib.crc32(image)
-            for suffix, data in ((b"jpg", image), (b"json", text)):
-                tail = ustar.padding(len(data))
-                tar.write(ustar.make_header(b"%09d.%s" % (row, suffix), len(data)))
-                tar.write(data)
-                tar.write(tail)
-                at += ustar.BLOCK + len(data) + len(tail)
+            image = _read_image(f"{job.images_dir}/{name}", row, scratch)
+            places[place] = at + ustar.BLOCK, len(image), crc32(image)
+            members = ((b"%09d.jpg" % row, image), (b"%09d.json" % row, text))
+            parts = [(ustar.make_header(key, len(data)), data, ustar.padding(len(data))) for key, data in members]
+            at += tar.write(b"".join(chain.from_iterable(parts)))
         end = bytes(2 * ustar.BLOCK)
         tar.write(end + ustar.padding(at + len(end), ustar.RECORD))
     return places
@@ -302,11 +301,11 @@ def _entry(name: str, sidecar: bytes) -> ShardEntry:
     )
 
 
-def _read_image(path: str, row: int) -> bytes:
+def _read_image(path: str, row: int, scratch: np.ndarray) -> bytes:
     try:
         with open(path, "rb", buffering=0) as file:
             image = file.read()
-        decode(image)
+        check(image, scratch)
     except (OSError, DecodeError) as error:
         what = error.strerror if isinstance(error, OSError) else error
         raise InputError(
@@ -318,18 +317,20 @@ def _read_image(path: str, row: int) -> bytes:
 
 
 def _label_texts(labels: Annotations) -> Iterator[bytes]:
-    """Yield the JSON of every sample for other programs: null where there is no label."""
+    """Yield the JSON of every sample for other programs: null where there is no label.
+
+    Put together by hand, in half of the time of json.dumps, which would make a tenth of a shard's.
+    """
     columns = (labels.row, labels.va, labels.va_mask, labels.expr, labels.expr_mask, labels.au, labels.au_mask)
     samples = zip(labels.images, *(column.tolist() for column in columns))
-    for image, row, va, va_mask, expr, expr_mask, au, au_mask in samples:
-        sample = {
-            "row": row,
-            "image": image,
-            "va": [round(value, 6) for value in va] if va_mask else None,
-            "expr": expr if expr_mask else None,
-            "au": [value if known else None for value, known in zip(au, au_mask)] if any(au_mask) else None,
-        }
-        yield json.dumps(sample).encode()
+    for image, row, (valence, arousal), va_mask, expr, expr_mask, au, au_mask in samples:
+        va = f"[{round(valence, 6)}, {round(arousal, 6)}]" if va_mask else "null"
+        units = [str(value) if known else "null" for value, known in zip(au, au_mask)]
+        text = (
+            f'{{"row": {row}, "image": {json.dumps(image)}, "va": {va}, "expr": {expr if expr_mask else "null"}, '
+            f'"au": {"[" + ", ".join(units) + "]" if any(au_mask) else "null"}}}'
+        )
+        yield text.encode()
 
 
 def _pairs(values: dict[str, Any]) -> str:

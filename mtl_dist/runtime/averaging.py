@@ -1,11 +1,14 @@
-"""An exponential moving average of the weights, evaluated and saved in place of the last ones (`train.ema`)."""
+"""Averages: of the weights over steps (`train.ema`), of BatchNorm's running statistics over ranks."""
 
 from __future__ import annotations
 
 import copy
 
 import torch
+import torch.distributed as dist
 from torch import nn
+
+from mtl_dist.config import Config
 
 
 class WeightAverage:
@@ -29,3 +32,23 @@ class WeightAverage:
     def copy_buffers(self, model: nn.Module) -> None:
         for mine, current in zip(self.model.buffers(), model.buffers()):
             mine.copy_(current)
+
+
+def freeze_batchnorm(module: nn.Module) -> None:
+    for child in module.modules():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            child.eval()
+
+
+@torch.no_grad()
+def average_batchnorm(model: nn.Module, config: Config) -> None:
+    """Make BatchNorm's running statistics the mean over ranks: DeepSpeed saves rank 0's and evaluates with each own."""
+    if dist.get_world_size() == 1 or config.engine.batchnorm != "local":
+        return
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    buffers = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
+    flat = torch.cat(buffers)
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for buffer, mean in zip(buffers, flat.split([len(buffer) for buffer in buffers])):
+        buffer.copy_(mean)

@@ -35,7 +35,7 @@ FREE = (
     "data.cache_gib", "engine.device", "engine.threads", "engine.zero_stage", "engine.hang_s", "train.eval_batch",
     "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep_last", "checkpoint.keep_best",
     "checkpoint.keep_every_hours", "ray.num_ranks", "ray.cpus_per_rank", "ray.gpus_per_rank", "ray.placement",
-    "ray.autoscaling", "ray.max_failures",
+    "ray.autoscaling", "ray.resize_every_s", "ray.max_failures",
 )  # fmt: skip
 
 
@@ -122,6 +122,18 @@ def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
     return json.loads(_read_verified(checkpoint, STATE))
 
 
+def find_damage(checkpoint: Checkpoint) -> str | None:
+    """Read every file and say what is wrong; None where all are whole."""
+    for name in checkpoint.files:
+        try:
+            _read_verified(checkpoint, name)
+        except (ValueError, FileNotFoundError) as error:
+            if isinstance(error, InputError):
+                raise
+            return str(error)
+    return None
+
+
 def read_model(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Read and verify the weights. Raises ValueError where they are damaged."""
     return read_tensors(checkpoint, MODEL)
@@ -166,15 +178,10 @@ def _choose(run_uri: str, config: Config, identity: dict[str, str]):
     try:
         found, skipped = committed(run_uri)
         for checkpoint in reversed(found):
-            try:
-                for name in checkpoint.files:
-                    _read_verified(checkpoint, name)
-                state = read_state(checkpoint)
-            except InputError:  # the store refuses or is away: that says nothing of the checkpoint
-                raise
-            except (ValueError, FileNotFoundError) as error:
-                skipped.append(f"{checkpoint.uri}: {error}")
+            if damage := find_damage(checkpoint):
+                skipped.append(f"{checkpoint.uri}: {damage}")
                 continue
+            state = read_state(checkpoint)
             check_same_run(state, config, identity, checkpoint.uri)
             _say_skipped(skipped)
             print(f"continuing from {checkpoint.uri}", flush=True)

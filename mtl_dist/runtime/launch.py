@@ -31,7 +31,17 @@ HANDED_ON = (
     "RAY_ADDRESS",
 )
 
-
+# What a rank shows to Prometheus, each as mtl_dist_<name>{run, rank}.
+MEASUREMENTS = {
+    "step_s": "seconds of a step, the wait for its data included",
+    "data_wait_s": "seconds a step waited for its data",
+    "images_per_s": "images of this rank a second",
+    "checkpoint_step": "step of the latest checkpoint",
+    "restarts": "starts of the run after its first",
+}
+# A worker that does not answer, and ranks that do not all start, are given up after so long; Ray's own defaults are
+# 600 s and 60 s.
+RAY_TIMEOUTS = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30"}
 ASK_EVERY_S = 2.0  # of the controller by a rank that is alone; several ask at the same steps
 
 
@@ -48,6 +58,9 @@ class LocalContext:
             signal.signal(number, self._ask)
 
     def publish(self, metrics: dict[str, Any]) -> None:
+        pass
+
+    def observe(self, **values: float) -> None:
         pass
 
     def should_stop(self) -> bool:
@@ -68,6 +81,7 @@ class RayContext:
 
     def __init__(self, config: Config):
         import ray.train
+        from ray.util.metrics import Gauge
 
         # What Ray and botocore tell of themselves at INFO, per rank, would bury the run's own lines.
         for name in ("ray.train", "botocore", "aiobotocore"):
@@ -77,11 +91,21 @@ class RayContext:
         self.num_cpus = max(1, int(config.ray.cpus_per_rank))  # the machine's other cores may be another rank's
         self.has_gpu = config.ray.gpus_per_rank > 0  # Ray hides no GPU from a worker that asked for none
         self._asked, self._notice = 0.0, None
+        self._gauges = {
+            name: Gauge(f"mtl_dist_{name}", what, tag_keys=("run", "rank")) for name, what in MEASUREMENTS.items()
+        }
+        for gauge in self._gauges.values():
+            gauge.set_default_tags({"run": config.run.name, "rank": str(self.rank)})
 
     def publish(self, metrics: dict[str, Any]) -> None:
         import ray.train
 
         ray.train.report(metrics)
+
+    def observe(self, **values: float) -> None:
+        """Set Prometheus gauges, which Ray's node agents serve."""
+        for name, value in values.items():
+            self._gauges[name].set(value)
 
     def should_stop(self) -> bool:
         return False
@@ -111,7 +135,7 @@ def run_local(config: Config) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     backend = "nccl" if use_cuda else "gloo"
     if is_torchrun():
-        dist.init_process_group(backend)
+        _join_torchrun(backend)
     else:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -128,6 +152,24 @@ def run_local(config: Config) -> None:
         sys.exit(status)
 
 
+def _join_torchrun(backend: str) -> None:
+    """Meet the other ranks of torchrun.
+
+    Ranks that torchrun starts again meet in the store of the first ones, among the keys those left, and wait for ever.
+    A prefix for every attempt mends it on one node. Several nodes count attempts each for itself: there torchrun
+    needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, as README says.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        dist.init_process_group(backend)
+        return
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    store = dist.PrefixStore(f"attempt-{attempt}", dist.TCPStore(address, port, is_master=False))
+    dist.init_process_group(
+        backend, store=store, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])
+    )
+
+
 def is_torchrun() -> bool:
     """Whether this process is one of torchrun's ranks."""
     return "TORCHELASTIC_RUN_ID" in os.environ
@@ -139,6 +181,8 @@ def run_ray(config: Config, *, callbacks: list | None = None) -> None:
     Ray restarts ranks after any error. After an `InputError` or a loss that is not finite that would only repeat it:
     the rank leaves a note for the restarted ranks, which end at once, and for us, who raise it again.
     """
+    for name, value in RAY_TIMEOUTS.items():
+        os.environ.setdefault(name, value)
     note = storage.join(config.run.uri, f"failed-{uuid.uuid4().hex[:12]}.json")
     trainer = build_trainer(config, note=note, callbacks=callbacks)
     try:
@@ -162,6 +206,7 @@ def build_trainer(config: Config, *, note: str, callbacks: list | None = None):
         scaling_config=ScalingConfig(
             placement_strategy=config.ray.placement,
             num_workers=high if low == high else (low, high),
+            elastic_resize_monitor_interval_s=config.ray.resize_every_s,
             use_gpu=config.ray.gpus_per_rank > 0,
             resources_per_worker={"CPU": config.ray.cpus_per_rank}
             | ({"GPU": g} if (g := config.ray.gpus_per_rank) else {}),

@@ -6,7 +6,6 @@ Ray Train.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import tempfile
 import time
@@ -29,12 +28,13 @@ from mtl_dist.models import build_model
 from mtl_dist.objective.metrics import constant_scores, scores
 from mtl_dist.objective.module import ObjectiveModule, StepLoss
 from mtl_dist.runtime.audit import Audit
-from mtl_dist.runtime.averaging import WeightAverage
+from mtl_dist.runtime.averaging import WeightAverage, average_batchnorm, freeze_batchnorm
 from mtl_dist.runtime.checkpoint import Restored, load_checkpoint
+from mtl_dist.runtime.device import keep_freed_memory, pick_device
 from mtl_dist.runtime.engine import build_engine, learning_rate, read_optimizer, restore_optimizer, set_learning_rate
 from mtl_dist.runtime.evaluate import predict, total_sums
 from mtl_dist.runtime.plan import open_data
-from mtl_dist.runtime.saving import Saver, begin_life
+from mtl_dist.runtime.saving import Saver, begin_life, read_lives
 from mtl_dist.runtime.tracking import Tracker
 from mtl_dist.runtime.watchdog import Watchdog
 from mtl_dist.tasks import TASKS, Batch
@@ -42,7 +42,6 @@ from mtl_dist.tasks import TASKS, Batch
 CONFIG_NAME = "config.yaml"
 ASK_EVERY_STEPS = 8
 MODULE, OPTIMIZER = "module/", "optimizer/"  # of a checkpoint's train.safetensors
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 class RunContext(Protocol):
@@ -55,6 +54,9 @@ class RunContext(Protocol):
 
     def publish(self, metrics: dict[str, Any]) -> None:
         """Report an evaluation. Every rank calls it, with the same metrics."""
+
+    def observe(self, **values: float) -> None:
+        """Show measurements of this rank to whoever watches the cluster."""
 
     def should_stop(self) -> bool:
         """Whether this rank was asked to stop (a signal); ranks may disagree."""
@@ -84,10 +86,10 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
     Raises `InputError` for what the user can mend and `NonFiniteLoss` where training diverged.
     """
     # ------------------------------------------------------------------------------------------------ setup
-    device = _pick_device(config, context)
+    device = pick_device(config, has_gpu=context.has_gpu)
     torch.set_num_threads(config.engine.threads or context.num_cpus)
     if device.type == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory()
     data = open_data(config)
     if context.num_ranks > config.num_streams:
         raise InputError(
@@ -121,6 +123,7 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
     if context.rank == 0:
         tracker = Tracker(config.run.uri, resumed_at=step, num_ranks=context.num_ranks)
         storage.write_bytes(storage.join(config.run.uri, CONFIG_NAME), dump_yaml(config).encode())
+        context.observe(restarts=len(read_lives(config.run.uri)) - 1)
     if step >= total_steps:
         context.publish({"step": step, "epoch": config.train.epochs, **_flat_scores(last_scores)})
         if tracker:
@@ -132,7 +135,7 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
 
     def save(saver: Saver, scored: dict[str, Any]) -> None:
         nonlocal saved_at
-        _average_batchnorm(engine.module.model, config)
+        average_batchnorm(engine.module.model, config)
         _check_finite(engine.module, step)
         if average:
             average.copy_buffers(engine.module.model)
@@ -146,7 +149,8 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
         # The model's own weights are in both files only where the evaluated ones are averages.
         rest = {MODULE + n: t for n, t in engine.module.state_dict().items() if average or not n.startswith("model.")}
         rest |= {OPTIMIZER + name: tensor for name, tensor in read_optimizer(engine, config).items()}
-        saver.save(evaluated.state_dict(), rest, state=state, scores=scored, metrics=tracker.dump() if tracker else b"")
+        context.observe(checkpoint_step=step)
+        saver.save(evaluated.state_dict(), rest, state=state, scores=scored, records=tracker.files() if tracker else {})
         saved_at = time.monotonic()
 
     with (
@@ -156,7 +160,7 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
         for epoch in range(step // steps_per_epoch, config.train.epochs):
             module.train()
             if config.engine.batchnorm == "frozen":
-                _freeze_batchnorm(module)
+                freeze_batchnorm(module)
             batches = train_batches(
                 train_reader,
                 data.order,
@@ -184,6 +188,8 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
                     average.update(engine.module.model, step)
                 if audit:
                     audit.finished(step, epoch, batch.rows.flatten().numpy())
+                took_s = time.monotonic() - asked
+                context.observe(step_s=took_s, data_wait_s=waited_s, images_per_s=len(batch.rows) / took_s)
                 if unseen:  # the step before: its loss is there by now, and asking does not make the device wait
                     _look_at(unseen, tracker, saver, config, total_steps)
                 unseen = _Progress(step, epoch, lr, loss, batch.rows.flatten().numpy(), waited_s)
@@ -211,7 +217,7 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
             is_late = _is_late(saved_at, config.checkpoint.every_minutes)
             wishes = _ask_ranks(context, step, is_due=is_late, always=True)
             if is_last or _is_due(epoch + 1, config.train.eval_every):
-                _average_batchnorm(engine.module.model, config)
+                average_batchnorm(engine.module.model, config)
                 if average:
                     average.copy_buffers(engine.module.model)
                 last_scores = _evaluate(evaluated, val_reader, config, context, device, watchdog, step)
@@ -337,53 +343,6 @@ def _build_model(config: Config, *, pretrained: bool) -> nn.Module:
                 f"model.weights {config.model.weights} does not exist; give a state dict, imagenet or none"
             ) from None
         return build_model(config.model, seed=config.run.seed, weights_file=path)
-
-
-def _pick_device(config: Config, context: RunContext) -> torch.device:
-    wanted = config.engine.device
-    if wanted == "auto":
-        wanted = "cuda" if context.has_gpu else "cpu"
-    if wanted == "cuda" and not context.has_gpu:
-        raise InputError(
-            "engine.device is cuda, but this rank has no GPU (under Ray: ray.gpus_per_rank); use auto or cpu"
-        )
-    if config.engine.batchnorm == "sync" and wanted == "cpu":
-        raise InputError(
-            "engine.batchnorm is sync, which torch has on GPUs only; use local (buffers are averaged) or frozen"
-        )
-    return torch.device(wanted, torch.cuda.current_device()) if wanted == "cuda" else torch.device("cpu")
-
-
-def _keep_freed_memory() -> None:
-    """Tell glibc not to give freed memory back to the kernel: every step would fault its activations in again.
-
-    Three epochs of the small preset took 19 and 20 s with it, 22 to 24 s without (benchmarks/NOTES.md). Other C
-    libraries are left as they are.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
-        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most it takes
-
-
-def _freeze_batchnorm(module: nn.Module) -> None:
-    for child in module.modules():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            child.eval()
-
-
-@torch.no_grad()
-def _average_batchnorm(model: nn.Module, config: Config) -> None:
-    """Make BatchNorm's running statistics the mean over ranks: DeepSpeed saves rank 0's and evaluates with each own."""
-    if dist.get_world_size() == 1 or config.engine.batchnorm != "local":
-        return
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    buffers = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
-    flat = torch.cat(buffers)
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for buffer, mean in zip(buffers, flat.split([len(buffer) for buffer in buffers])):
-        buffer.copy_(mean)
 
 
 def _check_finite(module: nn.Module, step: int) -> None:

@@ -27,7 +27,6 @@ from mtl_dist import storage
 from mtl_dist.config import CheckpointConfig
 from mtl_dist.errors import InputError
 from mtl_dist.runtime.checkpoint import COMMIT, FORMAT, MODEL, STATE, TRAIN, Checkpoint, committed
-from mtl_dist.runtime.tracking import METRICS
 
 LIVES = "lives.json"
 SCORES = ("p", "va", "expr", "au")  # the best checkpoint of each is kept
@@ -51,12 +50,18 @@ class Saver:
         self._failed: Exception | None = None
 
     def save(
-        self, model: dict[str, Tensor], train: dict[str, Tensor], *, state: dict[str, Any], scores: dict, metrics: bytes
+        self,
+        model: dict[str, Tensor],
+        train: dict[str, Tensor],
+        *,
+        state: dict[str, Any],
+        scores: dict[str, Any],
+        records: dict[str, bytes],
     ) -> None:
         """Copy the tensors and store them in the background.
 
-        Waits for the checkpoint before, where it is not stored yet. `metrics` is written before the COMMIT: records
-        beyond the step that a run continues from are dropped, missing ones would stay missing.
+        Waits for the checkpoint before, where it is not stored yet. `records`, files of the run, are written before
+        the COMMIT: what is beyond the step that a run continues from is dropped, what is missing would stay missing.
         """
         if not self.is_writer:
             return
@@ -66,7 +71,7 @@ class Saver:
         blocked_s = time.monotonic() - begun
         kept = {name: scores[name] for name in SCORES if scores.get(name) is not None}
         self._pending_step = state["step"]
-        self._pending = self._pool.submit(self._store, *copies, state, kept, metrics, blocked_s)
+        self._pending = self._pool.submit(self._store, *copies, state, kept, records, blocked_s)
 
     def wait(self) -> None:
         """Wait for the save under way. What kept it from being stored is said, not raised, unless by `Superseded`."""
@@ -92,7 +97,7 @@ class Saver:
         if self._failed and error is None:
             raise self._failed
 
-    def _store(self, model, train, state: dict, scores: dict, metrics: bytes, blocked_s: float) -> Checkpoint:
+    def _store(self, model, train, state: dict, scores: dict, records: dict, blocked_s: float) -> Checkpoint:
         from safetensors.torch import save_file
 
         begun, step, files = time.monotonic(), state["step"], {}
@@ -107,7 +112,8 @@ class Saver:
                 files[name] = {"bytes": path.stat().st_size, "sha256": storage.sha256_of(path)}
                 storage.upload(path, storage.join(uri, name))
         self.check_current()
-        storage.write_bytes(storage.join(self.run_uri, METRICS), metrics)
+        for name, data in records.items():
+            storage.write_bytes(storage.join(self.run_uri, name), data)
         checkpoint = Checkpoint(uri, step, scores, self.clock(), files)
         commit = {
             "format": FORMAT,

@@ -1,25 +1,28 @@
-"""What a run tells: metrics.jsonl in its storage is the truth, the console a view of it. Rank 0 only."""
+"""What a run tells: metrics.jsonl in its storage is the truth, console and TensorBoard are views of it. Rank 0 only."""
 
 from __future__ import annotations
 
 import io
 import json
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from tensorboardX import SummaryWriter
 
 from mtl_dist import storage
 from mtl_dist.tasks import TASKS
 
-METRICS = "metrics.jsonl"
+METRICS, BOARD = "metrics.jsonl", "tensorboard"
 LINE_EVERY_S = 10.0
 SCORE_NAMES = {"ccc_v": "CCC V", "ccc_a": "CCC A", "va": "VA", "expr": "EXPR F1", "au": "AU F1", "p": "P"}
 
 
 class Tracker:
-    """Collects records of a run; what `dump` returns is stored as <run>/metrics.jsonl with every checkpoint."""
+    """Collects records of a run; what `files` returns is stored in the run with every checkpoint."""
 
     def __init__(self, run_uri: str, *, resumed_at: int, num_ranks: int):
         self.num_ranks = num_ranks
@@ -28,6 +31,9 @@ class Tracker:
         self.console = Console(highlight=False)
         self._window = _Window()
         self._last_line = time.monotonic()
+        self._board_dir = tempfile.TemporaryDirectory(prefix="mtl_dist-tensorboard-")
+        # A file of its own for every start; what earlier ones wrote beyond the step we continue from is not shown.
+        self._board = SummaryWriter(self._board_dir.name, purge_step=resumed_at + 1)
 
     def step(
         self,
@@ -44,11 +50,16 @@ class Tracker:
         """Take note of a finished step; print a line now and then."""
         self.records.append({"kind": "step", "step": step, "epoch": epoch, "lr": lr, "loss": losses})
         self._window.add(images, waited_s)
+        self._board.add_scalar("lr", lr, step)
+        for name, loss in losses.items():
+            self._board.add_scalar(f"loss/{name}", loss, step)
         now = time.monotonic()
         if now - self._last_line < (1.0 if self.console.is_terminal else LINE_EVERY_S) and step < total:
             return
         self._last_line = now
         speed, waiting = self._window.rates()
+        self._board.add_scalar("speed/images per second", speed, step)
+        self._board.add_scalar("speed/share of time waiting for data", waiting, step)
         left = (total - step) * self._window.seconds / max(self._window.steps, 1)
         shown = "  ".join(f"{task} {losses[task]:.3f}" for task in (*TASKS, "total") if task in losses)
         line = (
@@ -62,6 +73,9 @@ class Tracker:
     def evaluated(self, step: int, epoch: int, scores: dict[str, Any], constant: dict[str, Any]) -> None:
         """Take note of an evaluation and print its scores beside the constant predictor's."""
         self.records.append({"kind": "eval", "step": step, "epoch": epoch, "scores": scores})
+        for key, name in SCORE_NAMES.items():
+            if scores[key] is not None:
+                self._board.add_scalar(f"score/{name}", scores[key], step)
         parts = "  ".join(
             f"{name} {_cell(scores[key])}" for key, name in SCORE_NAMES.items() if scores[key] is not None
         )
@@ -70,8 +84,11 @@ class Tracker:
         )
         self._window = _Window()  # the time of an evaluation is not the steps'
 
-    def dump(self) -> bytes:
-        return "".join(json.dumps(record) + "\n" for record in self.records).encode()
+    def files(self) -> dict[str, bytes]:
+        """Return the files to store in the run: name -> content."""
+        self._board.flush()
+        boards = {f"{BOARD}/{path.name}": path.read_bytes() for path in Path(self._board_dir.name).iterdir()}
+        return {METRICS: "".join(json.dumps(record) + "\n" for record in self.records).encode(), **boards}
 
 
 class _Window:

@@ -1,0 +1,40 @@
+"""The device of a rank, and its memory."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from mtl_dist.config import Config
+from mtl_dist.errors import InputError
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+
+
+def pick_device(config: Config, *, has_gpu: bool) -> torch.device:
+    """Return the device of this rank. Raises `InputError` where it has not what the configuration asks for."""
+    wanted = config.engine.device
+    if wanted == "auto":
+        wanted = "cuda" if has_gpu else "cpu"
+    if wanted == "cuda" and not has_gpu:
+        raise InputError(
+            "engine.device is cuda, but this rank has no GPU (under Ray: ray.gpus_per_rank); use auto or cpu"
+        )
+    if config.engine.batchnorm == "sync" and wanted == "cpu":
+        raise InputError(
+            "engine.batchnorm is sync, which torch has on GPUs only; use local (buffers are averaged) or frozen"
+        )
+    return torch.device(wanted, torch.cuda.current_device()) if wanted == "cuda" else torch.device("cpu")
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc not to give freed memory back to the kernel: every step would fault its activations in again.
+
+    Three epochs of the small preset took 19 and 20 s with it, 22 to 24 s without (benchmarks/NOTES.md). Other C
+    libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most it takes

@@ -1,0 +1,84 @@
+"""What the storage of a run tells of it, whoever trains it and wherever: `python -m mtl_dist.train --status RUN`."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mtl_dist import storage
+from mtl_dist.config import build_config, read_config_file
+from mtl_dist.data.index import read_index
+from mtl_dist.errors import InputError
+from mtl_dist.objective.metrics import constant_scores
+from mtl_dist.progress import progress_bar
+from mtl_dist.runtime.checkpoint import Checkpoint, best, committed, find_damage
+from mtl_dist.runtime.loop import CONFIG_NAME
+from mtl_dist.runtime.plan import open_data
+from mtl_dist.runtime.saving import read_lives
+from mtl_dist.runtime.tracking import print_scores, read_records
+
+
+def print_status(run_uri: str) -> None:
+    """Print where a run is, its starts, its checkpoints and whether each is whole, and its scores.
+
+    Every file of every checkpoint is read. Raises `InputError` where there is no run.
+    """
+    where = storage.join(run_uri, CONFIG_NAME)
+    if not storage.exists(where):
+        raise InputError(f"no run at '{run_uri}': {CONFIG_NAME} does not exist; expected <run.storage>/<run.name>")
+    config = build_config(read_config_file(where))
+    console = Console(highlight=False, width=None if Console().is_terminal else 140)
+    lives, records = read_lives(run_uri), read_records(run_uri)
+    found, torn = committed(run_uri)
+
+    step = max([checkpoint.step for checkpoint in found], default=0)
+    per_epoch = open_data(config).order.num_steps
+    total = per_epoch * config.train.epochs
+    state = "finished" if step >= total else "the same command continues it from there"
+    console.print(f"run          {run_uri}")
+    console.print(
+        f"saved        step {step} of {total} (epoch {step / per_epoch:.2f} of {config.train.epochs}); {state}"
+    )
+    console.print(f"starts       {len(lives)}, so {max(len(lives) - 1, 0)} restarts")
+    console.print(_lives_table(lives))
+
+    top, damage = best(found), {}
+    with progress_bar("reading checkpoints", len(found)) as advance:
+        for checkpoint in found:
+            damage[checkpoint.uri] = find_damage(checkpoint)
+            advance(1)
+    console.print(_checkpoints_table(found, top, damage))
+    for reason in torn:
+        console.print(f"no checkpoint: {reason}", soft_wrap=True)
+
+    evaluations = [record for record in records if record["kind"] == "eval"]
+    if evaluations:
+        rows = {"constant predictor": constant_scores(read_index(config.data.val).labels)}
+        print_scores(rows | {f"epoch {record['epoch'] + 1}": record["scores"] for record in evaluations})
+    else:
+        console.print("scores       none yet")
+
+
+def _lives_table(lives: list[dict[str, Any]]) -> Table:
+    table = Table("started", "from step", "ranks", "rank 0 on")
+    for life in lives:
+        table.add_row(life["started"], str(life["step"]), str(life["num_ranks"]), life["host"])
+    return table
+
+
+def _checkpoints_table(found: list[Checkpoint], top: Checkpoint | None, damage: dict[str, str | None]) -> Table:
+    table = Table("checkpoint", "step", "saved", "MB", "P", "whole")
+    for checkpoint in found:
+        score = "" if checkpoint.score is None else f"{checkpoint.score:.4f}{' best' if checkpoint is top else ''}"
+        table.add_row(
+            checkpoint.uri.rpartition("/")[2],
+            str(checkpoint.step),
+            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(checkpoint.saved_at)),
+            f"{sum(about['bytes'] for about in checkpoint.files.values()) / 1e6:.1f}",
+            score,
+            damage[checkpoint.uri] or "yes",
+        )
+    return table
