@@ -94,14 +94,13 @@ class Run:
             raise RuntimeError(f"{self.name} ended with {self.process.returncode}:\n{text[-3000:]}")
 
     def ranks(self) -> dict[int, int]:
-        """The pid of every rank of the life that is under way."""
+        """The pid, outside of its host, of every rank of the life that is under way."""
         files = sorted((self.audit / self.name).glob("*.jsonl"), key=lambda path: path.stat().st_mtime)
-        life = files[-1].name.partition("-")[0]
-        found = {}
+        life, found = files[-1].name.partition("-")[0], {}
         for path in files:
             if path.name.startswith(life):
-                parts_of_name = path.stem.split("-")
-                found[int(parts_of_name[2])] = int(parts_of_name[4])
+                _, rank, *_, pid = path.stem.split("-")
+                found[int(rank)] = find_outside(self.cluster, path.stem.split("-", 2)[2].rpartition("-")[0], int(pid))
         return found
 
     def outcome(self, failure: str, failed_at: float, undisturbed: float | None) -> Outcome:
@@ -126,6 +125,24 @@ class Run:
         assert [record["step"] for record in records] == list(range(1, NUM_STEPS + 1))
         last = [record["loss"]["total"] for record in records[-ROWS // BATCH :]]
         return sum(last) / len(last)
+
+
+def find_outside(cluster: ClusterState, hostname: str, pid: int) -> int:
+    """Find the process that has `pid` on a host: hosts in namespaces count their own."""
+    for host in range(cluster.hosts):
+        for outside in find_processes(cluster.cluster_id, host):
+            try:
+                status = Path(f"/proc/{outside}/status").read_text()
+            except FileNotFoundError:
+                continue
+            pids = next(line.split()[1:] for line in status.splitlines() if line.startswith("NSpid"))
+            if (
+                int(pids[-1]) == pid
+                and "RayTrainWorker" in Path(f"/proc/{outside}/cmdline").read_text()
+                and (cluster.network == "loopback" or hostname == f"host-{host}")
+            ):
+                return outside
+    raise ProcessLookupError(f"no process {pid} on {hostname}")
 
 
 # --------------------------------------------------------------------------------------------------------- the failures

@@ -1,6 +1,6 @@
 """The whole system on this machine in a few minutes: what `make demo` runs.
 
-An S3 server and a Ray cluster of two nodes come up; a set of faces (rendered, or yours with --data) becomes shards in
+An S3 server and a Ray cluster of two hosts come up; a set of faces (rendered, or yours with --data) becomes shards in
 s3://; a small search finds loss weights and a learning rate; both views are trained by `ray job submit`; the ensemble
 job writes the challenge score. Every command is printed, so that you can run it yourself.
 
@@ -36,7 +36,7 @@ from mtl_dist.tasks import VIEWS
 DEMO_DIR = Path("demo")
 BUCKET = "s3://mtl"
 RESULTS = ("score.json", "predictions.csv", "table.txt")
-NUM_NODES, CPUS_PER_NODE = 2, 4  # logical CPUs: room for trial drivers beside ranks, whatever the machine has
+NUM_HOSTS, CPUS_PER_HOST = 2, 4  # logical CPUs: room for trial drivers beside ranks, whatever the machine has
 
 
 RAY_SPEAKS = (
@@ -93,10 +93,10 @@ def main(args: list[str] | None = None) -> None:
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("starting", total=sum(step.seconds for step in steps) + 10, left="")
         show = Display(console, progress, bar, len(steps) + 2)
-        show.begin("starting an S3 server and a Ray cluster of 2 nodes", 10, steps)
+        show.begin("starting an S3 server and a Ray cluster of 2 hosts", 10, steps)
         try:
             down(cluster_dir)  # of an interrupted demo
-            with LocalCluster(cluster_dir, nodes=NUM_NODES, cpus_per_node=CPUS_PER_NODE) as cluster:
+            with LocalCluster(cluster_dir, hosts=NUM_HOSTS, cpus_per_host=CPUS_PER_HOST) as cluster:
                 for number, step in enumerate(steps):
                     show.begin(step.title, step.seconds, steps[number + 1 :])
                     run_step(step, cluster, show, demo / "logs" / f"{number + 1}-{step.title.replace(' ', '-')}.log")

@@ -30,7 +30,8 @@ LAYERS = [
         "mtl_dist.export",
         "mtl_dist.report",
     },
-    {"tune", "cluster", "benchmarks"},
+    {"tune", "cluster"},
+    {"benchmarks"},
 ]
 LAYER_OF = {unit: number for number, units in enumerate(LAYERS) for unit in units}
 

@@ -92,17 +92,17 @@ def test_a_rank_that_hangs_is_named_and_ended(shards, tmp_path):
     ) as process:
         try:
             audit = tmp_path / "audit" / "run"
-            while not (files := list(audit.glob("*rank-00001*"))) or files[0].stat().st_size < 1000:
+            while not (files := list(audit.glob("*-00001-*"))) or files[0].stat().st_size < 1000:
                 assert process.poll() is None, process.stdout.read()
                 time.sleep(0.05)
             (pid,) = (int(path.stem.rpartition("-")[2]) for path in files)
             os.kill(pid, signal.SIGSTOP)
             stopped = time.monotonic()
-            printed, _ = process.communicate(timeout=90)
+            printed, _ = process.communicate(timeout=150)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-    assert time.monotonic() - stopped < 60
+    assert time.monotonic() - stopped < 100, "8 s, 9 s to name it, and what torchrun waits for a stopped process"
     assert process.returncode != 0
     assert "rank 0 has not moved for" in printed
     assert "Stopped or gone: rank 1" in printed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
 from mtl_dist.config import build_config
-from mtl_dist.runtime.checkpoint import best, committed
+from mtl_dist.runtime.checkpoint import best, committed, find_damage
 from mtl_dist.runtime.saving import read_lives
 from mtl_dist.runtime.tracking import read_records
 from tests.conftest import REPO, assert_one_message, run_module
@@ -82,8 +83,10 @@ def test_a_run_leaves_these_files_and_scores_and_nothing_else(undisturbed):
     files = {"COMMIT.json", "state.json", "model.safetensors", "train.safetensors"}
     kept = {path.split("/")[1] for path in found if path.startswith("checkpoints/")}
     assert [one for one in kept if one.startswith(f"step_{2 * step:09d}_")]
+    boards = {path for path in found if path.startswith("tensorboard/events")}
+    assert len(boards) == 1
     assert len(kept) <= 2  # the last, and the best of each score, which was found at the end of either epoch
-    assert found == {"config.yaml", "metrics.jsonl", "lives.json"} | {
+    assert found == {"config.yaml", "metrics.jsonl", "lives.json", *boards} | {
         f"checkpoints/{one}/{name}" for one in kept for name in files
     }
     records = read_records(str(undisturbed / "run"))
@@ -234,13 +237,49 @@ def test_bf16_and_uncertainty_train(shards, tmp_path):
     assert len(losses(tmp_path, "run")) == STEPS_PER_EPOCH
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_rows(shards, tmp_path):
-    diverging = ("--optim.name", "sgd", "--optim.lr", "1e30", "--optim.clip-norm", "1e30")
-    done = run_module(*train_args(shards, tmp_path, "run", *diverging))
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkpoint(shards, tmp_path):
+    """A learning rate that takes some steps to diverge, a checkpoint after each."""
+    diverging = (
+        "--optim.name",
+        "sgd",
+        "--optim.lr",
+        "300",
+        "--optim.clip-norm",
+        "1e30",
+        "--checkpoint.every-steps",
+        "1",
+    )
+    done = run_module(*train_args(shards, tmp_path, "run", *diverging, "--train.epochs", "20"))
     assert done.returncode == 1
     assert "NonFiniteLoss" in done.stderr
-    assert "this rank's rows" in done.stderr
-    assert not committed(str(tmp_path / "run"))[0]
+    step = int(re.search(r"NonFiniteLoss: step (\d+)", done.stderr)[1])
+    found, _ = committed(str(tmp_path / "run"))
+    assert found
+    assert 1 <= found[-1].step < step
+    assert find_damage(found[-1]) is None
+    assert all(np.isfinite(tensor).all() for tensor in final_weights(tmp_path, "run").values())
+
+
+def test_the_status_of_a_run_is_told_from_its_storage(shards, tmp_path):
+    train(shards, tmp_path, "run", "--checkpoint.keep-last", "2")
+    found, _ = committed(str(tmp_path / "run"))
+    (Path(found[0].uri) / "COMMIT.json").unlink()
+    damaged = Path(found[1].uri) / "train.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    done = run_module("mtl_dist.train", "--status", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    for words in (
+        "step 10 of 10",
+        "finished",
+        "0 restarts",
+        "train.safetensors is damaged",
+        "no COMMIT.json",
+        "epoch 2",
+    ):
+        assert words in " ".join(done.stdout.split()), words
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    done = run_module("mtl_dist.train", "--status", str(tmp_path / "nothing"))
+    assert_one_message(done, "no run at", "nothing")
 
 
 def test_a_run_name_that_belongs_to_another_model_is_refused(undisturbed, shards):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +24,7 @@ class Audit:
         self.life, self.rank = life, rank
         try:
             (directory / run_name).mkdir(parents=True, exist_ok=True)
-            path = directory / run_name / f"{life}-rank-{rank:05d}-pid-{os.getpid()}.jsonl"
+            path = directory / run_name / f"{life}-{rank:05d}-{socket.gethostname()}-{os.getpid()}.jsonl"
             self._file = path.open("wb", buffering=0)
         except OSError as error:
             raise InputError(f"run.audit_dir {directory} cannot be written: {error.strerror}; choose another") from None

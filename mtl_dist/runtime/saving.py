@@ -73,6 +73,10 @@ class Saver:
         self._pending_step = state["step"]
         self._pending = self._pool.submit(self._store, *copies, state, kept, records, blocked_s)
 
+    def is_idle(self) -> bool:
+        """Whether no save is under way."""
+        return self._pending is None or self._pending.done()
+
     def wait(self) -> None:
         """Wait for the save under way. What kept it from being stored is said, not raised, unless by `Superseded`."""
         if self._pending is None:

@@ -25,7 +25,7 @@ RUNS = "s3://mtl/runs"
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory, dataset):
     """A cluster with shards of `dataset` in its store."""
-    with LocalCluster(tmp_path_factory.mktemp("cluster"), nodes=2, cpus_per_node=3) as state:
+    with LocalCluster(tmp_path_factory.mktemp("cluster"), hosts=2, cpus_per_host=3) as state:
         args = ("mtl_dist.shards", "create", str(dataset), "s3://mtl/faces", "--frames-per-shard", "7")
         done = run_module(*args, env=state.client_env())
         assert done.returncode == 0, done.stderr
@@ -72,8 +72,8 @@ def test_search_train_and_ensemble_run_as_jobs(cluster):
         done = submit(cluster, "mtl_dist.train", "--config", f"{RUNS}/weights/best.yaml", *run_args(view, view, *ranks))
         assert done.returncode == 0, done.stdout[-3000:]
         assert "constant predictor" in done.stdout
-    commits = [f"{RUNS}/{view}/checkpoints/step_000000010/COMMIT.json" for view in VIEWS]
-    assert all(json.loads(read(cluster, uri))["step"] == 10 for uri in commits)
+    for view in VIEWS:
+        assert list((cluster.dir / "s3" / "mtl" / "runs" / view).glob("checkpoints/step_000000010_*/COMMIT.json"))
 
     # The final job.
     runs = [f"{RUNS}/{view}" for view in VIEWS]
@@ -126,7 +126,8 @@ def test_a_changed_shard_is_named_by_the_job_without_a_traceback(cluster, datase
     done = submit(cluster, "mtl_dist.train", *args)
     assert done.returncode != 0
     assert "error: s3://mtl/damaged/cropped/train/shard-000001.tar" in done.stdout
-    assert done.stdout.count("Started training worker group") <= 2, "an error that no retry mends was retried"
+    printed, _, _ = done.stdout.partition(" failed")  # what follows says the last lines again
+    assert printed.count("Started training worker group") <= 2, "an error that no retry mends was retried"
 
 
 def test_a_killed_rank_is_restarted_and_the_run_continues(cluster):
