@@ -1,11 +1,11 @@
-"""What failures cost: rows lost, rows read twice, steps repeated, seconds to the next step.
+"""What failures cost: rows lost, rows read twice, steps repeated, seconds without a new step.
 
     python -m benchmarks.survival [--only "rank killed" ...] [--out FILE]
 
 A real cluster of three hosts on this machine (network namespaces where this process may make them, an S3 server, Ray),
 a run submitted by `ray job submit`, one failure in its middle, each on a run of its own. Rows are counted from
-`run.audit_dir`: every step that any process finished. Seconds go from the failure to the next step that all ranks
-finished which is further than any step before it, so that steps done again count as part of the failure.
+`run.audit_dir`: every step that any process finished. The seconds are the longest time after the failure in which no
+step was finished, by all ranks, that is further than any before it: steps done again count as part of the failure.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,9 +32,9 @@ from mtl_dist.runtime.saving import read_lives
 from mtl_dist.runtime.tracking import read_records
 
 HOSTS = 3
-ROWS, BATCH, EPOCHS, EVERY_STEPS = 480, 24, 20, 20
+ROWS, BATCH, EPOCHS, EVERY_STEPS = 480, 24, 30, 20
 NUM_STEPS = ROWS // BATCH * EPOCHS
-FAIL_AT = NUM_STEPS // 4
+FAIL_AT = 100
 HANG_S = 15
 S3_AWAY_S = 60
 NOTICE_S = 30
@@ -46,7 +47,7 @@ class Outcome(NamedTuple):
     rows_lost: int
     rows_twice: int
     steps_repeated: int
-    seconds: float  # to the next new step
+    seconds: float  # without a new step
     ranks: str  # of every start
     loss_difference: float  # of the last epoch's mean, relative to the undisturbed run's
 
@@ -105,8 +106,12 @@ class Run:
 
     def outcome(self, failure: str, failed_at: float, undisturbed: float | None) -> Outcome:
         report = read_audit(self.audit, self.name, global_batch=BATCH, num_steps=NUM_STEPS)
-        before = max((step for at, step in report.finished_at if at <= failed_at), default=0)
-        after = [at for at, step in report.finished_at if at > failed_at and step > before]
+        news, furthest = [], 0
+        for at, step in report.finished_at:
+            if step > furthest:
+                news.append(at)
+                furthest = step
+        pauses = [later - earlier for earlier, later in pairwise(news) if later > failed_at]
         ranks = " ".join(str(life["num_ranks"]) for life in read_lives(self.uri))
         loss = self.last_loss()
         difference = 0.0 if undisturbed is None else abs(loss / undisturbed - 1)
@@ -115,7 +120,7 @@ class Run:
             report.rows_lost,
             report.rows_twice,
             report.steps_repeated,
-            min(after, default=float("nan")) - failed_at,
+            max(pauses),
             ranks,
             difference,
         )
