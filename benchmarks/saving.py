@@ -44,10 +44,11 @@ def main() -> None:
         run = f"s3://{BUCKET}/run"
         alone = [measure_product() for _ in range(50)]
         beside = []
-        life = begin_life(run, step=0, num_ranks=1)
+        life = begin_life(run, command="benchmark", num_ranks=1)
         with Saver(run, CheckpointConfig(keep_last=args.rounds), life=life) as saver:
             for step in range(1, args.rounds + 1):
-                saver.save(weights, moments, state={"step": step}, scores={}, records={})
+                state = {"step": step}
+                saver.save(weights, moments, begun=time.monotonic(), state=state, scores={}, records={})
                 while not saver.is_idle():
                     beside.append(measure_product())
         commits = [json.loads(storage.read_bytes(storage.join(c.uri, COMMIT))) for c in committed(run)[0]]

@@ -122,8 +122,12 @@ def list_objects(uri: str) -> list[StoredObject]:
     """List every object below a prefix, sorted by name; empty where there is nothing."""
     if not is_s3(uri):
         root = local_path(uri)
-        files = [path for path in root.rglob("*") if path.is_file() and not path.name.startswith(PART_PREFIX)]
-        return sorted(StoredObject(path.relative_to(root).as_posix(), path.stat().st_size) for path in files)
+        files = []
+        for path in root.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                if path.is_file() and not path.name.startswith(PART_PREFIX):
+                    files.append(StoredObject(path.relative_to(root).as_posix(), path.stat().st_size))
+        return sorted(files)
     key = _s3().split(uri)[1]
     prefix = f"{key.rstrip('/')}/" if key else ""
     found = _s3().list_objects(uri, prefix)

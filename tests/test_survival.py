@@ -18,7 +18,7 @@ from mtl_dist.config import CheckpointConfig
 from mtl_dist.errors import InputError
 from mtl_dist.runtime.audit import read_audit
 from mtl_dist.runtime.checkpoint import committed
-from mtl_dist.runtime.saving import Saver, Superseded, begin_life, read_lives
+from mtl_dist.runtime.saving import Saver, Stale, Superseded, begin_life, read_lives
 from mtl_dist.runtime.watchdog import EXIT_CODE
 from tests.conftest import REPO, run_module
 from tests.dying import PHASES
@@ -122,17 +122,18 @@ def alone():
 
 def save(saver: Saver, step: int, **scores: float) -> None:
     tensors = {"weight": torch.full((4,), float(step))}
-    saver.save(tensors, {}, state={"step": step, "scores": {}}, scores=scores, records={})
+    state = {"step": step, "scores": {}}
+    saver.save(tensors, {}, begun=time.monotonic(), state=state, scores=scores, records={})
 
 
-def open_saver(run: Path, **settings) -> Saver:
-    return Saver(str(run), CheckpointConfig(**settings), life=begin_life(str(run), step=0, num_ranks=1))
+def open_saver(run: Path, command: str = "one", **settings) -> Saver:
+    return Saver(str(run), CheckpointConfig(**settings), life=begin_life(str(run), command=command, num_ranks=1))
 
 
 def test_what_is_saved_is_the_moment_of_the_save(alone, tmp_path):
     weight = torch.zeros(1000)
     with open_saver(tmp_path) as saver:
-        saver.save({"weight": weight}, {}, state={"step": 1}, scores={}, records={})
+        saver.save({"weight": weight}, {}, begun=0.0, state={"step": 1}, scores={}, records={})
         weight += 1  # training goes on
     (found,), _ = committed(str(tmp_path))
     assert not load_file(f"{found.uri}/model.safetensors")["weight"].any()
@@ -160,17 +161,37 @@ def test_the_last_checkpoint_must_be_stored(alone, tmp_path):
         save(saver, 1)
 
 
-def test_a_process_that_was_believed_dead_ends_when_it_wakes_up(alone, tmp_path):
-    sleeper = open_saver(tmp_path)
+@pytest.mark.parametrize(("command", "error"), [("one", Stale), ("another", Superseded)])
+def test_a_process_that_was_believed_dead_ends_when_it_wakes_up(command, error, alone, tmp_path):
+    sleeper = open_saver(tmp_path, keep_last=9)
     save(sleeper, 1)
     sleeper.wait()
-    with open_saver(tmp_path) as successor:
+    with open_saver(tmp_path, command, keep_last=9) as successor:
         save(successor, 2)
     save(sleeper, 3)
-    with pytest.raises(Superseded, match="was started again"):
+    with pytest.raises(error, match=r"started again|taken over"):
         sleeper.wait()
     found, _ = committed(str(tmp_path))
     assert [checkpoint.step for checkpoint in found] == [1, 2]
+
+
+def test_of_two_commands_that_train_one_run_the_first_ends_for_good(alone, tmp_path):
+    open_saver(tmp_path, "one")
+    open_saver(tmp_path, "one")
+    open_saver(tmp_path, "another")
+    with pytest.raises(Superseded, match="two commands train one run"):
+        open_saver(tmp_path, "one")
+    open_saver(tmp_path, "another")
+
+
+def test_retention_leaves_what_a_later_life_is_writing(alone, tmp_path):
+    with open_saver(tmp_path) as saver:
+        for name in ("step_000000001_ffffffff", "notes"):  # a life that is not known yet, a user's own
+            (tmp_path / "checkpoints" / name).mkdir(parents=True)
+            (tmp_path / "checkpoints" / name / "file").touch()
+        save(saver, 2)
+        saver.wait()
+        assert {path.name for path in (tmp_path / "checkpoints").iterdir()} >= {"step_000000001_ffffffff", "notes"}
 
 
 def test_two_lives_that_save_one_step_do_not_share_a_file(alone, tmp_path):

@@ -42,7 +42,7 @@ def freeze_batchnorm(module: nn.Module) -> None:
 
 @torch.no_grad()
 def average_batchnorm(model: nn.Module, config: Config) -> None:
-    """Make BatchNorm's running statistics the mean over ranks: DeepSpeed saves rank 0's and evaluates with each own."""
+    """Make BatchNorm's running statistics the mean over ranks: rank 0's are saved, and each evaluates with its own."""
     if dist.get_world_size() == 1 or config.engine.batchnorm != "local":
         return
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import uuid
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -51,6 +52,9 @@ class LocalContext:
     def __init__(self):
         self.rank = int(os.environ.get("RANK", 0))
         self.num_ranks = int(os.environ.get("WORLD_SIZE", 1))
+        # A run id of torchrun may be a word that is used again; its store's port is not.
+        parts = (os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"))
+        self.command = "-".join(parts) if is_torchrun() else uuid.uuid4().hex
         self.num_cpus = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         self.has_gpu = torch.cuda.is_available()
         self.signal = 0  # the one that asked to stop
@@ -73,13 +77,13 @@ class LocalContext:
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
-        print("stopping after this step ...", flush=True)
+        os.write(1, b"stopping after this step ...\n")  # print may be interrupted here by itself
 
 
 class RayContext:
     """A rank of Ray Train."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, *, command: str):
         import ray.train
         from ray.util.metrics import Gauge
 
@@ -88,6 +92,7 @@ class RayContext:
             logging.getLogger(name).setLevel(logging.WARNING)
         context = ray.train.get_context()
         self.rank, self.num_ranks = context.get_world_rank(), context.get_world_size()
+        self.command = command
         self.num_cpus = max(1, int(config.ray.cpus_per_rank))  # the machine's other cores may be another rank's
         self.has_gpu = config.ray.gpus_per_rank > 0  # Ray hides no GPU from a worker that asked for none
         self._asked, self._notice = 0.0, None
@@ -134,15 +139,16 @@ def run_local(config: Config) -> None:
     if use_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     backend = "nccl" if use_cuda else "gloo"
+    timeout = _collective_timeout(config)
     if is_torchrun():
-        _join_torchrun(backend)
+        _join_torchrun(backend, timeout)
     else:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     fit(config, context)
     status = 128 + context.signal if context.signal else 0
     if is_torchrun():
-        # All is saved, and every rank is here. Gloo's threads abort a process now and then while it tears them down
+        # Rank 0 comes when all is stored. Gloo's threads abort a process now and then while it tears them down
         # ("terminate called without an active exception", 2 of 15 runs of three ranks): leave without tearing down.
         dist.barrier()
         sys.stdout.flush()
@@ -152,7 +158,12 @@ def run_local(config: Config) -> None:
         sys.exit(status)
 
 
-def _join_torchrun(backend: str) -> None:
+def _collective_timeout(config: Config) -> timedelta:
+    """Longer than the watchdog waits, which knows who hangs and says so; NCCL's own 10 minutes are not."""
+    return timedelta(seconds=max(1800.0, 2 * config.engine.hang_s))
+
+
+def _join_torchrun(backend: str, timeout: timedelta) -> None:
     """Meet the other ranks of torchrun.
 
     Ranks that torchrun starts again meet in the store of the first ones, among the keys those left, and wait for ever.
@@ -160,13 +171,13 @@ def _join_torchrun(backend: str) -> None:
     needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, as README says.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("GROUP_WORLD_SIZE") != "1":
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
         return
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
     store = dist.PrefixStore(f"attempt-{attempt}", dist.TCPStore(address, port, is_master=False))
     dist.init_process_group(
-        backend, store=store, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])
+        backend, store=store, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]), timeout=timeout
     )
 
 
@@ -196,13 +207,14 @@ def run_ray(config: Config, *, callbacks: list | None = None) -> None:
 def build_trainer(config: Config, *, note: str, callbacks: list | None = None):
     """Build the TorchTrainer of a run; its ranks restart and resize as `config.ray` says."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     low, high = config.ray.num_ranks
     path, filesystem = ray_storage(storage.join(config.run.storage, config.run.name, "ray"))
     return TorchTrainer(
         _rank_main,
         train_loop_config={"config": config.model_dump(mode="json"), "note": note},
+        torch_config=TorchConfig(timeout_s=int(_collective_timeout(config).total_seconds())),
         scaling_config=ScalingConfig(
             placement_strategy=config.ray.placement,
             num_workers=high if low == high else (low, high),
@@ -267,9 +279,10 @@ def _rank_main(task: dict[str, Any]) -> None:
         return
     config = Config(**task["config"])
     try:
-        fit(config, RayContext(config))
+        fit(config, RayContext(config, command=task["note"]))
     except (InputError, NonFiniteLoss) as error:
-        about = {"kind": type(error).__name__, "message": str(error)}
+        kind = InputError if isinstance(error, InputError) else NonFiniteLoss
+        about = {"kind": kind.__name__, "message": str(error)}
         storage.write_bytes(task["note"], json.dumps(about).encode())
         raise
 

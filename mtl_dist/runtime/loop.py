@@ -34,7 +34,7 @@ from mtl_dist.runtime.device import keep_freed_memory, pick_device
 from mtl_dist.runtime.engine import build_engine, learning_rate, read_optimizer, restore_optimizer, set_learning_rate
 from mtl_dist.runtime.evaluate import predict, total_sums
 from mtl_dist.runtime.plan import open_data
-from mtl_dist.runtime.saving import Saver, begin_life, read_lives
+from mtl_dist.runtime.saving import Saver, begin_life, note_step, read_lives
 from mtl_dist.runtime.tracking import Tracker
 from mtl_dist.runtime.watchdog import Watchdog
 from mtl_dist.tasks import TASKS, Batch
@@ -49,6 +49,7 @@ class RunContext(Protocol):
 
     rank: int
     num_ranks: int
+    command: str  # names what started the ranks, the same when they are started again
     num_cpus: int  # that this rank may use
     has_gpu: bool  # whether this rank may use one
 
@@ -85,6 +86,11 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
 
     Raises `InputError` for what the user can mend and `NonFiniteLoss` where training diverged.
     """
+    with Watchdog(limit_s=config.engine.hang_s) as watchdog:
+        return _fit(config, context, watchdog)
+
+
+def _fit(config: Config, context: RunContext, watchdog: Watchdog) -> dict[str, Any]:
     # ------------------------------------------------------------------------------------------------ setup
     device = pick_device(config, has_gpu=context.has_gpu)
     torch.set_num_threads(config.engine.threads or context.num_cpus)
@@ -101,7 +107,11 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
     val_reader = ShardReader(config.data.val, data.val, cache)
 
     # ---------------------------------------------------------------------------------------------- restore
+    # The life first: from here on no earlier one commits, or deletes what is being read.
+    life = begin_life(config.run.uri, command=context.command, num_ranks=context.num_ranks)
+    watchdog.moved(0, 1, "reading the checkpoint")
     restored = load_checkpoint(config.run.uri, config, data.identity())
+    watchdog.moved(0, 2, "building the model")
     step, last_scores = (restored.state["step"], restored.state["scores"]) if restored else (0, {})
     module = ObjectiveModule(_build_model(config, pretrained=restored is None), config.loss, data.train.labels)
     average = WeightAverage(module.model, config.train.ema) if config.train.ema else None
@@ -119,8 +129,8 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
     steps_per_epoch = data.order.num_steps
     total_steps = steps_per_epoch * config.train.epochs
     tracker = None
-    life = begin_life(config.run.uri, step=step, num_ranks=context.num_ranks)
     if context.rank == 0:
+        note_step(config.run.uri, life, step)
         tracker = Tracker(config.run.uri, resumed_at=step, num_ranks=context.num_ranks)
         storage.write_bytes(storage.join(config.run.uri, CONFIG_NAME), dump_yaml(config).encode())
         context.observe(restarts=len(read_lives(config.run.uri)) - 1)
@@ -135,6 +145,7 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
 
     def save(saver: Saver, scored: dict[str, Any]) -> None:
         nonlocal saved_at
+        begun = time.monotonic()
         average_batchnorm(engine.module.model, config)
         _check_finite(engine.module, step)
         if average:
@@ -149,14 +160,12 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
         # The model's own weights are in both files only where the evaluated ones are averages.
         rest = {MODULE + n: t for n, t in engine.module.state_dict().items() if average or not n.startswith("model.")}
         rest |= {OPTIMIZER + name: tensor for name, tensor in read_optimizer(engine, config).items()}
-        context.observe(checkpoint_step=step)
-        saver.save(evaluated.state_dict(), rest, state=state, scores=scored, records=tracker.files() if tracker else {})
+        records = tracker.files() if tracker else {}
+        saver.save(evaluated.state_dict(), rest, begun=begun, state=state, scores=scored, records=records)
         saved_at = time.monotonic()
 
-    with (
-        Watchdog(limit_s=config.engine.hang_s) as watchdog,
-        Saver(config.run.uri, config.checkpoint, life=life) as saver,
-    ):
+    with Saver(config.run.uri, config.checkpoint, life=life) as saver:
+        saver.on_wait = lambda: watchdog.moved(step, 3, f"storing the checkpoint of step {step}")
         for epoch in range(step // steps_per_epoch, config.train.epochs):
             module.train()
             if config.engine.batchnorm == "frozen":
@@ -190,6 +199,8 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
                     audit.finished(step, epoch, batch.rows.flatten().numpy())
                 took_s = time.monotonic() - asked
                 context.observe(step_s=took_s, data_wait_s=waited_s, images_per_s=len(batch.rows) / took_s)
+                if saver.saved:
+                    context.observe(checkpoint_step=saver.saved.step)
                 if unseen:  # the step before: its loss is there by now, and asking does not make the device wait
                     _look_at(unseen, tracker, saver, config, total_steps)
                 unseen = _Progress(step, epoch, lr, loss, batch.rows.flatten().numpy(), waited_s)
@@ -201,12 +212,12 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
                         _look_at(unseen, tracker, saver, config, total_steps)
                         unseen = None
                         save(saver, {})
+                    if wishes.stop or wishes.now:
+                        saver.wait()
                     if wishes.stop:
                         batches.close()
                         _say_stopped(tracker, step, total_steps)
                         return last_scores
-                    if wishes.now:
-                        saver.wait()
                 asked = time.monotonic()
                 watchdog.moved(step + 1, 0, f"waiting for the data of step {step + 1}")
             if unseen:
@@ -227,7 +238,7 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
                 context.publish({"step": step, "epoch": epoch + 1, **_flat_scores(last_scores)})
             elif wishes.any or _is_due(step, config.checkpoint.every_steps):
                 save(saver, {})
-            if wishes.now:
+            if wishes.stop or wishes.now:
                 saver.wait()
             if wishes.stop and not is_last:
                 _say_stopped(tracker, step, total_steps)

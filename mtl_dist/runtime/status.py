@@ -65,7 +65,9 @@ def print_status(run_uri: str) -> None:
 def _lives_table(lives: list[dict[str, Any]]) -> Table:
     table = Table("started", "from step", "ranks", "rank 0 on")
     for life in lives:
-        table.add_row(life["started"], str(life["step"]), str(life["num_ranks"]), life["host"])
+        table.add_row(
+            life["started"], "" if life["step"] is None else str(life["step"]), str(life["num_ranks"]), life["host"]
+        )
     return table
 
 

@@ -27,7 +27,7 @@ class Tracker:
     def __init__(self, run_uri: str, *, resumed_at: int, num_ranks: int):
         self.num_ranks = num_ranks
         # Steps after the checkpoint that a run continues from are done again: their old records go.
-        self.records = [record for record in read_records(run_uri) if record["step"] <= resumed_at]
+        self._lines = [_line(record) for record in read_records(run_uri) if record["step"] <= resumed_at]
         self.console = Console(highlight=False)
         self._window = _Window()
         self._last_line = time.monotonic()
@@ -48,7 +48,7 @@ class Tracker:
         saved_step: int | None,
     ) -> None:
         """Take note of a finished step; print a line now and then."""
-        self.records.append({"kind": "step", "step": step, "epoch": epoch, "lr": lr, "loss": losses})
+        self._lines.append(_line({"kind": "step", "step": step, "epoch": epoch, "lr": lr, "loss": losses}))
         self._window.add(images, waited_s)
         self._board.add_scalar("lr", lr, step)
         for name, loss in losses.items():
@@ -72,7 +72,7 @@ class Tracker:
 
     def evaluated(self, step: int, epoch: int, scores: dict[str, Any], constant: dict[str, Any]) -> None:
         """Take note of an evaluation and print its scores beside the constant predictor's."""
-        self.records.append({"kind": "eval", "step": step, "epoch": epoch, "scores": scores})
+        self._lines.append(_line({"kind": "eval", "step": step, "epoch": epoch, "scores": scores}))
         for key, name in SCORE_NAMES.items():
             if scores[key] is not None:
                 self._board.add_scalar(f"score/{name}", scores[key], step)
@@ -84,11 +84,15 @@ class Tracker:
         )
         self._window = _Window()  # the time of an evaluation is not the steps'
 
-    def files(self) -> dict[str, bytes]:
-        """Return the files to store in the run: name -> content."""
+    def files(self) -> dict[str, bytes | list[bytes]]:
+        """Return the files to store in the run: name -> content, or its lines."""
         self._board.flush()
         boards = {f"{BOARD}/{path.name}": path.read_bytes() for path in Path(self._board_dir.name).iterdir()}
-        return {METRICS: "".join(json.dumps(record) + "\n" for record in self.records).encode(), **boards}
+        return {METRICS: list(self._lines), **boards}
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record).encode() + b"\n"
 
 
 class _Window:

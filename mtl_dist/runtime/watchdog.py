@@ -19,6 +19,7 @@ import torch.distributed as dist
 EXIT_CODE = 75  # EX_TEMPFAIL
 TICK_S = 1.0
 POST_EVERY_S = 3.0
+NAMING_S = 20.0
 ASLEEP_S = 10.0  # a tick that took so long: the whole process was stopped, not training alone
 
 
@@ -45,7 +46,7 @@ class Watchdog:
 
     def __exit__(self, *error) -> None:
         self._ended.set()
-        self._thread.join()
+        self._thread.join(TICK_S + POST_EVERY_S)  # a daemon: one that waits for a store that is gone is left behind
 
     def _watch(self) -> None:
         ticked, posted = time.monotonic(), 0.0
@@ -61,6 +62,8 @@ class Watchdog:
                 self._give_up(now - self._moved)
 
     def _post(self) -> None:
+        if self._store is None:
+            return
         step, phase, what = self._at
         self._posts += 1
         about = {"step": step, "phase": phase, "what": what, "host": socket.gethostname(), "posts": self._posts}
@@ -70,14 +73,25 @@ class Watchdog:
             self._store = None
 
     def _give_up(self, still_s: float) -> None:
-        print(
-            f"rank {self.rank} has not moved for {still_s:.0f} s (engine.hang_s): it is at {self._at[2]}. "
-            f"{self._name_behind()} Ending it, so that the ranks are started again from the last checkpoint",
-            file=sys.stderr,
-            flush=True,
-        )
-        faulthandler.dump_traceback(all_threads=True)
-        os._exit(EXIT_CODE)
+        try:
+            print(
+                f"rank {self.rank} has not moved for {still_s:.0f} s (engine.hang_s): it is at {self._at[2]}. Ending "
+                "it, so that the ranks are started again from the last checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
+            faulthandler.dump_traceback(all_threads=True)
+            # In a thread, because the store does not answer where the process that keeps it is stopped.
+            naming = threading.Thread(
+                target=lambda: print(self._name_behind(), file=sys.stderr, flush=True), daemon=True
+            )
+            naming.start()
+            naming.join(NAMING_S)
+        finally:
+            os._exit(EXIT_CODE)
+
+    def _say_behind(self) -> None:
+        print(self._name_behind(), file=sys.stderr, flush=True)
 
     def _name_behind(self) -> str:
         """Say which ranks all the others wait for."""
@@ -89,10 +103,12 @@ class Watchdog:
             self._post()
             time.sleep(POST_EVERY_S)
         found = self._read_posts()
+        if not found:
+            return "The rank that keeps the ranks' store is gone."
         silent = [
             rank
             for rank, about in found.items()
-            if not about.get("gives_up") and about.get("posts") == before[rank].get("posts")
+            if not about.get("gives_up") and about.get("posts") == before.get(rank, {}).get("posts")
         ]
         if silent:
             where = [f"rank {rank} on {found[rank].get('host', 'an unknown host')}" for rank in silent]
@@ -105,11 +121,9 @@ class Watchdog:
         return f"Behind the others: {', '.join(named)}."
 
     def _read_posts(self) -> dict[int, dict]:
-        """Return what every rank posted last; nothing of one that never did."""
+        """Return what every rank posted last, nothing of one that never did; empty where the store is gone."""
         keys = {rank: f"watchdog/{rank}" for rank in range(self.num_ranks)}
         try:
-            return {
-                rank: json.loads(self._store.get(key)) if self._store.check([key]) else {} for rank, key in keys.items()
-            }
-        except RuntimeError:
-            return {rank: {} for rank in keys}
+            return {r: json.loads(self._store.get(key)) if self._store.check([key]) else {} for r, key in keys.items()}
+        except (RuntimeError, AttributeError):  # AttributeError: `_post` found it gone
+            return {}
