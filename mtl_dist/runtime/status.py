@@ -51,8 +51,8 @@ def print_status(run_uri: str) -> None:
             damage[checkpoint.uri] = find_damage(checkpoint)
             advance(1)
     console.print(_checkpoints_table(found, top, damage))
-    for reason in torn:
-        console.print(f"no checkpoint: {reason}", soft_wrap=True)
+    for reason in [*filter(None, damage.values()), *torn]:
+        console.print(f"passed over  {reason}", soft_wrap=True)
 
     evaluations = [record for record in records if record["kind"] == "eval"]
     if evaluations:
@@ -81,6 +81,6 @@ def _checkpoints_table(found: list[Checkpoint], top: Checkpoint | None, damage: 
             time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(checkpoint.saved_at)),
             f"{sum(about['bytes'] for about in checkpoint.files.values()) / 1e6:.1f}",
             score,
-            damage[checkpoint.uri] or "yes",
+            "no" if damage[checkpoint.uri] else "yes",
         )
     return table
