@@ -18,6 +18,7 @@ from cluster.processes import ClusterError, find_processes, read_command
 from cluster.state import BUCKET, REGION, ClusterState, cluster_id, load_state, runtime_dir
 
 pytestmark = pytest.mark.integration
+SLOW = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 HOSTS = 3
@@ -287,12 +288,15 @@ def test_a_second_cluster_comes_and_goes_beside_the_first(cluster, other_dir, ca
     assert_runs(cluster)
 
 
-@pytest.mark.parametrize("when", ["mtl-", "sh", "rclone", "gcs_server", "raylet"])
+@pytest.mark.parametrize(
+    "when", ["mtl-", pytest.param("sh", marks=SLOW), pytest.param("rclone", marks=SLOW), "gcs_server", "raylet"]
+)
 def test_down_after_a_killed_up_leaves_nothing(cluster, other_dir, when):
     if when in ("mtl-", "sh") and cluster.network == "loopback":
         pytest.skip("needs the right to make network namespaces")
     start_and_kill_up(other_dir, when=when)
-    assert local.down(other_dir) > 0 or when == "mtl-"
+    # A network has no process yet, and the shell that makes it may have ended by itself.
+    assert local.down(other_dir) > 0 or when in ("mtl-", "sh")
     assert_nothing_left(other_dir)
     assert local.down(other_dir) == 0
     assert_runs(cluster)
