@@ -58,8 +58,8 @@ class Tracker:
             return
         self._last_line = now
         speed, waiting = self._window.rates()
-        self._board.add_scalar("speed/images per second", speed, step)
-        self._board.add_scalar("speed/share of time waiting for data", waiting, step)
+        self._board.add_scalar("speed/images_per_s", speed, step)
+        self._board.add_scalar("speed/waiting_for_data", waiting, step)
         left = (total - step) * self._window.seconds / max(self._window.steps, 1)
         shown = "  ".join(f"{task} {losses[task]:.3f}" for task in (*TASKS, "total") if task in losses)
         line = (
@@ -73,9 +73,9 @@ class Tracker:
     def evaluated(self, step: int, epoch: int, scores: dict[str, Any], constant: dict[str, Any]) -> None:
         """Take note of an evaluation and print its scores beside the constant predictor's."""
         self._lines.append(_line({"kind": "eval", "step": step, "epoch": epoch, "scores": scores}))
-        for key, name in SCORE_NAMES.items():
+        for key in SCORE_NAMES:
             if scores[key] is not None:
-                self._board.add_scalar(f"score/{name}", scores[key], step)
+                self._board.add_scalar(f"score/{key}", scores[key], step)
         parts = "  ".join(
             f"{name} {_cell(scores[key])}" for key, name in SCORE_NAMES.items() if scores[key] is not None
         )
