@@ -78,7 +78,7 @@ def arrange(phase: str, step: int, rank: int, marker: Path) -> None:
             die()
 
     def dying_delete(uri: str, *, first: str | None = None) -> None:
-        if phase == "in retention":
+        if phase == "in retention" and first:
             storage.delete(storage.join(uri, first))
             die()
         delete_all(uri, first=first)
