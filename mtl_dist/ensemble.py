@@ -15,7 +15,7 @@ import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
@@ -24,10 +24,8 @@ from mtl_dist.errors import InputError, run_command
 from mtl_dist.tasks import AUS, EXPRESSIONS
 
 if TYPE_CHECKING:
-    from mtl_dist.config import Config
-    from mtl_dist.data.index import Index
-    from mtl_dist.runtime.checkpoint import Checkpoint
     from mtl_dist.runtime.evaluate import Predicted
+    from mtl_dist.runtime.members import Member
 
 
 @dataclass(frozen=True)
@@ -47,19 +45,12 @@ class EnsembleCommand:
     """Per-node cache of shards; None: $MTL_CACHE_DIR or ~/.cache/mtl_dist/shards."""
 
 
-class Member(NamedTuple):
-    """A run with its best checkpoint and its validation set."""
-
-    run_uri: str
-    checkpoint: Checkpoint
-    config: Config
-    val_uri: str
-    val: Index
-
-
 def main(args: list[str] | None = None) -> None:
     command = tyro.cli(EnsembleCommand, args=args, prog="python -m mtl_dist.ensemble", description=__doc__)
     from mtl_dist.objective.metrics import constant_scores, metric_sums, scores
+    from mtl_dist.progress import progress_bar
+    from mtl_dist.runtime.device import named_device
+    from mtl_dist.runtime.members import image_names, open_member, predict_member
     from mtl_dist.runtime.tracking import print_scores, render_scores
 
     if len(command.runs) < 2:
@@ -69,7 +60,12 @@ def main(args: list[str] | None = None) -> None:
     members = [open_member(run, *command.val[place : place + 1]) for place, run in enumerate(command.runs)]
     _check_members(members)
     storage.check_writable(command.out)
-    predicted = [predict_member(member, command) for member in members]
+    options = {"batch": command.batch, "workers": command.workers, "cache_dir": command.cache_dir}
+    device = named_device(command.device)
+    predicted = []
+    for member in members:
+        with progress_bar(f"predicting {member.val.view}", member.val.rows) as advance:
+            predicted.append(predict_member(member, device=device, progress=advance, **options))
     ensemble = combine(predicted)
 
     val = members[0].val
@@ -77,7 +73,7 @@ def main(args: list[str] | None = None) -> None:
     for member, own in zip(members, predicted):
         results[member.val.view] = scores(metric_sums(own.predictions, own.targets))
     results["ensemble"] = scores(metric_sums(ensemble.predictions, ensemble.targets))
-    names = image_names(members[0], command)
+    names = image_names(members[0], command.cache_dir)
     storage.write_bytes(storage.join(command.out, "predictions.csv"), _predictions_csv(ensemble, names))
     storage.write_bytes(storage.join(command.out, "table.txt"), render_scores(results).encode())
     report = {
@@ -92,77 +88,6 @@ def main(args: list[str] | None = None) -> None:
     print(f"challenge score P {report['p']:.4f} of {len(report['covers'])} task(s): {', '.join(report['covers'])}")
     print(
         "wrote " + ", ".join(storage.join(command.out, name) for name in ("score.json", "predictions.csv", "table.txt"))
-    )
-
-
-def open_member(run_uri: str, val_uri: str | None = None) -> Member:
-    """Find a run's best committed checkpoint and its validation set. Raises `InputError`."""
-    from mtl_dist.config import build_config, unflatten
-    from mtl_dist.data.index import check_stored, read_index
-    from mtl_dist.runtime.checkpoint import best, committed, read_state
-
-    found, skipped = committed(run_uri)
-    chosen = best(found)
-    if chosen is None:
-        reasons = f" ({'; '.join(skipped)})" if skipped else ""
-        raise InputError(
-            f"run {run_uri} has no committed checkpoint with a score{reasons}; train it first, or correct the name"
-        )
-    try:
-        state = read_state(chosen)
-    except ValueError as error:
-        raise InputError(f"{error}; delete {chosen.uri} to use the next best checkpoint") from None
-    config = build_config(unflatten(state["config"]))
-    val_uri = val_uri or config.data.val
-    val = read_index(val_uri)
-    if val.sha256 != state["identity"]["validation set"]:
-        raise InputError(
-            f"{val_uri} is not the validation set that {chosen.uri} was scored on; give the right one with --val"
-        )
-    check_stored(val_uri, val)
-    return Member(run_uri, chosen, config, val_uri, val)
-
-
-def predict_member(member: Member, command: EnsembleCommand) -> Predicted:
-    """Predict a member's validation split with its best checkpoint, rows in ascending order."""
-    import numpy as np
-    import torch
-
-    from mtl_dist.data.cache import GIB, Cache
-    from mtl_dist.data.loader import eval_batches
-    from mtl_dist.data.reader import ShardReader
-    from mtl_dist.models import build_model
-    from mtl_dist.objective.metrics import Predictions, Targets
-    from mtl_dist.progress import progress_bar
-    from mtl_dist.runtime.checkpoint import read_model
-    from mtl_dist.runtime.evaluate import Predicted, predict
-
-    config = member.config
-    model = build_model(config.model.model_copy(update={"weights": "none"}))
-    try:
-        model.load_state_dict(read_model(member.checkpoint))
-    except (ValueError, RuntimeError) as error:
-        raise InputError(f"{member.checkpoint.uri}: {error}; delete it to use the next best checkpoint") from None
-    wanted = command.device if command.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(wanted)
-    cache = Cache(command.cache_dir, max_bytes=int(config.data.cache_gib * GIB))
-    batches = eval_batches(
-        ShardReader(member.val_uri, member.val, cache), batch=command.batch, rank=0, num_ranks=1,
-        size=config.data.image_size, workers=command.workers, prefetch=config.data.prefetch)  # fmt: skip
-    with progress_bar(f"predicting {member.val.view}", member.val.rows) as advance:
-        predicted = predict(
-            model.to(device),
-            batches,
-            device=device,
-            size=config.input_size,
-            bf16=config.engine.autocast == "bf16",
-            progress=advance,
-        )
-    by_row = np.argsort(predicted.rows)
-    return Predicted(
-        predicted.rows[by_row],
-        Predictions(*(array[by_row] for array in predicted.predictions)),
-        Targets(*(array[by_row] for array in predicted.targets)),
     )
 
 
@@ -182,18 +107,6 @@ def combine(members: list[Predicted]) -> Predicted:
                 raise InputError(f"the views' labels differ ({name}) for one row; make both from one source")
     columns = zip(*(member.predictions for member in members))
     return first._replace(predictions=type(first.predictions)(*(np.mean(column, axis=0) for column in columns)))
-
-
-def image_names(member: Member, command: EnsembleCommand) -> list[str]:
-    """Return the image names of a member's validation rows, in ascending order of rows."""
-    import numpy as np
-
-    from mtl_dist.data.cache import Cache
-    from mtl_dist.data.reader import ShardReader
-
-    reader = ShardReader(member.val_uri, member.val, Cache(command.cache_dir))
-    rows, names = reader.rows_and_names()
-    return [names[place] for place in np.argsort(rows)]
 
 
 def _check_members(members: list[Member]) -> None:

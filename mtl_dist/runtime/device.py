@@ -28,6 +28,13 @@ def pick_device(config: Config, *, has_gpu: bool) -> torch.device:
     return torch.device(wanted, torch.cuda.current_device()) if wanted == "cuda" else torch.device("cpu")
 
 
+def named_device(name: str) -> torch.device:
+    """Return the device a command names: cpu, cuda, or auto. Raises `InputError` where there is no GPU for cuda."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device is cuda, but torch sees no GPU here; use auto or cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 def keep_freed_memory() -> None:
     """Tell glibc not to give freed memory back to the kernel: every step would fault its activations in again.
 

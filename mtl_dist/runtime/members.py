@@ -1,0 +1,111 @@
+"""A finished run as something that predicts: its best checkpoint, its model, its validation set.
+
+What the ensemble, the report, prediction and export start from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from mtl_dist.config import Config, build_config, unflatten
+from mtl_dist.data.cache import GIB, Cache
+from mtl_dist.data.index import Index, check_stored, read_index
+from mtl_dist.data.loader import eval_batches
+from mtl_dist.data.reader import ShardReader
+from mtl_dist.errors import InputError
+from mtl_dist.models import build_model
+from mtl_dist.objective.metrics import Predictions, Targets
+from mtl_dist.runtime.checkpoint import Checkpoint, best, committed, read_model, read_state
+from mtl_dist.runtime.evaluate import Predicted, predict
+
+
+class Member(NamedTuple):
+    """A run with its best checkpoint and its validation set."""
+
+    run_uri: str
+    checkpoint: Checkpoint
+    config: Config
+    val_uri: str
+    val: Index
+
+
+def open_member(run_uri: str, val_uri: str | None = None) -> Member:
+    """Find a run's best committed checkpoint and its validation set. Raises `InputError`."""
+    checkpoint, state = open_checkpoint(run_uri)
+    config = build_config(unflatten(state["config"]))
+    val_uri = val_uri or config.data.val
+    val = read_index(val_uri)
+    if val.sha256 != state["identity"]["validation set"]:
+        raise InputError(
+            f"{val_uri} is not the validation set that {checkpoint.uri} was scored on; give the right one with --val"
+        )
+    check_stored(val_uri, val)
+    return Member(run_uri, checkpoint, config, val_uri, val)
+
+
+def open_checkpoint(run_uri: str) -> tuple[Checkpoint, dict]:
+    """Find a run's best committed checkpoint and read its state. Raises `InputError`."""
+    found, skipped = committed(run_uri)
+    chosen = best(found)
+    if chosen is None:
+        reasons = f" ({'; '.join(skipped)})" if skipped else ""
+        raise InputError(
+            f"run {run_uri} has no committed checkpoint with a score{reasons}; train it first, or correct the name"
+        )
+    try:
+        return chosen, read_state(chosen)
+    except ValueError as error:
+        raise InputError(f"{error}; delete {chosen.uri} to use the next best checkpoint") from None
+
+
+def load_model(checkpoint: Checkpoint, config: Config) -> nn.Module:
+    """Build a checkpoint's model on the CPU with its weights, in evaluation mode. Raises `InputError`."""
+    model = build_model(config.model.model_copy(update={"weights": "none"}))
+    try:
+        model.load_state_dict(read_model(checkpoint))
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"{checkpoint.uri}: {error}; delete it to use the next best checkpoint") from None
+    return model.eval()
+
+
+def predict_member(
+    member: Member,
+    *,
+    device: torch.device,
+    batch: int = 64,
+    workers: int = 1,
+    cache_dir: Path | None = None,
+    progress: Callable[[int], None] = lambda count: None,
+) -> Predicted:
+    """Predict a member's validation set with its checkpoint; rows in ascending order."""
+    config = member.config
+    cache = Cache(cache_dir, max_bytes=int(config.data.cache_gib * GIB))
+    batches = eval_batches(
+        ShardReader(member.val_uri, member.val, cache), batch=batch, rank=0, num_ranks=1,
+        size=config.data.image_size, workers=workers, prefetch=config.data.prefetch)  # fmt: skip
+    predicted = predict(
+        load_model(member.checkpoint, config).to(device),
+        batches,
+        device=device,
+        size=config.input_size,
+        bf16=config.engine.autocast == "bf16",
+        progress=progress,
+    )
+    by_row = np.argsort(predicted.rows)
+    return Predicted(
+        predicted.rows[by_row],
+        Predictions(*(array[by_row] for array in predicted.predictions)),
+        Targets(*(array[by_row] for array in predicted.targets)),
+    )
+
+
+def image_names(member: Member, cache_dir: Path | None = None) -> list[str]:
+    """Return the image names of a member's validation rows, in ascending order of rows."""
+    rows, names = ShardReader(member.val_uri, member.val, Cache(cache_dir)).rows_and_names()
+    return [names[place] for place in np.argsort(rows)]

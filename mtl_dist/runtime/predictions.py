@@ -1,0 +1,89 @@
+"""Predictions of frames as a table, Parquet or CSV: what the ensemble and `predict` write and the report reads.
+
+A row a frame: row, image, valence, arousal, expression, p_<class> and p_AU<number>; in Parquet also the labels it was
+scored against where there were any (label_valence, ..., null where missing).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mtl_dist import storage
+from mtl_dist.errors import InputError
+from mtl_dist.objective.metrics import Predictions, Targets
+from mtl_dist.runtime.evaluate import Predicted
+from mtl_dist.tasks import AUS, EXPRESSIONS
+
+_VA = ("valence", "arousal")
+_AU_NAMES = tuple(f"AU{number}" for number in AUS)
+
+
+class PredictionTable(NamedTuple):
+    """What a Parquet file of predictions holds."""
+
+    predicted: Predicted
+    images: list[str]
+
+
+def prediction_table(predicted: Predicted, images: list[str], *, labels: bool) -> pa.Table:
+    """Return predictions as a table of float32 columns; with `labels`, the targets too."""
+    predictions, targets = predicted.predictions, predicted.targets
+    columns = {"row": pa.array(predicted.rows), "image": pa.array(images, pa.string())}
+    columns |= _floats(_VA, predictions.va.clip(-1, 1))
+    columns["expression"] = pa.array([EXPRESSIONS[number] for number in predictions.expr.argmax(-1)], pa.string())
+    columns |= _floats([f"p_{name}" for name in EXPRESSIONS], predictions.expr)
+    columns |= _floats([f"p_{name}" for name in _AU_NAMES], predictions.au)
+    if labels:
+        va_missing = np.repeat(~targets.va_mask.astype(bool)[:, None], 2, axis=1)
+        columns |= _floats([f"label_{name}" for name in _VA], targets.va, va_missing)
+        columns["label_expression"] = pa.array(targets.expr, pa.int8(), mask=~targets.expr_mask.astype(bool))
+        columns |= _floats([f"label_{name}" for name in _AU_NAMES], targets.au, ~targets.au_mask.astype(bool))
+    return pa.table(columns)
+
+
+def write_parquet(uri: str, table: pa.Table) -> None:
+    """Write a table as Parquet to a local path or s3:// URI, whole or not at all."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    storage.write_bytes(uri, sink.getvalue().to_pybytes())
+
+
+def read_predictions(uri: str) -> PredictionTable:
+    """Read a Parquet file of predictions with labels. Raises `InputError` for a foreign or damaged file."""
+    try:
+        table = pq.read_table(pa.BufferReader(storage.read_bytes(uri)))
+        va, missing_va = _matrix(table, [f"label_{name}" for name in _VA])
+        au, missing_au = _matrix(table, [f"label_{name}" for name in _AU_NAMES])
+        expr, missing_expr = _matrix(table, ["label_expression"])
+        predictions = Predictions(
+            *(
+                _matrix(table, names)[0]
+                for names in (_VA, [f"p_{name}" for name in EXPRESSIONS], [f"p_{name}" for name in _AU_NAMES])
+            )
+        )
+        rows, images = table["row"].to_numpy().astype(np.int64), table["image"].to_pylist()
+    except FileNotFoundError:
+        raise InputError(f"{uri} does not exist; it is what mtl_dist.ensemble writes") from None
+    except (pa.ArrowException, KeyError, ValueError) as error:
+        raise InputError(f"{uri} is not a table of predictions with labels ({error})") from None
+    targets = Targets(va, expr[:, 0].astype(np.int64), au, ~missing_va[:, 0], ~missing_expr[:, 0], ~missing_au)
+    return PredictionTable(Predicted(rows, predictions, targets), images)
+
+
+def _floats(names, values: np.ndarray, missing: np.ndarray | None = None) -> dict[str, pa.Array]:
+    values = np.asarray(values, np.float32)
+    return {
+        name: pa.array(values[:, i], mask=None if missing is None else missing[:, i]) for i, name in enumerate(names)
+    }
+
+
+def _matrix(table: pa.Table, names) -> tuple[np.ndarray, np.ndarray]:
+    """Return (n, len(names)) float32 with 0 for null, and where it was null."""
+    columns = [table[name] for name in names]
+    missing = np.column_stack([column.is_null().to_numpy() for column in columns])
+    values = np.column_stack([column.fill_null(0).to_numpy() for column in columns]).astype(np.float32)
+    return values, missing

@@ -1,0 +1,59 @@
+"""Predictions as a table: what is written is read back, and foreign files are refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from mtl_dist.errors import InputError
+from mtl_dist.objective.metrics import Predictions, Targets
+from mtl_dist.runtime.evaluate import Predicted
+from mtl_dist.runtime.predictions import prediction_table, read_predictions, write_parquet
+
+
+def make_predicted(num_rows: int, seed: int = 0) -> Predicted:
+    rng = np.random.default_rng(seed)
+    predictions = Predictions(
+        rng.uniform(-1, 1, (num_rows, 2)).astype(np.float32),
+        rng.dirichlet(np.ones(8), num_rows).astype(np.float32),
+        rng.random((num_rows, 12)).astype(np.float32),
+    )
+    va_mask, expr_mask, au_mask = (
+        rng.random(num_rows) < 0.6,
+        rng.random(num_rows) < 0.6,
+        rng.random((num_rows, 12)) < 0.6,
+    )
+    targets = Targets(
+        (rng.uniform(-1, 1, (num_rows, 2)) * va_mask[:, None]).astype(np.float32),
+        rng.integers(0, 8, num_rows) * expr_mask,
+        (rng.integers(0, 2, (num_rows, 12)) * au_mask).astype(np.float32),
+        va_mask,
+        expr_mask,
+        au_mask,
+    )
+    return Predicted(np.arange(num_rows) * 3, predictions, targets)
+
+
+def test_a_table_of_predictions_comes_back_as_it_was(tmp_path):
+    predicted = make_predicted(50)
+    images = [f"video/{number:05d}.jpg" for number in range(50)]
+    write_parquet(f"{tmp_path}/predictions.parquet", prediction_table(predicted, images, labels=True))
+    found = read_predictions(f"{tmp_path}/predictions.parquet")
+    assert found.images == images
+    for mine, read in zip(
+        (predicted.rows, *predicted.predictions, *predicted.targets),
+        (found.predicted.rows, *found.predicted.predictions, *found.predicted.targets),
+    ):
+        np.testing.assert_array_equal(mine, read)
+
+
+def test_a_foreign_table_is_refused(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        read_predictions(f"{tmp_path}/none.parquet")
+    (tmp_path / "text.parquet").write_text("no")
+    with pytest.raises(InputError, match="not a table of predictions"):
+        read_predictions(f"{tmp_path}/text.parquet")
+    write_parquet(f"{tmp_path}/other.parquet", pa.table({"row": [1]}))
+    with pytest.raises(InputError, match="not a table of predictions"):
+        read_predictions(f"{tmp_path}/other.parquet")
