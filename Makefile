@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DATA ?=
 
-.PHONY: help install demo test test-all lint bench clean
+.PHONY: help install demo results test test-all lint bench clean
 
 help:
 	@echo "make install         virtual environment in .venv with everything"
 	@echo "make demo            the whole system on this machine: cluster, shards, search, training, ensemble, score"
 	@echo "make demo DATA=DIR   the same on your data in the s-Aff-Wild2 layout"
+	@echo "make results         baseline, B and A on rendered faces, three seeds each, and the page that compares them"
 	@echo "make test            the tests"
 	@echo "make test-all        the tests and the slow ones: every failure at every moment"
 	@echo "make bench           the loader beside its peers, and the order at scale"
@@ -31,6 +32,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	@$(BIN)/python -m cluster.demo $(if $(DATA),--data '$(DATA)')
+
+results: $(STAMP)
+	@$(BIN)/python -m benchmarks.comparators
 
 test: $(STAMP) lint
 	@$(BIN)/python -m pytest

@@ -38,7 +38,7 @@ FAIL_AT = 100
 HANG_S = 15
 S3_AWAY_S = 60
 NOTICE_S = 30
-TIMEOUT_S = 420.0
+TIMEOUT_S = 900.0
 REPO = Path(__file__).parent.parent
 
 

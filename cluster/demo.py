@@ -35,7 +35,7 @@ from mtl_dist.tasks import VIEWS
 
 DEMO_DIR = Path("demo")
 BUCKET = "s3://mtl"
-RESULTS = ("score.json", "predictions.csv", "table.txt")
+RESULTS = ("score.json", "predictions.parquet", "calibrated.parquet", "table.txt")
 NUM_HOSTS, CPUS_PER_HOST = 2, 4  # logical CPUs: room for trial drivers beside ranks, whatever the machine has
 
 

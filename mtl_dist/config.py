@@ -6,6 +6,7 @@ Precedence: preset < `--config FILE` < flags. Everything is frozen and unknown k
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +19,9 @@ from mtl_dist.errors import InputError, nearest
 from mtl_dist.tasks import TASKS
 
 MAX_AUTO_STREAMS = 64
-MIN_INPUT_SIZE = 75  # pixels; below it InceptionV3 has nothing left to pool
+MIN_INPUT_SIZE = {"inception_v3": 75, "small": 75}  # pixels; below it InceptionV3 has nothing left to pool
+BACKBONES = ("inception_v3", "vgg16", "small", "vgg_small")
+LIBRARIES = ("torchvision", "timm")
 
 
 class Section(BaseModel):
@@ -67,6 +70,12 @@ class DataConfig(Section):
     None: the largest divisor of the global batch up to 64."""
     block_shards: int = Field(4, ge=1)
     """Shuffle within blocks of about this many shards."""
+    sampling: Literal["masked", "per_task"] = "masked"
+    """masked: a step is one batch of rows of whatever labels. per_task: a step is a batch for every task, each of
+    train.global_batch rows that carry its labels, which count for this task alone; a forward pass each. An epoch has
+    as many steps as the task with the fewest labels gives; the others read a part, another one each epoch."""
+    epoch_fraction: float = Field(1.0, gt=0, le=1)
+    """Share of the training rows that an epoch reads: a random part, another one each epoch."""
     workers: int = Field(1, ge=0)
     """Loader threads of a rank; 0 loads in the training thread."""
     prefetch: int = Field(3, ge=1)
@@ -80,6 +89,9 @@ class DataConfig(Section):
 class AugmentConfig(Section):
     crop_scale: tuple[float, float] = (0.8, 1.0)
     """Random crop: share of the side kept, drawn uniformly. (1, 1) keeps the image."""
+    resize: int | None = Field(None, ge=32)
+    """Instead of crop_scale: resize the image to this side and cut out the model's input at a random place, in whole
+    pixels. At least the model's input; images larger than it should be made smaller by data.image_size."""
     flip: bool = True
     """Mirror half of the training images."""
     rotation: float = Field(8.0, ge=0, le=180)
@@ -87,27 +99,51 @@ class AugmentConfig(Section):
     brightness: float = Field(0.3, ge=0, le=1)
     contrast: float = Field(0.3, ge=0, le=1)
     saturation: float = Field(0.3, ge=0, le=1)
+    hue: float = Field(0.0, ge=0, le=0.5)
+    """Random turn of the hue by up to this share of the colour circle either way."""
+    jitter_p: float = Field(1.0, ge=0, le=1)
+    """Probability that brightness, contrast, saturation and hue of an image are changed at all."""
     erase: float = Field(0.0, ge=0, le=1)
     """Probability of erasing one random rectangle."""
 
 
 class ModelConfig(Section):
-    name: Literal["a", "b"] = "a"
-    """a: the ensemble system (arXiv 2207.10878); b: its parent SMM-EmotionNet (arXiv 2203.12845)."""
-    backbone: Literal["inception_v3", "small"] = "inception_v3"
+    name: Literal["a", "b", "baseline"] = "a"
+    """a: the ensemble system (arXiv 2207.10878); b: its parent SMM-EmotionNet (arXiv 2203.12845); baseline: the
+    challenge's (arXiv 2202.10659), fully connected layers over the backbone's features."""
+    backbone: str = "inception_v3"
+    """inception_v3, vgg16, small or vgg_small (for laptops), or any of a library: torchvision:convnext_tiny,
+    timm:vit_small_patch16_224. Libraries' end where a cell is 16 x 16 pixels at most."""
     weights: str = "imagenet"
-    """imagenet (torchvision downloads them), a file or s3:// URI of a state dict, or none: random initialisation."""
-    image_size: int | None = None
+    """The backbone's: imagenet (downloaded), a file or s3:// URI of a state dict, one of our runs or checkpoints, whose
+    backbone is taken, or none: random initialisation."""
+    freeze_backbone: bool = False
+    """Train what comes after the backbone only; its weights and BatchNorm statistics stay as they are."""
+    image_size: int | None = Field(None, ge=32)
     """Side of the model's input after cropping on the device; None: data.image_size."""
+    hidden: int = Field(4096, ge=1)
+    """Width of the baseline's two fully connected layers."""
     dropout: float = Field(0.3, ge=0, lt=1)
+
+    @field_validator("backbone")
+    @classmethod
+    def _is_a_name(cls, name: str) -> str:
+        library, colon, variant = name.partition(":")
+        if not colon and library not in BACKBONES:
+            raise ValueError(f"{nearest(name, BACKBONES)}; or torchvision:NAME, timm:NAME")
+        if colon and (library not in LIBRARIES or not re.fullmatch(r"[\w.\-]+", variant)):
+            raise ValueError("expected torchvision:NAME or timm:NAME, such as timm:convnext_tiny")
+        return name
 
 
 class LossConfig(Section):
     va: float = Field(1.0, ge=0)
     expr: float = Field(1.0, ge=0)
     au: float = Field(1.0, ge=0)
-    balancing: Literal["fixed", "uncertainty"] = "fixed"
-    """fixed: the weights above. uncertainty: learned log-variances on top of them (Kendall et al. 2018)."""
+    balancing: Literal["fixed", "uncertainty", "dwa", "famo"] = "fixed"
+    """What is multiplied with the weights above. fixed: nothing. uncertainty: learned precisions (Kendall et al. 2018).
+    dwa: from how the mean losses of the last two epochs compare (Liu et al. 2019). famo: so that all losses fall at
+    one relative rate (Liu et al. 2023); one more forward pass a step, and weights that sum to 1, not to 3."""
     expr_weights: Literal["none", "balanced"] = "none"
     """balanced: class weights from the label counts of the training index."""
     au_weights: Literal["none", "balanced"] = "none"
@@ -124,10 +160,15 @@ class OptimConfig(Section):
     lr: float = Field(1e-3, gt=0)
     """Peak learning rate, for the global batch as it is: no scaling by ranks."""
     momentum: float = Field(0.9, ge=0, lt=1)
+    nesterov: bool = True
+    """Nesterov's form of SGD's momentum."""
     weight_decay: float = Field(5e-4, ge=0)
     warmup_steps: int = Field(100, ge=0)
     final_lr: float = Field(0.01, ge=0, le=1)
     """Share of the peak the cosine ends at."""
+    cosine_steps: int | None = Field(None, ge=1)
+    """Steps from the peak to the cosine's end; None: the rest of training. A longer run goes up again, and down,
+    as torch's CosineAnnealingLR does."""
     clip_norm: float = Field(1.0, gt=0)
     """Gradient norm above which gradients are scaled down."""
 
@@ -138,7 +179,7 @@ class EngineConfig(Section):
     autocast: Literal["none", "bf16"] = "none"
     """bf16: forward and backward under torch autocast; weights and optimizer stay fp32."""
     batchnorm: Literal["local", "sync", "frozen"] = "local"
-    """local: statistics of the rank's batch, buffers averaged over ranks before evaluation and saving; sync: over all
+    """local: statistics of the rank's batch, the running ones averaged over ranks before evaluation; sync: over all
     ranks (GPU only); frozen: running statistics."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     hang_s: float = Field(900.0, gt=0)
@@ -235,10 +276,15 @@ class Config(Section):
                 f"data.streams {streams} does not divide train.global_batch {batch}: every stream gives "
                 f"the same number of samples to a step; use one of {_divisors(batch)}"
             )
-        if self.input_size < MIN_INPUT_SIZE:
+        if self.input_size < (least := MIN_INPUT_SIZE.get(self.model.backbone, 0)):
             raise ValueError(
                 f"the model's input would be {self.input_size} pixels a side (data.image_size, or model.image_size); "
-                f"the backbone needs {MIN_INPUT_SIZE} at least"
+                f"the backbone needs {least} at least"
+            )
+        if self.augment.resize is not None and self.augment.resize < self.input_size:
+            raise ValueError(
+                f"augment.resize is {self.augment.resize}, less than the model's input of {self.input_size} pixels a "
+                "side (data.image_size, or model.image_size), which is cut out of it; make it larger"
             )
         if 0 < self.ray.gpus_per_rank < 1:
             raise ValueError(f"ray.gpus_per_rank is {self.ray.gpus_per_rank:g}; a rank has whole GPUs: 0, 1 or more")

@@ -19,7 +19,6 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +30,7 @@ from botocore.config import Config as BotoConfig
 from botocore.parsers import ResponseParserError
 
 from mtl_dist.errors import InputError, StorageError
+from mtl_dist.threads import DaemonThreads
 
 MAX_ATTEMPTS = 6
 CONNECT_TIMEOUT_S = 10
@@ -139,7 +139,7 @@ def _download_parts(uri: str, path: Path) -> bool:
             file.write(part.data)
         return (part.etag, part.total) == (first.etag, first.total)
 
-    with ThreadPoolExecutor(PARTS_AT_ONCE, thread_name_prefix="s3-part") as pool:
+    with DaemonThreads(PARTS_AT_ONCE, "s3-part") as pool:  # each writes to `path`: all are waited for
         return all(pool.map(copy, range(len(first.data), first.total, PART_BYTES)))
 
 
@@ -166,7 +166,11 @@ def _read(uri: str, *, begin: int | None = None, max_bytes: int | None = None) -
                 if time.monotonic() > give_up:
                     got = sum(map(len, chunks))
                     raise StorageError(f"{uri}: the store sent {got} of {size} bytes in {SLOWEST_S} s: given up")
-        return _Part(b"".join(chunks), total, response.get("ETag"))
+        data = b"".join(chunks)
+        expected = total if begin is None or "ContentRange" not in response else min(PART_BYTES, total - begin)
+        if len(data) != expected:  # less than was asked for, honestly declared: a hole in the file
+            raise boto.IncompleteReadError(actual_bytes=len(data), expected_bytes=expected)
+        return _Part(data, total, response.get("ETag"))
 
     return _request(uri, read)
 

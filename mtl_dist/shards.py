@@ -25,7 +25,7 @@ from mtl_dist import storage
 from mtl_dist.data.columns import NO_OPTIONS, TableOptions
 from mtl_dist.errors import InputError, run_command
 from mtl_dist.progress import progress_bar
-from mtl_dist.tasks import AUS, EXPRESSIONS, SPLITS, VIEWS
+from mtl_dist.tasks import AUS, EXPRESSIONS, VIEWS
 
 View = Literal["cropped", "cropped_aligned"]
 Jobs = Annotated[int, tyro.conf.arg(help="Processes.")]
@@ -68,13 +68,13 @@ def create(
         shard_bytes: Bytes of a shard, about; 100000000 suits data over 10^6 rows. With both, what is reached first.
         val_fraction: Where the source has no validation part: share of its rows, taken as whole videos and persons.
         skip_bad_images: Look at every image first, and leave rows whose image is missing, empty or damaged in a view
-            out of all views. They are listed in <dest>/skipped.csv.
+            out of all views. They are listed in <dest>/skipped.csv. A rerun looks again where an image has changed.
         seed: Of the one shuffle of rows at writing, and of the choice for --val-fraction.
     """
     from mtl_dist.data import skipping
     from mtl_dist.data.sources import find_images, read_source
     from mtl_dist.data.summary import print_summary
-    from mtl_dist.data.writer import plan_set, write_sets
+    from mtl_dist.data.writer import plan_sets, write_sets
 
     if frames_per_shard is None and shard_bytes is None:
         frames_per_shard = FRAMES_PER_SHARD
@@ -82,33 +82,22 @@ def create(
     images_dirs = find_images(source, views, table)
     storage.check_writable(dest)
     found = read_source(source, table, val_fraction=val_fraction, seed=seed)
-    splits, skipped = found.splits, []
+    kept = skipping.Kept(found.splits, [], {})
     if skip_bad_images:
         listed = skipping.read_skipped(dest, but=views)
-        with progress_bar("checking images", len(views) * skipping.count_images(splits)) as advance:
-            splits, skipped = skipping.drop_bad_images(splits, images_dirs, jobs=jobs, progress=advance)
-    plans = [
-        plan_set(
-            splits[split],
-            images_dirs[view],
-            storage.join(dest, view, split),
-            view=view,
-            split=split,
-            seed=seed,
-            frames_per_shard=frames_per_shard,
-            shard_bytes=shard_bytes,
-        )
-        for split in SPLITS
-        for view in views
-    ]
+        with progress_bar("checking images", len(views) * skipping.count_images(found.splits)) as advance:
+            kept = skipping.drop_bad_images(found.splits, images_dirs, dest=dest, jobs=jobs, progress=advance)
+    limits = {"frames_per_shard": frames_per_shard, "shard_bytes": shard_bytes}
+    plans = plan_sets(kept.splits, images_dirs, dest, seed=seed, **limits)
+    skipping.write_checked(kept)
     begun = time.monotonic()
     with progress_bar("writing shards", sum(plan.index.rows for plan in plans)) as advance:
         indexes = write_sets(plans, jobs=jobs, progress=advance)
     seconds = time.monotonic() - begun
     if skip_bad_images:
-        skipping.write_skipped(dest, [*listed, *skipped])
+        skipping.write_skipped(dest, [*listed, *kept.skipped])
     written = sum(plan.index.rows - sum(entry.rows for entry in plan.done.values()) for plan in plans)
-    print_summary(dest, indexes, found, skipped, num_written=written, seconds=seconds)
+    print_summary(dest, indexes, found, kept.skipped, num_written=written, seconds=seconds)
 
 
 def verify(uri: Annotated[str, tyro.conf.Positional], *, jobs: Jobs = CORES) -> None:

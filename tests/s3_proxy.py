@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import re
 import socket
 import struct
 import threading
@@ -43,7 +44,8 @@ class Fault:
     after_bytes: int | None = None  # send so many bytes of the body (-1: not even the status), then ...
     ending: str = "reset"  # ... "reset" the connection, "close" it, or "stall": keep it open and silent
     byte_s: float = 0  # send the body a byte at a time, so many seconds apart
-    change: Callable[[bytes], bytes] | None = None  # send another body
+    change: Callable[[bytes], bytes] | None = None  # send another body, as of an object of another size
+    is_short: bool = False  # ... as less than was asked for of the same object
     seen: int = 0
 
     def hits(self) -> bool:
@@ -142,7 +144,12 @@ class S3Proxy:
             response = upstream.getresponse()
             data = response.read()
         if fault and fault.change:
-            data = fault.change(data)
+            changed = fault.change(data)
+            if "Content-Range" in response.headers and not fault.is_short:
+                more = len(changed) - len(data)
+                begin, end, total = re.split("[-/]", response.headers["Content-Range"])
+                response.headers.replace_header("Content-Range", f"{begin}-{int(end) + more}/{int(total) + more}")
+            data = changed
         if not fault or fault.after_bytes != -1:
             self._send_head(client, response, len(data))
         if client.command == "HEAD":

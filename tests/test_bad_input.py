@@ -20,7 +20,7 @@ from mtl_dist.data.sidecar import parse_sidecar
 from mtl_dist.errors import InputError
 from mtl_dist.shards import create, synth, verify
 from mtl_dist.train import main as train_main
-from tests.conftest import assert_one_message, run_module
+from tests.conftest import assert_one_message, run_here, run_module
 from tests.s3_server import free_port
 
 SAMPLES = 40
@@ -160,7 +160,7 @@ def test_a_source_that_is_no_data_set_is_named(tmp_path):
 def test_a_table_that_does_not_fit_ends_with_one_message(tmp_path, args, words):
     table = tmp_path / "table.csv"
     table.write_text("image,valence,arousal,expression\na/1.jpg,0,0,Happy\nb/2.jpg,0,0,bored\n")
-    done = run_module("mtl_dist.shards", "create", str(table), str(tmp_path / "dest"), *args)
+    done = run_here("mtl_dist.shards", "create", str(table), str(tmp_path / "dest"), *args)
     assert_one_message(done, *words)
     assert files_below(tmp_path) == [table]
 
@@ -193,7 +193,7 @@ def test_a_destination_that_cannot_be_written_is_named(dataset, tmp_path, place)
 
 
 def test_an_unwritable_destination_at_the_command_line(dataset):
-    done = run_module("mtl_dist.shards", "create", str(dataset), "/proc/mtl_dist")
+    done = run_here("mtl_dist.shards", "create", str(dataset), "/proc/mtl_dist")
     assert_one_message(done, "/proc/mtl_dist", "cannot be written")
 
 
@@ -263,7 +263,7 @@ def test_a_missing_bucket_is_named_when_reading_and_when_writing(dataset, s3):
         create(dataset, "s3://absent/x", jobs=1)
     with pytest.raises(InputError, match="bucket 'absent' does not exist"):
         read_index("s3://absent/x")
-    done = run_module("mtl_dist.shards", "inspect", "s3://absent/x")
+    done = run_here("mtl_dist.shards", "inspect", "s3://absent/x")
     assert_one_message(done, "s3://absent/x", "bucket 'absent' does not exist")
 
 
@@ -303,12 +303,12 @@ def test_the_good_case_of_these_tests_is_good(shards, tmp_path, capsys):
 def test_an_unknown_key_in_a_file_names_the_nearest(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("optim:\n  lrr: 0.1\n")
-    done = run_module("mtl_dist.train", "--local", "--config", str(path))
+    done = run_here("mtl_dist.train", "--local", "--config", str(path))
     assert_one_message(done, "unknown configuration key 'optim.lrr'", "did you mean 'optim.lr'?")
 
 
 def test_an_unknown_flag_names_the_nearest():
-    assert_one_message(run_module("mtl_dist.train", "--local", "--optim.lrr", "0.1"), "--optim.lrr", "--optim.lr FLOAT")
+    assert_one_message(run_here("mtl_dist.train", "--local", "--optim.lrr", "0.1"), "--optim.lrr", "--optim.lr FLOAT")
 
 
 @pytest.mark.parametrize(
@@ -384,7 +384,7 @@ def test_training_without_data_says_which_flag(tmp_path):
 
 
 def test_sets_of_two_views_are_refused_at_the_command_line(shards, tmp_path):
-    done = run_module(
+    done = run_here(
         "mtl_dist.train", "--local", "--preset", "small", f"--run.storage={tmp_path / 'runs'}",
         f"--data.train={shards / 'cropped' / 'train'}", f"--data.val={shards / 'cropped_aligned' / 'val'}",
     )  # fmt: skip

@@ -165,3 +165,11 @@ def test_another_configuration_is_refused_naming_the_field(section, key, value):
         check_same_run(state, build_config({section: {key: value}}), IDENTITY, "here")
     with pytest.raises(InputError, match="another validation set"):
         check_same_run(state, Config(), {**IDENTITY, "validation set": "c" * 64}, "here")
+
+
+def test_a_setting_newer_than_a_checkpoint_has_its_default_there():
+    state = {"config": flatten(Config()), "identity": IDENTITY}
+    del state["config"]["model.freeze_backbone"]
+    check_same_run(state, Config(), IDENTITY, "here")
+    with pytest.raises(InputError, match="freeze_backbone"):
+        check_same_run(state, build_config({"model": {"freeze_backbone": True}}), IDENTITY, "here")

@@ -313,10 +313,43 @@ def apply_defaults(value, schema):
             apply_defaults(item, schema["items"])
 
 
+def ray_up_faults(config):
+    """What Ray's own schema has against a configuration: paths in it."""
+    autoscaler = Path(importlib.util.find_spec("ray").origin).parent / "autoscaler"
+    validator = jsonschema.Draft7Validator(json.loads((autoscaler / "ray-schema.json").read_text()))
+    return sorted(error.json_path for error in validator.iter_errors(config))
+
+
 @every_ray_up_file
 def test_ray_up_files_satisfy_rays_schema(path):
-    autoscaler = Path(importlib.util.find_spec("ray").origin).parent / "autoscaler"
-    jsonschema.validate(load(path), json.loads((autoscaler / "ray-schema.json").read_text()))
+    assert ray_up_faults(load(path)) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("max_wokers", 4),
+        ("max_workers", "four"),
+        ("provider", "aws"),
+        ("docker.imagee", "x"),
+        ("docker.run_options", "--ulimit nofile=65536:65536"),
+        ("available_node_types.gpu.min_worker", 0),
+        ("available_node_types.gpu.resources.GPU", -1),
+        ("available_node_types.head.resources.CPU", 0.5),
+        ("head_start_ray_commands", "ray stop"),
+    ],
+)
+@every_ray_up_file
+def test_a_mistake_in_a_ray_up_file_is_found_by_rays_schema(path, place, value):
+    """So that a file that passes has been looked at, in every section that is ours to fill."""
+    config = load(path)
+    *parents, name = place.split(".")
+    section = config
+    for parent in parents:
+        section = section[parent]
+    section[name] = value
+    (fault,) = ray_up_faults(config)
+    assert f"$.{place}".startswith(fault)
 
 
 @every_ray_up_file

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-import csv
+import hashlib
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import load_file, save
 
-from mtl_dist.ensemble import combine
+from mtl_dist.data.annotations import FILES, read_annotations
+from mtl_dist.data.index import read_index
+from mtl_dist.data.submission import submission_text
+from mtl_dist.ensemble import combine, main
 from mtl_dist.errors import InputError
-from mtl_dist.objective.metrics import Predictions, Targets
+from mtl_dist.objective.metrics import Predictions, Targets, metric_sums, scores
 from mtl_dist.runtime.checkpoint import best, committed
+from mtl_dist.runtime.ensembling import map_here
 from mtl_dist.runtime.evaluate import Predicted
-from mtl_dist.tasks import VIEWS
-from tests.conftest import assert_one_message, run_module
+from mtl_dist.runtime.launch import TaskFailed
+from mtl_dist.runtime.predictions import read_predictions
+from mtl_dist.shards import create
+from mtl_dist.tasks import AUS, EXPRESSIONS, VIEWS
+from tests.conftest import assert_one_message, run_module, write_dataset
 from tests.test_training import train, train_args
 
 
@@ -56,9 +67,40 @@ def test_rows_that_do_not_pair_are_an_error_that_names_them():
         combine([members[0], other])
 
 
-def test_the_job_writes_score_predictions_and_table_twice_the_same(runs, tmp_path):
-    args = ["mtl_dist.ensemble", "--runs", *(f"{runs}/{view}" for view in VIEWS), "--out"]
-    done = run_module(*args, f"{tmp_path}/first")
+def ensemble(*args) -> subprocess.CompletedProcess[str]:
+    return run_module("mtl_dist.ensemble", *map(str, args), env={"OMP_NUM_THREADS": "1"})
+
+
+def files_below(root: Path) -> dict[str, bytes]:
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def rewrite(run: Path, name: str, content: bytes) -> None:
+    """Replace a file of a run's best checkpoint, as if training had written it."""
+    uri = Path(best(committed(str(run))[0]).uri)
+    (uri / name).write_bytes(content)
+    commit = json.loads((uri / "COMMIT.json").read_text())
+    commit["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (uri / "COMMIT.json").write_text(json.dumps(commit))
+
+
+def rewrite_state(run: Path, **changes) -> None:
+    state = json.loads((Path(best(committed(str(run))[0]).uri) / "state.json").read_text())
+    rewrite(run, "state.json", json.dumps(state | changes).encode())
+
+
+def write_test_list(path: Path, dataset: Path) -> list[str]:
+    """A list of the validation images in another order, some twice."""
+    names = [*read_annotations(dataset / FILES["val"]).images[::-1], "v0/00003.jpg"]
+    path.write_text("\n".join(["image,valence,arousal,expression,aus", *names]) + "\n")
+    return names
+
+
+def test_the_job_writes_everything_twice_the_same(runs, dataset, tmp_path):
+    names = write_test_list(tmp_path / "list.txt", dataset)
+    args = ["--runs", *(f"{runs}/{view}" for view in VIEWS), "--test-list", tmp_path / "list.txt"]
+    args += ["--test-root", dataset, "--out"]
+    done = ensemble(*args, tmp_path / "first")
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "first/score.json").read_text())
     assert list(report["scores"]) == ["constant predictor", *VIEWS, "ensemble"]
@@ -68,33 +110,171 @@ def test_the_job_writes_score_predictions_and_table_twice_the_same(runs, tmp_pat
         assert member["checkpoint"] == chosen.uri
         # The job and the training run score one checkpoint alike, whatever batches they predicted it in.
         assert report["scores"][view]["p"] == pytest.approx(chosen.score, abs=1e-4)
-    rows = list(csv.DictReader((tmp_path / "first/predictions.csv").open()))
-    assert [int(row["row"]) for row in rows] == list(range(20))
-    assert all(re.fullmatch(r"v\d/\d{5}\.jpg", row["image"]) for row in rows)
-    assert "ensemble" in (tmp_path / "first/table.txt").read_text()
-    assert run_module(*args, f"{tmp_path}/second").returncode == 0
-    for name in ("score.json", "predictions.csv", "table.txt"):
-        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+        own = read_predictions(f"{tmp_path}/first/{member['predictions']}").predicted
+        assert scores(metric_sums(own.predictions, own.targets)) == report["scores"][view]
+
+    # The plain mean, as it is scored; then calibrated out of fold, as the last step is.
+    mean = read_predictions(f"{tmp_path}/first/predictions.parquet")
+    assert mean.predicted.rows.tolist() == list(range(20))
+    assert all(re.fullmatch(r"v\d/\d{5}\.jpg", image) for image in mean.images)
+    assert scores(metric_sums(mean.predicted.predictions, mean.predicted.targets))["p"] == pytest.approx(report["p"])
+    assert list(report["steps"]) == ["plain mean", "+ temperature", "+ weights", "+ thresholds", "+ smoothing"]
+    assert report["steps"]["plain mean"]["p"] == pytest.approx(report["p"])
+    assert report["steps"]["+ smoothing"]["p"] == report["p_calibrated"]
+    folds = report["calibration"]["folds"]
+    assert sorted(video for fold in folds for video in fold["scored_videos"]) == ["v0", "v1", "v2"]
+    table = pq.read_table(tmp_path / "first/calibrated.parquet")
+    fold_of = dict(zip([image.split("/")[0] for image in table["image"].to_pylist()], table["fold"].to_pylist()))
+    assert [sorted(v for v, fold in fold_of.items() if fold == n) for n in range(3)] == [
+        fold["scored_videos"] for fold in folds
+    ]
+    assert "what each step adds" in (tmp_path / "first/table.txt").read_text()
+
+    # One line a line of the list: the validation images again, by parameters fitted on all rows.
+    lines = (tmp_path / "first/submission.txt").read_text().splitlines()
+    assert lines[0] == "image,valence,arousal,expression,aus"
+    assert [line.split(",")[0] for line in lines[1:]] == names
+    assert {len(line.split(",")) for line in lines[1:]} == {16}
+    assert len({line for line in lines if line.startswith("v0/00003.jpg")}) == 1
+    tested = {row["image"]: row for row in pq.read_table(tmp_path / "first/test_predictions.parquet").to_pylist()}
+    thresholds = report["calibration"]["parameters"]["thresholds"]
+    for line in lines[1:]:
+        image, valence, _, expression, *aus = line.split(",")
+        assert float(valence) == pytest.approx(tested[image]["valence"], abs=6e-5)
+        assert EXPRESSIONS[int(expression)] == tested[image]["expression"]
+        assert [int(au) for au in aus] == [tested[image][f"p_{name}"] > t for name, t in thresholds.items()]
+
+    main([*map(str, args), str(tmp_path / "second")])
+    assert files_below(tmp_path / "first") == files_below(tmp_path / "second")
 
 
-def test_two_checkpoints_of_one_view_are_refused(runs, tmp_path):
-    done = run_module(
-        "mtl_dist.ensemble", "--runs", f"{runs}/cropped", f"{runs}/cropped", "--out", str(tmp_path / "out")
-    )
-    assert_one_message(done, "view 'cropped'", "one run of each view")
+def test_an_interrupted_ensemble_continues_with_the_members_it_has(runs, tmp_path, capsys):
+    out = tmp_path / "out"
+    args = ["--runs", f"{runs}/cropped", f"{runs}/cropped_aligned", "--steps", "--out", str(out)]
+    main(args)
+    before = files_below(out)
+    (out / "members/cropped.parquet").write_bytes(before["members/cropped.parquet"][:-100])
+    main(args)
+    assert "1 of 2 member(s) predicted already" in capsys.readouterr().out
+    assert files_below(out) == before
+    report = json.loads((out / "score.json").read_text())
+    assert (report["steps"], report["calibration"], report["p_calibrated"]) == ({}, None, None)
+    members = {f"members/{view}.parquet" for view in VIEWS}
+    assert set(before) == {"score.json", "table.txt", "predictions.parquet"} | members
+
+
+def test_several_members_of_one_view_and_a_single_one_are_ensembles(runs, tmp_path):
+    """The second is another training by its weights, and has the same name."""
+    shutil.copytree(runs / "cropped", tmp_path / "cropped")
+    weights = load_file(f"{best(committed(f'{runs}/cropped')[0]).uri}/model.safetensors")
+    other = {name: 0.9 * value for name, value in weights.items() if name.endswith("weight")}
+    rewrite(tmp_path / "cropped", "model.safetensors", save(weights | other))
+    main(["--runs", f"{runs}/cropped", f"{tmp_path}/cropped", "--folds", "2", "--out", f"{tmp_path}/two"])
+    report = json.loads((tmp_path / "two/score.json").read_text())
+    assert list(report["scores"]) == ["constant predictor", "cropped", "cropped-2", "ensemble"]
+    first, second = (read_predictions(f"{tmp_path}/two/members/{n}.parquet") for n in ("cropped", "cropped-2"))
+    mean = read_predictions(f"{tmp_path}/two/predictions.parquet").predicted.predictions
+    assert not np.array_equal(first.predicted.predictions.expr, second.predicted.predictions.expr)
+    for mine, one, other in zip(mean, first.predicted.predictions, second.predicted.predictions):
+        np.testing.assert_allclose(mine, (one + other) / 2, atol=1e-6)
+    assert len(report["calibration"]["folds"]) == 2
+    main(["--runs", f"{tmp_path}/cropped", "--out", f"{tmp_path}/one"])
+    report = json.loads((tmp_path / "one/score.json").read_text())
+    assert report["scores"]["cropped"] == report["scores"]["ensemble"]
+
+
+def test_a_run_without_a_checkpoint_is_one_message_and_exit_code_2(runs, tmp_path):
+    done = ensemble("--runs", f"{runs}/cropped", f"{runs}/nothing", "--out", tmp_path / "out")
+    assert_one_message(done, f"{runs}/nothing", "no committed checkpoint")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_without_a_checkpoint_is_refused(runs, tmp_path):
-    done = run_module(
-        "mtl_dist.ensemble", "--runs", f"{runs}/cropped", f"{runs}/nothing", "--out", str(tmp_path / "out")
-    )
-    assert_one_message(done, f"{runs}/nothing", "no committed checkpoint")
+def test_one_run_given_twice_is_refused(runs, tmp_path):
+    with pytest.raises(InputError, match="one and the same"):
+        main(["--runs", f"{runs}/cropped", f"{runs}/cropped/", "--out", f"{tmp_path}/out"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_member_with_another_order_of_classes_is_named(runs, tmp_path):
+    run = Path(shutil.copytree(runs / "cropped", tmp_path / "reordered"))
+    rewrite_state(run, classes={"expressions": [*EXPRESSIONS[::-1]], "aus": list(AUS)})
+    with pytest.raises(InputError, match=r"reordered/.*another order.*Other"):
+        main(["--runs", f"{runs}/cropped_aligned", str(run), "--out", f"{tmp_path}/out"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_members_scored_on_different_data_are_named_with_their_checksums(runs, shards, tmp_path):
+    create(write_dataset(tmp_path / "source", seed=1), str(tmp_path / "shards"), frames_per_shard=7, jobs=1)
+    run = Path(shutil.copytree(runs / "cropped", tmp_path / "elsewhere"))
+    sha256 = read_index(f"{tmp_path}/shards/cropped/val").sha256
+    rewrite_state(run, identity={"training set": "", "validation set": sha256})
+    sets = ["--val", f"{shards}/cropped_aligned/val", f"{tmp_path}/shards/cropped/val"]
+    with pytest.raises(InputError, match=f"elsewhere on .*{sha256[:12]}.*different sources"):
+        main(["--runs", f"{runs}/cropped_aligned", str(run), *sets, "--out", f"{tmp_path}/out"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("header\nv0/00000.jpg\nv0/77777.jpg\nv0/88888.jpg\n", ["2 of 3", "v0/77777.jpg, v0/88888.jpg"]),
+        ("header\nv0/00000.jpg\n../secret.jpg\n", ["list.txt:3", "'../secret.jpg'"]),
+        ("v0/00000.jpg\n", ["list.txt:1", "header"]),
+        ("header\nv0/00000.jpg,1\n", ["list.txt:2"]),
+        ("header\n", ["names no image"]),
+    ],
+)
+def test_a_bad_test_list_is_one_message_before_anything_is_predicted(runs, dataset, tmp_path, text, words):
+    (tmp_path / "list.txt").write_text(text)
+    args = ["--runs", f"{runs}/cropped", "--out", str(tmp_path / "out"), "--test-root", str(dataset)]
+    with pytest.raises(InputError) as error:
+        main([*args, "--test-list", str(tmp_path / "list.txt")])
+    assert all(word in str(error.value) for word in words), error.value
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--folds", "1"], "--folds is 1; expected 2 or more"),
+        (["--half-windows", "0", "-5"], "--half-windows"),
+        (["--val", "x", "y"], "--val names 2 sets for 1 runs"),
+        (["--test-list", "x"], "belong together"),
+        (["--steps", "weights", "weights"], "'weights' twice"),
+    ],
+)
+def test_flags_that_cannot_be_meant_are_refused(args, words):
+    with pytest.raises(InputError, match=words):
+        main(["--runs", "run", "--out", "out", *args])
+
+
+def test_a_submission_is_clipped_and_has_the_challenges_form():
+    va = np.array([[1.5, -2.0], [-0.00001, 0.123456]])
+    text = submission_text(["a/1.jpg", "b/2.jpg"], va, np.array([7, 0]), np.eye(2, 12, dtype=bool))
+    assert text.splitlines()[1:] == [
+        "a/1.jpg,1.0000,-1.0000,7,1,0,0,0,0,0,0,0,0,0,0,0",
+        "b/2.jpg,0.0000,0.1235,0,0,1,0,0,0,0,0,0,0,0,0,0",
+    ]
+
+
+def test_a_member_that_fails_is_tried_again_here_and_then_named():
+    calls = []
+
+    def fail_twice(item):
+        calls.append(item)
+        if len(calls) < 3:
+            raise OSError("lost")
+        return item * 2
+
+    assert list(map_here(fail_twice, {"a": 4}, retries=2)) == [("a", 8)]
+    calls.clear()
+    with pytest.raises(TaskFailed, match="a: OSError: lost"):
+        list(map_here(fail_twice, {"a": 4}, retries=1))
+    with pytest.raises(InputError, match="yours"):
+        list(map_here(lambda item: (_ for _ in ()).throw(InputError("yours")), {"a": 4}, retries=5))
 
 
 def test_a_photograph_set_without_va_and_au_trains_and_says_what_the_score_covers(tmp_path):
-    from tests.conftest import write_dataset
-
     source = write_dataset(tmp_path / "source")
     for path in source.glob("*.txt"):
         lines = path.read_text().splitlines()

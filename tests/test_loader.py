@@ -19,7 +19,7 @@ from PIL import Image
 from mtl_dist import storage
 from mtl_dist.config import AugmentConfig
 from mtl_dist.data.annotations import FILES, read_annotations
-from mtl_dist.data.augment import augment, make_draws, normalise
+from mtl_dist.data.augment import NUM_DRAWS, augment, make_draws, normalise, turn_hue
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.decode import DecodeError, decode, decode_into
 from mtl_dist.data.index import Index, read_index
@@ -32,6 +32,7 @@ from mtl_dist.shards import create
 from tests.conftest import REPO, write_dataset
 
 SIZE = 48  # of the images in `dataset`: they are not resized
+GOLDEN_DRAWS = [[16478517, 630654, 15324590], [9602216, 372584, 8831955], [12401988, 182857, 15487400]]
 PLAIN = AugmentConfig(crop_scale=(1, 1), flip=False, rotation=0, brightness=0, contrast=0, saturation=0, erase=0)
 
 
@@ -241,9 +242,71 @@ def test_draws_are_uniform_and_independent():
     np.testing.assert_allclose(flat.mean(0), 0.5, atol=0.03)
     np.testing.assert_allclose(flat.var(0), 1 / 12, atol=0.005)
     # No two columns, neighbouring rows or epochs go together.
-    assert np.abs(np.corrcoef(flat.T) - np.eye(12)).max() < 0.08
+    assert np.abs(np.corrcoef(flat.T) - np.eye(NUM_DRAWS)).max() < 0.08
     assert np.abs(np.mean((flat[1:2000] - 0.5) * (flat[:1999] - 0.5), 0)).max() < 0.01
     assert np.abs(np.mean((flat[2000:] - 0.5) * (flat[:2000] - 0.5), 0)).max() < 0.01
+
+
+def test_the_first_draws_are_those_of_the_first_version():
+    """Golden: runs continue from checkpoints of versions that drew fewer numbers."""
+    draws = make_draws(torch.tensor([[0], [7], [999_999]]), seed=3, epoch=2)
+    assert (draws[:, 0, :12] * (1 << 24)).long()[:, [0, 5, 11]].tolist() == GOLDEN_DRAWS
+
+
+def test_hue_is_turned_as_torchvision_turns_it():
+    from torchvision.transforms.functional import adjust_hue
+
+    images = torch.rand(5, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    images[0, :, :5] = images[0, :1, :5]  # grey: no hue
+    images[1] = images[1].round()  # black, white and pure colours
+    turns = torch.tensor([0.5, -0.3, 0.1, -0.5, 0.0])
+    expected = torch.stack([adjust_hue(image, float(turn)) for image, turn in zip(images, turns)])
+    torch.testing.assert_close(turn_hue(images, turns), expected, rtol=0, atol=2e-6)
+
+
+def test_colours_are_changed_as_torchvision_changes_them_where_nothing_is_cut_off():
+    from torchvision.transforms import functional
+
+    inputs = 100 + some_images()[0] // 8  # mid grey: no operation leaves the range
+    config = PLAIN.model_copy(update={"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1})
+    draws = make_draws(some_images()[1], seed=0, epoch=0)
+    found = augment(inputs, draws, config, SIZE)
+    for image, u, mine in zip(inputs[:, 0], draws[:, 0].tolist(), found[:, 0]):
+        expected = functional.adjust_brightness(image / 255, 1 + 0.4 * (2 * u[5] - 1))
+        expected = functional.adjust_contrast(expected, 1 + 0.4 * (2 * u[6] - 1))
+        expected = functional.adjust_saturation(expected, 1 + 0.4 * (2 * u[7] - 1))
+        expected = functional.adjust_hue(expected, 0.1 * (2 * u[12] - 1))
+        mean, std = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+        # torchvision's grey has a weight of blue that is 0.0001 off the others' complement.
+        torch.testing.assert_close(mine, functional.normalize(expected, mean, std), rtol=0, atol=2e-3)
+
+
+def test_colours_of_as_many_images_as_asked_are_left_alone():
+    inputs = some_images()[0][:1].expand(400, -1, -1, -1, -1)
+    config = PLAIN.model_copy(update={"hue": 0.5, "brightness": 0.5, "jitter_p": 0.8})
+    found = augment(inputs, make_draws(torch.arange(400)[:, None], seed=0, epoch=0), config, SIZE)
+    same = (found - normalise(inputs[:1], SIZE)[0]).abs().flatten(1).amax(1) < 1e-4
+    assert 50 < int(same.sum()) < 115
+
+
+@pytest.mark.parametrize("size", [SIZE, 60, 17])
+def test_a_crop_of_the_resized_image_is_cut_at_whole_pixels(size):
+    """Resizing, then cutting out, by plain torch; at the side of the input, a larger and a smaller one."""
+    inputs, rows = some_images()
+    inputs, rows = inputs[:1].expand(40, -1, -1, -1, -1), torch.arange(40)[:, None]
+    side = 64
+    config = PLAIN.model_copy(update={"resize": side, "crop_scale": (0.3, 0.4)})
+    draws = make_draws(rows, seed=0, epoch=0)
+    found = augment(inputs, draws, config, size)
+    resized = torch.nn.functional.interpolate(inputs[:1, 0] / 255, size=(side, side), mode="bilinear")
+    whole = normalise((resized * 255)[:, None], side)[0, 0]
+    places = set()
+    for u, mine in zip(draws[:, 0], found[:, 0]):
+        left, top = ((u[i] * (side - size + 1)).long() for i in (2, 3))
+        torch.testing.assert_close(mine, whole[:, top : top + size, left : left + size], rtol=0, atol=2e-4)
+        places.add(int(left))
+    assert {0, side - size} & places or side - size > 10
+    assert len(places) > min(side - size, 10) // 2
 
 
 def test_augmentation_that_changes_nothing_is_normalisation():

@@ -56,6 +56,9 @@ def test_scores_equal_sklearn_and_scipy_on_100003_masked_values():
         sk.f1_score(targets.au[known, i], predictions.au[known, i] > 0.5) for i, known in enumerate(targets.au_mask.T)
     ]  # fmt: skip
     assert found["au"] == pytest.approx(np.mean(f1), rel=1e-12)
+    hit = (predictions.au > 0.5) == targets.au
+    right = [hit[known, i].mean() for i, known in enumerate(targets.au_mask.T)]
+    assert found["au_accuracy"] == pytest.approx(np.mean(right), rel=1e-12)
     assert found["p"] == pytest.approx((found["ccc_v"] + found["ccc_a"]) / 2 + found["expr"] + found["au"])
     assert found["frames"] == {"va": targets.va_mask.sum(), "expr": len(truth), "au": targets.au_mask.sum(0).max()}
 
@@ -92,6 +95,7 @@ def test_a_class_that_does_not_occur_counts_as_zero():
     found = scores(metric_sums(predictions, targets))
     assert found["expr"] == pytest.approx(0.25)
     assert found["covers"] == ["expr"]
+    assert found["au_accuracy"] is None
     assert found["p"] == found["expr"]
     assert found["va"] is None
     assert found["au"] is None

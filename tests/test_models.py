@@ -1,14 +1,17 @@
 """The models: published counts and shapes, the region algebra against written-out layers, weights, learning."""
 
-from types import SimpleNamespace
+import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
+from torchvision.models import vgg16
 from torchvision.models.inception import Inception3
 
+from mtl_dist import config
+from mtl_dist.config import ModelConfig
 from mtl_dist.errors import InputError
 from mtl_dist.models import MODELS, build_model, num_parameters
 from mtl_dist.models.backbones import BACKBONES, build_backbone, load_backbone_weights
@@ -16,7 +19,12 @@ from mtl_dist.models.regions import EMBEDDING_DIM, NUM_REGIONS, RegionEmbeddings
 
 
 def make_config(**changes):
-    return SimpleNamespace(**{"name": "a", "backbone": "small", "weights": "none", "dropout": 0.3, **changes})
+    return ModelConfig(**{"backbone": "small", "weights": "none", "hidden": 64, **changes})
+
+
+# The published systems and those of the laptop.
+SYSTEMS = [(name, backbone) for name in ("a", "b") for backbone in ("inception_v3", "small")]
+SYSTEMS += [("baseline", "vgg16"), ("baseline", "vgg_small"), ("a", "vgg_small")]
 
 
 def make_inputs(num_samples, num_frames, size, seed=0):
@@ -26,9 +34,8 @@ def make_inputs(num_samples, num_frames, size, seed=0):
 @pytest.fixture(scope="module")
 def models():
     return {
-        (name, backbone): build_model(make_config(name=name, backbone=backbone)).eval()
-        for name in MODELS
-        for backbone in BACKBONES
+        (name, backbone): build_model(make_config(name=name, backbone=backbone), input_size=96).eval()
+        for name, backbone in SYSTEMS
     }
 
 
@@ -63,39 +70,64 @@ def test_inception_features_have_the_published_shape(models, size, cells):
     assert features.shape == (1, 768, cells, cells)
 
 
-def test_the_small_backbone_has_the_size_its_docstring_says():
-    backbone = build_backbone("small")
+@pytest.mark.parametrize("name", ["small", "vgg16", "vgg_small"])
+def test_a_backbone_has_the_size_its_docstring_says(name):
+    backbone = build_backbone(name)
     assert f"{num_parameters(backbone):,} parameters" in type(backbone).__doc__
+    assert f"{backbone.num_channels} channels" in type(backbone).__doc__
     assert backbone(make_inputs(2, 1, 96)[:, 0]).shape == (2, backbone.num_channels, 6, 6)
+
+
+def test_the_baseline_is_vgg16_but_for_its_last_layer():
+    """Torchvision's VGG16 with the same weights computes the same, up to the second hidden layer."""
+    model = build_model(make_config(name="baseline", backbone="vgg16", hidden=4096), input_size=224).eval()
+    with torch.device("meta"):  # 138 M parameters need not be drawn twice
+        reference = vgg16(init_weights=False).eval()
+    reference.load_state_dict(
+        {
+            **model.backbone.state_dict(),
+            **{f"classifier.{name}": value for name, value in model.hidden.state_dict().items()},
+            **{
+                f"classifier.6.{name}": torch.zeros(shape) for name, shape in (("weight", (1000, 4096)), ("bias", 1000))
+            },
+        },
+        assign=True,
+    )
+    inputs = make_inputs(1, 1, 224)
+    with torch.inference_mode():
+        expected = reference.classifier[:6](reference.avgpool(reference.features(inputs[0])).flatten(1))
+        torch.testing.assert_close(model.hidden(model.pool(model.backbone(inputs[0]))), expected)
+        outputs, raw = model(inputs), model.outputs(expected)
+    torch.testing.assert_close(outputs.va[0], raw[:, :2].tanh())
+    torch.testing.assert_close(torch.cat(outputs[1:], dim=-1)[0], raw[:, 2:])
 
 
 # --- Contract ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [75, 96, 112])
-@pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "backbone"), SYSTEMS)
 def test_every_model_returns_outputs_for_samples_and_frames(models, name, backbone, size):
     model = models[name, backbone]
     inputs = make_inputs(2, 3, size)
     with torch.inference_mode():
         outputs = model(inputs)
-        maps = model.attention_maps(inputs)
+        maps = None if name == "baseline" else model.attention_maps(inputs)
         last_frame = model(inputs[1:, 2:])
     assert [tuple(output.shape) for output in outputs] == [(2, 3, 2), (2, 3, 8), (2, 3, 12)]
     assert outputs.va.abs().max() <= 1
-    assert maps.shape[:3] == (2, 3, NUM_REGIONS)
-    assert maps.min() >= 0
-    assert maps.max() <= 1
+    if maps is not None:
+        assert maps.shape[:3] == (2, 3, NUM_REGIONS)
+        assert maps.min() >= 0
+        assert maps.max() <= 1
     for together, alone in zip(outputs, last_frame, strict=True):
         torch.testing.assert_close(together[1:, 2:], alone, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "backbone"), SYSTEMS)
 def test_an_empty_rank_batch_gives_empty_outputs_and_zero_gradients(name, backbone, training):
-    model = build_model(make_config(name=name, backbone=backbone)).train(training)
+    model = build_model(make_config(name=name, backbone=backbone), input_size=96).train(training)
     before = {key: value.clone() for key, value in model.named_buffers() if not key.endswith("num_batches_tracked")}
     outputs = model(make_inputs(0, 1, 96))
     sum(output.sum() for output in outputs).backward()
@@ -115,6 +147,11 @@ def test_weights_depend_on_the_seed_alone_and_the_global_random_state_is_untouch
     other = build_model(make_config(), seed=4).state_dict()
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert not torch.equal(first["regions.gated_conv.weight"], other["regions.gated_conv.weight"])
+
+
+def test_the_baseline_has_no_attention_to_show(models):
+    assert not hasattr(models["baseline", "vgg16"], "attention_maps")
+    assert hasattr(models["a", "vgg_small"], "attention_maps")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -140,8 +177,10 @@ def test_autocast_to_bfloat16_stays_close_to_float32(models):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": "z"}, "unknown model 'z'; known: a, b"),
-        ({"backbone": "vgg"}, "unknown backbone 'vgg'; known: inception_v3, small"),
+        ({"name": "z"}, "unknown model 'z'; known: a, b, baseline"),
+        ({"backbone": "vgg"}, "unknown backbone 'vgg': did you mean 'vgg16'.*or torchvision:NAME, timm:NAME"),
+        ({"backbone": "keras:vgg16"}, "unknown library 'keras' of backbone keras:vgg16; known: timm, torchvision"),
+        ({"backbone": "timm:resnet18"}, "timm:resnet18 is built for one size of images; give model.image_size"),
         ({"weights": "s3://bucket/w.pth"}, "fetch s3://bucket/w.pth first"),
         ({"weights": "imagnet"}, "no weights file imagnet; .* imagenet or none"),
         ({"weights": "imagenet"}, "no ImageNet weights for SmallResNet"),
@@ -149,7 +188,44 @@ def test_autocast_to_bfloat16_stays_close_to_float32(models):
 )
 def test_an_impossible_configuration_is_refused_with_what_is_possible(changes, message):
     with pytest.raises(InputError, match=message):
-        build_model(make_config(**changes))
+        build_model(make_config().model_copy(update=changes))  # past the configuration's own checks
+
+
+@pytest.mark.parametrize("name", ["vgg", "timm", "timm:", "keras:vgg16", "timm:hf-hub:someone/net", "timm:a/b"])
+def test_the_configuration_refuses_a_backbone_that_cannot_be_a_name(name):
+    with pytest.raises(InputError, match=f"backbone is '{name}': .*timm:"):
+        make_config(backbone=name)
+
+
+def test_the_configuration_knows_the_backbones_that_there_are():
+    assert set(config.BACKBONES) == set(BACKBONES)
+    for name in ("vgg16", "timm:vit_tiny_patch16_224.augreg_in21k", "torchvision:convnext_tiny"):
+        assert make_config(backbone=name).backbone == name
+
+
+# --- Frozen backbones -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "backbone"), [("baseline", "vgg_small"), ("a", "small"), ("b", "timm:test_vit")])
+def test_a_frozen_backbone_stays_as_it_is_in_training(name, backbone):
+    """Weights, BatchNorm's running statistics and mode, whatever mode the model is put in; the rest learns."""
+    model = build_model(make_config(name=name, backbone=backbone, freeze_backbone=True), input_size=96).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    sum(output.square().sum() for output in model(make_inputs(4, 1, 96))).backward()
+    optimizer.step()
+    changed = {
+        key.partition(".")[0] for key, value in model.state_dict().items() if not torch.equal(value, before[key])
+    }
+    assert "backbone" not in changed
+    assert changed >= ({"hidden", "outputs"} if name == "baseline" else {"attention", "regions", "heads"})
+    assert all(p.grad is None and p not in optimizer.state for p in model.backbone.parameters())
+    assert {id(p) for p in optimizer.state} == {id(p) for p in trained}
+    assert not any(module.training for module in model.backbone.modules())
+    assert model.training
+    copied = copy.deepcopy(model).eval().train()
+    assert not any(module.training for module in copied.backbone.modules())
 
 
 # --- Regions against layers written out -------------------------------------------------------------------------------
@@ -254,6 +330,28 @@ def test_a_missing_or_misshapen_entry_is_named(tmp_path, suffix):
     save_state({**state, "stem.1.bias": torch.zeros(7)}, path)
     with pytest.raises(InputError, match=r"'stem\.1\.bias' has shape \(7,\), SmallResNet needs \(16,\)"):
         load_backbone_weights(backbone, path)
+
+
+@pytest.mark.parametrize("backbone", ["vgg_small", "timm:test_efficientnet"])
+def test_a_model_of_ours_gives_its_backbone(tmp_path, backbone):
+    """What a run saved, its heads another's: the backbone comes along whole and the heads stay those of the seed."""
+    trained = build_model(make_config(backbone=backbone), seed=1, input_size=96)
+    save_file(trained.state_dict(), tmp_path / "model.safetensors")
+    settings = {"name": "baseline", "backbone": backbone, "freeze_backbone": True}
+    found = build_model(
+        make_config(**settings, weights=str(tmp_path / "model.safetensors")), seed=2, input_size=96
+    ).state_dict()
+    own = build_model(make_config(**settings), seed=2, input_size=96).state_dict()
+    for key, value in found.items():
+        expected = trained.state_dict()[key] if key.startswith("backbone.") else own[key]
+        assert torch.equal(value, expected), key
+
+
+def test_a_model_of_ours_with_another_backbone_is_refused(tmp_path):
+    save_file(build_model(make_config(), seed=1).state_dict(), tmp_path / "model.safetensors")
+    settings = make_config(backbone="vgg_small", weights=str(tmp_path / "model.safetensors"))
+    with pytest.raises(InputError, match=r"model\.safetensors \(a model of ours\) .* another --model\.backbone"):
+        build_model(settings)
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):

@@ -99,13 +99,21 @@ CUTS = {2: [(0, 7), (7, 24)], 3: [(0, 8), (8, 16), (16, 24)], 5: [(0, 1), (1, 9)
 
 @pytest.mark.parametrize(
     ("num_ranks", "parts", "balancing"),
-    [(2, 1, "fixed"), (3, 1, "uncertainty"), (5, 1, "fixed"), (2, 3, "uncertainty")],
+    [
+        (2, 1, "fixed"),
+        (3, 1, "uncertainty"),
+        (2, 3, "uncertainty"),
+        (3, 2, "dwa"),
+        (5, 1, "famo"),
+    ],
 )
 def test_gradients_of_many_ranks_are_those_of_one(num_ranks, parts, balancing, tmp_path):
     """Unequal batches, ranks that lack a task's labels, class weights, and micro-batches: to float64 tolerance."""
     config = LossConfig(va=0.7, expr=1.3, au=2.0, balancing=balancing, expr_weights="balanced", au_weights="balanced")
     torch.manual_seed(0)
     module = ObjectiveModule(TinyModel(), config, COUNTS).double()
+    if balancing in ("dwa", "famo"):  # in the midst of training
+        getattr(module.balancer, {"dwa": "found", "famo": "logits"}[balancing]).copy_(torch.tensor([0.9, 1.4, 0.7]))
     batch = sorted_so_that_ranks_lack_tasks(make_batch(24))
     whole = copy.deepcopy(module)
     loss = whole(*batch)

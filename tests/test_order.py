@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mtl_dist.data.order import EpochPlan, Order, eval_range
+from mtl_dist.data.order import EpochPlan, Order, TaskOrders, build_task_orders, eval_range
 
 fast = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -222,6 +222,105 @@ def test_neighbours_in_a_shard_are_far_apart_in_training():
     (plan,) = plans(order, 0, 1)
     samples = np.concatenate([plan.stream_samples(2, step) for step in range(order.num_steps)])
     assert np.mean(np.abs(np.diff(samples)) == 1) < 0.02
+
+
+# --------------------------------------------------------------------------------------------- a part of the samples
+
+
+@st.composite
+def partial_orders(draw) -> Order:
+    """Orders over some of the samples of an index, whose epochs read some of these; shards may have none."""
+    order = draw(orders())
+    rng = np.random.default_rng(draw(st.integers(0, 99)))
+    samples = np.flatnonzero(rng.random(order.num_rows) < draw(st.sampled_from([0.2, 0.7, 1.0])))
+    assume(len(samples) >= order.global_batch)
+    bounds = np.concatenate([[0], np.cumsum(order.shard_rows)])
+    steps = draw(st.integers(1, len(samples) // order.global_batch))
+    rows = np.histogram(samples, bounds)[0]
+    return Order(rows, order.global_batch, order.streams, order.block_shards, order.seed, steps, samples)
+
+
+@fast
+@given(partial_orders(), epochs, num_ranks_st)
+def test_a_part_has_the_same_samples_on_every_number_of_ranks_and_none_twice(order, epoch, num_ranks):
+    num_ranks = min(num_ranks, order.streams)
+    alone, many = plans(order, epoch, 1), plans(order, epoch, num_ranks)
+    seen = []
+    for step in range(order.num_steps):
+        samples = step_of_all(many, step)
+        assert len(samples) == order.global_batch
+        assert sorted(samples) == sorted(step_of_all(alone, step))
+        seen += samples
+    assert len(set(seen)) == len(seen)
+    assert set(seen) <= set(order.samples.tolist())
+
+
+@fast
+@given(partial_orders(), epochs, num_ranks_st, st.data())
+def test_shards_ahead_of_a_part_are_all_that_it_touches_and_none_without_its_samples(order, epoch, num_ranks, data):
+    num_ranks = min(num_ranks, order.streams)
+    step = data.draw(st.integers(0, order.num_steps - 1))
+    num_steps = data.draw(st.integers(1, order.num_steps - step))
+    for plan in plans(order, epoch, num_ranks):
+        ahead = plan.shards_ahead(step, num_steps)
+        places = np.searchsorted(order.samples, plan.samples_of(step, num_steps).ravel())
+        touched = set(np.searchsorted(np.cumsum(order.shard_rows), places, side="right").tolist())
+        assert touched <= set(ahead)
+        assert len(set(ahead)) == len(ahead)
+        assert all(order.shard_rows[shard] for shard in ahead)
+
+
+def test_every_sample_is_as_likely_to_be_in_an_epochs_part():
+    """One shard, a few, and many; the binomial's mean of 1,200 epochs at 1/8 is 150, its spread 11."""
+    for sizes in ([64], [30, 1, 33], [4] * 16):
+        order = Order(np.array(sizes), 4, 2, 2, seed=0, epoch_steps=2)
+        counts = Counter()
+        for epoch in range(1200):
+            (plan,) = plans(order, epoch, 1)
+            counts.update(plan.samples_of(0, 2).ravel().tolist())
+        assert len(counts) == 64
+        assert 100 < min(counts.values()) <= max(counts.values()) < 200
+
+
+def task_orders(draw_seed: int = 0, *, seed: int = 0) -> tuple[TaskOrders, dict[str, np.ndarray]]:
+    rng = np.random.default_rng(draw_seed)
+    labelled = {
+        task: np.flatnonzero(rng.random(400) < share) for task, share in (("va", 0.7), ("expr", 0.5), ("au", 1))
+    }
+    steps = min(map(len, labelled.values())) // 24
+    built = build_task_orders(
+        labelled, np.full(20, 20), global_batch=24, streams=8, block_shards=2, seed=seed, epoch_steps=steps
+    )
+    return built, labelled
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3, 8])
+def test_every_task_has_a_batch_of_its_own_rows_in_every_step(num_ranks):
+    """The same set for any number of ranks, no sample twice for a task in an epoch, from any step on."""
+    built, labelled = task_orders()
+    alone = built.plan(epoch=4, rank=0, num_ranks=1).samples_of(0, built.num_steps)
+    seen = {task: [] for task in labelled}
+    for step in range(built.num_steps):
+        of_ranks = [
+            built.plan(epoch=4, rank=rank, num_ranks=num_ranks).samples_of(step, 1)[0].reshape(3, -1)
+            for rank in range(num_ranks)
+        ]
+        for task, batch, expected in zip(labelled, np.concatenate(of_ranks, axis=1), alone[step].reshape(3, -1)):
+            assert sorted(batch.tolist()) == sorted(expected.tolist())
+            assert len(batch) == 24
+            assert set(batch.tolist()) <= set(labelled[task].tolist())
+            seen[task] += batch.tolist()
+    assert all(len(set(samples)) == len(samples) == 24 * built.num_steps for samples in seen.values())
+
+
+def test_tasks_with_the_same_rows_do_not_get_the_same_batches():
+    every = np.arange(400)
+    built = build_task_orders(
+        {"va": every, "au": every}, np.full(20, 20), global_batch=24, streams=8, block_shards=2, seed=0, epoch_steps=16
+    )
+    va, au = built.plan(epoch=0, rank=0, num_ranks=1).samples_of(0, 16).reshape(16, 2, 24).transpose(1, 0, 2)
+    shared = [len(set(mine) & set(theirs)) for mine, theirs in zip(va.tolist(), au.tolist())]
+    assert np.mean(shared) < 4
 
 
 @fast

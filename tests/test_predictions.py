@@ -9,7 +9,7 @@ import pytest
 from mtl_dist.errors import InputError
 from mtl_dist.objective.metrics import Predictions, Targets
 from mtl_dist.runtime.evaluate import Predicted
-from mtl_dist.runtime.predictions import prediction_table, read_predictions, write_parquet
+from mtl_dist.runtime.predictions import prediction_table, read_key, read_predictions, write_parquet
 
 
 def make_predicted(num_rows: int, seed: int = 0) -> Predicted:
@@ -46,6 +46,21 @@ def test_a_table_of_predictions_comes_back_as_it_was(tmp_path):
         (found.predicted.rows, *found.predicted.predictions, *found.predicted.targets),
     ):
         np.testing.assert_array_equal(mine, read)
+
+
+def test_the_key_of_a_table_is_read_back_only_where_the_table_is_whole(tmp_path):
+    path = tmp_path / "keyed.parquet"
+    assert read_key(str(path)) is None
+    write_parquet(str(path), prediction_table(make_predicted(50), ["v/1.jpg"] * 50, labels=True), key="of this model")
+    assert read_key(str(path)) == "of this model"
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    damaged[len(whole) // 3] ^= 1  # in a column
+    for data in (whole[:-100], bytes(damaged), b""):
+        path.write_bytes(data)
+        assert read_key(str(path)) is None
+        with pytest.raises(InputError, match="not a table of predictions"):
+            read_predictions(str(path))
 
 
 def test_a_foreign_table_is_refused(tmp_path):

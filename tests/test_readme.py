@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPO, run_module
+from tests.conftest import REPO, run_here
 
 PAGES = ("README.md", "cluster/README.md", "shards/README.md")
 
@@ -24,7 +24,7 @@ def commands(page: str) -> list[tuple[str, list[str]]]:
 def help_of(module: str) -> str:
     commands = {"mtl_dist.shards": ("create", "verify", "inspect", "synth"), "cluster.local": ("up", "down", "status")}
     return " ".join(
-        run_module(module, *verb, "--help").stdout for verb in [(v,) for v in commands.get(module, ())] or [()]
+        run_here(module, *verb, "--help").stdout for verb in [(v,) for v in commands.get(module, ())] or [()]
     )
 
 

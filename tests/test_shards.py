@@ -22,7 +22,7 @@ import pytest
 from PIL import Image
 
 from mtl_dist import storage
-from mtl_dist.data import ustar
+from mtl_dist.data import skipping, ustar, writer
 from mtl_dist.data.annotations import FILES, read_annotations
 from mtl_dist.data.columns import Columns, TableOptions
 from mtl_dist.data.index import INDEX_NAME, dump_index, read_index
@@ -31,7 +31,7 @@ from mtl_dist.data.sidecar import dump_sidecar, parse_sidecar, read_about
 from mtl_dist.errors import InputError
 from mtl_dist.shards import create, inspect, verify
 from mtl_dist.tasks import AUS, EXPRESSIONS, SPLITS, VIEWS
-from tests.conftest import REPO, assert_one_message, run_module, write_dataset
+from tests.conftest import REPO, assert_one_message, run_here, run_module, write_dataset
 
 SETS = [(view, split) for view in VIEWS for split in SPLITS]
 each_set = pytest.mark.parametrize(("view", "split"), SETS)
@@ -371,7 +371,7 @@ def test_sets_on_s3_are_those_on_disk_and_can_be_verified_and_inspected(dataset,
     stored = {name: storage.read_bytes(f"{uri}/{name}") for name, _ in storage.list_objects(uri)}
     assert stored == {name: data for name, data in read_tree(shards).items() if name.startswith("cropped/")}
     verify(f"{uri}/cropped/val", jobs=1)
-    done = run_module("mtl_dist.shards", "inspect", f"{uri}/cropped/train", "--as-json")
+    done = run_here("mtl_dist.shards", "inspect", f"{uri}/cropped/train", "--as-json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["rows"] == 40
 
@@ -385,7 +385,7 @@ def test_sets_on_s3_are_those_on_disk_and_can_be_verified_and_inspected(dataset,
 
 def test_inspect_prints_one_json_object_for_programs_and_a_table_for_people(shards, dataset):
     uri = str(shards / "cropped_aligned" / "train")
-    done = run_module("mtl_dist.shards", "inspect", uri, "--as-json")
+    done = run_here("mtl_dist.shards", "inspect", uri, "--as-json")
     assert done.returncode == 0, done.stderr
     about = json.loads(done.stdout)
     index = read_index(uri)
@@ -398,7 +398,7 @@ def test_inspect_prints_one_json_object_for_programs_and_a_table_for_people(shar
         "sha256": index.sha256,
         "labels": index.labels.model_dump(),
     }
-    done = run_module("mtl_dist.shards", "inspect", uri)
+    done = run_here("mtl_dist.shards", "inspect", uri)
     assert done.returncode == 0, done.stderr
     cells = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in done.stdout.splitlines() if "│" in line}
     assert cells["valence, arousal"] == str(index.labels.va)
@@ -526,6 +526,7 @@ def test_skipping_nothing_gives_the_same_shards(dataset, shards, tmp_path):
     create(dataset, str(tmp_path), frames_per_shard=7, jobs=1, skip_bad_images=True)
     tree = read_tree(tmp_path)
     assert tree.pop("skipped.csv") == b"row,split,view,image,reason\n"
+    assert all(json.loads(tree.pop(f"{view}/checked.json"))["bad"] == {} for view in VIEWS)
     assert tree == read_tree(shards)
 
 
@@ -534,6 +535,86 @@ def test_a_second_view_keeps_what_the_first_has_listed(spoilt, tmp_path):
         create(spoilt, str(tmp_path / "dest"), views=(view,), jobs=1, skip_bad_images=True)
     lines = (tmp_path / "dest" / "skipped.csv").read_text().splitlines()[1:]
     assert sorted(line.split(",")[0] for line in lines) == ["12", "33", "5"]
+
+
+@pytest.fixture
+def looked_at(monkeypatch) -> list[str]:
+    """The images that `--skip-bad-images` decodes."""
+    names, check_images = [], skipping.check_images
+
+    def note(task: tuple[Path, list[str]]) -> dict[str, str]:
+        names.extend(f"{task[0].name}/{name}" for name in task[1])
+        return check_images(task)
+
+    monkeypatch.setattr(skipping, "check_images", note)
+    return names
+
+
+def test_a_rerun_looks_at_no_image_again_finished_or_not(spoilt, tmp_path, looked_at, monkeypatch):
+    def run(dest: str) -> dict[str, bytes]:
+        create(spoilt, str(tmp_path / dest), frames_per_shard=7, jobs=1, skip_bad_images=True)
+        return read_tree(tmp_path / dest)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    whole = run("whole")
+    num_images = len(looked_at)
+    assert num_images == len(set(looked_at)) == 2 * 54  # of 60 rows every tenth has the image before it
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "_write_tar", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run("stopped")
+    assert len(looked_at) == 2 * num_images
+    assert run("whole") == run("stopped") == whole
+    assert len(looked_at) == 2 * num_images
+
+
+@pytest.mark.parametrize("change", ["repaired", "restored", "damaged"])
+def test_an_image_that_changed_is_looked_at_again(spoilt, tmp_path, looked_at, change):
+    images = read_annotations(spoilt / FILES["train"]).images
+    path = spoilt / "cropped" / images[5 if change == "repaired" else 33]
+    good = (spoilt / "cropped" / images[2]).read_bytes()
+    if change != "repaired":  # of one size and date, as a backup keeps them
+        path.write_bytes(bytes(len(good)) if change == "restored" else good)
+    before = path.stat() if change != "repaired" else None
+    dest = tmp_path / "dest"
+    create(spoilt, str(dest), frames_per_shard=7, jobs=1, skip_bad_images=True)
+    tree, num_images = read_tree(dest), len(looked_at)
+    path.write_bytes(bytes(len(good)) if change == "damaged" else good)
+    if before:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    with pytest.raises(InputError, match=r"holds (other shards.*source_sha256|'shard-)"):
+        create(spoilt, str(dest), frames_per_shard=7, jobs=1, skip_bad_images=True)
+    assert len(looked_at) == num_images * 3 // 2, "the other view has not changed"
+    assert read_tree(dest) == tree
+    create(spoilt, str(tmp_path / "anew"), views=("cropped",), frames_per_shard=7, jobs=1, skip_bad_images=True)
+    left_out = {33} if change == "repaired" else {5} if change == "restored" else {5, 33}
+    rows = chain(*rows_of(tmp_path / "anew" / "cropped" / "train"))
+    assert set(range(40)) - set(rows) == left_out
+
+
+def test_what_could_not_be_read_is_not_remembered(spoilt, tmp_path, looked_at):
+    """A server that was away for a moment: the images are as they were."""
+    (spoilt / "cropped" / read_annotations(spoilt / FILES["train"]).images[5]).mkdir()  # as good as an input error
+    for _ in range(2):
+        create(spoilt, str(tmp_path / "dest"), frames_per_shard=7, jobs=1, skip_bad_images=True)
+    assert "cannot be read (Is a directory)" in (tmp_path / "dest" / "skipped.csv").read_text()
+    assert len(looked_at) == 54 * (2 + 1)
+
+
+@pytest.mark.parametrize("content", [b"", b"[" * 10**5, b"3", b'{"format": "x"}', b'{"bad": {"v": 1}}', b"\xff"])
+def test_a_torn_record_of_images_costs_another_look(spoilt, tmp_path, looked_at, content):
+    create(spoilt, str(tmp_path), frames_per_shard=7, jobs=1, skip_bad_images=True)
+    path = tmp_path / "cropped" / "checked.json"
+    if b"bad" in content:
+        content = json.dumps(json.loads(path.read_text()) | json.loads(content)).encode()
+    tree = read_tree(tmp_path)
+    path.write_bytes(content)
+    create(spoilt, str(tmp_path), frames_per_shard=7, jobs=1, skip_bad_images=True)
+    assert len(looked_at) == 54 * (2 + 1)
+    assert read_tree(tmp_path) == tree
 
 
 @pytest.mark.parametrize("content", [b"", b"row,reason\n1,x\n", b"row,split,view,image,reason\n1,2\n"])
@@ -555,7 +636,7 @@ def test_a_directory_of_other_images_is_not_skipped_as_a_whole(spoilt, tmp_path,
 
 def test_create_ends_with_what_there_is_what_was_left_out_and_what_is_next(dataset, tmp_path):
     dest = tmp_path / ("a long name " * 9).strip()
-    done = run_module("mtl_dist.shards", "create", str(dataset), str(dest), "--jobs", "1")
+    done = run_here("mtl_dist.shards", "create", str(dataset), str(dest), "--jobs", "1")
     assert done.returncode == 0, done.stderr
     index = read_index(str(dest / "cropped" / "train"))
     lines = [line.rsplit(maxsplit=2) for line in done.stdout.splitlines()]
@@ -567,7 +648,7 @@ def test_create_ends_with_what_there_is_what_was_left_out_and_what_is_next(datas
     for words in ("skipped: nothing", "wrote 120 images in ", " images/s"):
         assert words in done.stdout
     command = shlex.split(done.stdout.splitlines()[-1].removeprefix("next: python -m "))
-    done = run_module(*command, "--dry-run")
+    done = run_here(*command, "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "40 rows of cropped" in done.stdout
 

@@ -157,12 +157,12 @@ def test_further_names_get_a_class_or_no_label_when_told(tmp_path):
 # ---------------------------------------------------------------------------------------------------------- AffectNet
 
 
-def affectnet(path: Path, count: int = 22) -> Path:
+def affectnet(path: Path, count: int = 22, *, header: bool = True) -> Path:
     rows = []
     for i in range(count):
         va = ["-2", "-2.000"] if i % 11 > 8 else ["0.5", str(i / 100)]
         rows.append([f"{i // 5}/{i}.jpg", "1", "1", "9", "9", "1.5;2.5", str(i % 11), *va])
-    return write(path, *rows, header=AFFECTNET_HEADER)
+    return write(path, *rows, header=AFFECTNET_HEADER) if header else write(path, *rows[1:], header=rows[0])
 
 
 def test_affectnet_codes_are_mapped_by_name(tmp_path):
@@ -186,6 +186,55 @@ def test_affectnets_two_lists_are_train_and_val(tmp_path):
     source = split(train, TableOptions(table_format="affectnet", val_table=val))
     assert {name: len(part.row) for name, part in source.splits.items()} == {"train": 22, "val": 11}
     assert source.unlabelled["None (8)"] == 3
+
+
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf", b"\r\n\n"], ids=["plain", "byte order mark", "empty lines"])
+@pytest.mark.parametrize("count", [1, 22])
+def test_an_affectnet_list_without_a_header_is_the_same_table(tmp_path, count, start):
+    with_header = affectnet(tmp_path / "training.csv", count)
+    without = affectnet(tmp_path / "validation.csv", count, header=False)
+    without.write_bytes(start + without.read_bytes())
+    expected, found = (read(path, table_format="affectnet") for path in (with_header, without))
+    assert found.annotations.row.tolist() == list(range(count))
+    assert found.annotations.images == expected.annotations.images
+    assert found.columns == expected.columns
+    assert found.unlabelled == expected.unlabelled
+    for name in ("va", "expr", "au", "va_mask", "expr_mask", "au_mask"):
+        np.testing.assert_array_equal(getattr(found.annotations, name), getattr(expected.annotations, name), name)
+    source = split(with_header, TableOptions(table_format="affectnet", val_table=without))
+    assert {name: len(part.row) for name, part in source.splits.items()} == {"train": count, "val": count}
+
+
+ROW = ["1/a.jpg", "1", "1", "9", "9", "1.5;2.5", "3", "0.5", "0.25"]
+
+
+@pytest.mark.parametrize(
+    "first_line",
+    [ROW[:8], [*ROW, "1"], [*ROW[:7], "high", "0.25"], ["", *ROW[1:]], [*ROW[:6], "", "0.5", "0.25"], ["x"] * 9],
+    ids=repr,
+)
+def test_an_affectnet_list_that_has_neither_header_nor_layout_is_one_message(tmp_path, first_line):
+    path = write(tmp_path / "t.csv", ROW, header=first_line)
+    with pytest.raises(InputError) as error:
+        read(path, table_format="affectnet")
+    for word in (f"{path} begins with", ",".join(first_line), f"{len(first_line)} cells", ",".join(AFFECTNET_HEADER)):
+        assert word in str(error.value)
+
+
+def test_a_bad_row_of_a_list_without_a_header_is_named_by_its_place(tmp_path):
+    path = write(tmp_path / "t.csv", ROW, [*ROW[:7], "7", "0"], header=ROW)
+    with pytest.raises(InputError, match=r"row 2 \(from 0\): valence is '7'"):
+        read(path, table_format="affectnet")
+    path = write(tmp_path / "t.csv", ROW, ROW[:8], header=ROW)
+    with pytest.raises(InputError, match="Row #3: Expected 9 columns, got 8"):
+        read(path, table_format="affectnet")
+    with pytest.raises(InputError, match=r"no column 'path' \(--columns\.image\)"):
+        read(path, table_format="affectnet", columns=Columns(image="path"))
+
+
+def test_a_plain_table_without_a_header_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no column 'image' in its first line"):
+        read(write(tmp_path / "t.csv", header=["1/a.jpg", "1", "2", "9", "8", "1.5;2.5", "3", "0.5", "0.25"]))
 
 
 def test_affectnets_codes_are_not_taken_for_ours(tmp_path):

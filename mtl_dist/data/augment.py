@@ -1,7 +1,8 @@
 """Augmentation and normalisation of a whole batch on the device, with randomness keyed by (seed, epoch, row).
 
 A sample's augmentation depends on nothing else: not on rank, worker, batch or resume. One affine sampling does crop,
-rotation, flip and resize at once.
+rotation, flip and resize at once; colours are changed after it, always in the order brightness, contrast, saturation,
+hue, and cut to their range once (torchvision's ColorJitter draws the order, and cuts after each).
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from mtl_dist.config import AugmentConfig
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma
-NUM_DRAWS = 12
+NUM_FIRST_DRAWS = 12
+NUM_DRAWS = 14  # those that came later are drawn beside the first: what the first are must not change
 
 
 def normalise(inputs: Tensor, size: int) -> Tensor:
@@ -36,7 +38,10 @@ def augment(inputs: Tensor, draws: Tensor, config: AugmentConfig, size: int) -> 
     images = F.grid_sample(
         images, _affine_grid(u, config, size), mode="bilinear", padding_mode="reflection", align_corners=False
     )
-    images = _jitter(images, u, config)
+    jittered = _jitter(images, u, config)
+    if config.jitter_p < 1:
+        jittered = torch.where((u[:, 13] < config.jitter_p)[:, None, None, None], jittered, images)
+    images = jittered
     if config.erase:
         images = _erase(images, u, config.erase)
     return _standardise(images).unflatten(0, inputs.shape[:2])
@@ -45,9 +50,14 @@ def augment(inputs: Tensor, draws: Tensor, config: AugmentConfig, size: int) -> 
 def make_draws(rows: Tensor, *, seed: int, epoch: int) -> Tensor:
     """Return (B, T, NUM_DRAWS) uniform numbers for rows (B, T), a pure function of (seed, epoch, row)."""
     key = _mix(_mix(np.uint64(seed)) ^ np.uint64(epoch))
-    counter = rows.numpy().astype(np.uint64)[..., None] * np.uint64(NUM_DRAWS) + np.arange(NUM_DRAWS, dtype=np.uint64)
+    first = _draw(rows, NUM_FIRST_DRAWS, key)
+    return torch.from_numpy(np.concatenate([first, _draw(rows, NUM_DRAWS - NUM_FIRST_DRAWS, _mix(~key))], axis=-1))
+
+
+def _draw(rows: Tensor, count: int, key: np.uint64) -> np.ndarray:
+    counter = rows.numpy().astype(np.uint64)[..., None] * np.uint64(count) + np.arange(count, dtype=np.uint64)
     bits = _mix(_mix(counter) ^ key) >> np.uint64(40)
-    return torch.from_numpy(bits.astype(np.float32) / np.float32(1 << 24))
+    return bits.astype(np.float32) / np.float32(1 << 24)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -60,10 +70,17 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def _affine_grid(u: Tensor, config: AugmentConfig, size: int) -> Tensor:
-    low, high = config.crop_scale
-    scale = low + (high - low) * u[:, 0]
+    """Where every pixel of the output lies in the input, in units of half its side from its middle."""
+    if config.resize:
+        # Sampling the input where the resized image's pixels lie is resizing it: bilinear both. Whole pixels of it.
+        spare = config.resize - size
+        scale = torch.full_like(u[:, 0], size / config.resize)
+        shift_x, shift_y = ((2 * (u[:, i] * (spare + 1)).floor() - spare) / config.resize for i in (2, 3))
+    else:
+        low, high = config.crop_scale
+        scale = low + (high - low) * u[:, 0]
+        shift_x, shift_y = ((2 * u[:, i] - 1) * (1 - scale) for i in (2, 3))
     angle = torch.deg2rad((2 * u[:, 1] - 1) * config.rotation)
-    shift_x, shift_y = ((2 * u[:, i] - 1) * (1 - scale) for i in (2, 3))
     mirror = torch.where(u[:, 4] < 0.5, -1.0, 1.0) if config.flip else torch.ones_like(scale)
     cos, sin = scale * torch.cos(angle), scale * torch.sin(angle)
     theta = torch.stack(
@@ -73,7 +90,10 @@ def _affine_grid(u: Tensor, config: AugmentConfig, size: int) -> Tensor:
 
 
 def _jitter(images: Tensor, u: Tensor, config: AugmentConfig) -> Tensor:
-    """Brightness, contrast and saturation, each by a factor in [1 - c, 1 + c], as torchvision's ColorJitter defines."""
+    """Change brightness, contrast and saturation, each by a factor in [1 - c, 1 + c], and hue by [-c, c] of a circle.
+
+    Each is what torchvision's ColorJitter does.
+    """
     factors = [
         1 + c * (2 * u[:, 5 + i, None, None, None] - 1)
         for i, c in enumerate((config.brightness, config.contrast, config.saturation))
@@ -82,7 +102,31 @@ def _jitter(images: Tensor, u: Tensor, config: AugmentConfig) -> Tensor:
     grey = (images * images.new_tensor(_GREY)[:, None, None]).sum(1, keepdim=True)
     images = torch.lerp(grey.mean((2, 3), keepdim=True), images, factors[1])
     grey = (images * images.new_tensor(_GREY)[:, None, None]).sum(1, keepdim=True)
-    return torch.lerp(grey, images, factors[2]).clamp(0, 1)
+    images = torch.lerp(grey, images, factors[2]).clamp(0, 1)
+    return turn_hue(images, (2 * u[:, 12] - 1) * config.hue) if config.hue else images
+
+
+def turn_hue(images: Tensor, turns: Tensor) -> Tensor:
+    """Turn the hue of (N, 3, H, W) images in [0, 1] by `turns` (N,) of the colour circle; value and saturation stay.
+
+    By way of HSV, as torchvision's adjust_hue.
+    """
+    value, least = images.amax(1), images.amin(1)
+    chroma = value - least
+    red, green, blue = images.unbind(1)
+    spread = torch.where(chroma > 0, chroma, 1.0)
+    sextant = torch.where(
+        value == red,
+        (green - blue) / spread,
+        torch.where(value == green, 2 + (blue - red) / spread, 4 + (red - green) / spread),
+    )
+    hue = sextant + 6 * turns[:, None, None]  # in sixths of the circle
+    # A channel is the value, less the chroma by how far the hue is from the channel's own third of the circle.
+    channels = []
+    for offset in (5, 3, 1):
+        k = torch.remainder(hue + offset, 6)
+        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
+    return torch.stack(channels, 1)
 
 
 def _erase(images: Tensor, u: Tensor, probability: float) -> Tensor:

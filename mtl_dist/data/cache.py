@@ -2,6 +2,7 @@
 
 A file's name is a hash of its URI and checksum, so neither equal base names nor a set written anew can collide. A file
 is downloaded under a lock to a temporary name, checked against the index, then renamed: what has its name is whole.
+The lock is a file of its own, which its holder removes: who waited for it begins anew.
 Readers hold a shared lock on what they have open, and eviction takes only what nobody holds: jobs with bounds of their
 own can share a directory, and the smallest bound holds for what is not open. Open files can exceed it, as one that is
 larger than the bound does.
@@ -19,7 +20,6 @@ import fcntl
 import hashlib
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import BinaryIO
 
@@ -92,45 +92,36 @@ class Cache:
 
     def _fetch(self, uri: str, path: Path, *, sha256: str, size: int) -> BinaryIO | None:
         """Download, check and open an object; None where another process has done so meanwhile."""
-        asked = time.time()
         self.directory.mkdir(parents=True, exist_ok=True)
-        with (self.directory / f"{path.name}.lock").open("a+b", buffering=0) as lock:
+        lock_path = path.with_suffix(".lock")
+        with lock_path.open("a+b", buffering=0) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # one download a node; released by the kernel when a process dies
-            if path.exists():
+            if not _is_at(lock, lock_path):  # its holder is done, well or not
+                lock.seek(0)
+                if not path.exists() and (note := lock.read()):
+                    raise StorageError(note.decode(errors="replace"))
                 return None
-            _raise_noted(lock, since=asked)
-            self._evict(room_for=size, max_bytes=self.max_bytes)
-            scratch = path.with_suffix(".part")  # ours alone under the lock
             try:
-                for _ in range(2):
-                    shutil.rmtree(scratch, ignore_errors=True)  # a dead process's leftover, too
-                    scratch.mkdir()
-                    part = scratch / "object"
-                    try:
-                        storage.download(uri, part)
-                    except FileNotFoundError:
-                        raise InputError(f"{uri} is gone, but the index lists it; {_hint(uri)}") from None
-                    if part.stat().st_size == size and storage.sha256_of(part) == sha256:
-                        file = _open_locked(part)  # before it has its name: nobody can evict it
-                        part.replace(path)
-                        return file
-                raise InputError(
-                    f"{uri} is not what the index says (its sha256 or size differs, fetched twice); {_hint(uri)}"
-                )
+                if path.exists():
+                    return None
+                lock.truncate(0)  # a killed process's note
+                self._evict(room_for=size, max_bytes=self.max_bytes)
+                return _download(uri, path, sha256=sha256, size=size)
             except StorageError as error:
                 with contextlib.suppress(OSError):
                     lock.write(str(error).encode()[:MAX_NOTE_BYTES])
                 raise
             finally:
-                shutil.rmtree(scratch, ignore_errors=True)
+                lock_path.unlink(missing_ok=True)
 
     def _evict(self, *, room_for: int, max_bytes: int) -> None:
         """Remove the files used longest ago until `room_for` more bytes fit; what a process holds open stays."""
         found, total = [], 0
         for path in self.directory.iterdir():
             with contextlib.suppress(FileNotFoundError):
-                if path.suffix == ".part" and not _remove_leftover(path):  # a download under way
-                    total += sum(file.stat().st_size for file in path.iterdir())
+                if path.suffix in (".part", ".lock"):
+                    if not _remove_leftovers(path) and path.suffix == ".part":  # a download under way
+                        total += sum(file.stat().st_size for file in path.iterdir())
                 elif not path.suffix:
                     found.append((path.stat().st_atime_ns, path.stat().st_size, path))
         total += sum(size for _, size, _ in found)
@@ -150,23 +141,46 @@ def _open_locked(path: Path) -> BinaryIO:
     return file
 
 
-def _raise_noted(lock: BinaryIO, *, since: float) -> None:
-    """Raise the fault of a download that was waited for; one from before is forgotten."""
-    if os.fstat(lock.fileno()).st_mtime > since:
-        lock.seek(0)
-        if note := lock.read():
-            raise StorageError(note.decode(errors="replace"))
-    lock.truncate(0)
-
-
-def _remove_leftover(scratch: Path) -> bool:
-    """Remove what a killed process had downloaded; False where a living one still does."""
-    with scratch.with_suffix(".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
+def _download(uri: str, path: Path, *, sha256: str, size: int) -> BinaryIO:
+    scratch = path.with_suffix(".part")  # ours alone under the lock
+    try:
+        for _ in range(2):
+            shutil.rmtree(scratch, ignore_errors=True)  # a dead process's leftover, too
+            scratch.mkdir()
+            part = scratch / "object"
+            try:
+                storage.download(uri, part)
+            except FileNotFoundError:
+                raise InputError(f"{uri} is gone, but the index lists it; {_hint(uri)}") from None
+            if part.stat().st_size == size and storage.sha256_of(part) == sha256:
+                file = _open_locked(part)  # before it has its name: nobody can evict it
+                part.replace(path)
+                return file
+        raise InputError(f"{uri} is not what the index says (its sha256 or size differs, fetched twice); {_hint(uri)}")
+    finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    """Whether an open file still has its name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _remove_leftovers(path: Path) -> bool:
+    """Remove the lock, and what was downloaded, of a process that was killed; False where a living one has them."""
+    lock_path = path.with_suffix(".lock")
+    try:
+        with lock_path.open("ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _is_at(lock, lock_path):
+                return False
+            shutil.rmtree(path.with_suffix(".part"), ignore_errors=True)
+            lock_path.unlink()
+    except (BlockingIOError, PermissionError):  # another user's
+        return False
     return True
 
 

@@ -36,7 +36,8 @@ class Columns(Section):
 
 class TableOptions(Section):
     table_format: Literal["plain", "affectnet"] = "plain"
-    """affectnet: the columns of AffectNet's lists, its expression codes (mapped by name), VA of -2 missing."""
+    """affectnet: the columns of AffectNet's lists (a list without a header is read by position), its expression codes
+    (mapped by name), VA of -2 missing."""
     images: Path | None = None
     """Directory that the table's image paths start from. None: the table's own directory."""
     val_table: Path | None = None
@@ -54,6 +55,22 @@ class TableFormat(NamedTuple):
     codes: tuple[str, ...]  # names of the expression codes 0, 1, ...
     unlabelled: tuple[str, ...]  # names that are none of our classes, and no error
     missing_va: tuple[float, ...]
+    layout: tuple[str, ...] = ()  # columns of a CSV without a header; nothing where it must have one
+    texts: tuple[str, ...] = ()  # those of the layout that do not hold numbers
+
+    def is_row(self, cells: list[str]) -> bool:
+        """Whether a line is a row of the layout: as many cells, and numbers where numbers belong."""
+        return len(cells) == len(self.layout) > 0 and all(
+            bool(cell.strip()) if name in self.texts else _is_number(cell) for name, cell in zip(self.layout, cells)
+        )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 _PLAIN = {name: name for name in ("image", "valence", "arousal", "expression", "video", "person", "split")}
@@ -64,6 +81,11 @@ FORMATS = {
         ("Neutral", "Happy", "Sad", "Surprise", "Fear", "Disgust", "Anger", "Contempt", "None", "Uncertain", "No-Face"),
         ("Contempt", "None", "Uncertain", "No-Face"),
         (-2.0, MISSING_VA),
+        layout=(
+            *("subDirectory_filePath", "face_x", "face_y", "face_width", "face_height", "facial_landmarks"),
+            *("expression", "valence", "arousal"),
+        ),
+        texts=("subDirectory_filePath", "facial_landmarks"),
     ),
 }
 SYNONYMS = {

@@ -1,7 +1,8 @@
 """Batches of a training set in the order of `order.py`, and of a validation set in its own, made ahead by threads.
 
 Threads, not processes: decoding, checksums and page faults release the interpreter lock, and nothing has to be copied
-between address spaces or kept in shared memory.
+between address spaces or kept in shared memory. A loader closes within two seconds, whatever the store does: threads
+that wait for it are left to end by themselves. All they do is to fill the cache, and a batch nobody waits for.
 """
 
 from __future__ import annotations
@@ -9,22 +10,24 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import numpy as np
 
-from mtl_dist.data.order import EpochPlan, Order, eval_range
+from mtl_dist.data.order import Order, TaskOrders, eval_range
 from mtl_dist.data.reader import ShardReader
-from mtl_dist.tasks import Batch
+from mtl_dist.tasks import TASKS, Batch
+from mtl_dist.threads import DaemonThreads
 
 PLAN_STEPS = 16  # whose samples are found at once
 FETCH_AHEAD_STEPS = 4 * PLAN_STEPS  # how far ahead of the loader shards are fetched from the store
 FETCH_THREADS = 2
+CLOSE_S = 1.0  # more than a batch takes; how long closing waits for loading threads, and for fetching ones
 
 
 def train_batches(
     reader: ShardReader,
-    order: Order,
+    order: Order | TaskOrders,
     *,
     epoch: int,
     start_step: int,
@@ -34,23 +37,41 @@ def train_batches(
     workers: int,
     prefetch: int,
 ) -> Iterator[Batch]:
-    """Yield this rank's part of every step of an epoch from `start_step` on."""
-    plan = EpochPlan(order, epoch=epoch, rank=rank, num_ranks=num_ranks)
-    fetchers = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="fetch")
+    """Yield this rank's part of every step of an epoch from `start_step` on.
+
+    Of `TaskOrders` a `Batch` is as many samples of every task, one task behind the other, with the labels of it alone.
+    """
+    plan = order.plan(epoch=epoch, rank=rank, num_ranks=num_ranks)
+    fetchers = DaemonThreads(FETCH_THREADS, "fetch")
+
+    def load(samples: np.ndarray) -> Batch:
+        return keep_own_labels(reader.read_batch(samples, size), order.tasks)
 
     def loads() -> Iterator[Callable[[], Batch]]:
         for begin in range(start_step, order.num_steps, PLAN_STEPS):
             left = order.num_steps - begin
             if (begin - start_step) % FETCH_AHEAD_STEPS == 0:
                 for shard in plan.shards_ahead(begin, min(2 * FETCH_AHEAD_STEPS, left)):
-                    fetchers.submit(reader.warm, [shard])  # a failure shows when the shard is read
+                    fetchers.submit(functools.partial(reader.warm, [shard]))  # a failure shows when the shard is read
             for samples in plan.samples_of(begin, min(PLAN_STEPS, left)):
-                yield functools.partial(reader.read_batch, samples, size)
+                yield functools.partial(load, samples)
 
     try:
         yield from _ahead(loads(), workers=workers, prefetch=prefetch)
     finally:
-        fetchers.shutdown(wait=True, cancel_futures=True)
+        fetchers.close(patience_s=CLOSE_S)
+
+
+def keep_own_labels(batch: Batch, tasks: tuple[str, ...]) -> Batch:
+    """Mask, in the i-th of as many equal parts of a fresh batch as there are `tasks`, labels of all but the i-th task.
+
+    Without tasks the batch stays as it is.
+    """
+    for own, rows in zip(tasks, np.split(np.arange(len(batch.rows)), max(len(tasks), 1))):
+        for task in TASKS:
+            if task != own:
+                getattr(batch.labels, f"{task}_mask")[rows] = False
+    return batch
 
 
 def eval_batches(
@@ -73,13 +94,13 @@ def _ahead(loads: Iterator[Callable[[], Batch]], *, workers: int, prefetch: int)
             yield load()
         return
     pending: deque[Future[Batch]] = deque()
-    with ThreadPoolExecutor(workers, thread_name_prefix="loader") as pool:
-        try:
-            for load in loads:
-                pending.append(pool.submit(load))
-                if len(pending) > prefetch:
-                    yield pending.popleft().result()
-            while pending:
+    pool = DaemonThreads(workers, "loader")
+    try:
+        for load in loads:
+            pending.append(pool.submit(load))
+            if len(pending) > prefetch:
                 yield pending.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.close(patience_s=CLOSE_S)

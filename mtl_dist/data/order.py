@@ -11,6 +11,10 @@ No torch, no files, no clock. How it works:
 So the set of rows of a step does not depend on R (a stream belongs to exactly one rank), every rank has the same number
 of steps, and the state to resume is (epoch, step): whole blocks before it are skipped unopened. At most
 global_batch - 1 samples of an epoch are left out, others each epoch. Samples are numbered by their place in the index.
+
+An epoch may read a part of the samples (`epoch_steps`): its line is a circle then and begins anywhere in it, so that
+every sample is as likely to be in the part as any other. `TaskOrders` are several orders side by side, one a task, each
+over the samples that carry its labels: a step takes a batch of each.
 """
 
 from __future__ import annotations
@@ -21,22 +25,25 @@ from itertools import chain, zip_longest
 import numpy as np
 
 # Keys that keep the random draws of different purposes apart.
-_SHARDS, _BLOCK = 1, 2
+_SHARDS, _BLOCK, _BEGIN, _TASK = 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
 class Order:
-    """The order of a training set. `shard_rows` (S,) rows of every shard, in index order."""
+    """The order of a training set. `shard_rows` (S,) rows of every shard, in index order; some may be 0."""
 
     shard_rows: np.ndarray
     global_batch: int
     streams: int
     block_shards: int
     seed: int
+    epoch_steps: int | None = None  # None: as many as there are whole batches
+    samples: np.ndarray | None = None  # (n,) ascending sample numbers that this order is over; None: all of the index
 
     def __post_init__(self):
         assert self.global_batch % self.streams == 0, (self.global_batch, self.streams)
-        assert self.num_steps > 0, "a training set smaller than one global batch"
+        assert 0 < self.num_steps <= self.num_rows // self.global_batch, "a set smaller than what an epoch reads"
+        assert self.samples is None or len(self.samples) == self.num_rows, (len(self.samples), self.num_rows)
 
     @property
     def num_rows(self) -> int:
@@ -45,11 +52,62 @@ class Order:
     @property
     def num_steps(self) -> int:
         """Steps of an epoch, the same for every rank."""
-        return self.num_rows // self.global_batch
+        return self.epoch_steps or self.num_rows // self.global_batch
 
     @property
     def rows_per_stream(self) -> int:
         return self.num_steps * (self.global_batch // self.streams)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Tasks that a step reads a batch of each; none: one batch with the labels of all."""
+        return ()
+
+    def plan(self, *, epoch: int, rank: int, num_ranks: int) -> EpochPlan:
+        return EpochPlan(self, epoch=epoch, rank=rank, num_ranks=num_ranks)
+
+
+@dataclass(frozen=True)
+class TaskOrders:
+    """An order a task, over the samples that carry its labels; all have the same number of steps."""
+
+    orders: dict[str, Order]
+
+    def __post_init__(self):
+        assert len({order.num_steps for order in self.orders.values()}) == 1, self.orders
+
+    @property
+    def num_steps(self) -> int:
+        return next(iter(self.orders.values())).num_steps
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(self.orders)
+
+    def plan(self, *, epoch: int, rank: int, num_ranks: int) -> TaskPlans:
+        plans = [order.plan(epoch=epoch, rank=rank, num_ranks=num_ranks) for order in self.orders.values()]
+        return TaskPlans(plans)
+
+
+def build_task_orders(
+    labelled: dict[str, np.ndarray],
+    shard_rows: np.ndarray,
+    *,
+    global_batch: int,
+    streams: int,
+    block_shards: int,
+    seed: int,
+    epoch_steps: int,
+) -> TaskOrders:
+    """Make the order of every task from the ascending numbers of the samples that carry its labels."""
+    bounds = np.concatenate([[0], np.cumsum(shard_rows)])
+    orders = {}
+    for number, (task, samples) in enumerate(labelled.items()):
+        rows_here = np.diff(np.searchsorted(samples, bounds))
+        # A seed of its own: else sets that carry the labels of two tasks alike would give both the same batches.
+        own_seed = int(_rng(seed, _TASK, number).integers(1 << 62))
+        orders[task] = Order(rows_here, global_batch, streams, block_shards, own_seed, epoch_steps, samples)
+    return TaskOrders(orders)
 
 
 class EpochPlan:
@@ -61,6 +119,10 @@ class EpochPlan:
         self.streams = range(rank, order.streams, num_ranks)
         # The line: shard s of the epoch's permutation covers places [starts[i], starts[i + 1]).
         self._shards = _rng(order.seed, epoch, _SHARDS).permutation(len(order.shard_rows))
+        self._begin = 0  # the first place that is read
+        if order.epoch_steps:
+            self._shards = np.tile(self._shards, 2)  # a circle, unrolled: no sample comes twice in one round of it
+            self._begin = int(_rng(order.seed, epoch, _BEGIN).integers(order.num_rows))
         self._starts = np.concatenate([[0], np.cumsum(order.shard_rows[self._shards])])
         self._index_starts = np.concatenate([[0], np.cumsum(order.shard_rows)[:-1]])
         self._shuffled: dict[int, tuple[int, int, np.ndarray]] = {}  # stream -> its block: start, stop, samples
@@ -73,12 +135,16 @@ class EpochPlan:
         """Return (num_steps, n) int64: the samples of several steps, at little more than the cost of one."""
         assert 0 <= step < step + num_steps <= self.order.num_steps, (step, num_steps, self.order.num_steps)
         streams = [self.stream_samples(stream, step, num_steps).reshape(num_steps, -1) for stream in self.streams]
-        return np.concatenate(streams, axis=1)
+        found = np.concatenate(streams, axis=1)
+        return found if self.order.samples is None else self.order.samples[found]
 
     def stream_samples(self, stream: int, step: int, num_steps: int = 1) -> np.ndarray:
-        """Return the (num_steps * global_batch / streams,) samples that one stream gives to steps from `step` on."""
+        """Return the (num_steps * global_batch / streams,) samples that one stream gives to steps from `step` on.
+
+        They count the rows of `order.shard_rows`: its `samples` are not looked up.
+        """
         share = self.order.global_batch // self.order.streams
-        begin = stream * self.order.rows_per_stream
+        begin = self._begin + stream * self.order.rows_per_stream
         at, end = begin + step * share, begin + (step + num_steps) * share
         parts = []
         while at < end:
@@ -96,14 +162,13 @@ class EpochPlan:
         share = self.order.global_batch // self.order.streams
         found = []
         for stream in self.streams:
-            begin = stream * self.order.rows_per_stream
+            begin = self._begin + stream * self.order.rows_per_stream
             first = self._block_around(stream, begin + step * share)[0]
             last_place = min((step + num_steps) * share, self.order.rows_per_stream) - 1
             stop = self._block_around(stream, begin + last_place)[1]
             low, high = np.searchsorted(self._starts, [first, stop - 1], side="right") - 1
             found.append(self._shards[low : high + 1].tolist())
-        in_turn = chain.from_iterable(zip_longest(*found))
-        return list(dict.fromkeys(shard for shard in in_turn if shard is not None))
+        return [shard for shard in _in_turn(found) if self.order.shard_rows[shard]]
 
     def _block_around(self, stream: int, place: int) -> tuple[int, int]:
         """Return the places [start, stop) of the block of `stream` that holds `place`.
@@ -111,7 +176,7 @@ class EpochPlan:
         Blocks are cut at every `block_shards`-th shard boundary of the line, and at the stream's own ends.
         """
         length = self.order.rows_per_stream
-        begin, end = stream * length, (stream + 1) * length
+        begin, end = self._begin + stream * length, self._begin + (stream + 1) * length
         size = self.order.block_shards
         shard = int(np.searchsorted(self._starts, place, side="right")) - 1
         low = shard // size * size
@@ -130,6 +195,27 @@ class EpochPlan:
             _rng(self.order.seed, self.epoch, _BLOCK, stream, start).shuffle(samples)
             kept = self._shuffled[stream] = (start, stop, samples)
         return kept
+
+
+class TaskPlans:
+    """One rank's part of one epoch of `TaskOrders`: the plans of all tasks side by side."""
+
+    def __init__(self, plans: list[EpochPlan]):
+        self.plans = plans
+
+    def samples_of(self, step: int, num_steps: int) -> np.ndarray:
+        """Return (num_steps, tasks * n) int64: every step's samples, those of the first task first, n of each."""
+        return np.concatenate([plan.samples_of(step, num_steps) for plan in self.plans], axis=1)
+
+    def shards_ahead(self, step: int, num_steps: int = 1) -> list[int]:
+        """Return the shards that steps [step, step + num_steps) read from, in the order of need."""
+        return _in_turn([plan.shards_ahead(step, num_steps) for plan in self.plans])
+
+
+def _in_turn(lists: list[list[int]]) -> list[int]:
+    """Merge lists: the first entries of all, then the second ones, each number once."""
+    entries = chain.from_iterable(zip_longest(*lists))
+    return list(dict.fromkeys(entry for entry in entries if entry is not None))
 
 
 def eval_range(num_rows: int, *, rank: int, num_ranks: int) -> tuple[int, int]:

@@ -1,4 +1,9 @@
-"""Random access to the samples of a shard set by number: memory-mapped tars, read by offset, checksums checked."""
+"""Random access to the samples of a shard set by number: memory-mapped tars, read by offset, checksums checked.
+
+A tar that is cut short while it is mapped (a local set that is copied over in place) ends the process with SIGBUS and
+no message. A look at its size before every batch would take 0.4 us a shard, 0.3 to 0.5% of the decoding, and miss
+what happens within the batch. Replacing a file by a rename, as everything here does, is harmless.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,8 @@ import mmap
 import sys
 import threading
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -21,9 +28,10 @@ from mtl_dist.data.decode import DecodeError, decode_into
 from mtl_dist.data.index import Index, ShardEntry, index_dir, repair_hint
 from mtl_dist.data.sidecar import Sidecar, check_places, parse_sidecar
 from mtl_dist.errors import InputError
-from mtl_dist.tasks import NUM_AUS, Batch, Labels
+from mtl_dist.tasks import NUM_AUS, TASKS, Batch, Labels
 
 MAX_OPEN_SHARDS = 512  # each holds one file descriptor
+SIDECAR_THREADS = 8  # mostly waiting for the store
 MAX_BUFFERS = 16  # of one shape
 CACHE_LINE = 64  # bytes
 
@@ -80,8 +88,26 @@ class ShardReader:
 
     def rows_and_names(self) -> tuple[np.ndarray, list[str]]:
         """Return the row number (n,) and the image name of every sample of the set, in its order."""
-        sidecars = [self._shard(number).sidecar for number in range(len(self.index.shards))]
+        sidecars = list(self._read_sidecars(lambda count: None))
         return np.concatenate([s.row for s in sidecars]), [name for s in sidecars for name in s.image_names()]
+
+    def labelled_samples(self, progress: Callable[[int], None] = lambda count: None) -> dict[str, np.ndarray]:
+        """Return {task: (n,) int64 ascending numbers of the samples that carry a label of it}; every task is there.
+
+        Reads all sidecars and no tar; `progress` is told of shards.
+        """
+        found = {task: [np.zeros(0, np.int64)] for task in TASKS}
+        for start, sidecar in zip(self._starts.tolist(), self._read_sidecars(progress)):
+            for task, mask in zip(TASKS, (sidecar.va_mask, sidecar.expr_mask, sidecar.au_mask.any(1))):
+                found[task].append(start + np.flatnonzero(mask))
+        return {task: np.concatenate(parts) for task, parts in found.items()}
+
+    def _read_sidecars(self, progress: Callable[[int], None]) -> Iterator[Sidecar]:
+        """Yield the sidecars of all shards in their order."""
+        with ThreadPoolExecutor(SIDECAR_THREADS, thread_name_prefix="sidecar") as pool:
+            for sidecar in pool.map(self._read_sidecar, self.index.shards):
+                progress(1)
+                yield sidecar
 
     def warm(self, shards: np.ndarray) -> None:
         """Fetch shards into the cache and open them, ahead of need."""
@@ -100,7 +126,7 @@ class ShardReader:
                 self._open.popitem(last=False)  # unmapped once no batch under way uses it
         return opened
 
-    def _open_shard(self, entry: ShardEntry) -> _OpenShard:
+    def _read_sidecar(self, entry: ShardEntry) -> Sidecar:
         sidecar_uri = storage.join(self.uri, f"{entry.name}.safetensors")
         with self.cache.open(sidecar_uri, sha256=entry.sidecar_sha256, size=entry.sidecar_bytes) as file:
             data = file.read()
@@ -111,6 +137,10 @@ class ShardReader:
             check_places(sidecar, rows=entry.rows, tar_bytes=entry.tar_bytes)
         except ValueError as error:
             raise InputError(f"{sidecar_uri}: {error}; {repair_hint(self.uri)}") from None
+        return sidecar
+
+    def _open_shard(self, entry: ShardEntry) -> _OpenShard:
+        sidecar = self._read_sidecar(entry)
         tar_uri = storage.join(self.uri, f"{entry.name}.tar")
         file = self.cache.open(tar_uri, sha256=entry.tar_sha256, size=entry.tar_bytes)
         with file:  # the mapping keeps the file, and with it the shared lock, open

@@ -26,6 +26,7 @@ from mtl_dist.tasks import AUS, MISSING_AU, MISSING_EXPR
 SUFFIXES = (".csv", ".parquet")
 MISSING_TEXT = ("", "nan", "NaN", "NA", "N/A", "null", "NULL")
 SPLIT_NAMES = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1}
+MAX_LINE_CHARS = 200  # of a table's first line in one message
 TEXT = pa.large_string()  # a column may hold more than 2 GiB
 
 
@@ -43,10 +44,10 @@ class Table(NamedTuple):
 
 def read_table(path: Path, options: TableOptions) -> Table:
     """Read and check a table. Raises `InputError` naming file, row, value and what was expected."""
-    available = _read_header(path)
-    columns = find_columns(options, list(available), path)
+    header = _read_header(path, options)
+    columns = find_columns(options, list(header.written), path)
     codes = ExpressionCodes(options)
-    texts = _read_texts(path, {name: available[name] for name in columns.names()})
+    texts = _read_texts(path, header, columns.names())
     row = np.arange(len(texts[columns.image]))
     if not len(row):
         raise InputError(f"{path} holds a header and no rows; expected one row an image")
@@ -160,8 +161,12 @@ class _Reader(NamedTuple):
         return InputError(f"{self.path}, row {self.row[place]} (from 0): {name} is {what}; expected {expected}")
 
 
-def _read_header(path: Path) -> dict[str, str]:
-    """Return the column names without spaces around them, and as they are written."""
+class _Header(NamedTuple):
+    written: dict[str, str]  # column names without spaces around them, and as they are written
+    layout: tuple[str, ...]  # the names where no line holds them: the first one is a row; else nothing
+
+
+def _read_header(path: Path, options: TableOptions) -> _Header:
     try:
         if path.suffix.lower() == ".parquet":
             names = parquet.read_schema(path).names
@@ -175,25 +180,45 @@ def _read_header(path: Path) -> dict[str, str]:
         raise _not_a_table(path, error) from None
     if not names:
         raise InputError(f"table {path} is empty; expected a header and one row an image")
+    layout = FORMATS[options.table_format].layout
+    if path.suffix.lower() == ".csv" and layout:
+        if FORMATS[options.table_format].is_row(names):
+            return _Header({name: name for name in layout}, layout)
+        _check_has_names(path, names, options)
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise InputError(f"{path} has several columns '{twice[0]}'; expected a header with every name once")
-    return {name.strip(): name for name in names}
+    return _Header({name.strip(): name for name in names}, ())
 
 
-def _read_texts(path: Path, names: dict[str, str]) -> dict[str, pa.Array]:
+def _check_has_names(path: Path, names: list[str], options: TableOptions) -> None:
+    """Raise unless a first line that is no row holds one name at least that a header would."""
+    layout = FORMATS[options.table_format].layout
+    if {name.strip() for name in names} & {*layout, *options.columns.model_dump().values()}:
+        return
+    line = ",".join(names)
+    line = line if len(line) <= MAX_LINE_CHARS else f"{line[:MAX_LINE_CHARS]} ..."
+    raise InputError(
+        f"{path} begins with '{line}', {len(names)} cells: neither a header nor a row of {options.table_format}; "
+        f"expected the names {','.join(layout)}, or no header and a row of these {len(layout)} with numbers in all but "
+        f"{' and '.join(FORMATS[options.table_format].texts)}"
+    )
+
+
+def _read_texts(path: Path, header: _Header, names: list[str]) -> dict[str, pa.Array]:
     """Read columns as text, trimmed, null where there is nothing."""
-    written = list(names.values())
+    written = [header.written[name] for name in names]
     try:
         if path.suffix.lower() == ".parquet":
             table = parquet.read_table(path, columns=written)
         else:
+            # One thread: its errors name the row.
+            reading = csv.ReadOptions(use_threads=False, column_names=header.layout or None)
             options = csv.ConvertOptions(
                 column_types=dict.fromkeys(written, TEXT), include_columns=written, strings_can_be_null=False
             )
-            # One thread: its errors name the row.
-            table = csv.read_csv(path, csv.ReadOptions(use_threads=False), convert_options=options)
-        return {name: _trim(table[name_there]) for name, name_there in names.items()}
+            table = csv.read_csv(path, reading, convert_options=options)
+        return {name: _trim(table[name_there]) for name, name_there in zip(names, written)}
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         raise _not_a_table(path, error) from None
 

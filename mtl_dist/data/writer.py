@@ -27,7 +27,7 @@ from mtl_dist.data.decode import DecodeError, check
 from mtl_dist.data.index import FORMAT, INDEX_NAME, Index, ShardEntry, dump_index, read_index
 from mtl_dist.data.sidecar import Sidecar, dump_sidecar, read_about
 from mtl_dist.errors import InputError
-from mtl_dist.tasks import AUS, EXPRESSIONS, NUM_EXPRESSIONS, LabelCounts
+from mtl_dist.tasks import AUS, EXPRESSIONS, NUM_EXPRESSIONS, SPLITS, LabelCounts
 
 MEMBER_OVERHEAD = 4 * ustar.BLOCK  # of a sample beside its image's bytes: two headers, padding, a JSON
 READ_THREADS = 16
@@ -52,6 +52,32 @@ class SetPlan(NamedTuple):
     index: Index  # without shards
     jobs: list[ShardJob]
     done: dict[str, ShardEntry]  # shards that an earlier run finished
+
+
+def plan_sets(
+    splits: dict[str, Annotations],
+    images_dirs: dict[str, Path],
+    dest: str,
+    *,
+    seed: int,
+    frames_per_shard: int | None = None,
+    shard_bytes: int | None = None,
+) -> list[SetPlan]:
+    """Decide what will be written to <dest>/<view>/<split>/; `images_dirs` by view. Raises as `plan_set` does."""
+    return [
+        plan_set(
+            splits[split],
+            images_dir,
+            storage.join(dest, view, split),
+            view=view,
+            split=split,
+            seed=seed,
+            frames_per_shard=frames_per_shard,
+            shard_bytes=shard_bytes,
+        )
+        for split in SPLITS
+        for view, images_dir in images_dirs.items()
+    ]
 
 
 def plan_set(

@@ -9,20 +9,24 @@ import torch
 from torch import nn
 
 from mtl_dist.errors import InputError
-from mtl_dist.models.backbones import build_backbone, load_backbone_weights, load_imagenet_weights
+from mtl_dist.models.backbones import Backbone, build_backbone, load_backbone_weights, load_imagenet_weights
+from mtl_dist.models.baseline import Baseline
 from mtl_dist.models.emotionnet import EnsembleNet, SMMEmotionNet
 
 if TYPE_CHECKING:
     from mtl_dist.config import ModelConfig
 
-MODELS = {"a": EnsembleNet, "b": SMMEmotionNet}
+MODELS = {"a": EnsembleNet, "b": SMMEmotionNet, "baseline": Baseline}
 
 
-def build_model(config: ModelConfig, *, seed: int = 0, weights_file: Path | None = None) -> nn.Module:
+def build_model(
+    config: ModelConfig, *, seed: int = 0, input_size: int | None = None, weights_file: Path | None = None
+) -> nn.Module:
     """Build the configured model on the CPU: random weights by `seed`, then the backbone's from `config.weights`.
 
-    `weights_file` is the local copy of `config.weights` where that is an `s3://` URI: models read no storage.
-    The global random state is left as it was.
+    `input_size` is the side of the images in pixels (`Config.input_size`; None: `config.image_size`), which libraries'
+    backbones and the baseline need. `weights_file` is the local copy of `config.weights` where that is not a local
+    file: models read no storage. The global random state is left as it was.
 
     Raises:
         InputError: an unknown name, or weights that do not fit the backbone.
@@ -33,15 +37,25 @@ def build_model(config: ModelConfig, *, seed: int = 0, weights_file: Path | None
     if weights_file is None and config.weights.startswith("s3://"):
         raise InputError(f"fetch {config.weights} first and give build_model its local copy as weights_file")
 
+    input_size = input_size or config.image_size
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs as well, which are not forked
-        model = MODELS[config.name](build_backbone(config.backbone), dropout=config.dropout)
+        model = _build_heads(config, build_backbone(config.backbone, input_size), input_size)
+        if config.weights == "imagenet":
+            load_imagenet_weights(model.backbone)  # libraries draw weights before they load some
 
-    if config.weights == "imagenet":
-        load_imagenet_weights(model.backbone)
-    elif config.weights != "none":
-        load_backbone_weights(model.backbone, weights_file or Path(config.weights))
+    if config.weights not in ("none", "imagenet"):
+        load_backbone_weights(model.backbone, weights_file or Path(config.weights), source=config.weights)
+    if config.freeze_backbone:
+        model.backbone.freeze()
     return model
+
+
+def _build_heads(config: ModelConfig, backbone: Backbone, input_size: int | None) -> nn.Module:
+    """Build what comes after the backbone, and the model of both."""
+    if config.name == "baseline":
+        return Baseline(backbone, dropout=config.dropout, hidden=config.hidden, input_size=input_size)
+    return MODELS[config.name](backbone, dropout=config.dropout)
 
 
 def num_parameters(module: nn.Module) -> int:

@@ -1,4 +1,9 @@
-"""From task losses to one scalar. A balancer never calls backward, and gives the same value on every rank."""
+"""From task losses to one scalar: sum of weight x loss, the weights fixed or found in training.
+
+A balancer never calls backward. All it sees are losses of the whole global batch, so that its weights are the same on
+every rank; what it learns is in parameters and buffers, which checkpoints carry. A task that a step has no labels of
+adds nothing in it, and moves nothing.
+"""
 
 from __future__ import annotations
 
@@ -8,36 +13,151 @@ from torch import Tensor, nn
 from mtl_dist.config import LossConfig
 from mtl_dist.tasks import TASKS
 
+TINY = 1e-8  # losses are taken to be at least so large where they are divided by
 
-class FixedWeights(nn.Module):
-    """Weighted sum of the task losses; those of arXiv 2207.10878 are all 1."""
+
+class Balancer(nn.Module):
+    """Fixed weights; those of arXiv 2207.10878 are all 1. The others multiply them with what they find."""
+
+    looks_after_steps = False  # whether `stepped` wants the losses of the same batch after the step
 
     def __init__(self, config: LossConfig):
         super().__init__()
-        self.weights = {task: config.weight(task) for task in TASKS}
+        self.register_buffer("fixed", torch.tensor([config.weight(t) for t in TASKS], dtype=torch.float64), False)
 
     def forward(self, losses: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-        return sum(self.weights[task] * losses[task] for task in TASKS)
+        """Return what is minimised. `losses` are 0 where the global batch has no labels of a task."""
+        weights = self.weights(losses, present)
+        return sum(weights[place] * losses[task] for place, task in enumerate(TASKS))
+
+    @torch.no_grad()
+    def weights(self, losses: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
+        """Return the weights (3,) that the losses of this step have."""
+        return self.fixed
+
+    def stepped(self, losses: dict[str, Tensor], present: dict[str, Tensor], after: dict[str, Tensor] | None) -> None:
+        """Take note of an optimizer step: its losses, and where `looks_after_steps` those of its batch after it."""
+
+    def finished_epoch(self) -> None:
+        """Take note that an epoch is over."""
 
 
-class UncertaintyWeights(nn.Module):
+class UncertaintyWeights(Balancer):
     """Learned homoscedastic uncertainty: sum of exp(-s) w loss + s / 2 (Kendall et al. 2018, arXiv 1705.07115).
 
     A task's term counts only in steps where some rank has its labels: else s would drift down without evidence.
     """
 
     def __init__(self, config: LossConfig):
-        super().__init__()
-        self.weights = {task: config.weight(task) for task in TASKS}
+        super().__init__(config)
         self.log_variance = nn.Parameter(torch.zeros(len(TASKS)))
 
     def forward(self, losses: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
         terms = []
-        for task, s in zip(TASKS, self.log_variance):
-            if self.weights[task]:
-                terms.append(torch.where(present[task], torch.exp(-s) * self.weights[task] * losses[task] + s / 2, 0.0))
+        for task, s, weight in zip(TASKS, self.log_variance, self.fixed):
+            terms.append(torch.where(present[task] & (weight > 0), torch.exp(-s) * weight * losses[task] + s / 2, 0.0))
         return torch.stack(terms).sum()
 
+    @torch.no_grad()
+    def weights(self, losses: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
+        return self.fixed * torch.exp(-self.log_variance)
 
-def build_balancer(config: LossConfig) -> nn.Module:
-    return {"fixed": FixedWeights, "uncertainty": UncertaintyWeights}[config.balancing](config)
+
+class DynamicWeightAverage(Balancer):
+    """K softmax(r / 2) of r = a task's mean loss in the last epoch / in the one before (Liu et al. 2019, MTAN, arXiv
+    1803.10704, equation 7): what falls slowly weighs more, and the weights add up to the number of tasks K.
+
+    A mean is over the steps that have the task's labels; a task that has no two means yet has r = 1, and one that never
+    had labels has no part in the sum. Weights change between epochs only.
+    """
+
+    TEMPERATURE = 2.0
+
+    def __init__(self, config: LossConfig):
+        super().__init__(config)
+        for name in ("sums", "counts", "last", "before"):  # a mean of 0: there is none yet
+            self.register_buffer(name, torch.zeros(len(TASKS), dtype=torch.float64))
+        self.register_buffer("found", torch.ones(len(TASKS), dtype=torch.float64))
+
+    @torch.no_grad()
+    def weights(self, losses: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
+        return self.fixed * self.found
+
+    @torch.no_grad()
+    def stepped(self, losses: dict[str, Tensor], present: dict[str, Tensor], after: dict[str, Tensor] | None) -> None:
+        here = _stack(present)
+        self.sums += torch.where(here, _stack(losses), 0.0)
+        self.counts += here
+
+    @torch.no_grad()
+    def finished_epoch(self) -> None:
+        seen = self.counts > 0
+        self.before.copy_(torch.where(seen, self.last, self.before))
+        self.last.copy_(torch.where(seen, self.sums / self.counts.clamp_min(1), self.last))
+        ratio = torch.where(self.before > 0, self.last / self.before.clamp_min(TINY), 1.0)
+        taking_part = (self.last > 0) & (self.fixed > 0)
+        shares = torch.where(taking_part, torch.exp(ratio / self.TEMPERATURE), 0.0)
+        found = taking_part.sum() * shares / shares.sum().clamp_min(TINY)
+        self.found.copy_(torch.where(taking_part, found, self.found))
+        self.sums.zero_()
+        self.counts.zero_()
+
+
+class FAMO(Balancer):
+    """Fast adaptive multitask optimization (Liu et al. 2023, arXiv 2306.03792, algorithm 1): weights c z / loss with
+    z = softmax(logits) and c such that they add up to 1, so that all losses fall at the same relative rate.
+
+    After a step the logits follow how much the log-loss of each task fell on the same batch, by Adam (learning rate
+    0.025, weight decay 0.001), as in the authors' code: one more forward pass, without gradients. Their cheaper variant
+    compares the losses of successive batches instead, which differ by more than a step changes them. A step's softmax,
+    c and update are over the tasks it has labels of; Adam counts the steps of each logit by itself.
+    """
+
+    LEARNING_RATE, WEIGHT_DECAY, BETAS, EPS = 0.025, 1e-3, (0.9, 0.999), 1e-8
+    looks_after_steps = True
+
+    def __init__(self, config: LossConfig):
+        super().__init__(config)
+        for name in ("logits", "mean", "mean_square", "steps"):
+            self.register_buffer(name, torch.zeros(len(TASKS), dtype=torch.float64))
+
+    @torch.no_grad()
+    def weights(self, losses: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
+        ratio = self._softmax(self._taking_part(present)) / _stack(losses).clamp_min(TINY)
+        return self.fixed * ratio / ratio.sum().clamp_min(TINY)
+
+    @torch.no_grad()
+    def stepped(self, losses: dict[str, Tensor], present: dict[str, Tensor], after: dict[str, Tensor] | None) -> None:
+        taking_part = self._taking_part(present)
+        z = self._softmax(taking_part)
+        fall = _stack(losses).clamp_min(TINY).log() - _stack(after).clamp_min(TINY).log()
+        fall = torch.where(taking_part, fall, 0.0)
+        # The gradient of <z, fall> by the logits. Descending it, what fell more than the others weighs less.
+        gradient = z * (fall - (z * fall).sum()) + self.WEIGHT_DECAY * self.logits
+        self._adam(torch.where(taking_part, gradient, 0.0), taking_part)
+
+    def _taking_part(self, present: dict[str, Tensor]) -> Tensor:
+        return _stack(present) & (self.fixed > 0)
+
+    def _softmax(self, taking_part: Tensor) -> Tensor:
+        shares = torch.where(taking_part, torch.exp(self.logits - self.logits.amax()), 0.0)
+        return shares / shares.sum().clamp_min(TINY)
+
+    def _adam(self, gradient: Tensor, moved: Tensor) -> None:
+        first, second = self.BETAS
+        self.steps += moved
+        self.mean.copy_(torch.where(moved, torch.lerp(gradient, self.mean, first), self.mean))
+        self.mean_square.copy_(torch.where(moved, torch.lerp(gradient**2, self.mean_square, second), self.mean_square))
+        steps = self.steps.clamp_min(1)
+        spread = (self.mean_square / (1 - second**steps)).sqrt() + self.EPS
+        update = self.LEARNING_RATE * self.mean / (1 - first**steps) / spread
+        self.logits -= torch.where(moved, update, 0.0)
+
+
+def build_balancer(config: LossConfig) -> Balancer:
+    kinds = {"fixed": Balancer, "uncertainty": UncertaintyWeights, "dwa": DynamicWeightAverage, "famo": FAMO}
+    return kinds[config.balancing](config)
+
+
+def _stack(values: dict[str, Tensor]) -> Tensor:
+    return torch.stack([values[task] for task in TASKS])

@@ -60,26 +60,35 @@ class MetricSums(NamedTuple):
         return cls(*(part.reshape(shape) for part, shape in zip(parts, _SHAPES)))
 
 
-def metric_sums(predictions: Predictions, targets: Targets) -> MetricSums:
-    """Reduce predictions and targets of n frames to sums."""
-    x, y = (array[targets.va_mask].astype(np.float64) for array in (predictions.va, targets.va))
-    va = np.stack([np.full(2, len(x)), x.sum(0), y.sum(0), (x * x).sum(0), (y * y).sum(0), (x * y).sum(0)], axis=-1)
+def metric_sums(
+    predictions: Predictions, targets: Targets, *, au_thresholds: float | np.ndarray = AU_THRESHOLD
+) -> MetricSums:
+    """Reduce predictions and targets of n frames to sums. An AU is on above its threshold, one for all or (12,)."""
     truth, guess = targets.expr[targets.expr_mask], predictions.expr[targets.expr_mask].argmax(-1)
     confusion = np.bincount(truth.astype(np.int64) * NUM_EXPRESSIONS + guess, minlength=NUM_EXPRESSIONS**2)
-    positive, actual, known = predictions.au > AU_THRESHOLD, targets.au > 0, targets.au_mask.astype(bool)
+    positive, actual, known = predictions.au > au_thresholds, targets.au > 0, targets.au_mask.astype(bool)
     cells = ((positive & actual), (positive & ~actual), (~positive & actual), (~positive & ~actual))
     au = np.stack([(cell & known).sum(0) for cell in cells], axis=-1)
-    return MetricSums(va.astype(np.float64), confusion.reshape(8, 8).astype(np.float64), au.astype(np.float64))
+    va = va_moments(predictions.va, targets)
+    return MetricSums(va, confusion.reshape(8, 8).astype(np.float64), au.astype(np.float64))
+
+
+def va_moments(va: np.ndarray, targets: Targets) -> np.ndarray:
+    """Reduce predicted valence and arousal (n, 2) and their labels to (2, 6) moments, as in `MetricSums`."""
+    x, y = (array[targets.va_mask].astype(np.float64) for array in (va, targets.va))
+    moments = [np.full(2, len(x)), x.sum(0), y.sum(0), (x * x).sum(0), (y * y).sum(0), (x * y).sum(0)]
+    return np.stack(moments, axis=-1).astype(np.float64)
 
 
 def scores(sums: MetricSums) -> dict[str, Any]:
     """Return the challenge score and its parts.
 
-    {"p", "ccc_v", "ccc_a", "va", "expr", "au", "f1_expr": {class: F1}, "f1_au": {AU: F1}, "frames": {task: n},
-    "covers": [tasks]}. A task without labels has None and adds nothing to P; `covers` names the tasks P covers.
+    {"p", "ccc_v", "ccc_a", "va", "expr", "au", "au_accuracy", "f1_expr": {class: F1}, "f1_au": {AU: F1},
+    "frames": {task: n}, "covers": [tasks]}. A task without labels has None and adds nothing to P; `covers` names the
+    tasks P covers. The accuracy is the mean over the AUs that have labels.
     """
     frames = {"va": int(sums.va[0, 0]), "expr": int(sums.confusion.sum()), "au": int(sums.au.sum(1).max())}
-    ccc_v, ccc_a = (_concordance(moments) for moments in sums.va)
+    ccc_v, ccc_a = (concordance(moments) for moments in sums.va)
     hits = np.diag(sums.confusion)
     f1_expr = _f1(hits, sums.confusion.sum(0) - hits, sums.confusion.sum(1) - hits)
     f1_au = _f1(*sums.au.T[:3])
@@ -90,6 +99,7 @@ def scores(sums: MetricSums) -> dict[str, Any]:
         "ccc_v": ccc_v if frames["va"] else None,
         "ccc_a": ccc_a if frames["va"] else None,
         **{task: parts[task] if task in covers else None for task in parts},
+        "au_accuracy": _accuracy(sums.au) if frames["au"] else None,
         "f1_expr": {name: float(f1) for name, f1 in zip(EXPRESSIONS, f1_expr)} if frames["expr"] else None,
         "f1_au": {f"AU{number}": float(f1) for number, f1 in zip(AUS, f1_au)} if frames["au"] else None,
         "frames": frames,
@@ -115,7 +125,13 @@ def _f1(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray) -> np.ndarray:
     return 2 * tp / np.maximum(2 * tp + fp + fn, 1)
 
 
-def _concordance(moments: np.ndarray) -> float:
+def _accuracy(au: np.ndarray) -> float:
+    """Share of right answers, mean over the AUs with labels; (12, 4) TP, FP, FN, TN."""
+    labelled = au.sum(1)
+    return float(((au[:, 0] + au[:, 3])[labelled > 0] / labelled[labelled > 0]).mean())
+
+
+def concordance(moments: np.ndarray) -> float:
     """CCC of (6,) moments; 0 where predictions or labels are constant."""
     n, sx, sy, sxx, syy, sxy = moments
     if n == 0:

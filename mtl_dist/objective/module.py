@@ -11,20 +11,25 @@ from torch import Tensor, nn
 from mtl_dist.config import LossConfig
 from mtl_dist.objective.balancing import build_balancer
 from mtl_dist.objective.losses import TaskSums, build_task_weights, global_losses, labelled, task_sums
-from mtl_dist.tasks import LabelCounts, Labels
+from mtl_dist.tasks import LabelCounts, Labels, Outputs
 
 
 class StepLoss(NamedTuple):
     total: Tensor  # () what backward is called on
     tasks: dict[str, Tensor]  # task -> () loss of the global batch, detached
     present: dict[str, Tensor]  # task -> () bool, whether the global batch has its labels
+    weights: Tensor  # (3,) of the tasks' losses in `total`, detached
 
 
 class ObjectiveModule(nn.Module):
-    """`model` with the objective of the whole global batch."""
+    """`model` with the objective of the whole global batch.
 
-    def __init__(self, model: nn.Module, config: LossConfig, counts: LabelCounts):
+    `passes`: a batch is cut into so many equal parts, each a forward pass with BatchNorm statistics of its own.
+    """
+
+    def __init__(self, model: nn.Module, config: LossConfig, counts: LabelCounts, *, passes: int = 1):
         super().__init__()
+        self.passes = passes
         self.model = model
         self.balancer = build_balancer(config)
         self.weights = build_task_weights(config, counts)
@@ -35,11 +40,13 @@ class ObjectiveModule(nn.Module):
         `inputs` (B, T, 3, H, W) normalised. `total`: the sums of the whole step over all ranks where they are known
         (from `sums`, with several micro-batches); else this batch's are added up over the ranks here.
         """
-        local = task_sums(self.model(inputs), labels, self.weights)
+        local = task_sums(self._predict(inputs), labels, self.weights)
         total = total if total is not None else local.detached_total()
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         losses, present = global_losses(local, total, scale=ranks * parts), labelled(total)
-        return StepLoss(self.balancer(losses, present), {task: loss.detach() for task, loss in losses.items()}, present)
+        values = {task: loss.detach() for task, loss in losses.items()}
+        weights = self.balancer.weights(values, present).clone()
+        return StepLoss(self.balancer(losses, present), values, present, weights)
 
     @torch.no_grad()
     def sums(self, inputs: Tensor, labels: Labels) -> TaskSums:
@@ -49,7 +56,13 @@ class ObjectiveModule(nn.Module):
         for norm in norms:
             norm.momentum = 0.0
         try:
-            return task_sums(self.model(inputs), labels, self.weights)
+            return task_sums(self._predict(inputs), labels, self.weights)
         finally:
             for norm, momentum in zip(norms, kept):
                 norm.momentum = momentum
+
+    def _predict(self, inputs: Tensor) -> Outputs:
+        if self.passes == 1:
+            return self.model(inputs)
+        size = len(inputs) // self.passes
+        return Outputs(*(torch.cat(parts) for parts in zip(*(self.model(part) for part in inputs.split(size)))))

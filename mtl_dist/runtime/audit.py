@@ -1,6 +1,7 @@
 """Which rows every step consumed, on request (`run.audit_dir`): what a failure lost or repeated can be counted.
 
-A file for every process that trains, a line for every step it finished: life, step, epoch, rank, rows, and when.
+A file for every process that trains, a line for every step it finished: life, step, epoch, rank, rows, and when. Rows
+are listed a batch: one named "all", or one a task (`data.sampling per_task`), which may share rows.
 """
 
 from __future__ import annotations
@@ -29,17 +30,21 @@ class Audit:
         except OSError as error:
             raise InputError(f"run.audit_dir {directory} cannot be written: {error.strerror}; choose another") from None
 
-    def finished(self, step: int, epoch: int, rows: np.ndarray) -> None:
-        """Note that the optimizer took step `step` with this rank's rows (n,)."""
+    def finished(self, step: int, epoch: int, rows: np.ndarray, tasks: tuple[str, ...] = ()) -> None:
+        """Note that the optimizer took step `step` with this rank's rows (n,), as many of each task one by one."""
+        batches = np.split(rows, max(len(tasks), 1))
         line = {
             "life": self.life,
             "step": step,
             "epoch": epoch,
             "rank": self.rank,
-            "rows": rows.tolist(),
+            "rows": {name: batch.tolist() for name, batch in zip(tasks or ("all",), batches)},
             "at": time.time(),
         }
         self._file.write(json.dumps(line).encode() + b"\n")
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class Report(NamedTuple):
@@ -52,7 +57,10 @@ class Report(NamedTuple):
 
 
 def read_audit(directory: Path, run_name: str, *, global_batch: int, num_steps: int) -> Report:
-    """Count over all processes of a run. A step counts as the last life did it: earlier attempts were undone."""
+    """Count over all processes of a run. A step counts as the last life did it: earlier attempts were undone.
+
+    Rows are counted in each batch of a step by itself, and so for each task.
+    """
     lines = [
         json.loads(line)
         for path in sorted((directory / run_name).glob("*.jsonl"))
@@ -60,21 +68,23 @@ def read_audit(directory: Path, run_name: str, *, global_batch: int, num_steps: 
         if line.endswith("}")  # the last of a killed process may be torn
     ]
     lines.sort(key=lambda line: line["at"])
+    batches = sorted({name for line in lines for name in line["rows"]}) or ["all"]
     attempts: dict[int, dict[str, list[dict]]] = {}  # step -> life -> the lines of its ranks
     for line in lines:
         attempts.setdefault(line["step"], {}).setdefault(line["life"], []).append(line)
     lost = twice = repeated = 0
-    epochs: dict[int, list[int]] = {}
+    epochs: dict[tuple[int, str], list[int]] = {}
     finished = []
     for step in range(1, num_steps + 1):
         lives = list(attempts.get(step, {"": []}).values())
-        rows = [row for line in lives[-1] for row in line["rows"]]
-        lost += max(global_batch - len(set(rows)), 0)
         repeated += len(lives) - 1
-        if rows:
-            epochs.setdefault(lives[-1][0]["epoch"], []).extend(rows)
+        for name in batches:
+            rows = [row for line in lives[-1] for row in line["rows"][name]]
+            lost += max(global_batch - len(set(rows)), 0)
+            if rows:
+                epochs.setdefault((lives[-1][0]["epoch"], name), []).extend(rows)
         for ranks in lives:
-            if sum(len(line["rows"]) for line in ranks) == global_batch:
+            if all(sum(len(line["rows"][name]) for line in ranks) == global_batch for name in batches):
                 finished.append((max(line["at"] for line in ranks), step))
     for rows in epochs.values():
         twice += len(rows) - len(set(rows))

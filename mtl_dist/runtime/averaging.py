@@ -42,13 +42,52 @@ def freeze_batchnorm(module: nn.Module) -> None:
 
 @torch.no_grad()
 def average_batchnorm(model: nn.Module, config: Config) -> None:
-    """Make BatchNorm's running statistics the mean over ranks: rank 0's are saved, and each evaluates with its own."""
-    if dist.get_world_size() == 1 or config.engine.batchnorm != "local":
+    """Make BatchNorm's running statistics the mean over ranks, before evaluation."""
+    if not (buffers := _own_statistics(model, config)):
         return
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    buffers = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
-    flat = torch.cat(buffers)
+    flat = torch.cat(list(buffers.values()))
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    for buffer, mean in zip(buffers, flat.split([len(buffer) for buffer in buffers])):
-        buffer.copy_(mean)
+    write_batchnorm(model, config, flat)
+
+
+@torch.no_grad()
+def gather_batchnorm(model: nn.Module, config: Config) -> torch.Tensor | None:
+    """Return every rank's running statistics (R, n); None where all ranks have the same. Every rank calls it.
+
+    For checkpoints between evaluations: as many ranks continue each with its own. So neither how often a run is saved
+    nor where it is continued shows in the last bits.
+    """
+    if not (buffers := _own_statistics(model, config)):
+        return None
+    mine = torch.cat(list(buffers.values()))
+    found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, mine)
+    return torch.stack(found)
+
+
+def name_batchnorm(model: nn.Module, config: Config, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Cut one row (n,) of what `gather_batchnorm` returns, or the mean of all, into the buffers' names and values."""
+    buffers = _own_statistics(model, config)
+    return dict(zip(buffers, flat.split([len(buffer) for buffer in buffers.values()])))
+
+
+@torch.no_grad()
+def write_batchnorm(model: nn.Module, config: Config, flat: torch.Tensor) -> None:
+    """Set the running statistics to one row (n,) of what `gather_batchnorm` returned."""
+    buffers = _own_statistics(model, config)
+    for name, value in name_batchnorm(model, config, flat).items():
+        buffers[name].copy_(value)
+
+
+def _own_statistics(model: nn.Module, config: Config) -> dict[str, torch.Tensor]:
+    """Return the running statistics that differ between ranks, by name."""
+    if dist.get_world_size() == 1 or config.engine.batchnorm != "local":
+        return {}
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    return {
+        f"{name}.{key}": getattr(norm, key)
+        for name, norm in norms.items()
+        if all(p.requires_grad for p in norm.parameters())  # not a frozen backbone's
+        for key in ("running_mean", "running_var")
+    }

@@ -25,9 +25,11 @@ from torch import Tensor
 from mtl_dist import storage
 from mtl_dist.config import Config, flatten
 from mtl_dist.errors import InputError
+from mtl_dist.tasks import AUS, EXPRESSIONS
 
 FORMAT = "mtl_dist-checkpoint-2"
 COMMIT, STATE, MODEL, TRAIN = "COMMIT.json", "state.json", "model.safetensors", "train.safetensors"
+CLASSES = {"expressions": list(EXPRESSIONS), "aus": list(AUS)}  # the order of a model's outputs, in state.json
 DIRECTORY = re.compile(r"step_(\d{9})_([0-9a-f]{8})")
 # Settings that may change between parts of a run: they move or time the work, and leave its result.
 FREE = (
@@ -158,7 +160,8 @@ def best(checkpoints: list[Checkpoint]) -> Checkpoint | None:
 
 def check_same_run(state: dict[str, Any], config: Config, identity: dict[str, str], where: str) -> None:
     """Raise `InputError` unless a checkpoint's configuration and data are those of the run that wants it."""
-    stored, wanted = state["config"], flatten(config)
+    # A setting that is newer than the checkpoint has the default, which is what was done before there was a choice.
+    stored, wanted = flatten(Config()) | state["config"], flatten(config)
     for key in sorted(stored.keys() | wanted.keys()):
         if key not in FREE and stored.get(key) != wanted.get(key):
             raise InputError(

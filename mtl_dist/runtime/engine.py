@@ -35,7 +35,7 @@ def build_engine(module: nn.Module, config: Config, *, num_ranks: int, device: t
 
 
 def build_optimizer(module: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """SGD (Nesterov) or AdamW; biases, norms and log-variances are not decayed."""
+    """SGD or AdamW; biases, norms and log-variances are not decayed."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     decayed = [p for p in parameters if p.ndim > 1]
     groups = [
@@ -45,15 +45,20 @@ def build_optimizer(module: nn.Module, config: Config) -> torch.optim.Optimizer:
     if config.optim.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.optim.lr)
     momentum = config.optim.momentum
-    return torch.optim.SGD(groups, lr=config.optim.lr, momentum=momentum, nesterov=momentum > 0)
+    return torch.optim.SGD(
+        groups, lr=config.optim.lr, momentum=momentum, nesterov=config.optim.nesterov and momentum > 0
+    )
 
 
 def learning_rate(config: Config, step: int, total_steps: int) -> float:
-    """Linear warm-up, then a cosine to `final_lr` of the peak: a pure function of the step."""
+    """Linear warm-up, then a cosine to `final_lr` of the peak: a pure function of the step.
+
+    Beyond `optim.cosine_steps` it goes on, up to the peak again and so forth.
+    """
     peak, warmup = config.optim.lr, min(config.optim.warmup_steps, total_steps // 2)
     if step < warmup:
         return peak * (step + 1) / warmup
-    done = (step - warmup) / max(total_steps - warmup, 1)
+    done = (step - warmup) / (config.optim.cosine_steps or max(total_steps - warmup, 1))
     return peak * (config.optim.final_lr + (1 - config.optim.final_lr) * (1 + math.cos(math.pi * done)) / 2)
 
 

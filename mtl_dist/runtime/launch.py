@@ -6,10 +6,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import time
 import uuid
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -55,6 +57,7 @@ class LocalContext:
         # A run id of torchrun may be a word that is used again; its store's port is not.
         parts = (os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"))
         self.command = "-".join(parts) if is_torchrun() else uuid.uuid4().hex
+        self.typed = typed_command()
         self.num_cpus = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         self.has_gpu = torch.cuda.is_available()
         self.signal = 0  # the one that asked to stop
@@ -83,7 +86,7 @@ class LocalContext:
 class RayContext:
     """A rank of Ray Train."""
 
-    def __init__(self, config: Config, *, command: str):
+    def __init__(self, config: Config, *, command: str, typed: str):
         import ray.train
         from ray.util.metrics import Gauge
 
@@ -92,7 +95,7 @@ class RayContext:
             logging.getLogger(name).setLevel(logging.WARNING)
         context = ray.train.get_context()
         self.rank, self.num_ranks = context.get_world_rank(), context.get_world_size()
-        self.command = command
+        self.command, self.typed = command, typed
         self.num_cpus = max(1, int(config.ray.cpus_per_rank))  # the machine's other cores may be another rank's
         self.has_gpu = config.ray.gpus_per_rank > 0  # Ray hides no GPU from a worker that asked for none
         self._asked, self._notice = 0.0, None
@@ -181,6 +184,11 @@ def _join_torchrun(backend: str, timeout: timedelta) -> None:
     )
 
 
+def typed_command() -> str:
+    """Return the command that started this process, for people to read and repeat."""
+    return shlex.join(["python", *sys.orig_argv[1:]])
+
+
 def is_torchrun() -> bool:
     """Whether this process is one of torchrun's ranks."""
     return "TORCHELASTIC_RUN_ID" in os.environ
@@ -213,7 +221,7 @@ def build_trainer(config: Config, *, note: str, callbacks: list | None = None):
     path, filesystem = ray_storage(storage.join(config.run.storage, config.run.name, "ray"))
     return TorchTrainer(
         _rank_main,
-        train_loop_config={"config": config.model_dump(mode="json"), "note": note},
+        train_loop_config={"config": config.model_dump(mode="json"), "note": note, "typed": typed_command()},
         torch_config=TorchConfig(timeout_s=int(_collective_timeout(config).total_seconds())),
         scaling_config=ScalingConfig(
             placement_strategy=config.ray.placement,
@@ -238,14 +246,7 @@ def connect(config: Config) -> None:
     """Connect to the cluster and check that it has room for the run's ranks. Raises `InputError`."""
     import ray
 
-    if not ray.is_initialized():
-        try:
-            ray.init(log_to_driver=True, logging_level="warning")
-        except ConnectionError as error:
-            raise InputError(
-                f"no Ray cluster answers: {error}; start one (python -m cluster.local up), submit with `ray job "
-                "submit`, or train in this process with --local"
-            ) from None
+    _join_cluster("train in this process with --local")
     if config.ray.autoscaling:
         return
     least, nodes = config.ray.num_ranks[0], [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -258,6 +259,87 @@ def connect(config: Config) -> None:
                 f"has {total:g} on {len(nodes)} node(s), room for {room}: lower ray.num_ranks or "
                 f"ray.{resource.lower()}s_per_rank, or add nodes (--ray.autoscaling where they come by themselves)"
             )
+
+
+def _join_cluster(alone: str) -> None:
+    """Connect this process; `alone` is what to do where no cluster answers."""
+    import ray
+
+    if not ray.is_initialized():
+        try:
+            ray.init(log_to_driver=True, logging_level="warning")
+        except ConnectionError as error:
+            raise InputError(
+                f"no Ray cluster answers: {error}; start one (python -m cluster.local up), submit with `ray job "
+                f"submit`, or {alone}"
+            ) from None
+
+
+class TaskFailed(RuntimeError):
+    """A task of `map_over_cluster` that failed every time; carries its name and the last reason."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(f"{name}: {reason}")
+        self.name, self.reason = name, reason
+
+
+def has_cluster() -> bool:
+    """Whether this process was given a Ray cluster: by `ray job submit`, or RAY_ADDRESS."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def map_over_cluster(
+    function: Callable[[Any], Any],
+    items: dict[str, Any],
+    *,
+    cpus: float,
+    gpus: float,
+    retries: int,
+    autoscaling: bool = False,
+) -> Iterator[tuple[str, Any]]:
+    """Run `function` of every item as a Ray task of that name; yield (name, result) as they finish.
+
+    A task that raises, or whose worker or node dies, is run again up to `retries` times, where there is room; an
+    `InputError` is raised here at once, and `TaskFailed` for a task that keeps failing. The others are cancelled then.
+    """
+    import ray
+    from ray.exceptions import RayError
+
+    _join_cluster("predict in this process with --local")
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not autoscaling and not any(n.get("CPU", 0) >= cpus and n.get("GPU", 0) >= gpus for n in nodes):
+        raise InputError(
+            f"a task needs {cpus:g} CPU and {gpus:g} GPU, and none of the cluster's {len(nodes)} node(s) has as many; "
+            "ask for fewer (--cpus-per-member, --gpus-per-member), or add nodes (--autoscaling: they "
+            "come by themselves)"
+        )
+    options = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": retries, "retry_exceptions": True}
+    options["runtime_env"] = {"env_vars": {name: os.environ[name] for name in HANDED_ON if name in os.environ}}
+    task = ray.remote(_answer)
+    names = {task.options(name=name, **options).remote(function, item): name for name, item in items.items()}
+    try:
+        while names:
+            (done,), _ = ray.wait(list(names), num_returns=1)
+            name = names.pop(done)
+            try:
+                answer = ray.get(done)
+            except RayError as error:
+                cause = getattr(error, "cause", None) or error
+                raise TaskFailed(name, f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}") from error
+            if isinstance(answer, InputError):
+                raise answer
+            yield name, answer
+    finally:
+        for left in names:
+            ray.cancel(left, force=True)
+
+
+def _answer(function: Callable[[Any], Any], item: Any) -> Any:
+    """Call a function; what no second try mends comes back as a result, which Ray does not retry."""
+    try:
+        return function(item)
+    except InputError as error:
+        return error
 
 
 def ray_storage(uri: str):
@@ -279,7 +361,7 @@ def _rank_main(task: dict[str, Any]) -> None:
         return
     config = Config(**task["config"])
     try:
-        fit(config, RayContext(config, command=task["note"]))
+        fit(config, RayContext(config, command=task["note"], typed=task["typed"]))
     except (InputError, NonFiniteLoss) as error:
         kind = InputError if isinstance(error, InputError) else NonFiniteLoss
         about = {"kind": kind.__name__, "message": str(error)}

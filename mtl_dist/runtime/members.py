@@ -21,7 +21,7 @@ from mtl_dist.data.reader import ShardReader
 from mtl_dist.errors import InputError
 from mtl_dist.models import build_model
 from mtl_dist.objective.metrics import Predictions, Targets
-from mtl_dist.runtime.checkpoint import Checkpoint, best, committed, read_model, read_state
+from mtl_dist.runtime.checkpoint import CLASSES, Checkpoint, best, committed, read_model, read_state
 from mtl_dist.runtime.evaluate import Predicted, predict
 
 
@@ -59,14 +59,21 @@ def open_checkpoint(run_uri: str) -> tuple[Checkpoint, dict]:
             f"run {run_uri} has no committed checkpoint with a score{reasons}; train it first, or correct the name"
         )
     try:
-        return chosen, read_state(chosen)
+        state = read_state(chosen)
     except ValueError as error:
         raise InputError(f"{error}; delete {chosen.uri} to use the next best checkpoint") from None
+    # Checkpoints of before the order was noted have this one: there has been no other.
+    if state.get("classes", CLASSES) != CLASSES:
+        raise InputError(
+            f"{chosen.uri} has other classes, or another order of them: {state['classes']}; expected {CLASSES}; its "
+            "outputs would be taken for those of others: train it again"
+        )
+    return chosen, state
 
 
 def load_model(checkpoint: Checkpoint, config: Config) -> nn.Module:
     """Build a checkpoint's model on the CPU with its weights, in evaluation mode. Raises `InputError`."""
-    model = build_model(config.model.model_copy(update={"weights": "none"}))
+    model = build_model(config.model.model_copy(update={"weights": "none"}), input_size=config.input_size)
     try:
         model.load_state_dict(read_model(checkpoint))
     except (ValueError, RuntimeError) as error:
@@ -82,15 +89,19 @@ def predict_member(
     workers: int = 1,
     cache_dir: Path | None = None,
     progress: Callable[[int], None] = lambda count: None,
+    model: nn.Module | None = None,
 ) -> Predicted:
-    """Predict a member's validation set with its checkpoint; rows in ascending order."""
+    """Predict a member's validation set with its checkpoint; rows in ascending order.
+
+    `model` is what `load_model` returned, where it is wanted for more than this.
+    """
     config = member.config
     cache = Cache(cache_dir, max_bytes=int(config.data.cache_gib * GIB))
     batches = eval_batches(
         ShardReader(member.val_uri, member.val, cache), batch=batch, rank=0, num_ranks=1,
         size=config.data.image_size, workers=workers, prefetch=config.data.prefetch)  # fmt: skip
     predicted = predict(
-        load_model(member.checkpoint, config).to(device),
+        (model or load_model(member.checkpoint, config)).to(device),
         batches,
         device=device,
         size=config.input_size,

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from mtl_dist import storage
 from mtl_dist.config import Config
 from mtl_dist.data.index import Index, check_pair, check_stored, read_index
-from mtl_dist.data.order import Order
+from mtl_dist.data.order import Order, TaskOrders, build_task_orders
+from mtl_dist.data.reader import ShardReader
 from mtl_dist.errors import InputError
+from mtl_dist.tasks import TASKS
 
 
 class Data(NamedTuple):
-    """The two sets of a run and the order of the first."""
+    """The two sets of a run, and how many steps an epoch over the first has."""
 
     train: Index
     val: Index
-    order: Order
+    steps_per_epoch: int
+    tasks: tuple[str, ...]  # that a step reads a batch of each; none: one batch with the labels of all
 
     def identity(self) -> dict[str, str]:
         """What a checkpoint must agree with besides the configuration."""
@@ -24,19 +28,50 @@ class Data(NamedTuple):
 
 
 def open_data(config: Config) -> Data:
-    """Read both indexes and check that they fit each other and the configuration. Raises `InputError`."""
+    """Read both indexes and check that they fit each other and the configuration. Raises `InputError`.
+
+    Everything is found out from the indexes: how many rows carry a label of any AU is taken to be how many carry the AU
+    that most carry, which is at most too few.
+    """
     for flag, uri in (("data.train", config.data.train), ("data.val", config.data.val)):
         if not uri:
             raise InputError(f"--{flag} is not given; expected the directory or s3:// prefix that holds an index.json")
     train, val = read_index(config.data.train), read_index(config.data.val)
     check_pair(train, val)
-    batch = config.train.global_batch
-    if train.rows < batch:
-        raise InputError(
-            f"train.global_batch is {batch}, but {config.data.train} has {train.rows} rows; use a smaller one"
-        )
-    order = Order(train.shard_rows, batch, config.num_streams, config.data.block_shards, config.run.seed)
-    return Data(train, val, order)
+    batch, share, rows, tasks = config.train.global_batch, config.data.epoch_fraction, {"": train.rows}, ()
+    if config.data.sampling == "per_task":
+        counts = (train.labels.va, train.labels.expr, max(train.labels.au))
+        rows = {f" with labels of {task}": count for task, count in zip(TASKS, counts) if count}
+        tasks = tuple(task for task, count in zip(TASKS, counts) if count)
+    for which, count in rows.items():
+        if int(count * share) < batch:
+            part = f", of which an epoch reads {share:g} (data.epoch_fraction)" if share < 1 else ""
+            raise InputError(
+                f"train.global_batch is {batch}, but {config.data.train} has {count} rows{which}{part}; use a smaller "
+                "batch"
+            )
+    if not rows:
+        raise InputError(f"data.sampling is per_task, but {config.data.train} has no labels of any task")
+    return Data(train, val, int(min(rows.values()) * share) // batch, tasks)
+
+
+def build_order(
+    config: Config, data: Data, reader: ShardReader, progress: Callable[[int], None] = lambda count: None
+) -> Order | TaskOrders:
+    """Make the order of training. `per_task` sampling reads every sidecar; `progress` is told of shards."""
+    settings = {
+        "global_batch": config.train.global_batch,
+        "streams": config.num_streams,
+        "block_shards": config.data.block_shards,
+        "seed": config.run.seed,
+    }
+    shard_rows, steps = data.train.shard_rows, data.steps_per_epoch
+    if data.tasks:
+        labelled = reader.labelled_samples(progress)
+        chosen = {task: labelled[task] for task in data.tasks}
+        return build_task_orders(chosen, shard_rows, epoch_steps=steps, **settings)
+    is_whole = config.data.epoch_fraction == 1
+    return Order(shard_rows, epoch_steps=None if is_whole else steps, **settings)
 
 
 def plan_run(config: Config) -> str:
@@ -61,20 +96,23 @@ def plan_run(config: Config) -> str:
 
 
 def _describe(config: Config, data: Data, *, done: int) -> str:
-    train, val, order = data
+    train, val, steps = data.train, data.val, data.steps_per_epoch
     low, high = config.ray.num_ranks
-    batch, steps = config.train.global_batch, order.num_steps
+    frozen = " (frozen)" if config.model.freeze_backbone else ""
+    batch = config.train.global_batch
     size_mb = sum(shard.tar_bytes for shard in train.shards) / 1e6
-    pixels_mb = batch * 3 * config.input_size**2 * 4 / 1e6
+    pixels_mb = batch * max(len(data.tasks), 1) * 3 * config.input_size**2 * 4 / 1e6
     ranks = f"{high}" if low == high else f"{low} to {high}"
+    left_out = f"{train.rows - steps * batch} rows an epoch are left out, others each time"
+    if data.tasks:
+        left_out = f"each of {len(data.tasks)} batches, of rows with labels of {', '.join(data.tasks)}"
     lines = [
         f"run     {config.run.uri}" + (f", continues from step {done}" if done else ""),
         f"train   {config.data.train}: {train.rows} rows of {train.view}, {len(train.shards)} shards, {size_mb:.1f} MB",
         f"val     {config.data.val}: {val.rows} rows, {len(val.shards)} shards",
-        f"steps   {steps} an epoch, {steps * config.train.epochs} in all; {train.rows - steps * batch} rows an epoch "
-        "are left out, others each time",
+        f"steps   {steps} an epoch, {steps * config.train.epochs} in all; {left_out}",
         f"batch   {batch} over {ranks} rank(s), {config.num_streams} streams, {pixels_mb:.0f} MB of pixels",
-        f"model   {config.model.name}, backbone {config.model.backbone}, weights {config.model.weights}, "
+        f"model   {config.model.name}, backbone {config.model.backbone}{frozen}, weights {config.model.weights}, "
         f"input {config.input_size} x {config.input_size}",
     ]
     if missing := train.labels.missing_tasks():

@@ -19,6 +19,7 @@ from mtl_dist.runtime.evaluate import Predicted
 from mtl_dist.tasks import AUS, EXPRESSIONS
 
 _VA = ("valence", "arousal")
+_KEY = b"mtl_dist"  # in the schema's metadata
 _AU_NAMES = tuple(f"AU{number}" for number in AUS)
 
 
@@ -45,17 +46,31 @@ def prediction_table(predicted: Predicted, images: list[str], *, labels: bool) -
     return pa.table(columns)
 
 
-def write_parquet(uri: str, table: pa.Table) -> None:
-    """Write a table as Parquet to a local path or s3:// URI, whole or not at all."""
+def write_parquet(uri: str, table: pa.Table, *, key: str = "") -> None:
+    """Write a table as Parquet to a local path or s3:// URI, whole or not at all; `key` says what it was made of."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    if key:
+        table = table.replace_schema_metadata({_KEY: key})
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     storage.write_bytes(uri, sink.getvalue().to_pybytes())
+
+
+def read_key(uri: str) -> str | None:
+    """Return the key that a table was written with; None where there is no table, or a damaged one."""
+    try:
+        data = storage.read_bytes(uri)
+    except FileNotFoundError:
+        return None
+    try:
+        return (_parse(data).schema.metadata or {}).get(_KEY, b"").decode()
+    except ValueError:
+        return None
 
 
 def read_predictions(uri: str) -> PredictionTable:
     """Read a Parquet file of predictions with labels. Raises `InputError` for a foreign or damaged file."""
     try:
-        table = pq.read_table(pa.BufferReader(storage.read_bytes(uri)))
+        table = _parse(storage.read_bytes(uri))
         va, missing_va = _matrix(table, [f"label_{name}" for name in _VA])
         au, missing_au = _matrix(table, [f"label_{name}" for name in _AU_NAMES])
         expr, missing_expr = _matrix(table, ["label_expression"])
@@ -72,6 +87,14 @@ def read_predictions(uri: str) -> PredictionTable:
         raise InputError(f"{uri} is not a table of predictions with labels ({error})") from None
     targets = Targets(va, expr[:, 0].astype(np.int64), au, ~missing_va[:, 0], ~missing_expr[:, 0], ~missing_au)
     return PredictionTable(Predicted(rows, predictions, targets), images)
+
+
+def _parse(data: bytes) -> pa.Table:
+    """Read Parquet, checksums checked. Raises ValueError for what is none or is damaged."""
+    try:
+        return pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:  # Arrow calls a damaged page an OSError
+        raise ValueError(str(error)) from None
 
 
 def _floats(names, values: np.ndarray, missing: np.ndarray | None = None) -> dict[str, pa.Array]:

@@ -26,7 +26,7 @@ from torch import Tensor
 from mtl_dist import storage
 from mtl_dist.config import CheckpointConfig
 from mtl_dist.errors import InputError, StorageError
-from mtl_dist.runtime.checkpoint import COMMIT, DIRECTORY, FORMAT, MODEL, STATE, TRAIN, Checkpoint, committed
+from mtl_dist.runtime.checkpoint import CLASSES, COMMIT, DIRECTORY, FORMAT, MODEL, STATE, TRAIN, Checkpoint, committed
 
 LIVES = "lives.json"
 SCORES = ("p", "va", "expr", "au")  # the best checkpoint of each is kept
@@ -129,7 +129,7 @@ class Saver:
                 except SafetensorError as error:
                     raise OSError(f"{scratch}/{name} cannot be written: {error}") from None
                 tensors.clear()
-            (Path(scratch) / STATE).write_text(json.dumps(state, indent=1))
+            (Path(scratch) / STATE).write_text(json.dumps(state | {"classes": CLASSES}, indent=1))
             for name in (MODEL, TRAIN, STATE):
                 path = Path(scratch) / name
                 files[name] = {"bytes": path.stat().st_size, "sha256": storage.sha256_of(path)}
@@ -205,16 +205,16 @@ def plan_retention(saved: list[Checkpoint], config: CheckpointConfig) -> list[Ch
     return [checkpoint for checkpoint in saved if checkpoint.uri not in keep]
 
 
-def begin_life(run_uri: str, *, command: str, num_ranks: int) -> str:
+def begin_life(run_uri: str, *, command: str, num_ranks: int, typed: str = "") -> str:
     """Enter a new life of the run in its storage, so that earlier ones end; return its name. Every rank calls it.
 
-    `command` names the command that started the ranks, the same for all its restarts. Raises `Superseded` where another
-    command has taken the run over from it.
+    `command` names the command that started the ranks, the same for all its restarts, and `typed` is how it was typed.
+    Raises `Superseded` where another command has taken the run over from it.
     """
     chosen: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            chosen[0] = _enter_life(run_uri, command, num_ranks)
+            chosen[0] = _enter_life(run_uri, command, num_ranks, typed)
         except (InputError, OSError) as error:  # for every rank to raise
             chosen[0] = error
     dist.broadcast_object_list(chosen, src=0)
@@ -223,13 +223,13 @@ def begin_life(run_uri: str, *, command: str, num_ranks: int) -> str:
     return chosen[0]
 
 
-def _enter_life(run_uri: str, command: str, num_ranks: int) -> str:
+def _enter_life(run_uri: str, command: str, num_ranks: int, typed: str) -> str:
     lives = read_lives(run_uri)
     if lives and lives[-1]["command"] != command and command in {life["command"] for life in lives}:
         raise _taken_over(run_uri, lives[-1])
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     life = {"life": secrets.token_hex(4), "started": started, "step": None, "num_ranks": num_ranks}
-    _write_lives(run_uri, [*lives, life | {"host": socket.gethostname(), "command": command}])
+    _write_lives(run_uri, [*lives, life | {"host": socket.gethostname(), "command": command, "typed": typed}])
     return life["life"]
 
 
@@ -240,7 +240,7 @@ def note_step(run_uri: str, life: str, step: int) -> None:
 
 
 def read_lives(run_uri: str) -> list[dict[str, Any]]:
-    """Return every start of a run, the latest last: life, started, step, num_ranks, host, command."""
+    """Return every start of a run, the latest last: life, started, step, num_ranks, host, command, typed."""
     where = storage.join(run_uri, LIVES)
     try:
         return json.loads(storage.read_bytes(where))

@@ -35,7 +35,7 @@ def print_status(run_uri: str) -> None:
     found, torn = committed(run_uri)
 
     step = max([checkpoint.step for checkpoint in found], default=0)
-    per_epoch = open_data(config).order.num_steps
+    per_epoch = open_data(config).steps_per_epoch
     total = per_epoch * config.train.epochs
     state = "finished" if step >= total else "the same command continues it from there"
     console.print(f"run          {run_uri}")
@@ -43,6 +43,8 @@ def print_status(run_uri: str) -> None:
         f"saved        step {step} of {total} (epoch {step / per_epoch:.2f} of {config.train.epochs}); {state}"
     )
     console.print(f"starts       {len(lives)}, so {max(len(lives) - 1, 0)} restarts")
+    if lives and lives[-1].get("typed"):
+        console.print(f"command      {lives[-1]['typed']}", markup=False, soft_wrap=True)
     console.print(_lives_table(lives))
 
     top, damage = best(found), {}

@@ -43,16 +43,20 @@ class Tracker:
         lr: float,
         losses: dict[str, float],
         *,
+        weights: dict[str, float],
         images: int,
         waited_s: float,
         saved_step: int | None,
     ) -> None:
-        """Take note of a finished step; print a line now and then."""
-        self._lines.append(_line({"kind": "step", "step": step, "epoch": epoch, "lr": lr, "loss": losses}))
+        """Take note of a finished step; print a line now and then. `weights` of the task losses, where they change."""
+        record = {"kind": "step", "step": step, "epoch": epoch, "lr": lr, "loss": losses}
+        self._lines.append(_line(record | ({"weights": weights} if weights else {})))
         self._window.add(images, waited_s)
         self._board.add_scalar("lr", lr, step)
         for name, loss in losses.items():
             self._board.add_scalar(f"loss/{name}", loss, step)
+        for task, weight in weights.items():
+            self._board.add_scalar(f"weight/{task}", weight, step)
         now = time.monotonic()
         if now - self._last_line < (1.0 if self.console.is_terminal else LINE_EVERY_S) and step < total:
             return
@@ -89,6 +93,10 @@ class Tracker:
         self._board.flush()
         boards = {f"{BOARD}/{path.name}": path.read_bytes() for path in Path(self._board_dir.name).iterdir()}
         return {METRICS: list(self._lines), **boards}
+
+    def close(self) -> None:
+        self._board.close()
+        self._board_dir.cleanup()
 
 
 def _line(record: dict[str, Any]) -> bytes:

@@ -79,6 +79,7 @@ def test_search_train_and_ensemble_run_as_jobs(cluster):
     runs = [f"{RUNS}/{view}" for view in VIEWS]
     done = submit(cluster, "mtl_dist.ensemble", "--runs", *runs, "--out", f"{RUNS}/ensemble")
     assert done.returncode == 0, done.stdout[-3000:]
+    assert "predicting 2 member(s) over the cluster: cropped, cropped_aligned" in done.stdout
     score = json.loads(read(cluster, f"{RUNS}/ensemble/score.json"))
     assert set(score["scores"]) == {"constant predictor", *VIEWS, "ensemble"}
 

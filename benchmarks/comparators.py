@@ -1,0 +1,169 @@
+"""Every method on the synthetic set, over several seeds, and the page that compares them: what `make results` runs.
+
+    python -m benchmarks.comparators [--dir results] [--seeds 3] [--out FILE]
+
+Faces are rendered and made into shards; the baseline, B and A on both views are trained by the same command on the same
+shards, a process for every core; the two views of A are ensembled seed by seed; `mtl_dist.report` writes the page. The
+baseline's convolutions are trained on the expressions of other rendered people first (the challenge's were VGG-Face's)
+and frozen then. Interrupted, it continues; finished, it tells its results again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.loader import write_results
+from mtl_dist.progress import progress_bar
+
+NUM_TRAIN, NUM_VAL, EPOCHS = 3000, 1200, 12
+PRETRAIN_ROWS, PRETRAIN_EPOCHS, PRETRAIN_SEED = 2000, 10, 100
+COLUMNS = {"expr": "EXPR F1", "au": "AU F1", "ccc_v": "CCC V", "ccc_a": "CCC A", "p": "P"}
+
+
+class Method(NamedTuple):
+    title: str
+    preset: str
+    view: str
+
+
+METHODS = {
+    "baseline": Method("baseline (VGG, convolutions frozen)", "small-baseline", "cropped_aligned"),
+    "b": Method("B (SMM-EmotionNet)", "small-b", "cropped_aligned"),
+    "cropped": Method("A cropped", "small", "cropped"),
+    "cropped_aligned": Method("A cropped aligned", "small", "cropped_aligned"),
+}
+MEMBERS = ("cropped", "cropped_aligned")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dir", type=Path, default=Path("results"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--rows", type=int, nargs=2, default=(NUM_TRAIN, NUM_VAL), metavar=("TRAIN", "VAL"))
+    parser.add_argument("--out", type=Path, help="also write the table as JSON")
+    args = parser.parse_args()
+    begun = time.monotonic()
+    runs = args.dir / "runs"
+    make_sets(args.dir, *args.rows)
+    seeds = range(args.seeds)
+    # What the baseline's convolutions come from is one more training beside the others, before the baseline's own.
+    first = [("pretrained", pretrain_args(args.dir, runs))]
+    first += [job(args.dir, runs, name, seed, args.epochs) for seed in seeds for name in METHODS if name != "baseline"]
+    run_all("training", first, args.dir / "logs")
+    baselines = [job(args.dir, runs, "baseline", seed, args.epochs) for seed in seeds]
+    run_all("training the baseline", baselines, args.dir / "logs")
+    ensembles = [args.dir / f"ensemble-{seed}" for seed in seeds]
+    commands = [
+        ["mtl_dist.ensemble", "--runs", *(f"{runs}/{name}-{seed}" for name in MEMBERS), "--out", str(out)]
+        for seed, out in zip(seeds, ensembles)
+    ]
+    run_all("ensembles", [(out.name, command) for out, command in zip(ensembles, commands)], args.dir / "logs")
+    page = ["mtl_dist.report", *(f"{runs}/{name}-{seed}" for name in METHODS for seed in seeds)]
+    page += ["--ensemble", *map(str, ensembles), "--out", str(args.dir / "report")]
+    run_all("the page", [("report", page)], args.dir / "logs")
+    scores = collect(runs, ensembles, seeds)
+    print(render(scores))
+    seconds = time.monotonic() - begun
+    print(f"\n{args.dir / 'report' / 'report.html'}\nin {seconds / 60:.0f} min")
+    if args.out:
+        write_results(args.out, {"rows": args.rows, "epochs": args.epochs, "seconds": round(seconds), "scores": scores})
+
+
+def make_sets(directory: Path, num_train: int, num_val: int) -> None:
+    """Render the faces, and other people's for the baseline's convolutions, and make shards of them."""
+    pretrain_rows = min(PRETRAIN_ROWS, num_train)
+    for name, rows, seed in (
+        ("faces", (num_train, num_val), 0),
+        ("others", (pretrain_rows, max(pretrain_rows // 5, 24)), PRETRAIN_SEED),
+    ):
+        synth = ["mtl_dist.shards", "synth", str(directory / name), "--seed", str(seed)]
+        synth += ["--num-train", str(rows[0]), "--num-val", str(rows[1])]
+        create = ["mtl_dist.shards", "create", str(directory / name), str(directory / "shards" / name)]
+        for step, command in (("render", synth), ("create", [*create, "--frames-per-shard", "128"])):
+            run_all(f"{step} {name}", [(f"{step}-{name}", command)], directory / "logs")
+
+
+def pretrain_args(directory: Path, runs: Path) -> list[str]:
+    shards = directory / "shards" / "others" / "cropped_aligned"
+    command = train_args(runs, "pretrained", "small-baseline", shards)
+    command += ["--model.no-freeze-backbone", "--loss.va", "0", "--loss.au", "0"]
+    return [*command, "--train.epochs", str(PRETRAIN_EPOCHS), "--train.eval-every", str(PRETRAIN_EPOCHS)]
+
+
+def job(directory: Path, runs: Path, name: str, seed: int, epochs: int) -> tuple[str, list[str]]:
+    method = METHODS[name]
+    command = train_args(runs, f"{name}-{seed}", method.preset, directory / "shards" / "faces" / method.view)
+    command += ["--run.seed", str(seed), "--train.epochs", str(epochs), "--train.eval-every", "2"]
+    if name == "baseline":
+        command += ["--model.weights", str(runs / "pretrained")]
+    return f"{name}-{seed}", command
+
+
+def train_args(runs: Path, run: str, preset: str, shards: Path) -> list[str]:
+    command = ["mtl_dist.train", "--local", "--preset", preset, "--run.storage", str(runs), "--run.name", run]
+    return [*command, "--data.train", str(shards / "train"), "--data.val", str(shards / "val"), "--engine.threads", "1"]
+
+
+def run_all(what: str, commands: list[tuple[str, list[str]]], logs: Path) -> None:
+    """Run commands, as many at once as there are cores; what they print is kept. The first failure ends everything."""
+    logs.mkdir(parents=True, exist_ok=True)
+    with progress_bar(what, len(commands)) as advance, ThreadPoolExecutor(os.cpu_count()) as pool:
+        waiting = [pool.submit(run_one, command, logs / f"{name}.log") for name, command in commands]
+        try:
+            for finished in as_completed(waiting):
+                finished.result()
+                advance(1)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def run_one(command: list[str], log: Path) -> None:
+    with log.open("w") as file:
+        file.write("$ " + shlex.join(["python", "-m", *command]) + "\n")
+        file.flush()
+        done = subprocess.run([sys.executable, "-m", *command], stdout=file, stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise SystemExit(f"error: '{shlex.join(command[:2])}' ended with {done.returncode}; what it said is in {log}")
+
+
+def collect(runs: Path, ensembles: list[Path], seeds: range) -> dict[str, dict[str, list[float]]]:
+    """Return {method: {score: [one a seed]}} of the best checkpoints and the ensembles."""
+    from mtl_dist.runtime.checkpoint import best, committed, read_state
+
+    reports = [json.loads((out / "score.json").read_text()) for out in ensembles]
+    constant = reports[0]["scores"]["constant predictor"]
+    found = {"constant predictor": {key: [constant[key]] for key in COLUMNS}}
+    for name, method in METHODS.items():
+        states = [read_state(best(committed(f"{runs}/{name}-{seed}")[0])) for seed in seeds]
+        found[method.title] = {key: [state["scores"][key] for state in states] for key in COLUMNS}
+    found["ensemble"] = {key: [report["scores"]["ensemble"][key] for report in reports] for key in COLUMNS}
+    return found
+
+
+def render(scores: dict[str, dict[str, list[float]]]) -> str:
+    """Return the table in Markdown: mean ± standard deviation over seeds."""
+    lines = ["| method | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for name, values in scores.items():
+        lines.append(f"| {name} | " + " | ".join(cell(values[key]) for key in COLUMNS) + " |")
+    return "\n".join(lines)
+
+
+def cell(values: list[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
+if __name__ == "__main__":
+    main()

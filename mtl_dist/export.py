@@ -1,0 +1,184 @@
+"""Export a trained model: its weights as safetensors, ONNX that is checked against torch, and a model card.
+
+Examples:
+    python -m mtl_dist.export runs/cropped --out exported/
+    python -m mtl_dist.export s3://bucket/runs/cropped --out s3://bucket/exported/cropped --images photos/
+    python -m mtl_dist.export runs/cropped/checkpoints/step_000003000_1f3a9c2e --out exported/ --formats safetensors
+
+Writes to --out: model.safetensors (the weights as evaluated), model.onnx (uint8 pixels in, VA and probabilities out,
+any number of images), README.md, and config.json last. onnxruntime must answer as torch does on real faces, 64 of the
+run's validation set or of --images, and on noise: the largest difference is printed, and above 1e-4 nothing is written
+and the exit code is 1. `python -m mtl_dist.predict --runs OUT` predicts with what was exported.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from mtl_dist import storage
+from mtl_dist.errors import InputError, run_command
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+
+    from mtl_dist.runtime.card import Checked
+    from mtl_dist.runtime.trained import Trained
+
+TOLERANCE = 1e-4
+NUM_FACES = 64
+NUM_RANDOM = 8
+CHECK_BATCH = 16
+
+
+@dataclass(frozen=True)
+class ExportCommand:
+    run: Annotated[str, tyro.conf.Positional]
+    """Run (<storage>/<name>: its best checkpoint), or one of its checkpoints (.../checkpoints/step_...)."""
+    out: str
+    """Directory or s3:// prefix to write to; an earlier export there is replaced."""
+    formats: tuple[Literal["safetensors", "onnx"], ...] = ("safetensors", "onnx")
+    """What to write beside config.json and README.md."""
+    images: str | None = None
+    """Faces to compare torch and onnxruntime on: a directory, list, video or shard set. None: the validation set."""
+    cache_dir: Path | None = None
+    """Per-node cache of shards; None: $MTL_CACHE_DIR or ~/.cache/mtl_dist/shards."""
+
+
+def main(args: list[str] | None = None) -> None:
+    command = tyro.cli(ExportCommand, args=args, prog="python -m mtl_dist.export", description=__doc__)
+    if not command.formats:
+        raise InputError("--formats is empty; expected safetensors, onnx or both")
+    from mtl_dist.runtime.card import ONNX, write_card
+    from mtl_dist.runtime.checkpoint import MODEL
+    from mtl_dist.runtime.graph import check_onnx_installed
+    from mtl_dist.runtime.inputs import parent_uri
+    from mtl_dist.runtime.trained import EXPORTED_CONFIG, exported_config, load_trained, open_trained
+
+    if "onnx" in command.formats:
+        check_onnx_installed()
+    trained = open_trained(command.run)
+    if not trained.state:
+        raise InputError(f"{command.run} is an export already; name the run that it came from")
+    storage.check_writable(parent_uri(command.out.rstrip("/")))
+    with tempfile.TemporaryDirectory(prefix="mtl_dist-export-") as scratch:
+        files: dict[str, dict[str, Any]] = {}
+        model = load_trained(trained)
+        if "safetensors" in command.formats:
+            _write_weights(model, Path(scratch, MODEL))
+            files[MODEL] = _about(Path(scratch, MODEL))
+        checked = None
+        if "onnx" in command.formats:
+            faces = _read_faces(command, trained, Path(scratch))
+            checked = _export_onnx(model, trained, faces, Path(scratch, ONNX))
+            files[ONNX] = _about(Path(scratch, ONNX))
+        card = write_card(trained, files=files, constant=_constant_scores(trained), checked=checked)
+        # config.json is what makes it an export: away first, and there again when all else is.
+        for name in (EXPORTED_CONFIG, MODEL, ONNX):
+            storage.delete(storage.join(command.out, name))
+        for name in files:
+            storage.upload(Path(scratch, name), storage.join(command.out, name))
+        storage.write_bytes(storage.join(command.out, "README.md"), card.encode())
+        config = exported_config(trained, files).model_dump_json(indent=1)
+        storage.write_bytes(storage.join(command.out, EXPORTED_CONFIG), config.encode() + b"\n")
+    print(f"exported {trained.uri} to {command.out}: {', '.join((*files, 'README.md', EXPORTED_CONFIG))}")
+
+
+def _write_weights(model: nn.Module, path: Path) -> None:
+    from safetensors.torch import save_file
+
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, path, metadata={"format": "pt"})
+
+
+def _export_onnx(model: nn.Module, trained: Trained, faces: np.ndarray, path: Path) -> Checked:
+    """Write the graph and compare it with torch. Ends the command where they differ by more than `TOLERANCE`."""
+    import numpy as np
+
+    from mtl_dist.runtime.card import Checked
+    from mtl_dist.runtime.graph import largest_difference, run_onnx, write_onnx
+
+    config = trained.config
+    size = config.data.image_size
+    print(f"writing ONNX of {trained.uri} ...", flush=True)
+    write_onnx(model, path, image_size=size, input_size=config.input_size)
+    noise = np.random.default_rng(0).integers(0, 256, (NUM_RANDOM, 3, size, size), np.uint8)
+    differences = {}
+    for name, images in (("faces", faces), ("pictures of noise", noise)):
+        found = largest_difference(
+            run_onnx(path, images, batch=CHECK_BATCH), _run_torch(model, images, config.input_size)
+        )
+        differences[name] = found
+        print(f"onnxruntime and torch differ by {found:.1e} at most on {len(images)} {name} (at most {TOLERANCE:.0e})")
+        if not found <= TOLERANCE:  # NaN neither
+            sys.exit(
+                f"error: the ONNX graph of {trained.uri} does not answer as torch does: {found:.1e} on {name}, at most "
+                f"{TOLERANCE:.0e} is let through; nothing was written. --formats safetensors exports the weights alone"
+            )
+    return Checked(max(differences.values()), len(faces), len(noise))
+
+
+def _run_torch(model: nn.Module, images: np.ndarray, input_size: int):
+    """Predict (n, 3, S, S) uint8 as predict and the ensemble do, in fp32."""
+    import torch
+
+    from mtl_dist.runtime.evaluate import predict
+    from mtl_dist.runtime.frames import unlabelled
+
+    pixels = images.transpose(0, 2, 3, 1)
+    starts = range(0, len(pixels), CHECK_BATCH)
+    batches = [unlabelled(pixels[i : i + CHECK_BATCH], range(len(pixels[i : i + CHECK_BATCH]))) for i in starts]
+    return predict(model, batches, device=torch.device("cpu"), size=input_size).predictions
+
+
+def _read_faces(command: ExportCommand, trained: Trained, scratch: Path) -> np.ndarray:
+    """Read up to `NUM_FACES` pictures (n, 3, S, S) uint8 as the model takes them."""
+    import numpy as np
+
+    from mtl_dist.runtime.inputs import open_frames
+
+    config = trained.config
+    uri = command.images or config.data.val
+    try:
+        frames = open_frames(uri, scratch=scratch, cache_dir=command.cache_dir)
+    except InputError as error:
+        if command.images:
+            raise
+        raise InputError(
+            f"the run's validation set, which torch and onnxruntime are compared on, cannot be read ({error}); give "
+            "other faces with --images, a directory or shard set"
+        ) from None
+    found, parts = 0, []
+    batches = frames.batches(config.data.image_size, batch=CHECK_BATCH, workers=0, part=0, num_parts=1)
+    for batch in batches:
+        parts.append(batch.inputs[:, 0].numpy().copy())
+        found += len(parts[-1])
+        if found >= NUM_FACES:
+            break
+    return np.concatenate(parts)[:NUM_FACES]
+
+
+def _constant_scores(trained: Trained) -> dict[str, Any] | None:
+    """Score the constant predictor on the run's validation set; None where the set is not where it was."""
+    from mtl_dist.data.index import read_index
+    from mtl_dist.objective.metrics import constant_scores
+
+    try:
+        val = read_index(trained.config.data.val)
+    except InputError:
+        return None
+    return constant_scores(val.labels) if val.sha256 == trained.state["identity"]["validation set"] else None
+
+
+def _about(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": storage.sha256_of(path)}
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,51 @@
+"""The challenge's baseline: VGG16's convolutions, frozen, and fully connected layers for all tasks.
+
+inputs -> backbone -> max-pool, mean over cells -> two fully connected layers -> one layer of 2 + 8 + 12 outputs
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mtl_dist.models.backbones import Backbone, flat_frames
+from mtl_dist.tasks import NUM_AUS, NUM_EXPRESSIONS, Outputs
+
+MAX_CELLS = 7  # a side, as in torchvision's VGG
+CELL_PIXELS = 32  # a side, after the max-pool
+
+
+class Baseline(nn.Module):
+    """VGG's classifier (arXiv 1409.1556) over a backbone; its last layer serves all tasks (arXiv 2202.10659).
+
+    The paper trains the fully connected layers alone: `model.freeze_backbone`, as the presets have it. VA is bounded by
+    tanh, as in our other models. `input_size` is the side of the images in pixels, 224 where it is not given:
+    torchvision always makes 7 x 7 cells, means of an image's where it has fewer; here there are as many as it has, 3 x
+    3 for 112 pixels. A linear layer over them can be what one over their means is, with fewer weights.
+    """
+
+    def __init__(self, backbone: Backbone, *, dropout: float, hidden: int, input_size: int | None):
+        super().__init__()
+        cells = min(MAX_CELLS, max(1, (input_size or MAX_CELLS * CELL_PIXELS) // CELL_PIXELS))
+        self.backbone = backbone
+        self.pool = nn.Sequential(nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(cells), nn.Flatten())
+        self.hidden = nn.Sequential(
+            nn.Linear(backbone.num_channels * cells**2, hidden),
+            nn.ReLU(inplace=True),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(inplace=True),
+            nn.Dropout(dropout),
+        )
+        self.outputs = nn.Linear(hidden, 2 + NUM_EXPRESSIONS + NUM_AUS)
+        for linear in (self.hidden[0], self.hidden[3]):
+            nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, inputs: Tensor) -> Outputs:
+        """Predict normalised images, (B, T, 3, H, W) float; frames are independent of each other."""
+        num_samples, num_frames = inputs.shape[:2]
+        outputs = self.outputs(self.hidden(self.pool(self.backbone(flat_frames(inputs)))))
+        outputs = outputs.reshape(num_samples, num_frames, outputs.shape[-1])
+        va, expr, au = outputs.split((2, NUM_EXPRESSIONS, NUM_AUS), dim=-1)
+        return Outputs(torch.tanh(va), expr, au)

@@ -1,0 +1,325 @@
+"""Combine members' predictions and calibrate what comes out: temperatures, weights, thresholds, smoothing.
+
+Members are `Predictions` whose arrays have an axis of M members in front: va (M, n, 2), expr (M, n, 8), au (M, n, 12),
+float64. Every fit is deterministic, and leaves what it has no labels for as the plain mean has it.
+
+    temperature   one a member and task (EXPR, AU): the likelihood of the labels (Guo et al. 2017). Models give
+                  probabilities here; their logarithms are the logits but for a constant, which softmax does not see.
+    weights       of the members, at least 0, sum 1, for valence, arousal, EXPR and each AU: the greatest CCC, and F1 by
+                  ensemble selection.
+    thresholds    of each AU: the greatest F1.
+    smoothing     half-windows of valence and arousal: the greatest CCC.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mtl_dist.objective.metrics import AU_THRESHOLD, Predictions, Targets, concordance, va_moments
+from mtl_dist.objective.smoothing import Timeline, smooth
+from mtl_dist.tasks import AUS, NUM_AUS, NUM_EXPRESSIONS
+
+STEPS = ("temperature", "weights", "thresholds", "smoothing")  # in this order, each on what those before it made
+VA_NAMES = ("valence", "arousal")
+AU_NAMES = tuple(f"AU{number}" for number in AUS)
+
+LEAST_PROBABILITY = 1e-7  # float32 sigmoids saturate about here
+MIN_EXAMPLES = 20  # fewer labels say nothing of a temperature, fewer positives nothing of a threshold
+TEMPERATURES = (0.05, 20.0)
+MAX_ROUNDS, LEAST_GAIN = 40, 1e-6  # of ensemble selection
+NUM_LEVELS = 1024  # of probabilities, where F1 is compared and not yet a threshold found
+
+
+class Calibration(NamedTuple):
+    """How M members become one prediction."""
+
+    temperature: np.ndarray  # (M, 2) of EXPR and AU; 1 leaves probabilities alone
+    va_weights: np.ndarray  # (M, 2)
+    expr_weights: np.ndarray  # (M,)
+    au_weights: np.ndarray  # (M, 12)
+    thresholds: np.ndarray  # (12,) an AU is on above it
+    half_windows: np.ndarray  # (2,) frame numbers, of valence and arousal
+
+    @classmethod
+    def plain_mean(cls, num_members: int) -> Calibration:
+        weights = [np.full((num_members, *rest), 1 / num_members) for rest in ((2,), (), (NUM_AUS,))]
+        return cls(np.ones((num_members, 2)), *weights, np.full(NUM_AUS, AU_THRESHOLD), np.zeros(2, np.int64))
+
+    def until(self, num_steps: int) -> Calibration:
+        """Return what is known after the first steps of `STEPS`: the others as the plain mean has them."""
+        plain = Calibration.plain_mean(len(self.temperature))
+        fields = (("temperature",), ("va_weights", "expr_weights", "au_weights"), ("thresholds",), ("half_windows",))
+        return plain._replace(**{name: getattr(self, name) for names in fields[:num_steps] for name in names})
+
+
+def stack_members(members: list[Predictions]) -> Predictions:
+    """Put members' predictions of the same n rows in one, with an axis of members in front."""
+    return Predictions(*(np.stack(column).astype(np.float64) for column in zip(*members)))
+
+
+def take_rows(members: Predictions, rows: np.ndarray) -> Predictions:
+    """Return some rows of stacked members."""
+    return Predictions(*(array[:, rows] for array in members))
+
+
+def apply(members: Predictions, calibration: Calibration, timeline: Timeline) -> Predictions:
+    """Combine members; thresholds are not applied but given to `metric_sums` and whoever writes decisions."""
+    mixed = _mix(temper(members, calibration.temperature), calibration)
+    return mixed._replace(va=smooth(mixed.va, timeline, calibration.half_windows))
+
+
+def fit(
+    members: Predictions, targets: Targets, timeline: Timeline, *, steps: tuple[str, ...], half_windows: tuple[int, ...]
+) -> Calibration:
+    """Find the parameters of `steps` on these rows; other steps are left as the plain mean has them."""
+    found = Calibration.plain_mean(len(members.va))
+    if "temperature" in steps:
+        found = found._replace(temperature=fit_temperatures(members, targets))
+    tempered = temper(members, found.temperature)
+    if "weights" in steps:
+        found = _fit_weights(tempered, targets, found, has_thresholds="thresholds" in steps)
+    mixed = _mix(tempered, found)
+    if "thresholds" in steps:
+        known = targets.au_mask.astype(bool)
+        columns = zip(mixed.au.T, targets.au.T > 0, known.T)
+        found = found._replace(thresholds=np.array([f1_threshold(p[k], y[k]) for p, y, k in columns]))
+    if "smoothing" in steps:
+        found = found._replace(half_windows=_choose_half_windows(mixed.va, targets, timeline, half_windows))
+    return found
+
+
+def describe(calibration: Calibration, names: list[str], *, steps: tuple[str, ...]) -> dict[str, Any]:
+    """Return the parameters of `steps` as JSON values, by the names of members, dimensions and AUs."""
+    columns = [*calibration.va_weights.T, calibration.expr_weights, *calibration.au_weights.T]
+    about = {
+        "temperature": {n: {"expr": float(t[0]), "au": float(t[1])} for n, t in zip(names, calibration.temperature)},
+        "weights": {
+            dimension: dict(zip(names, map(float, column)))
+            for dimension, column in zip((*VA_NAMES, "expression", *AU_NAMES), columns)
+        },
+        "thresholds": dict(zip(AU_NAMES, map(float, calibration.thresholds))),
+        "smoothing": dict(zip(VA_NAMES, map(int, calibration.half_windows))),
+    }
+    return {step: about[step] for step in STEPS if step in steps}
+
+
+# --------------------------------------------------------------------------------------------------------- temperature
+
+
+def temper(members: Predictions, temperature: np.ndarray) -> Predictions:
+    """Divide every member's logits by its temperatures (M, 2) of EXPR and AU."""
+    if (temperature == 1).all():
+        return members
+    expr, au = (temperature[:, task, None, None] for task in (0, 1))
+    powers = members.expr.clip(LEAST_PROBABILITY, 1) ** (1 / expr)
+    return members._replace(expr=powers / powers.sum(-1, keepdims=True), au=_sigmoid(_logit(members.au) / au))
+
+
+def fit_temperatures(members: Predictions, targets: Targets) -> np.ndarray:
+    """Return the temperatures (M, 2) of EXPR and AU under which the labels are most likely."""
+    has_expr, has_au = targets.expr_mask.astype(bool), targets.au_mask.astype(bool)
+    truth, is_on = targets.expr[has_expr].astype(np.int64), targets.au[has_au] > 0
+    found = np.ones((len(members.va), 2))
+    for number, (expr, au) in enumerate(zip(members.expr, members.au)):
+        if len(truth) >= MIN_EXAMPLES:
+            found[number, 0] = softmax_temperature(np.log(expr[has_expr].clip(LEAST_PROBABILITY, 1)), truth)
+        if len(is_on) >= MIN_EXAMPLES:
+            found[number, 1] = sigmoid_temperature(_logit(au[has_au]), is_on)
+    return found
+
+
+def softmax_temperature(logits: np.ndarray, truth: np.ndarray) -> float:
+    """Return the T that minimises the cross entropy of softmax(logits / T) (n, C) against classes (n,)."""
+    own = logits[np.arange(len(truth)), truth].mean()
+
+    def derivatives(scale: float) -> tuple[float, float]:
+        weights = np.exp(scale * (logits - logits.max(-1, keepdims=True)))
+        weights /= weights.sum(-1, keepdims=True)
+        mean = (weights * logits).sum(-1)
+        return mean.mean() - own, ((weights * logits**2).sum(-1) - mean**2).mean()
+
+    return 1 / _minimise_convex(derivatives)
+
+
+def sigmoid_temperature(logits: np.ndarray, is_on: np.ndarray) -> float:
+    """Return the T that minimises the binary cross entropy of sigmoid(logits / T) (n,) against labels (n,) bool."""
+
+    def derivatives(scale: float) -> tuple[float, float]:
+        p = _sigmoid(scale * logits)
+        return ((p - is_on) * logits).mean(), (p * (1 - p) * logits**2).mean()
+
+    return 1 / _minimise_convex(derivatives)
+
+
+def _minimise_convex(derivatives) -> float:
+    """Newton's method on 1 / T, in which both losses are convex; halved where it would leave the known interval."""
+    low, high = 1 / TEMPERATURES[1], 1 / TEMPERATURES[0]
+    scale = 1.0
+    for _ in range(60):
+        slope, curvature = derivatives(scale)
+        low, high = (low, scale) if slope > 0 else (scale, high)
+        step = scale - slope / curvature if curvature > 0 else -1.0
+        following = step if low < step < high else float(np.sqrt(low * high))
+        if abs(following - scale) < 1e-9 * scale:
+            break
+        scale = following
+    return scale
+
+
+def _logit(p: np.ndarray) -> np.ndarray:
+    p = p.clip(LEAST_PROBABILITY, 1 - LEAST_PROBABILITY)
+    return np.log(p) - np.log1p(-p)
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 0.5 + 0.5 * np.tanh(0.5 * x)  # never overflows
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+
+
+def _mix(members: Predictions, calibration: Calibration) -> Predictions:
+    return Predictions(
+        np.einsum("mnd,md->nd", members.va, calibration.va_weights),
+        np.einsum("mnc,m->nc", members.expr, calibration.expr_weights),
+        np.einsum("mna,ma->na", members.au, calibration.au_weights),
+    )
+
+
+def _fit_weights(members: Predictions, targets: Targets, found: Calibration, *, has_thresholds: bool) -> Calibration:
+    """Return `found` with the weights of every task and dimension; with thresholds to come F1 is taken at the best."""
+    if len(members.va) == 1:
+        return found
+    has_va, has_expr = targets.va_mask.astype(bool), targets.expr_mask.astype(bool)
+    x, y = members.va[:, has_va].astype(np.float64), targets.va[has_va].astype(np.float64)
+    va = np.column_stack([concordance_weights(x[..., number], y[:, number]) for number in range(2)])
+
+    truth = targets.expr[has_expr].astype(np.int64)
+    expr = select_members(members.expr[:, has_expr], lambda mixed: _macro_f1(mixed, truth))
+
+    au = np.empty_like(found.au_weights)
+    for number, known in enumerate(targets.au_mask.astype(bool).T):
+        score = functools.partial(_best_f1, is_on=targets.au[known, number] > 0, at_half=not has_thresholds)
+        au[:, number] = select_members(members.au[:, known, number], score)
+    return found._replace(va_weights=va, expr_weights=expr, au_weights=au)
+
+
+def select_members(parts: np.ndarray, score: Callable[[np.ndarray], float]) -> np.ndarray:
+    """Return the weights (M,) of ensemble selection (Caruana et al. 2004) on parts (M, n, ...).
+
+    From the plain mean on, one member is counted once more or once less, whichever raises the score of the mean most,
+    until nothing does. Likelihood would be smoother, but a mixture of calibrated members is underconfident, so that its
+    likelihood favours the best member alone, where F1 does not.
+    """
+    counts = np.ones(len(parts))
+    if not parts.shape[1]:
+        return counts / len(counts)
+    best = score(parts.mean(0))
+    for _ in range(MAX_ROUNDS):
+        total = np.tensordot(counts, parts, axes=1)
+        moves = [(member, by) for member in range(len(parts)) for by in (1, -1)]
+        moves = [(member, by) for member, by in moves if counts[member] + by >= 0 and counts.sum() + by >= 1]
+        found = [score((total + by * parts[member]) / (counts.sum() + by)) for member, by in moves]
+        if max(found) < best + LEAST_GAIN:
+            break
+        best = max(found)
+        member, by = moves[int(np.argmax(found))]
+        counts[member] += by
+    return counts / counts.sum()
+
+
+def _macro_f1(p: np.ndarray, truth: np.ndarray) -> float:
+    """Mean F1 over the 8 classes of probabilities (n, 8) against classes (n,)."""
+    guess = p.argmax(-1)
+    hits, called, actual = (np.bincount(x, minlength=NUM_EXPRESSIONS) for x in (truth[guess == truth], guess, truth))
+    return float((2 * hits / np.maximum(called + actual, 1)).mean())
+
+
+def _best_f1(p: np.ndarray, *, is_on: np.ndarray, at_half: bool) -> float:
+    """F1 of probabilities (n,) at the best of 1,024 thresholds, or at 0.5; 0 with fewer than 20 positives."""
+    if is_on.sum() < MIN_EXAMPLES:
+        return 0.0
+    if at_half:
+        called = p > AU_THRESHOLD
+        return float(2 * (called & is_on).sum() / (called.sum() + is_on.sum()))
+    level = (p * NUM_LEVELS).astype(np.int64)
+    called = np.bincount(level, minlength=NUM_LEVELS + 1)[::-1].cumsum()
+    hits = np.bincount(level[is_on], minlength=NUM_LEVELS + 1)[::-1].cumsum()
+    return float((2 * hits / (called + is_on.sum())).max())
+
+
+def concordance_weights(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return the weights (M,), at least 0 and of sum 1, that give the mean of x (M, n) the greatest CCC with y (n,).
+
+    With w on the simplex CCC is 2 c'w / (w'Qw + var y), Q the covariance of members plus the product of their
+    offsets: a linear over a convex function, whose only maximum Dinkelbach's method finds; each of its quadratic
+    programs by projected gradients.
+    """
+    weights = np.full(len(x), 1 / len(x))
+    if x.shape[1] < MIN_EXAMPLES:
+        return weights
+    offset, centred, label = x.mean(1) - y.mean(), x - x.mean(1, keepdims=True), y - y.mean()
+    quadratic = centred @ centred.T / len(y) + np.outer(offset, offset)
+    linear, spread = centred @ label / len(y), label.var()
+
+    def ccc(w: np.ndarray) -> float:
+        return float(2 * linear @ w / max(w @ quadratic @ w + spread, 1e-12))
+
+    start = max([weights, *np.eye(len(x))], key=ccc)  # the first of equals: the plain mean
+    if ccc(start) <= 0:
+        return weights
+    weights, steepest = start, np.linalg.eigvalsh(quadratic)[-1]
+    for _ in range(50):
+        ratio = ccc(weights)
+        found = weights
+        for _ in range(200):
+            found = _onto_simplex(found + (linear / ratio - quadratic @ found) / max(steepest, 1e-12))
+        if ccc(found) - ratio < 1e-9:
+            break
+        weights = found
+    return weights
+
+
+def _onto_simplex(w: np.ndarray) -> np.ndarray:
+    """Return the nearest point with entries at least 0 and sum 1 (Duchi et al. 2008)."""
+    descending = np.sort(w)[::-1]
+    excess = (np.cumsum(descending) - 1) / np.arange(1, len(w) + 1)
+    return np.maximum(w - excess[np.flatnonzero(descending > excess)[-1]], 0)
+
+
+# ------------------------------------------------------------------------------------------- thresholds and smoothing
+
+
+def f1_threshold(p: np.ndarray, is_on: np.ndarray) -> float:
+    """Return the threshold above which calling rows positive has the greatest F1; of equals the nearest to 0.5.
+
+    Exact: every way to part the n probabilities is tried, and the threshold lies midway between two of them. With fewer
+    than 20 positives it is 0.5: the best of so few says nothing of other videos.
+    """
+    if is_on.sum() < MIN_EXAMPLES:
+        return AU_THRESHOLD
+    order = np.argsort(-p, kind="stable")
+    above, below = p[order], np.append(p[order][1:], -LEAST_PROBABILITY)
+    f1 = 2 * np.cumsum(is_on[order]) / (np.arange(1, len(p) + 1) + is_on.sum())
+    f1[above == below] = -1  # equal probabilities are not parted
+    middle = (above + below) / 2
+    middle = np.where(middle < above, middle, below)  # neighbours among floating-point numbers
+    best = np.flatnonzero(f1 == f1.max())
+    return float(middle[best[np.argmin(np.abs(middle[best] - AU_THRESHOLD))]])
+
+
+def _choose_half_windows(
+    va: np.ndarray, targets: Targets, timeline: Timeline, half_windows: tuple[int, ...]
+) -> np.ndarray:
+    """Return the half-windows (2,) of valence and arousal with the greatest CCC, the first listed of equals."""
+    if targets.va_mask.sum() < MIN_EXAMPLES:
+        return np.zeros(2, np.int64)
+    tried = []
+    for half in half_windows:
+        smoothed = smooth(va, timeline, np.array([half, half]))
+        tried.append([concordance(moments) for moments in va_moments(smoothed, targets)])
+    return np.array(half_windows, np.int64)[np.argmax(tried, axis=0)]

@@ -1,0 +1,87 @@
+"""Calibrate an ensemble and score what that brings, no row ever scored with parameters that were fitted on it.
+
+Cross-fitting: videos are dealt into folds; the parameters for a fold are fitted on all others, and applied to it. Every
+labelled row is scored once, so that each step is compared with the plain mean on the same rows: those of the whole set,
+which a single held-out part would leave half unused. What is applied to new data is fitted on all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from mtl_dist.objective.calibration import STEPS, Calibration, apply, fit, take_rows
+from mtl_dist.objective.metrics import MetricSums, Predictions, Targets, metric_sums
+from mtl_dist.objective.smoothing import Timeline
+
+PLAIN_MEAN = "plain mean"
+
+
+class CrossFit(NamedTuple):
+    """A calibration scored out of fold."""
+
+    calibrations: list[Calibration]  # of each fold, fitted on the others
+    predictions: Predictions  # every row by its fold's calibration
+    au_on: np.ndarray  # (n, 12) bool, by its fold's thresholds
+    sums: dict[str, MetricSums]  # over all rows: of the plain mean, then with each step added
+
+
+def make_folds(groups: np.ndarray, num_folds: int, *, seed: int) -> np.ndarray:
+    """Deal groups (n,) of rows into folds of about equal size, (n,) int64: a group's rows have one fold.
+
+    The largest groups first, each to the fold with the fewest rows; the seed decides among groups of one size. There
+    are no more folds than groups.
+    """
+    sizes = np.bincount(groups)
+    order = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, 3]))).permutation(len(sizes))
+    fold_of, filled = np.zeros(len(sizes), np.int64), np.zeros(min(num_folds, len(sizes)), np.int64)
+    for group in order[np.argsort(-sizes[order], kind="stable")]:
+        fold_of[group] = np.argmin(filled)
+        filled[fold_of[group]] += sizes[group]
+    return fold_of[groups]
+
+
+def cross_fit(
+    members: Predictions,
+    targets: Targets,
+    timeline: Timeline,
+    *,
+    folds: np.ndarray,
+    steps: tuple[str, ...],
+    half_windows: tuple[int, ...],
+    progress: Callable[[int], None] = lambda count: None,
+) -> CrossFit:
+    """Fit `steps` for every fold on the other folds and score them there, one after the other added.
+
+    `members` as in `calibration.py`; folds (n,) as of `make_folds`. `progress` is told of every fold.
+    """
+    num_rows = len(folds)
+    names = [PLAIN_MEAN, *(f"+ {step}" for step in STEPS if step in steps)]
+    sums = {name: MetricSums.zero() for name in names}
+    predictions = Predictions(*(np.zeros((num_rows, array.shape[-1])) for array in members))
+    au_on = np.zeros(predictions.au.shape, bool)
+    calibrations = []
+    for fold in range(folds.max() + 1):
+        held_out, others = np.flatnonzero(folds == fold), np.flatnonzero(folds != fold)
+        found = fit(*_take(members, targets, timeline, others), steps=steps, half_windows=half_windows)
+        mine, labels, times = _take(members, targets, timeline, held_out)
+        for name, known in zip(names, _stages(found, steps)):
+            scored = apply(mine, known, times)
+            sums[name] = sums[name].plus(metric_sums(scored, labels, au_thresholds=known.thresholds))
+        for whole, part in zip(predictions, scored):
+            whole[held_out] = part
+        au_on[held_out] = scored.au > found.thresholds
+        calibrations.append(found)
+        progress(1)
+    return CrossFit(calibrations, predictions, au_on, sums)
+
+
+def _stages(found: Calibration, steps: tuple[str, ...]) -> list[Calibration]:
+    """The plain mean, then `found` with one more of its steps each time."""
+    return [found.until(0), *(found.until(place) for place, step in enumerate(STEPS, start=1) if step in steps)]
+
+
+def _take(members: Predictions, targets: Targets, timeline: Timeline, rows: np.ndarray):
+    return take_rows(members, rows), *(type(part)(*(array[rows] for array in part)) for part in (targets, timeline))

@@ -1,0 +1,65 @@
+"""Smoothing of frame-wise values within videos: a centred mean over the frames at most so many numbers away."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+# A longer number at the end of a name is an identifier or a time, and no frame.
+_FRAME = re.compile(r"(?<!\d)(\d{1,9})(?:\.[^.]*)?$")
+
+
+class Timeline(NamedTuple):
+    """Where each of n rows stands."""
+
+    video: np.ndarray  # (n,) int64, numbers from 0 in order of appearance
+    frame: np.ndarray  # (n,) int64, from 0 at the first frame of each video
+
+
+def video_names(images: list[str]) -> list[str]:
+    """Return the video of every image: its directory, or the image itself where it has none and stands alone."""
+    return [image.rpartition("/")[0] or image for image in images]
+
+
+def make_timeline(images: list[str]) -> Timeline:
+    """Place images named `video/frame.jpg` in time by the number their names end with.
+
+    Frames of s-Aff-Wild2 are sparse, so that neighbours in the file may be seconds apart: the number is the time. Where
+    any name of a video ends without one, the order of its images is taken for it. Rows of one image have one place.
+    """
+    numbers: dict[str, int] = {}
+    video = np.array([numbers.setdefault(name, len(numbers)) for name in video_names(images)], np.int64)
+    matches = [_FRAME.search(image.rpartition("/")[2]) for image in images]
+    frame = np.array([int(match[1]) if match else -1 for match in matches], np.int64)
+    is_unnumbered = np.zeros(len(numbers), bool)
+    is_unnumbered[video[frame < 0]] = True
+    places: dict[int, dict[str, int]] = {}
+    for row in np.flatnonzero(is_unnumbered[video]):
+        seen = places.setdefault(int(video[row]), {})
+        frame[row] = seen.setdefault(images[row], len(seen))
+    first = np.full(len(numbers), np.iinfo(np.int64).max)
+    np.minimum.at(first, video, frame)
+    return Timeline(video, frame - first[video])
+
+
+def smooth(values: np.ndarray, timeline: Timeline, half_windows: np.ndarray) -> np.ndarray:
+    """Replace each value by the mean of its video's rows at most `half_windows` (D,) frame numbers away.
+
+    values (n, D) -> (n, D) float64. A window is cut off at the ends of its video; 0 leaves a column as it is.
+    """
+    smoothed = np.array(values, np.float64)
+    if not np.any(half_windows) or not len(smoothed):
+        return smoothed
+    # Videos one behind the other, with more than a window between them.
+    stride = int(timeline.frame.max()) + int(np.max(half_windows)) + 1
+    place = timeline.video * stride + timeline.frame
+    order = np.argsort(place, kind="stable")
+    place = place[order]
+    for column, half in enumerate(half_windows):
+        if half:
+            sums = np.concatenate([[0.0], np.cumsum(smoothed[order, column])])
+            begin, end = np.searchsorted(place, place - half, "left"), np.searchsorted(place, place + half, "right")
+            smoothed[order, column] = (sums[end] - sums[begin]) / (end - begin)
+    return smoothed

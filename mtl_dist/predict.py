@@ -1,0 +1,169 @@
+"""Predict valence, arousal, expression and action units of face images, with one trained model or the mean of several.
+
+Examples:
+    python -m mtl_dist.predict --runs runs/cropped --input photos/ --out photos.csv
+    python -m mtl_dist.predict --runs runs/cropped runs/other --input face.mp4 --every-frames 5 --out face.parquet
+    python -m mtl_dist.predict --runs s3://bucket/runs/cropped --input DATA_SHARDS/cropped/val --out val.parquet
+    python -m mtl_dist.predict --runs exported/ --input test_set.txt --images DATA/cropped --out predictions.txt
+
+--input is a directory of images (JPEG or PNG, below it too, in the order of their names), a list of images (.txt, a
+path a line, with or without a header), a video file, or a shard set, whose labels are scored.
+
+The models expect faces: pictures cut to one face as those they were trained on. No face detector is included. Of a
+video every frame's middle square is taken, so give one that follows a face, or cut the faces out first. Pictures are
+taken as stored (EXIF orientation is not applied; a video's rotation is).
+
+--out is written whole or not at all: .csv and .parquet have a row a frame (row, image, valence, arousal, expression,
+p_<class>, p_AU<number>, and labels where there are some), .txt is the file of the challenge (AUs on above 0.5).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from mtl_dist import storage
+from mtl_dist.errors import InputError, run_command
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from mtl_dist.runtime.evaluate import Predicted
+
+SUFFIXES = (".csv", ".parquet", ".txt")
+
+
+@dataclass(frozen=True)
+class PredictCommand:
+    runs: tuple[str, ...]
+    """What predicts: runs (<storage>/<name>: the best checkpoint), checkpoints of runs (.../checkpoints/step_...), or
+    directories that mtl_dist.export wrote. Of several, probabilities and VA are averaged."""
+    input: str
+    """Directory of images, list of images (.txt), video file, or shard set; local or s3://."""
+    out: str
+    """File to write, local or s3://: .csv, .parquet, or .txt for the challenge's format."""
+    images: str | None = None
+    """Where the paths of a list start; None: beside the list."""
+    every_frames: int = 1
+    """Of a video take the first of every so many frames."""
+    batch: int = 64
+    """Images per forward pass."""
+    workers: int = 1
+    """Decoding threads of a process; videos have their own."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    processes: int | None = None
+    """Processes, each with a GPU and a part of the input. None: one for each GPU that torch sees, or 1 on CPUs."""
+    cache_dir: Path | None = None
+    """Per-node cache of shards; None: $MTL_CACHE_DIR or ~/.cache/mtl_dist/shards."""
+
+
+def main(args: list[str] | None = None) -> None:
+    command = tyro.cli(PredictCommand, args=args, prog="python -m mtl_dist.predict", description=__doc__)
+    _check(command)
+    from mtl_dist.progress import progress_bar
+    from mtl_dist.runtime.device import named_device
+    from mtl_dist.runtime.inputs import ImageFiles, open_frames, parent_uri
+    from mtl_dist.runtime.parts import Task, predict_frames
+    from mtl_dist.runtime.trained import open_trained
+
+    models = tuple(open_trained(run) for run in command.runs)
+    device = named_device(command.device).type
+    with tempfile.TemporaryDirectory(prefix="mtl_dist-predict-") as scratch:
+        frames = open_frames(
+            command.input,
+            images=command.images,
+            every=command.every_frames,
+            scratch=Path(scratch),
+            cache_dir=command.cache_dir,
+        )
+        if isinstance(frames, ImageFiles):
+            _check_names(command.out, frames.listed)
+        storage.check_writable(parent_uri(command.out))
+        task = Task(models, frames, device, command.batch, command.workers)
+        processes = _num_processes(command, device, num_batches=-(-frames.num_frames // command.batch))
+        with progress_bar("predicting", frames.num_frames * task.num_passes) as advance:
+            predicted = predict_frames(task, processes=processes, progress=advance)
+        names = frames.names(predicted.rows)
+    _write(command.out, predicted, names)
+    _report(command, predicted, num_expected=frames.num_frames)
+
+
+def _check(command: PredictCommand) -> None:
+    """Raise for what is wrong before anything heavy is imported or opened."""
+    if not command.out.lower().endswith(SUFFIXES):
+        raise InputError(f"--out is {command.out}; expected a name that ends with {', '.join(SUFFIXES)}")
+    if not command.runs:
+        raise InputError("--runs names no run; expected one at least")
+    for name, least in (("every_frames", 1), ("batch", 1), ("workers", 0), ("processes", 1)):
+        value = getattr(command, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name.replace('_', '-')} is {value}; expected {least} or more")
+
+
+def _num_processes(command: PredictCommand, device: str, *, num_batches: int) -> int:
+    import torch
+
+    gpus = torch.cuda.device_count() if device == "cuda" else 1
+    return max(1, min(command.processes or gpus, num_batches))
+
+
+def _check_names(out: str, names: Sequence[str]) -> None:
+    """Raise where the challenge's format has no way to write a name."""
+    if _is_submission(out) and (odd := [name for name in names if "," in name or "\n" in name]):
+        raise InputError(f"image {odd[0]!r} has a comma or newline in its name, which {out} cannot hold; write a .csv")
+
+
+def _write(out: str, predicted: Predicted, names: list[str]) -> None:
+    from mtl_dist.data.submission import submission_text
+    from mtl_dist.objective.metrics import AU_THRESHOLD
+    from mtl_dist.runtime.predictions import prediction_table, write_parquet
+
+    if _is_submission(out):
+        _check_names(out, names)
+        va, expr, au = predicted.predictions
+        storage.write_bytes(out, submission_text(names, va, expr.argmax(-1), au > AU_THRESHOLD).encode())
+        return
+    table = prediction_table(predicted, names, labels=_has_labels(predicted))
+    (_write_csv if out.lower().endswith(".csv") else write_parquet)(out, table)
+
+
+def _write_csv(out: str, table: pa.Table) -> None:
+    import pyarrow as pa
+    from pyarrow import csv
+
+    sink = pa.BufferOutputStream()
+    csv.write_csv(table, sink)
+    storage.write_bytes(out, sink.getvalue().to_pybytes())
+
+
+def _is_submission(out: str) -> bool:
+    return out.lower().endswith(".txt")
+
+
+def _report(command: PredictCommand, predicted: Predicted, *, num_expected: int) -> None:
+    from mtl_dist.objective.metrics import constant_scores, metric_sums, scores
+    from mtl_dist.runtime.tracking import print_scores
+
+    if _has_labels(predicted):
+        from mtl_dist.data.index import read_index
+
+        rows = {"constant predictor": constant_scores(read_index(command.input).labels)}
+        rows["prediction"] = scores(metric_sums(predicted.predictions, predicted.targets))
+        print_scores(rows, title=f"{len(predicted.rows)} rows")
+    if len(predicted.rows) != num_expected:
+        print(f"note: {command.input} says it has {num_expected} such frames; {len(predicted.rows)} could be decoded")
+    print(f"wrote {command.out}: {len(predicted.rows)} frames, mean of {len(command.runs)} model(s)")
+
+
+def _has_labels(predicted: Predicted) -> bool:
+    targets = predicted.targets
+    return bool(targets.va_mask.any() or targets.expr_mask.any() or targets.au_mask.any())
+
+
+if __name__ == "__main__":
+    run_command(main)

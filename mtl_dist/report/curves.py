@@ -1,0 +1,102 @@
+"""Figures 2-6 of Haider et al. 2022 (arXiv 2207.10878): scores and loss against training steps, a line a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mtl_dist.report.drawing import SPECIAL, Figure, Style, canvas, save_png
+from mtl_dist.report.results import CONSTANT, ENSEMBLE, Method, Result
+from mtl_dist.report.tables import write_csv
+from mtl_dist.runtime.tracking import read_records
+
+SCORE_FIGURES = {
+    "au_accuracy": ("fig2_au_accuracy", "Figure 2. AU accuracy", "AU accuracy"),
+    "expr": ("fig3_expr_f1", "Figure 3. EXPR F1", "EXPR F1"),
+    "ccc_a": ("fig4_ccc_arousal", "Figure 4. CCC arousal", "CCC arousal"),
+    "ccc_v": ("fig5_ccc_valence", "Figure 5. CCC valence", "CCC valence"),
+}
+LOSS_POINTS = 40  # of a line: steps are averaged to about so many
+LINES = ("-", "--", ":", "-.")
+
+
+def draw_curves(methods: list[Method], styles: dict[str, Style]) -> tuple[list[Figure], list[str]]:
+    """Return figures 2-6, and a sentence for whatever a run has no records of."""
+    runs = [(method, result) for method in methods for result in method.results if result.member]
+    records = {id(result): read_records(result.uri) for _, result in runs}
+    figures, notes = [], []
+    for key, (name, title, label) in SCORE_FIGURES.items():
+        lines = {id(result): _scores(records[id(result)], key) for _, result in runs}
+        if methods[0].results[0].scores[key] is None:
+            notes.append(f"{title.split('.')[0]}, {label}: the validation set has no labels of it.")
+            continue
+        notes += _missing(label, [result for _, result in runs if not lines[id(result)]])
+        if any(lines.values()):
+            figures.append(_draw(name, title, label, methods, runs, lines, styles, key=key))
+        else:
+            notes.append(f"{title.split('.')[0]}, {label}: no run has records of it.")
+    losses = {id(result): _losses(records[id(result)]) for _, result in runs}
+    notes += _missing("loss", [result for _, result in runs if not losses[id(result)]])
+    if any(losses.values()):
+        figures.append(_draw("fig6_loss", "Figure 6. Training loss", "training loss", methods, runs, losses, styles))
+    return figures, notes
+
+
+def _missing(label: str, results: list[Result]) -> list[str]:
+    if not results:
+        return []
+    names = ", ".join(result.name for result in results)
+    return [f"{label} is not recorded in: {names} (no records were kept, or the run is older than this score)."]
+
+
+def _scores(records: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    evaluations = [record for record in records if record.get("kind") == "eval"]
+    return [(r["step"], r["scores"][key]) for r in evaluations if r["scores"].get(key) is not None]
+
+
+def _losses(records: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    """The total loss, means of neighbouring steps."""
+    steps = [(r["step"], r["loss"]["total"]) for r in records if r.get("kind") == "step" and "total" in r["loss"]]
+    if not steps:
+        return []
+    parts = np.array_split(np.array(steps, float), min(LOSS_POINTS, len(steps)))
+    return [(round(part[:, 0].mean()), float(part[:, 1].mean())) for part in parts]
+
+
+def _draw(name, title, label, methods, runs, lines, styles, *, key: str | None = None) -> Figure:
+    rows: list[tuple] = [("run", "method", "step", label)]
+    with canvas(6, 3.7) as figure:
+        axes = figure.subplots()
+        for method in methods:
+            style = styles[method.label]
+            if method.label in SPECIAL:
+                if key is None:
+                    continue
+                value = float(np.mean(method.values(key)))
+                axes.axhline(value, color=style.colour, linestyle=":" if method.label == CONSTANT else "--",
+                             linewidth=1.3, label=method.label)  # fmt: skip
+                rows.append(("", method.label, "", f"{value:.6f}"))
+                continue
+            shown = [result for other, result in runs if other is method and lines[id(result)]]
+            for place, result in enumerate(shown):
+                steps, values = zip(*lines[id(result)])
+                axes.plot(steps, values, color=style.colour, linestyle=LINES[place % len(LINES)],
+                          marker=style.marker if key else None, markersize=4, alpha=1 if place == 0 else 0.75,
+                          label=method.label if place == 0 else None)  # fmt: skip
+                rows += [(result.name, method.label, step, f"{value:.6f}") for step, value in zip(steps, values)]
+        axes.set_xlabel("training step")
+        axes.set_ylabel(label)
+        axes.set_xlim(left=0)
+        figure.legend(loc="outside lower center", ncols=2)
+        png = save_png(figure)
+    best = ", ".join(f"{result.name} ends at {lines[id(result)][-1][1]:.3f}" for _, result in runs if lines[id(result)])
+    has_seeds = any(len(method.results) > 1 for method in methods if method.label not in SPECIAL)
+    caption = "A line a run; further seeds of a method are dashed." if has_seeds else "A line a run."
+    if key is not None:
+        caption += " The validation set, after every evaluation."
+        if any(method.label == ENSEMBLE for method in methods):
+            caption += " The ensemble is not trained: its score is a level."
+    else:
+        caption += " The total over the tasks, means of neighbouring steps."
+    return Figure(name, title, caption, f"Line chart of {label} against training steps: {best}.", png, write_csv(rows))

@@ -1,0 +1,111 @@
+"""Bootstrap confidence intervals: the validation set's videos are drawn with replacement, and all scored again.
+
+Frames of a video are near copies of each other, so videos are what is independent. Scores are functions of additive
+sums: those of every video are taken once, and a draw is a matrix product.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from mtl_dist.objective.metrics import MetricSums
+from mtl_dist.report.results import Method, Result
+from mtl_dist.tasks import NUM_AUS, NUM_EXPRESSIONS
+
+KEYS = ("p", "ccc_v", "ccc_a", "va", "expr", "au")
+TASK_OF = {"ccc_v": "va", "ccc_a": "va", "va": "va", "expr": "expr", "au": "au"}
+LEVEL = 0.95
+CHUNK = 100  # draws at once
+LEAST_VIDEOS = 2
+
+
+class Interval(NamedTuple):
+    low: float
+    high: float
+
+
+class Bootstrap(NamedTuple):
+    """Scores of every method in every draw, the mean over its seeds; nan where a draw lacks a task's labels."""
+
+    num_videos: int
+    draws: dict[str, dict[str, np.ndarray]]  # method -> score -> (D,)
+
+    def interval(self, method: str, key: str) -> Interval | None:
+        """The central 95% of a method's score; None where there is nothing to draw."""
+        return _central(self.draws[method][key]) if self.draws else None
+
+    def difference(self, method: str, reference: str, key: str) -> Interval | None:
+        """The central 95% of a method's score less the reference's, in the same draws."""
+        return _central(self.draws[method][key] - self.draws[reference][key]) if self.draws else None
+
+
+def bootstrap(methods: list[Method], video: np.ndarray, *, num_draws: int, seed: int) -> Bootstrap:
+    """Score every method on `num_draws` draws of the videos; `video` (n,) numbers those of the rows from 0."""
+    num_videos = int(video.max()) + 1
+    if num_videos < LEAST_VIDEOS:
+        return Bootstrap(num_videos, {})
+    results = [result for method in methods for result in method.results]
+    per_video = np.stack([video_sums(result, video) for result in results])
+    covers = results[0].scores["covers"]
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
+    parts = []
+    for begin in range(0, num_draws, CHUNK):
+        counts = rng.multinomial(num_videos, np.full(num_videos, 1 / num_videos), min(CHUNK, num_draws - begin))
+        parts.append(sums_to_scores(counts.astype(np.float64) @ per_video, covers))
+    drawn = {key: np.concatenate([part[key] for part in parts], axis=1) for key in KEYS}
+    places = {id(result): place for place, result in enumerate(results)}
+    return Bootstrap(
+        num_videos,
+        {
+            method.label: {key: drawn[key][[places[id(result)] for result in method.results]].mean(0) for key in KEYS}
+            for method in methods
+        },
+    )
+
+
+def video_sums(result: Result, video: np.ndarray) -> np.ndarray:
+    """(V, 124): the metric sums of every video's rows; `video` (n,) numbers them from 0."""
+    order = np.argsort(video, kind="stable")
+    edges = np.cumsum(np.bincount(video))[:-1]
+    return np.stack([result.sums(rows).flatten() for rows in np.split(order, edges)])
+
+
+def sums_to_scores(flat: np.ndarray, covers: list[str]) -> dict[str, np.ndarray]:
+    """Scores (...) of sums (..., 124), as `metrics.scores` defines them; P of the tasks in `covers`."""
+    sizes = [part.size for part in MetricSums.zero()]
+    va, confusion, au = np.split(flat, np.cumsum(sizes)[:-1], axis=-1)
+    ccc = _concordance(va.reshape(*va.shape[:-1], 2, 6))
+    confusion = confusion.reshape(*confusion.shape[:-1], NUM_EXPRESSIONS, NUM_EXPRESSIONS)
+    au = au.reshape(*au.shape[:-1], NUM_AUS, 4)
+    hits = np.diagonal(confusion, axis1=-2, axis2=-1)
+    f1_expr = 2 * hits / np.maximum(confusion.sum(-1) + confusion.sum(-2), 1)
+    f1_au = 2 * au[..., 0] / np.maximum(2 * au[..., 0] + au[..., 1] + au[..., 2], 1)
+    found = {
+        "ccc_v": ccc[..., 0],
+        "ccc_a": ccc[..., 1],
+        "va": ccc.mean(-1),
+        "expr": np.where(confusion.sum((-1, -2)) > 0, f1_expr.mean(-1), np.nan),
+        "au": np.where(au.sum((-1, -2)) > 0, f1_au.mean(-1), np.nan),
+    }
+    return found | {"p": sum((found[task] for task in covers), np.zeros(flat.shape[:-1]))}
+
+
+def _concordance(moments: np.ndarray) -> np.ndarray:
+    """CCC (...) of moments (..., 6): nan without rows, 0 where predictions or labels are constant."""
+    n, sx, sy, sxx, syy, sxy = np.moveaxis(moments, -1, 0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean_x, mean_y = sx / n, sy / n
+        var_x, var_y = np.maximum(sxx / n - mean_x**2, 0), np.maximum(syy / n - mean_y**2, 0)
+        ccc = 2 * (sxy / n - mean_x * mean_y) / (var_x + var_y + (mean_x - mean_y) ** 2)
+    ccc = np.where((var_x < 1e-12) | (var_y < 1e-12), 0.0, ccc)
+    return np.where(n > 0, ccc, np.nan)
+
+
+def _central(values: np.ndarray) -> Interval | None:
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return None
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float(low), float(high))

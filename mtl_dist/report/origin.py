@@ -1,0 +1,66 @@
+"""Where results come from: runs with their checkpoints, starts, configurations and commands; ensembles with theirs."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+from mtl_dist import storage
+from mtl_dist.config import dump_yaml
+from mtl_dist.report.page import definitions, folded, paragraph, preformatted, table_block
+from mtl_dist.report.results import Result
+from mtl_dist.report.tables import Table, number, text
+from mtl_dist.runtime.checkpoint import MODEL
+from mtl_dist.runtime.saving import read_lives
+
+
+def run_block(result: Result) -> str:
+    """A run: its checkpoint, how it was started, its configuration."""
+    member = result.member
+    checkpoint, index = member.checkpoint, member.val
+    about = [
+        ("run", result.uri),
+        ("method", result.method),
+        ("checkpoint", checkpoint.uri),
+        ("weights, sha256", checkpoint.files[MODEL]["sha256"]),
+        ("step", f"{checkpoint.step:,}"),
+        ("P in training", f"{checkpoint.score:.4f}"),
+        ("training set", member.config.data.train),
+        ("validation set", f"{member.val_uri} ({index.view}, {index.rows:,} rows, sha256 {index.sha256})"),
+    ]
+    lives = read_lives(result.uri)
+    typed = lives[-1].get("typed") if lives else None  # runs of before it was recorded have none
+    command = typed or shlex.join(
+        ["python", "-m", "mtl_dist.train", "--config", storage.join(result.uri, "config.yaml")]
+    )
+    rows = [
+        [text(life["started"]), number(life["step"]), number(life["num_ranks"]), text(life["host"])] for life in lives
+    ]
+    starts = Table("starts", f"Starts of {result.name}", ("started", "from step", "ranks", "rank 0 on"), rows)
+    return folded(
+        f"{result.name}: {result.method}",
+        definitions(about),
+        paragraph(
+            "The command that trained it (under torchrun or a Ray job: what these started); with another --run.name "
+            "it is repeated:"
+            if typed
+            else "The command that trains it, given what launches it (--local, torchrun or a Ray job):"
+        ),
+        preformatted(command),
+        table_block(starts, sortable=False) if rows else paragraph("Its starts were not recorded."),
+        folded("configuration", preformatted(dump_yaml(member.config))),
+    )
+
+
+def ensemble_block(result: Result) -> str:
+    """An ensemble: its members and what score.json says of how they were combined."""
+    about = result.score_file
+    runs = [member["run"] for member in about["members"]]
+    command = shlex.join(["python", "-m", "mtl_dist.ensemble", "--runs", *runs, "--out", result.uri])
+    rest = {key: value for key, value in about.items() if key not in ("scores", "rows", "covers", "p")}
+    return folded(
+        f"{result.name}: ensemble of {len(runs)}",
+        paragraph("The command that makes it, but for options that score.json does not record:"),
+        preformatted(command),
+        folded("members and calibration, as in score.json", preformatted(json.dumps(rest, indent=1))),
+    )

@@ -1,0 +1,294 @@
+"""What a report compares: runs, ensembles and the constant predictor, each with its predictions of one validation set.
+
+Runs that differ in nothing but their seed are one method.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from mtl_dist import storage
+from mtl_dist.config import flatten
+from mtl_dist.data.index import Index
+from mtl_dist.errors import InputError
+from mtl_dist.objective.metrics import AU_THRESHOLD, MetricSums, Predictions, Targets, metric_sums, scores
+from mtl_dist.runtime.checkpoint import FREE, MODEL
+from mtl_dist.runtime.evaluate import Predicted
+from mtl_dist.runtime.members import Member, image_names, predict_member
+from mtl_dist.runtime.predictions import prediction_table, read_key, read_predictions, write_parquet
+from mtl_dist.tasks import AUS, NUM_AUS, NUM_EXPRESSIONS, LabelCounts
+
+CONSTANT, ENSEMBLE, CALIBRATED = "constant predictor", "ensemble", "ensemble, calibrated"
+TOLERANCE = 1e-3  # of P: tables hold float32
+CACHE_FORMAT = "mtl_dist-report-1"
+BASELINE, SYSTEM_B, SYSTEM_A = "baseline", "B (SMM-EmotionNet)", "A"
+MODEL_LABELS = {"baseline": BASELINE, "b": SYSTEM_B, "a": SYSTEM_A}
+ALL = slice(None)
+ORDER = (BASELINE, SYSTEM_B, SYSTEM_A)  # as the paper's tables have them; other models after these
+
+
+class Result(NamedTuple):
+    """Something that predicts the validation set: a run's best checkpoint, an ensemble, the constant predictor."""
+
+    name: str
+    uri: str
+    method: str
+    predicted: Predicted
+    scores: dict[str, Any]
+    member: Member | None = None  # of a run
+    score_file: dict[str, Any] | None = None  # of an ensemble
+    decided: np.ndarray | None = None  # (n, 12) bool: AUs as the ensemble's fitted thresholds decide; None: above 0.5
+
+    @property
+    def seed(self) -> int | None:
+        return self.member.config.run.seed if self.member else None
+
+    @property
+    def au_on(self) -> np.ndarray:
+        """(n, 12) bool: which AUs are predicted."""
+        return self.predicted.predictions.au > AU_THRESHOLD if self.decided is None else self.decided
+
+    def sums(self, rows: np.ndarray | slice = ALL) -> MetricSums:
+        """The metric sums over rows, by default all."""
+        predictions, targets = (type(part)(*(a[rows] for a in part)) for part in self.predicted[1:])
+        return metric_sums(predictions._replace(au=self.au_on[rows].astype(np.float64)), targets)
+
+
+class Method(NamedTuple):
+    """A row of the tables: one result, or one a seed."""
+
+    label: str
+    results: tuple[Result, ...]
+
+    @property
+    def shown(self) -> Result:
+        """The result of the median P: what figures of one result show."""
+        return sorted(self.results, key=lambda result: result.scores["p"])[(len(self.results) - 1) // 2]
+
+    def values(self, key: str) -> list[float]:
+        """A score of every result; empty where there are no labels."""
+        return [result.scores[key] for result in self.results if result.scores[key] is not None]
+
+
+def check_same_data(members: list[Member]) -> None:
+    """Raise `InputError` unless all runs were scored on the same rows of one source."""
+    first = members[0]
+    for other in members[1:]:
+        if other.val.source_sha256 != first.val.source_sha256:
+            raise _other_data(first, other, "come from different sources, or from other choices of rows")
+    for place, member in enumerate(members):
+        same_view = next(known for known in members[: place + 1] if known.val.view == member.val.view)
+        if member.val.sha256 != same_view.val.sha256:
+            raise _other_data(same_view, member, "have different checksums")
+
+
+def _other_data(one: Member, other: Member, how: str) -> InputError:
+    return InputError(
+        f"runs {one.run_uri} ({one.val_uri}, sha256 {one.val.sha256[:12]}) and {other.run_uri} ({other.val_uri}, "
+        f"sha256 {other.val.sha256[:12]}) cannot be compared: their validation sets {how}; report them apart"
+    )
+
+
+def label_runs(members: list[Member]) -> list[str]:
+    """Name the method of every run: its model, its view where that tells methods apart, and its name where settings do.
+
+    Runs with equal labels differ in their seed only.
+    """
+    views: dict[str, set[str]] = {}
+    for member in members:
+        views.setdefault(member.config.model.name, set()).add(member.val.view)
+    plain = []
+    for member in members:
+        name, view = member.config.model.name, member.val.view
+        label = MODEL_LABELS.get(name, name)
+        plain.append(f"{label} {view.replace('_', ' ')}" if name == "a" or len(views[name]) > 1 else label)
+    settings = [_settings(member) for member in members]
+    seeds = [member.config.run.seed for member in members]
+    labels = []
+    for place, label in enumerate(plain):
+        alike = [other for other, known in enumerate(plain) if known == label]
+        same = [other for other in alike if settings[other] == settings[place]]
+        are_seeds = len({seeds[other] for other in same}) == len(same)
+        if len(same) < len(alike) and are_seeds:  # other settings: the group is named after its first run
+            label = f"{label}, {_run_name(members[same[0]])}"
+        elif not are_seeds:
+            label = f"{label}, {_run_name(members[place])}"
+        labels.append(label)
+    return labels
+
+
+def _settings(member: Member) -> dict[str, Any]:
+    return {
+        key: value for key, value in flatten(member.config).items() if key not in (*FREE, "run.name", "run.seed")
+    }  # fmt: skip
+
+
+def _run_name(member: Member) -> str:
+    return member.run_uri.rstrip("/").rpartition("/")[2]
+
+
+def unique_names(uris: list[str]) -> list[str]:
+    """The last parts of URIs, numbered where two are equal."""
+    names: list[str] = []
+    for uri in uris:
+        name = stem = uri.rstrip("/").rpartition("/")[2]
+        number = 1
+        while name in names:
+            number += 1
+            name = f"{stem}-{number}"
+        names.append(name)
+    return names
+
+
+def predict_run(
+    member: Member,
+    name: str,
+    *,
+    data_uri: str,
+    device: torch.device,
+    batch: int,
+    workers: int,
+    cache_dir: Path | None,
+    progress: Callable[[int], None],
+) -> Predicted:
+    """Predict a run's validation set, or read `data_uri`/<name>.parquet where its key says that it holds just that."""
+    where = storage.join(data_uri, f"{name}.parquet")
+    key = f"{CACHE_FORMAT} weights {member.checkpoint.files[MODEL]['sha256']} rows {member.val.sha256}"
+    if read_key(where) == key:
+        progress(member.val.rows)
+        return read_predictions(where).predicted
+    predicted = predict_member(
+        member, device=device, batch=batch, workers=workers, cache_dir=cache_dir, progress=progress
+    )
+    table = prediction_table(predicted, image_names(member, cache_dir), labels=True)
+    write_parquet(where, table, key=key)
+    return read_predictions(where).predicted  # as the next report will read it
+
+
+def run_result(member: Member, name: str, label: str, predicted: Predicted) -> Result:
+    """Score a run's predictions."""
+    return Result(name, member.run_uri, label, predicted, _scores(predicted), member=member)
+
+
+def open_ensemble(uri: str, members: list[Member], images: list[str]) -> list[Result]:
+    """Read what `mtl_dist.ensemble` wrote: the plain mean and, where steps were fitted, the calibrated out of fold.
+
+    Raises `InputError` where it is of another validation set than the runs.
+    """
+    where = storage.join(uri, "score.json")
+    try:
+        about = json.loads(storage.read_bytes(where))
+        shas = {(m["view"], m["validation_set"]["sha256"]) for m in about["members"]}
+        plain, steps = about["scores"][ENSEMBLE], about.get("steps") or {}
+    except FileNotFoundError:
+        raise InputError(f"no ensemble at '{uri}': score.json does not exist; run mtl_dist.ensemble first") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{where} is not what mtl_dist.ensemble writes ({error!r}); run it again") from None
+    known = {member.val.view: member for member in members}
+    for view, sha256 in sorted(shas):
+        if view in known and known[view].val.sha256 != sha256:
+            raise InputError(
+                f"ensemble {uri} was scored on another {view} validation set (sha256 {sha256[:12]}) than run "
+                f"{known[view].run_uri} (sha256 {known[view].val.sha256[:12]}); report them apart"
+            )
+    found = [_read_ensemble(uri, "predictions.parquet", ENSEMBLE, plain, about=about)]
+    if steps:
+        found.append(_read_ensemble(uri, "calibrated.parquet", CALIBRATED, list(steps.values())[-1]))
+    for result, names in found:
+        if names != images or _counts(result.predicted.targets) != _comparable(members[0].val):
+            raise InputError(
+                f"ensemble {uri} holds other rows or labels than the validation set of run {members[0].run_uri} "
+                f"({len(names)} and {len(images)} rows); report them apart"
+            )
+    return [result for result, _ in found]
+
+
+def _read_ensemble(
+    uri: str, file: str, method: str, reported: dict[str, Any], *, about: dict[str, Any] | None = None
+) -> tuple[Result, list[str]]:
+    where = storage.join(uri, file)
+    table = read_predictions(where)
+    result = Result(uri, uri, method, table.predicted, {}, score_file=about)
+    if method == CALIBRATED:
+        result = result._replace(decided=read_decisions(where))
+    own = scores(result.sums())
+    if abs(own["p"] - reported["p"]) > TOLERANCE:
+        raise InputError(
+            f"{where} scores P {own['p']:.4f}, but score.json beside it says {reported['p']:.4f}: they are of "
+            "different ensembles; run mtl_dist.ensemble again"
+        )
+    return result._replace(scores=own | reported), table.images
+
+
+def read_decisions(uri: str) -> np.ndarray:
+    """Return the columns AU1 ... AU26, on or off, of a table of calibrated predictions: (n, 12) bool."""
+    table = pq.read_table(pa.BufferReader(storage.read_bytes(uri)))
+    try:
+        return np.column_stack([table[f"AU{number}"].to_numpy() for number in AUS]).astype(bool)
+    except KeyError as error:
+        raise InputError(f"{uri} has no decisions of action units ({error}); run mtl_dist.ensemble again") from None
+
+
+def check_same_rows(results: list[Result]) -> None:
+    """Raise `InputError` unless all results hold the same rows with the same labels."""
+    first = results[0].predicted
+    for other in results[1:]:
+        pairs = [(first.rows, other.predicted.rows), *zip(first.targets, other.predicted.targets)]
+        if not all(np.array_equal(mine, theirs) for mine, theirs in pairs):
+            raise InputError(
+                f"{results[0].uri} and {other.uri} cannot be compared: their validation rows or labels differ; make "
+                "both views from one source"
+            )
+
+
+def constant_result(predicted: Predicted, counts: LabelCounts) -> Result:
+    """The best constant predictor: mean VA, the commonest expression, every action unit on."""
+    n, targets = len(predicted.rows), predicted.targets
+    expr, va = np.zeros((n, NUM_EXPRESSIONS)), np.zeros((n, 2))
+    expr[:, int(np.argmax(counts.expr_classes))] = 1
+    if targets.va_mask.any():
+        va += targets.va[targets.va_mask].mean(0)
+    constant = predicted._replace(predictions=Predictions(va, expr, np.ones((n, NUM_AUS))))
+    return Result(CONSTANT, "", CONSTANT, constant, _scores(constant))
+
+
+def group_methods(constant: Result, runs: list[Result], ensembles: list[Result]) -> list[Method]:
+    """Put results into methods, in the order of the paper's tables."""
+    labels = list(dict.fromkeys(run.method for run in runs))
+    labels.sort(key=lambda label: (_place(label), label))
+    methods = [Method(CONSTANT, (constant,))]
+    methods += [Method(label, tuple(run for run in runs if run.method == label)) for label in labels]
+    for label in (ENSEMBLE, CALIBRATED):
+        if alike := tuple(result for result in ensembles if result.method == label):
+            methods.append(Method(label, alike))
+    return methods
+
+
+def _place(label: str) -> int:
+    """Where a label stands in `ORDER`, whatever view or name is added to it."""
+    fits = (
+        place for place, known in enumerate(ORDER) if label == known or label.startswith((f"{known} ", f"{known},"))
+    )
+    return next(fits, len(ORDER))
+
+
+def _scores(predicted: Predicted) -> dict[str, Any]:
+    return scores(metric_sums(predicted.predictions, predicted.targets))
+
+
+def _counts(targets: Targets) -> tuple:
+    classes = np.bincount(targets.expr[targets.expr_mask], minlength=NUM_EXPRESSIONS)
+    on = (targets.au * targets.au_mask).sum(0)
+    return int(targets.va_mask.sum()), classes.tolist(), targets.au_mask.sum(0).tolist(), on.astype(int).tolist()
+
+
+def _comparable(val: Index) -> tuple:
+    return val.labels.va, val.labels.expr_classes, val.labels.au, val.labels.au_positives

@@ -1,0 +1,178 @@
+"""Predict the members of an ensemble, over the cluster where there is one, and keep what each predicted.
+
+Predictions are tables in <out>/members/, one a member and set, each with a key of what it was made of: an interrupted
+ensemble continues with those that are there, and another ensemble in the same place takes over what still holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import torch
+
+from mtl_dist import storage
+from mtl_dist.data.submission import TestImages
+from mtl_dist.errors import InputError
+from mtl_dist.progress import progress_bar
+from mtl_dist.runtime.checkpoint import MODEL, STATE
+from mtl_dist.runtime.device import named_device
+from mtl_dist.runtime.evaluate import predict
+from mtl_dist.runtime.frames import image_batches
+from mtl_dist.runtime.launch import TaskFailed, has_cluster, map_over_cluster
+from mtl_dist.runtime.members import Member, image_names, load_model, predict_member
+from mtl_dist.runtime.predictions import PredictionTable, prediction_table, read_key, read_predictions, write_parquet
+
+FORMAT = "mtl_dist-member-1"
+VAL, TEST = "val", "test"
+
+
+class Prediction(NamedTuple):
+    """How members are predicted."""
+
+    batch: int
+    workers: int
+    device: str  # auto, cpu or cuda
+    cache_dir: Path | None
+    cpus: float  # of a member, on the cluster
+    gpus: float
+    retries: int
+    local: bool  # in this process, whatever cluster there is
+    autoscaling: bool
+
+
+class MemberTask(NamedTuple):
+    """What of one member has to be predicted: a task may run on another machine."""
+
+    name: str
+    member: Member
+    how: Prediction
+    sets: tuple[str, ...]  # of VAL, TEST
+    test_names: list[str]
+    test_paths: list[str]
+
+
+def table_name(name: str, part: str) -> str:
+    """Return the name, below --out, of what a member predicted of the validation set or the test list."""
+    return f"members/{name}.parquet" if part == VAL else f"members/{name}.test.parquet"
+
+
+def predict_members(
+    members: dict[str, Member],
+    out: str,
+    *,
+    how: Prediction,
+    test_names: list[str] | None = None,
+    test: dict[str, TestImages] | None = None,
+) -> dict[str, dict[str, PredictionTable]]:
+    """Return the tables of every member by its name, {VAL: ..., TEST: ...}; `test` holds images by view.
+
+    Each checkpoint is read once. Raises `InputError` naming the member that could not be predicted after all retries.
+    """
+    parts = (VAL, TEST) if test else (VAL,)
+    keys = {
+        (name, part): _key_of(member, test[member.val.view] if part == TEST else None)
+        for name, member in members.items()
+        for part in parts
+    }
+    tasks = {}
+    for name, member in members.items():
+        missing = tuple(
+            part for part in parts if read_key(storage.join(out, table_name(name, part))) != keys[name, part]
+        )
+        if missing:
+            paths = test[member.val.view].paths if TEST in missing else []
+            tasks[name] = MemberTask(name, _with_absolute_paths(member), how, missing, test_names or [], paths)
+    if kept := len(members) - len(tasks):
+        print(f"{kept} of {len(members)} member(s) predicted already, in {storage.join(out, 'members')}", flush=True)
+    try:
+        for name, tables in _run(tasks, how):
+            for part, table in tables.items():
+                write_parquet(storage.join(out, table_name(name, part)), table, key=keys[name, part])
+    except TaskFailed as error:
+        raise InputError(
+            f"member {members[error.name].run_uri} could not be predicted ({error.reason}), tried {how.retries + 1} "
+            "time(s), and no ensemble goes without it: mend that, or take the run off --runs; what other members "
+            "predicted is kept, and the same command continues"
+        ) from error
+    return {
+        name: {part: read_predictions(storage.join(out, table_name(name, part))) for part in parts} for name in members
+    }
+
+
+def _key_of(member: Member, test: TestImages | None) -> str:
+    """What decides a prediction, but for the last bits that machines and batch sizes may change."""
+    files = member.checkpoint.files
+    about = {"format": FORMAT, "model": files[MODEL]["sha256"], "state": files[STATE]["sha256"]}
+    about |= {"test": test.sha256} if test else {"val": member.val.sha256}
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+
+def _with_absolute_paths(member: Member) -> Member:
+    """Tasks of Ray work in directories of their own."""
+    checkpoint = member.checkpoint._replace(uri=storage.absolute(member.checkpoint.uri))
+    return member._replace(checkpoint=checkpoint, val_uri=storage.absolute(member.val_uri))
+
+
+def _run(tasks: dict[str, MemberTask], how: Prediction) -> Iterator[tuple[str, dict[str, pa.Table]]]:
+    if not tasks:
+        return
+    if how.local or not has_cluster():
+        yield from map_here(predict_task, tasks, retries=how.retries)
+        return
+    print(f"predicting {len(tasks)} member(s) over the cluster: {', '.join(tasks)}", flush=True)
+    results = map_over_cluster(
+        predict_task, tasks, cpus=how.cpus, gpus=how.gpus, retries=how.retries, autoscaling=how.autoscaling
+    )
+    with progress_bar("members predicted", len(tasks)) as advance:
+        for result in results:
+            yield result
+            advance(1)
+
+
+def map_here(function: Callable[[Any], Any], items: dict[str, Any], *, retries: int) -> Iterable[tuple[str, Any]]:
+    """Run `function` of every item in this process, one after the other, with the retries of `map_over_cluster`."""
+    for name, item in items.items():
+        for attempt in range(retries + 1):
+            try:
+                result = function(item)
+                break
+            except InputError:
+                raise
+            except Exception as error:
+                traceback.print_exc()
+                if attempt == retries:
+                    raise TaskFailed(name, f"{type(error).__name__}: {error}") from error
+                print(f"{name} failed and is tried again ({attempt + 1} of {retries})", flush=True)
+        yield name, result
+
+
+def predict_task(task: MemberTask) -> dict[str, pa.Table]:
+    """Predict what is wanted of one member; its checkpoint is read once."""
+    member, how, tables = task.member, task.how, {}
+    on_cluster = has_cluster() and not how.local
+    if on_cluster:
+        torch.set_num_threads(max(1, int(how.cpus)))  # the node's other cores may be another member's
+    # Ray hides no GPU from a task that asked for none.
+    device = named_device("cpu" if on_cluster and not how.gpus and how.device == "auto" else how.device)
+    model = load_model(member.checkpoint, member.config).to(device)
+    if VAL in task.sets:
+        with progress_bar(f"predicting {task.name}", member.val.rows) as advance:
+            predicted = predict_member(
+                member, device=device, batch=how.batch, workers=how.workers, cache_dir=how.cache_dir,
+                progress=advance, model=model)  # fmt: skip
+        tables[VAL] = prediction_table(predicted, image_names(member, how.cache_dir), labels=True)
+    if TEST in task.sets:
+        config = member.config
+        batches = image_batches(task.test_paths, batch=how.batch, size=config.data.image_size, workers=how.workers)
+        with progress_bar(f"predicting the test list with {task.name}", len(task.test_paths)) as advance:
+            predicted = predict(
+                model, batches, device=device, size=config.input_size, bf16=config.engine.autocast == "bf16",
+                progress=advance)  # fmt: skip
+        tables[TEST] = prediction_table(predicted, task.test_names, labels=True)
+    return tables

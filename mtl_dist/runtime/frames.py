@@ -1,0 +1,200 @@
+"""Pictures that are in no shard set, as batches without labels: image files, and the frames of a video."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count, islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from mtl_dist import storage
+from mtl_dist.data.decode import MAX_IMAGE_BYTES, MAX_SIDE, DecodeError, decode, resize
+from mtl_dist.errors import InputError
+from mtl_dist.tasks import NUM_AUS, Batch, Labels
+
+if TYPE_CHECKING:
+    from av import VideoFrame
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
+PNG_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def image_batches(
+    paths: Sequence[Path | str],
+    *,
+    batch: int,
+    size: int,
+    workers: int = 1,
+    part: int = 0,
+    num_parts: int = 1,
+) -> Iterator[Batch]:
+    """Yield image files (local or s3://, JPEG or PNG) as unlabelled batches of `size` pixels a side, in their order.
+
+    Rows are places in `paths`. Of several parts, part p has batches p, p + num_parts, ...: the same batches, whatever
+    the number of parts. `workers` threads decode; 0 decodes in this one. Raises `InputError` naming the file.
+    """
+    rows = [row for row in range(len(paths)) if row // batch % num_parts == part]
+    pictures = _ahead((paths[row] for row in rows), size, workers=workers, ahead=2 * batch)
+    yield from _batched(zip(rows, pictures), batch=batch)
+
+
+def video_batches(
+    path: Path, *, batch: int, size: int, every: int = 1, part: int = 0, num_parts: int = 1
+) -> Iterator[Batch]:
+    """Yield every so many frames of a local video's first picture stream as unlabelled batches, in their order.
+
+    A frame is turned as the file says, its middle square cut out and resized to `size`. Rows are frame numbers from 0.
+    Every part decodes the whole video, since seeking does not find frames by number, and converts its batches only (as
+    `image_batches` parts them). Raises `InputError` naming a file that is no video, or is damaged, and where.
+    """
+    numbers = count(0, every)
+    wanted = (
+        (number, frame)
+        for place, (number, frame) in enumerate(zip(numbers, islice(_frames(path), 0, None, every)))
+        if place // batch % num_parts == part
+    )
+    yield from _batched(((number, _square(frame, size)) for number, frame in wanted), batch=batch)
+
+
+def count_frames(path: Path) -> int:
+    """Count the frames of a video without decoding it: as its header says, or its packets. Raises `InputError`."""
+    with _open_video(path) as (container, stream):
+        return stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+
+
+def read_image(path: Path | str, size: int | None = None) -> np.ndarray:
+    """Read a JPEG or PNG, local or s3://, as (H, W, 3) uint8 RGB, resized where a size is given.
+
+    Pixels are taken as they are stored, as those of shards are: EXIF orientation is not applied. Raises `InputError`
+    naming a file that is not there or cannot be decoded.
+    """
+    try:
+        data = storage.read_bytes(str(path), max_bytes=MAX_IMAGE_BYTES)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise InputError(f"image {path} does not exist; correct its path, or take it out of the list") from None
+    except PermissionError:
+        raise InputError(f"image {path} may not be read by this user; change its permissions") from None
+    try:
+        return _decode_png(data, size) if data.startswith(_PNG) else decode(data, size)
+    except DecodeError as error:
+        raise InputError(f"image {path} cannot be decoded: {error}; mend it, or leave it out") from None
+
+
+@contextlib.contextmanager
+def _open_video(path: Path):
+    """Give (container, stream); what goes wrong in the block is an `InputError` that names the file."""
+    try:
+        import av
+    except ImportError:
+        raise InputError("reading videos needs PyAV, which is not installed: pip install 'mtl_dist[video]'") from None
+    try:
+        with av.open(str(path), metadata_errors="replace") as container:
+            if not container.streams.video:
+                raise InputError(f"{path} holds no pictures, only {len(container.streams)} other stream(s)")
+            yield container, container.streams.video[0]
+    except av.error.FFmpegError as error:
+        raise InputError(
+            f"video {path} cannot be read: {error.strerror}; mend it, or convert it to H.264 MP4"
+        ) from None
+
+
+def _frames(path: Path) -> Iterator[VideoFrame]:
+    number = 0
+    with _open_video(path) as (container, stream):
+        from av.error import FFmpegError
+
+        stream.thread_type = "AUTO"
+        try:
+            for frame in container.decode(stream):
+                if max(frame.width, frame.height) > MAX_SIDE:
+                    size = f"{frame.width} x {frame.height}"
+                    raise InputError(f"video {path} has {size} pixels; at most {MAX_SIDE} a side are decoded")
+                if frame.is_corrupt:
+                    raise InputError(f"video {path} is damaged at frame {number + 1}; mend it, or cut it before")
+                yield frame
+                number += 1
+        except FFmpegError as error:
+            where = f"after frame {number} ({error.strerror})"
+            raise InputError(f"video {path} is damaged {where}; mend it, or cut it there") from None
+    if number == 0:
+        raise InputError(f"video {path} holds no frame; is it a whole file?")
+
+
+def _square(frame: VideoFrame, size: int) -> np.ndarray:
+    """Return a frame's middle square as (size, size, 3) RGB, turned as its display matrix says."""
+    pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
+    side = min(pixels.shape[:2])
+    top, left = ((length - side) // 2 for length in pixels.shape[:2])
+    square = np.ascontiguousarray(pixels[top : top + side, left : left + side])
+    return square if side == size else resize(square, size)
+
+
+def _decode_png(data: bytes, size: int | None) -> np.ndarray:
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            if max(image.size) > MAX_SIDE:
+                raise DecodeError(f"{image.width} x {image.height} pixels; at most {MAX_SIDE} a side are decoded")
+            if image.mode not in PNG_MODES:
+                raise DecodeError(f"PNG of mode {image.mode}; expected 8 bits a channel")
+            pixels = np.array(image.convert("RGB"))
+    except DecodeError:
+        raise
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        Image.DecompressionBombError,
+    ) as error:  # what PIL raises for damaged chunks
+        raise DecodeError(f"damaged or truncated PNG ({error})") from None
+    return pixels if not size or pixels.shape[:2] == (size, size) else resize(pixels, size)
+
+
+def _ahead(paths: Iterable[Path | str], size: int, *, workers: int, ahead: int) -> Iterator[np.ndarray]:
+    """Decode in order, at most `ahead` images before they are taken."""
+    if workers == 0:
+        yield from (read_image(path, size) for path in paths)
+        return
+    pending: deque[Future[np.ndarray]] = deque()
+    with ThreadPoolExecutor(workers, thread_name_prefix="images") as pool:
+        try:
+            for path in paths:
+                pending.append(pool.submit(read_image, path, size))
+                if len(pending) > ahead:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _batched(pictures: Iterable[tuple[int, np.ndarray]], *, batch: int) -> Iterator[Batch]:
+    """Stack (row, (S, S, 3) pixels) into batches without labels; the last is smaller."""
+    pictures = iter(pictures)
+    while taken := list(islice(pictures, batch)):
+        yield unlabelled(np.stack([pixels for _, pixels in taken]), [row for row, _ in taken])
+
+
+def unlabelled(pixels: np.ndarray, rows: Sequence[int]) -> Batch:
+    """Return (n, H, W, 3) uint8 pixels as a batch without labels."""
+    n = len(pixels)
+    labels = Labels(
+        va=torch.zeros(n, 1, 2),
+        expr=torch.zeros(n, 1, dtype=torch.int64),
+        au=torch.zeros(n, 1, NUM_AUS),
+        va_mask=torch.zeros(n, 1, dtype=torch.bool),
+        expr_mask=torch.zeros(n, 1, dtype=torch.bool),
+        au_mask=torch.zeros(n, 1, NUM_AUS, dtype=torch.bool),
+    )
+    inputs = torch.from_numpy(pixels.transpose(0, 3, 1, 2)[:, None])
+    return Batch(inputs, torch.ones(n, dtype=torch.int64), labels, torch.tensor(rows, dtype=torch.int64)[:, None])

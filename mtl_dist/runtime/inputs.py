@@ -1,0 +1,200 @@
+"""What can be predicted: image files, a video, a shard set. Each counts its frames, names them and yields batches.
+
+`batches` of part p of several: together the parts yield every frame once, and rows tell the order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from mtl_dist import storage
+from mtl_dist.data.cache import Cache
+from mtl_dist.data.index import INDEX_NAME, check_stored, index_dir, read_index
+from mtl_dist.data.loader import eval_batches
+from mtl_dist.data.reader import ShardReader
+from mtl_dist.errors import InputError
+from mtl_dist.runtime.frames import IMAGE_SUFFIXES, VIDEO_SUFFIXES, count_frames, image_batches, video_batches
+from mtl_dist.tasks import Batch
+
+PREFETCH = 3  # batches of a shard set made ahead
+MAX_LIST_BYTES = 256 << 20
+NUM_NAMED = 5  # missing images in one message
+
+
+class Frames(Protocol):
+    """Frames to predict. Plain data: parts of them are predicted in processes of their own."""
+
+    num_frames: int  # of a video as its header says
+
+    def batches(self, size: int, *, batch: int, workers: int, part: int, num_parts: int) -> Iterator[Batch]: ...
+
+    def names(self, rows: np.ndarray) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Image files in the order of a list, or of their names in a directory. Rows are places in it."""
+
+    root: str  # what the names are relative to
+    listed: tuple[str, ...]
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.listed)
+
+    def batches(self, size: int, *, batch: int, workers: int, part: int, num_parts: int) -> Iterator[Batch]:
+        paths = [_image_uri(self.root, name) for name in self.listed]
+        return image_batches(paths, batch=batch, size=size, workers=workers, part=part, num_parts=num_parts)
+
+    def names(self, rows: np.ndarray) -> list[str]:
+        return [self.listed[row] for row in rows]
+
+
+@dataclass(frozen=True)
+class VideoFile:
+    """Every so many frames of a local video file. Rows are frame numbers from 0, names <file>/00001.jpg from 1."""
+
+    path: Path
+    every: int
+    num_frames: int
+    title: str  # of the file the user named
+
+    def batches(self, size: int, *, batch: int, workers: int, part: int, num_parts: int) -> Iterator[Batch]:
+        return video_batches(self.path, batch=batch, size=size, every=self.every, part=part, num_parts=num_parts)
+
+    def names(self, rows: np.ndarray) -> list[str]:
+        return [f"{self.title}/{row + 1:05d}.jpg" for row in rows]
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """A set in shards, with its labels. Rows are those of the annotation file or table it was made of."""
+
+    uri: str
+    num_frames: int
+    cache_dir: Path | None
+
+    def batches(self, size: int, *, batch: int, workers: int, part: int, num_parts: int) -> Iterator[Batch]:
+        sizes = {"batch": batch, "size": size, "workers": workers, "prefetch": PREFETCH}
+        return eval_batches(self._reader(), rank=part, num_ranks=num_parts, **sizes)
+
+    def names(self, rows: np.ndarray) -> list[str]:
+        stored, names = self._reader().rows_and_names()
+        order = np.argsort(stored)
+        return [names[order[place]] for place in np.searchsorted(stored, rows, sorter=order)]
+
+    def _reader(self) -> ShardReader:
+        return ShardReader(self.uri, read_index(self.uri), Cache(self.cache_dir))
+
+
+def open_frames(
+    uri: str, *, images: str | None = None, every: int = 1, scratch: Path, cache_dir: Path | None = None
+) -> Frames:
+    """Find out what is at a local path or s3:// URI, and check that it is there. Raises `InputError` that names it.
+
+    Args:
+        uri: a directory of images, a shard set, a video file, a list of images (.txt) or one image.
+        images: where the paths of a list start; None: beside the list.
+        every: take every so many frames of a video.
+        scratch: where a video from s3:// is downloaded to.
+    """
+    suffix = _suffix(uri)
+    is_video, is_list = suffix in VIDEO_SUFFIXES, suffix == ".txt"
+    if images is not None and not is_list:
+        raise InputError(f"--images tells where the paths of a list start, and {uri} is no list (.txt); leave it out")
+    if every != 1 and not is_video:
+        raise InputError(f"--every-frames is for videos, and {uri} is none ({', '.join(VIDEO_SUFFIXES)}); leave it out")
+    if is_list:
+        return _open_list(uri, images if images is not None else parent_uri(uri))
+    if is_video:
+        return _open_video(uri, every, scratch)
+    if suffix in IMAGE_SUFFIXES:
+        if not storage.exists(uri):
+            raise InputError(f"image {uri} does not exist; correct its path")
+        return ImageFiles(parent_uri(uri), (uri.rpartition("/")[2],))
+    if uri.endswith(f"/{INDEX_NAME}") or storage.exists(storage.join(uri, INDEX_NAME)):
+        index = read_index(uri)
+        check_stored(uri, index)
+        return ShardSet(index_dir(uri), index.rows, cache_dir)
+    return _open_directory(uri)
+
+
+def _open_list(uri: str, root: str) -> ImageFiles:
+    """A path a line; a first line that is no path of an image is a header, as the challenge's lists have."""
+    try:
+        lines = storage.read_bytes(uri, max_bytes=MAX_LIST_BYTES).decode("utf-8-sig").rstrip().splitlines()
+    except OSError as error:
+        raise InputError(f"list {uri} cannot be read ({error.strerror or error}); give one image path a line") from None
+    except UnicodeDecodeError:
+        raise InputError(f"list {uri} is not UTF-8 text; expected one image path a line") from None
+    names = [line.strip() for line in lines]
+    header = int(bool(names) and _suffix(names[0]) not in IMAGE_SUFFIXES)
+    for number, name in enumerate(names[header:], start=header + 1):
+        if _suffix(name) not in IMAGE_SUFFIXES:
+            raise InputError(f"{uri}:{number}: {name[:100]!r} is no image path ({', '.join(IMAGE_SUFFIXES)})")
+    if not names[header:]:
+        raise InputError(f"list {uri} names no image; expected one path a line")
+    return _check_images(ImageFiles(root, tuple(names[header:])), uri)
+
+
+def _check_images(files: ImageFiles, uri: str) -> ImageFiles:
+    """Raise unless every image exists: now, and not after an hour."""
+    if storage.is_s3(files.root):
+        stored = {found.name for found in storage.list_objects(files.root)}
+        missing = [name for name in files.listed if name not in stored]
+    else:
+        missing = [name for name in files.listed if not storage.exists(_image_uri(files.root, name))]
+    if missing:
+        named = ", ".join(missing[:NUM_NAMED]) + (", ..." if len(missing) > NUM_NAMED else "")
+        raise InputError(
+            f"{len(missing)} of {len(files.listed)} images of {uri} do not exist below {files.root}: {named}; add "
+            "them, or say with --images DIR where the paths start"
+        )
+    return files
+
+
+def _open_video(uri: str, every: int, scratch: Path) -> VideoFile:
+    name = uri.rpartition("/")[2]
+    path = scratch / name if storage.is_s3(uri) else storage.local_path(uri)
+    try:
+        if storage.is_s3(uri):
+            storage.download(uri, path)
+        elif not path.is_file():
+            raise FileNotFoundError(path)
+    except FileNotFoundError:
+        raise InputError(f"video {uri} does not exist; correct its path") from None
+    return VideoFile(path, every, -(-count_frames(path) // every), name.rpartition(".")[0])
+
+
+def _open_directory(uri: str) -> ImageFiles:
+    if not storage.is_s3(uri) and storage.local_path(uri).is_file():
+        raise InputError(
+            f"{uri} is no image, video or list by its name; expected {', '.join((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))}, "
+            "or .txt, or a directory"
+        )
+    names = [found.name for found in storage.list_objects(uri)]
+    names = [name for name in names if _suffix(name) in IMAGE_SUFFIXES and not name.rpartition("/")[2].startswith(".")]
+    if not names:
+        raise InputError(
+            f"no images at {uri} ({', '.join(IMAGE_SUFFIXES)}) and no shard set ({INDEX_NAME}); correct the path"
+        )
+    return ImageFiles(uri, tuple(names))
+
+
+def _image_uri(root: str, name: str) -> str:
+    return name if name.startswith("/") and not storage.is_s3(root) else storage.join(root, name)
+
+
+def parent_uri(uri: str) -> str:
+    """Return the directory or prefix that something is in."""
+    return uri.rpartition("/")[0] or ("/" if uri.startswith("/") else ".")
+
+
+def _suffix(uri: str) -> str:
+    name = uri.rpartition("/")[2]
+    return f".{name.rpartition('.')[2].lower()}" if "." in name else ""

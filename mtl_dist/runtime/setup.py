@@ -1,0 +1,182 @@
+"""What a rank trains with: device, data, model and engine; restored from a checkpoint, and saved into one."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import nn
+
+from mtl_dist.config import Config, flatten
+from mtl_dist.data.cache import GIB, Cache
+from mtl_dist.data.order import Order, TaskOrders
+from mtl_dist.data.reader import ShardReader
+from mtl_dist.errors import InputError
+from mtl_dist.models import build_model
+from mtl_dist.objective.module import ObjectiveModule
+from mtl_dist.progress import progress_bar
+from mtl_dist.runtime.averaging import WeightAverage, gather_batchnorm, name_batchnorm, write_batchnorm
+from mtl_dist.runtime.checkpoint import Restored, load_checkpoint
+from mtl_dist.runtime.device import keep_freed_memory, pick_device
+from mtl_dist.runtime.engine import build_engine, read_optimizer, restore_optimizer
+from mtl_dist.runtime.plan import Data, build_order, open_data
+from mtl_dist.runtime.pretrained import build_pretrained
+from mtl_dist.runtime.saving import Saver
+from mtl_dist.runtime.step import check_finite
+from mtl_dist.runtime.tracking import Tracker
+from mtl_dist.runtime.watchdog import Watchdog
+
+MODULE, OPTIMIZER, BATCHNORM = "module/", "optimizer/", "batchnorm"  # of a checkpoint's train.safetensors
+
+
+class RunContext(Protocol):
+    """Where a rank stands, and whom it tells. torch.distributed is initialised before `fit`."""
+
+    rank: int
+    num_ranks: int
+    command: str  # names what started the ranks, the same when they are started again
+    typed: str  # that command, as it was typed
+    num_cpus: int  # that this rank may use
+    has_gpu: bool  # whether this rank may use one
+
+    def publish(self, metrics: dict[str, Any]) -> None:
+        """Report an evaluation. Every rank calls it, with the same metrics."""
+
+    def observe(self, **values: float) -> None:
+        """Show measurements of this rank to whoever watches the cluster."""
+
+    def should_stop(self) -> bool:
+        """Whether this rank was asked to stop (a signal); ranks may disagree."""
+
+    def should_save(self) -> bool:
+        """Whether a checkpoint is wanted now: a machine of the run is about to go. All ranks ask at the same steps."""
+
+
+class Setup(NamedTuple):
+    """What a rank works with from its start to its end."""
+
+    config: Config
+    context: RunContext
+    watchdog: Watchdog
+    device: torch.device
+    data: Data
+    order: Order | TaskOrders
+    train_reader: ShardReader
+    val_reader: ShardReader
+
+    @property
+    def total_steps(self) -> int:
+        return self.data.steps_per_epoch * self.config.train.epochs
+
+
+class Trained(NamedTuple):
+    """What training changes."""
+
+    engine: Any  # DeepSpeed's, around an `ObjectiveModule`
+    average: WeightAverage | None
+
+    @property
+    def evaluated(self) -> nn.Module:
+        return self.average.model if self.average else self.engine.module.model
+
+
+def set_up(config: Config, context: RunContext, watchdog: Watchdog) -> Setup:
+    """Choose the device, check the data, and plan its order."""
+    device = pick_device(config, has_gpu=context.has_gpu)
+    torch.set_num_threads(config.engine.threads or context.num_cpus)
+    if device.type == "cpu":
+        keep_freed_memory()
+    data = open_data(config)
+    if context.num_ranks > config.num_streams:
+        raise InputError(
+            f"{context.num_ranks} ranks for {config.num_streams} streams: a rank reads one at least; start "
+            "fewer ranks, or raise train.global_batch or data.streams"
+        )
+    cache = Cache(config.data.cache_dir, max_bytes=int(config.data.cache_gib * GIB))
+    train_reader = ShardReader(config.data.train, data.train, cache)
+    val_reader = ShardReader(config.data.val, data.val, cache)
+    shows = data.tasks and context.rank == 0
+    with progress_bar("reading labels", len(data.train.shards)) if shows else contextlib.nullcontext() as advance:
+
+        def moved(count: int) -> None:
+            watchdog.moved(0, 0, "reading the labels of the training set")
+            if advance:
+                advance(count)
+
+        order = build_order(config, data, train_reader, moved)
+    return Setup(config, context, watchdog, device, data, order, train_reader, val_reader)
+
+
+def restore(setup: Setup) -> tuple[Trained, int, dict[str, Any]]:
+    """Build what is trained, with its newest checkpoint; return it, the steps it has had, and its last scores."""
+    config, watchdog, num_ranks = setup.config, setup.watchdog, setup.context.num_ranks
+    watchdog.moved(0, 1, "reading the checkpoint")
+    restored = load_checkpoint(config.run.uri, config, setup.data.identity())
+    watchdog.moved(0, 2, "building the model")
+    step, scores = (restored.state["step"], restored.state["scores"]) if restored else (0, {})
+    model = _build_model(config, pretrained=restored is None)
+    module = ObjectiveModule(model, config.loss, setup.data.train.labels, passes=max(len(setup.data.tasks), 1))
+    average = WeightAverage(module.model, config.train.ema) if config.train.ema else None
+    if restored:
+        _restore_weights(module, average, restored)
+        if len(of_ranks := restored.train.get(BATCHNORM, ())) == num_ranks:
+            write_batchnorm(module.model, config, of_ranks[setup.context.rank])
+    if config.engine.batchnorm == "sync":
+        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    engine = build_engine(module, config, num_ranks=num_ranks, device=setup.device)
+    if average:
+        average.model.to(setup.device)
+    restore_optimizer(engine, config, _part(restored.train, OPTIMIZER) if restored else {}, steps=step)
+    return Trained(engine, average), step, scores
+
+
+def _build_model(config: Config, *, pretrained: bool) -> nn.Module:
+    """Build the model, with pretrained weights unless a checkpoint's replace them."""
+    if pretrained:
+        return build_pretrained(config)
+    model = config.model.model_copy(update={"weights": "none"})
+    return build_model(model, seed=config.run.seed, input_size=config.input_size)
+
+
+def _restore_weights(module: ObjectiveModule, average: WeightAverage | None, restored: Restored) -> None:
+    weights = {f"model.{name}": tensor for name, tensor in restored.model.items()}
+    module.load_state_dict(weights | _part(restored.train, MODULE))
+    if average:
+        average.model.load_state_dict(restored.model)
+
+
+def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def save_checkpoint(
+    setup: Setup,
+    trained: Trained,
+    saver: Saver,
+    tracker: Tracker | None,
+    *,
+    state: dict[str, Any],
+    scored: dict[str, Any],
+) -> None:
+    """Save a checkpoint; every rank calls it. `scored` are the scores of these very weights, where they have some."""
+    config, engine, average = setup.config, trained.engine, trained.average
+    begun = time.monotonic()
+    check_finite(engine.module, state["step"])
+    if average:
+        average.copy_buffers(engine.module.model)
+    # The model's own weights are in both files only where the evaluated ones are averages.
+    model = dict(trained.evaluated.state_dict())
+    rest = {MODULE + n: t for n, t in engine.module.state_dict().items() if average or not n.startswith("model.")}
+    rest |= {OPTIMIZER + name: tensor for name, tensor in read_optimizer(engine, config).items()}
+    # Evaluation made all ranks' statistics the same; else what is saved is their mean, and training keeps its own.
+    of_ranks = None if scored else gather_batchnorm(engine.module.model, config)
+    if of_ranks is not None:
+        mean = name_batchnorm(engine.module.model, config, of_ranks.mean(0))
+        model |= mean
+        rest |= {f"{MODULE}model.{name}": value for name, value in mean.items()} if average else {}
+        rest[BATCHNORM] = of_ranks
+    state = state | {"config": flatten(config), "identity": setup.data.identity()}
+    records = tracker.files() if tracker else {}
+    saver.save(model, rest, begun=begun, state=state, scores=scored, records=records)

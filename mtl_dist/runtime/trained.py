@@ -1,0 +1,141 @@
+"""Trained weights under the names users have for them: a run, one of its checkpoints, or an exported directory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, NamedTuple
+
+import pydantic
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from mtl_dist import storage
+from mtl_dist.config import Config, build_config, explain_validation, flatten, unflatten
+from mtl_dist.data.augment import IMAGENET_MEAN, IMAGENET_STD
+from mtl_dist.errors import InputError
+from mtl_dist.runtime.checkpoint import DIRECTORY, MODEL, Checkpoint, committed, read_state
+from mtl_dist.runtime.members import load_model, open_checkpoint
+from mtl_dist.tasks import AUS, EXPRESSIONS
+
+EXPORT_FORMAT = "mtl_dist-export-1"
+EXPORTED_CONFIG = "config.json"
+# What a model needs of the configuration to predict as it was evaluated; the rest is how it was trained.
+KEPT = ("data.image_size", "model.", "engine.autocast")
+MAX_CONFIG_BYTES = 1 << 20
+
+
+class Trained(NamedTuple):
+    """Weights that predict, not yet read."""
+
+    checkpoint: Checkpoint  # an exported directory has one too: its one file, where it came from
+    config: Config
+    state: dict[str, Any]  # state.json of a checkpoint; empty for an exported directory
+
+    @property
+    def uri(self) -> str:
+        return self.checkpoint.uri
+
+
+class ExportedConfig(BaseModel):
+    """config.json of an exported directory: all that is needed to use its weights, here or elsewhere."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: str = EXPORT_FORMAT
+    config: dict[str, Any]  # {dotted path: value}: `KEPT`
+    image_size: int  # side in pixels that images are resized to first, as uint8
+    input_size: int  # side in pixels of the network's input: resized again on the device where it differs
+    pixel_scale: float = 1 / 255
+    mean: tuple[float, float, float] = IMAGENET_MEAN  # of RGB, after the scale
+    std: tuple[float, float, float] = IMAGENET_STD
+    va: tuple[str, ...] = ("valence", "arousal")
+    expressions: tuple[str, ...] = EXPRESSIONS
+    aus: tuple[int, ...] = AUS
+    step: int
+    scores: dict[str, float]  # of the checkpoint on its validation set
+    saved_at: float  # Unix time
+    files: dict[str, dict[str, Any]]  # name -> {"bytes", "sha256"}
+    data: dict[str, str]  # identity of the sets: {"training set": sha256, "validation set": sha256}
+
+
+def open_trained(uri: str) -> Trained:
+    """Find a run's best checkpoint, a checkpoint by its directory, or an exported directory. Raises `InputError`."""
+    uri = uri.rstrip("/")
+    if storage.exists(storage.join(uri, EXPORTED_CONFIG)):
+        return _open_exported(uri)
+    parent, _, name = uri.rpartition("/")
+    if not DIRECTORY.fullmatch(name):
+        checkpoint, state = open_checkpoint(uri)
+    else:
+        checkpoint, state = _open_directory(uri, parent)
+    return Trained(checkpoint, build_config(unflatten(state["config"])), state)
+
+
+def load_trained(trained: Trained) -> nn.Module:
+    """Build the model on the CPU with its weights, in evaluation mode. Raises `InputError`."""
+    if not trained.state:
+        _check_weights(trained.checkpoint)
+    return load_model(trained.checkpoint, trained.config)
+
+
+def exported_config(trained: Trained, files: dict[str, dict[str, Any]]) -> ExportedConfig:
+    """Describe a checkpoint that is exported to `files`."""
+    config, checkpoint = trained.config, trained.checkpoint
+    kept = {key: value for key, value in flatten(config).items() if key.startswith(KEPT)}
+    return ExportedConfig(
+        config=kept | {"model.weights": "none"},  # what training started from, a path of that machine perhaps
+        image_size=config.data.image_size,
+        input_size=config.input_size,
+        step=checkpoint.step,
+        scores=checkpoint.scores,
+        saved_at=checkpoint.saved_at,
+        files=files,
+        data=trained.state["identity"],
+    )
+
+
+def _open_directory(uri: str, parent: str) -> tuple[Checkpoint, dict[str, Any]]:
+    run_uri, _, checkpoints = parent.rpartition("/")
+    if checkpoints != "checkpoints":
+        raise InputError(f"checkpoint {uri} is not in its run; expected <storage>/<run>/checkpoints/step_...")
+    found, skipped = committed(run_uri)
+    for checkpoint in found:
+        if checkpoint.uri == uri:
+            try:
+                return checkpoint, read_state(checkpoint)
+            except ValueError as error:
+                raise InputError(f"{error}; name another checkpoint, or the run") from None
+    why = [reason for reason in skipped if reason.startswith(f"{uri}:")] or [f"{uri} does not exist"]
+    raise InputError(f"no finished checkpoint: {why[0]}; name another, or the run {run_uri}")
+
+
+def _open_exported(uri: str) -> Trained:
+    where = storage.join(uri, EXPORTED_CONFIG)
+    try:
+        exported = ExportedConfig.model_validate(json.loads(storage.read_bytes(where, max_bytes=MAX_CONFIG_BYTES)))
+    except pydantic.ValidationError as error:
+        raise InputError(f"{where} is not what mtl_dist.export writes: {explain_validation(error)[:1000]}") from None
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{where} is damaged: not JSON ({error}); export the run again") from None
+    if exported.format != EXPORT_FORMAT:
+        raise InputError(f"{where} has format '{exported.format}'; this version reads '{EXPORT_FORMAT}'")
+    if exported.expressions != EXPRESSIONS or exported.aus != AUS:
+        raise InputError(
+            f"{where} has other classes: {list(exported.expressions)}, AU {list(exported.aus)}; expected "
+            f"{list(EXPRESSIONS)}, AU {list(AUS)}, in this order"
+        )
+    if (exported.pixel_scale, exported.mean, exported.std) != (1 / 255, IMAGENET_MEAN, IMAGENET_STD):
+        raise InputError(f"{where} asks for another normalisation than ImageNet's, which this version has no other of")
+    if MODEL not in exported.files or not storage.exists(storage.join(uri, MODEL)):
+        raise InputError(f"{uri} holds no {MODEL}; export the run with --formats safetensors")
+    checkpoint = Checkpoint(uri, exported.step, exported.scores, exported.saved_at, exported.files)
+    return Trained(checkpoint, build_config(unflatten(exported.config)), {})
+
+
+def _check_weights(checkpoint: Checkpoint) -> None:
+    where = storage.join(checkpoint.uri, MODEL)
+    if hashlib.sha256(storage.read_bytes(where)).hexdigest() != checkpoint.files[MODEL]["sha256"]:
+        raise InputError(f"{where} is damaged: its sha256 is not what {EXPORTED_CONFIG} says; export the run again")

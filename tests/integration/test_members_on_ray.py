@@ -1,0 +1,74 @@
+"""Members of an ensemble as tasks of a real Ray: workers that die, messages that arrive, the same predictions."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from mtl_dist.ensemble import main
+from mtl_dist.errors import InputError
+from mtl_dist.runtime.launch import TaskFailed, map_over_cluster
+from tests.conftest import run_module
+from tests.test_training import train_args
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def ray_address():
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # else Ray leaves a token in the home directory
+        context = ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+        patch.setenv("RAY_ADDRESS", context.address_info["gcs_address"])
+        yield
+        ray.shutdown()
+
+
+def die_once(item: tuple[str, int]) -> int:
+    """Kill the worker on the first try."""
+    marker, number = Path(item[0]), item[1]
+    if number == 2 and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number * 10
+
+
+def fail(item: Path) -> None:
+    """Count the try, and fail as the name says."""
+    with item.open("a") as file:
+        file.write("x")
+    raise InputError("what the user can mend") if item.name == "input" else OSError("the disk is gone")
+
+
+def test_a_task_whose_worker_is_killed_is_run_again(ray_address, tmp_path):
+    items = {f"member {number}": (str(tmp_path / "died"), number) for number in (1, 2, 3)}
+    found = dict(map_over_cluster(die_once, items, cpus=1, gpus=0, retries=2))
+    assert found == {"member 1": 10, "member 2": 20, "member 3": 30}
+    assert (tmp_path / "died").exists()
+
+
+def test_what_the_user_can_mend_is_not_retried_and_other_failures_are_named(ray_address, tmp_path):
+    with pytest.raises(InputError, match="what the user can mend"):
+        list(map_over_cluster(fail, {"a": tmp_path / "input"}, cpus=1, gpus=0, retries=2))
+    assert (tmp_path / "input").read_text() == "x"
+    with pytest.raises(TaskFailed, match="b: OSError: the disk is gone"):
+        list(map_over_cluster(fail, {"b": tmp_path / "disk"}, cpus=1, gpus=0, retries=2))
+    assert (tmp_path / "disk").read_text() == "xxx"
+    with pytest.raises(InputError, match="needs 64 CPU and 0 GPU"):
+        list(map_over_cluster(fail, {"c": tmp_path / "c"}, cpus=64, gpus=0, retries=2))
+
+
+def test_members_predicted_on_the_cluster_are_those_predicted_here(ray_address, shards, tmp_path, capsys):
+    assert run_module(*train_args(shards, tmp_path, "run", "--train.epochs", "1")).returncode == 0
+    main(["--runs", f"{tmp_path}/run", "--out", f"{tmp_path}/there"])
+    assert "predicting 1 member(s) over the cluster: run" in capsys.readouterr().out
+    main(["--runs", f"{tmp_path}/run", "--out", f"{tmp_path}/here", "--local"])
+    assert "over the cluster" not in capsys.readouterr().out
+    for name in ("score.json", "members/run.parquet"):
+        assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()

@@ -1,0 +1,341 @@
+"""Prediction of folders, lists, videos and shard sets; what it refuses; parts in processes of their own."""
+
+from __future__ import annotations
+
+import csv
+import io
+import shutil
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mtl_dist import predict, storage
+from mtl_dist.data.decode import decode
+from mtl_dist.data.synthetic import write_synthetic
+from mtl_dist.errors import InputError
+from mtl_dist.runtime.checkpoint import COMMIT, committed
+from mtl_dist.runtime.frames import count_frames, image_batches, read_image, video_batches
+from mtl_dist.runtime.inputs import open_frames
+from mtl_dist.runtime.members import open_member, predict_member
+from mtl_dist.runtime.parts import Task, predict_frames
+from mtl_dist.runtime.predictions import read_predictions
+from mtl_dist.runtime.trained import load_trained, open_trained
+from mtl_dist.tasks import AUS, EXPRESSIONS
+from tests.conftest import assert_one_message, run_module
+from tests.fatal_frames import FatalFrames
+from tests.test_training import train
+
+SIZE = 80  # of the images that the run was trained at
+
+
+def trained_run(shards: Path, tmp_path_factory) -> Path:
+    """A run of two epochs with a copy of its shards beside it; trained once for all test files that ask for it."""
+    root = tmp_path_factory.getbasetemp() / "one-trained-run"
+    if not root.exists():
+        shutil.copytree(shards, root / "shards")
+        train(root / "shards", root, "run", "--checkpoint.keep-last", "2")
+    return root / "run"
+
+
+@pytest.fixture(scope="module")
+def run(shards, tmp_path_factory) -> Path:
+    return trained_run(shards, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory) -> Path:
+    """Rendered faces: one JPEG a frame, in a directory a video."""
+    root = tmp_path_factory.mktemp("faces")
+    write_synthetic(root, num_train=20, num_val=2, frames_per_video=6)
+    return root / "cropped"
+
+
+def write_video(path: Path, *, frames: int = 12, width: int = 96, height: int = 80, degrees: int = 0) -> Path:
+    """Write a video whose frames tell their number by their brightness, brighter in the upper left corner."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25, options={"qscale": "2"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.time_base = Fraction(1, 25)
+        if degrees:
+            stream.set_display_rotation(degrees)
+        for number in range(frames):
+            pixels = np.full((height, width, 3), 20 + 10 * number, np.uint8)
+            pixels[: height // 3, : width // 3] = 240
+            for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    return path
+
+
+def run_predict(run: Path, source: Path | str, out: Path | str, *more: str) -> None:
+    predict.main(["--runs", str(run), "--input", str(source), "--out", str(out), *more])
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.open()))
+
+
+def numbers(rows: list[dict[str, str]]) -> np.ndarray:
+    """(n, 22): VA, expression and AU probabilities."""
+    names = ["valence", "arousal", *(f"p_{name}" for name in EXPRESSIONS), *(f"p_AU{number}" for number in AUS)]
+    return np.array([[float(row[name]) for name in names] for row in rows])
+
+
+def expected(run: Path, pixels: list[np.ndarray]) -> np.ndarray:
+    """Predict (SIZE, SIZE, 3) pictures one at a time, written out."""
+    model = load_trained(open_trained(str(run)))
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    rows = []
+    with torch.no_grad():
+        for picture in pixels:
+            image = torch.from_numpy(picture.copy()).permute(2, 0, 1) / 255
+            outputs = model(((image - mean) / std)[None, None])
+            rows.append(torch.cat([outputs.va, outputs.expr_logits.softmax(-1), outputs.au_logits.sigmoid()], -1)[0, 0])
+    return torch.stack(rows).numpy()
+
+
+def test_a_folder_is_predicted_in_the_order_of_its_names(run, faces, tmp_path):
+    run_predict(run, faces, tmp_path / "out.csv", "--batch", "7", "--workers", "2")
+    rows = read_rows(tmp_path / "out.csv")
+    names = sorted(path.relative_to(faces).as_posix() for path in faces.rglob("*.jpg"))
+    assert [row["image"] for row in rows] == names
+    assert [int(row["row"]) for row in rows] == list(range(22))
+    found = numbers(rows)
+    np.testing.assert_allclose(found, expected(run, [decode((faces / n).read_bytes(), SIZE) for n in names]), atol=1e-5)
+    assert [row["expression"] for row in rows] == [EXPRESSIONS[i] for i in found[:, 2:10].argmax(1)]
+    assert "label_valence" not in rows[0]
+
+
+def test_a_shard_set_is_predicted_as_the_ensemble_predicts_it_and_scored(run, tmp_path, capsys):
+    member = open_member(str(run))
+    run_predict(run, member.val_uri, tmp_path / "out.parquet", "--batch", "9")
+    reference = predict_member(member, device=torch.device("cpu"))
+    table = read_predictions(str(tmp_path / "out.parquet"))
+    np.testing.assert_array_equal(table.predicted.rows, reference.rows)
+    for mine, theirs in zip(table.predicted.predictions, reference.predictions):
+        np.testing.assert_allclose(mine, theirs, atol=1e-6)
+    for mine, theirs in zip(table.predicted.targets, reference.targets):
+        np.testing.assert_array_equal(mine, theirs)
+    assert table.images[:2] == ["v0/00000.jpg", "v0/00001.jpg"]
+    printed = capsys.readouterr().out
+    assert "constant predictor" in printed
+    assert f"{member.checkpoint.score:.4f}" in printed
+
+
+def test_a_list_becomes_the_challenges_file_line_by_line(run, faces, tmp_path):
+    names = sorted(path.relative_to(faces).as_posix() for path in faces.rglob("*.jpg"))[:5]
+    names = [names[3], names[0], names[3]]  # in the list's order, one twice
+    (tmp_path / "test.txt").write_text("\n".join(["image", *names]) + "\n")
+    run_predict(run, tmp_path / "test.txt", tmp_path / "out.txt", "--images", str(faces))
+    header, *lines = (tmp_path / "out.txt").read_text().splitlines()
+    assert header == "image,valence,arousal,expression,aus"
+    values = expected(run, [decode((faces / name).read_bytes(), SIZE) for name in names])
+    for line, name, value in zip(lines, names, values, strict=True):
+        cells = line.split(",")
+        assert cells[0] == name
+        assert [float(cell) for cell in cells[1:3]] == pytest.approx(value[:2], abs=1e-4)
+        assert int(cells[3]) == value[2:10].argmax()
+        assert [int(cell) for cell in cells[4:]] == (value[10:] > 0.5).astype(int).tolist()
+
+
+def test_several_models_give_the_mean_of_their_probabilities(run, faces, tmp_path):
+    first, last = (checkpoint.uri for checkpoint in committed(str(run))[0])
+    for name, runs in (("first", [first]), ("last", [last]), ("both", [first, last])):
+        args = ["--runs", *runs, "--input", str(faces), "--out", str(tmp_path / f"{name}.csv")]
+        predict.main(args)
+    one, two, mean = (numbers(read_rows(tmp_path / f"{name}.csv")) for name in ("first", "last", "both"))
+    assert np.abs(one - two).max() > 1e-3
+    np.testing.assert_allclose(mean, (one + two) / 2, atol=1e-6)
+
+
+def test_two_processes_predict_what_one_predicts_in_its_order(run, faces, tmp_path):
+    for processes in ("1", "2"):
+        run_predict(run, faces, tmp_path / f"{processes}.csv", "--batch", "5", "--processes", processes)
+    one, two = (read_rows(tmp_path / f"{processes}.csv") for processes in ("1", "2"))
+    assert len(one) == 22
+    assert [(row["row"], row["image"]) for row in one] == [(row["row"], row["image"]) for row in two]
+    np.testing.assert_allclose(numbers(one), numbers(two), atol=1e-6)  # equal bits where threads are as many
+
+
+def test_a_killed_process_is_an_error_that_names_it(run, faces):
+    names = tuple(path.relative_to(faces).as_posix() for path in faces.rglob("*.jpg"))
+    task = Task((open_trained(str(run)),), FatalFrames(str(faces), names), "cpu", 4, 1)
+    with pytest.raises(InputError, match="process 2 of 2 was killed by signal 9"):
+        predict_frames(task, processes=2, progress=lambda count: None)
+
+
+@pytest.mark.parametrize("processes", ["1", pytest.param("2", marks=pytest.mark.slow)])
+def test_an_image_that_cannot_be_decoded_is_named_by_whichever_process_reads_it(run, faces, tmp_path, processes):
+    shutil.copytree(faces, tmp_path / "faces")
+    broken = sorted((tmp_path / "faces").rglob("*.jpg"))[5]
+    broken.write_bytes(broken.read_bytes()[:1500])
+    with pytest.raises(InputError, match=rf"{broken} cannot be decoded: damaged or truncated"):
+        run_predict(run, tmp_path / "faces", tmp_path / "out.csv", "--batch", "4", "--processes", processes)
+    assert not list(tmp_path.glob("*out.csv*"))
+
+
+def test_every_nth_frame_of_a_video_is_predicted_under_its_number(run, tmp_path):
+    video = write_video(tmp_path / "clip.mp4")
+    run_predict(run, video, tmp_path / "out.csv", "--every-frames", "5", "--batch", "2")
+    rows = read_rows(tmp_path / "out.csv")
+    assert [row["image"] for row in rows] == ["clip/00001.jpg", "clip/00006.jpg", "clip/00011.jpg"]
+    assert [int(row["row"]) for row in rows] == [0, 5, 10]
+    with av.open(str(video)) as container:
+        decoded = [frame.to_image().crop((8, 0, 88, 80)) for frame in container.decode(video=0)]
+    np.testing.assert_allclose(
+        numbers(rows), expected(run, [np.asarray(decoded[i]) for i in (0, 5, 10)]), atol=1e-5
+    )  # the middle square of 96 x 80 is what the run takes, without a resize
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 3, 5])
+@pytest.mark.parametrize("kind", ["images", "video"])
+def test_parts_hold_every_frame_once_in_the_same_batches(tmp_path, kind, num_parts):
+    video = write_video(tmp_path / "clip.mp4", frames=11)
+    for number in range(11):
+        Image.fromarray(np.full((64, 64, 3), 20 * number, np.uint8)).save(tmp_path / f"{number}.png")
+    paths = [tmp_path / f"{number}.png" for number in range(11)]
+    parts = []
+    for part in range(num_parts):
+        which = {"batch": 3, "size": 64, "part": part, "num_parts": num_parts}
+        read = image_batches(paths, workers=part, **which) if kind == "images" else video_batches(video, **which)
+        parts.append([(batch.rows.flatten().tolist(), batch) for batch in read])
+    found = sorted((pair for part in parts for pair in part), key=lambda pair: pair[0])
+    assert [rows for rows, _ in found] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10]]
+    assert all(rows[0] // 3 % num_parts == number for number, part in enumerate(parts) for rows, _ in part)
+    brightness = torch.cat([batch.inputs.float().mean((1, 2, 3, 4)) for _, batch in found])
+    assert (brightness.diff() > 3).all()  # frames tell their number by their brightness
+    assert not any(mask.any() for _, batch in found for mask in batch.labels[3:])
+
+
+@pytest.mark.parametrize(("degrees", "corner"), [(0, (0, 0)), (90, (-1, 0)), (180, (-1, -1)), (-90, (0, -1))])
+def test_a_video_is_turned_as_its_display_matrix_says(tmp_path, degrees, corner):
+    video = write_video(tmp_path / "turned.mp4", width=80, frames=2, degrees=degrees)
+    assert count_frames(video) == 2
+    (batch,) = video_batches(video, batch=4, size=80)
+    corners = {(y, x): float(batch.inputs[0, 0, :, y, x].float().mean()) for y in (0, -1) for x in (0, -1)}
+    assert max(corners, key=corners.get) == corner
+    assert batch.inputs.shape == (2, 1, 3, 80, 80)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
+def test_a_png_is_read_as_pil_reads_it(tmp_path, mode):
+    pixels = np.random.default_rng(0).integers(0, 255, (30, 30, 3), np.uint8)
+    image = Image.fromarray(pixels).convert(mode)
+    image.save(tmp_path / "face.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "face.png"), np.asarray(image.convert("RGB")))
+    assert read_image(tmp_path / "face.png", 16).shape == (16, 16, 3)
+
+
+def test_files_that_are_no_whole_picture_are_named(tmp_path):
+    data = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 30, 3), np.uint8)).save(data, "PNG")
+    deep = io.BytesIO()
+    Image.fromarray(np.zeros((4, 4), np.uint16)).save(deep, "PNG")
+    flipped = bytearray(data.getvalue())
+    flipped[len(flipped) // 2] ^= 255
+    cases = {"cut": data.getvalue()[:900], "flipped": bytes(flipped), "deep": deep.getvalue(), "text": b"no picture"}
+    for name, content in cases.items():
+        (tmp_path / f"{name}.png").write_bytes(content)
+        with pytest.raises(InputError, match=rf"{name}\.png cannot be decoded"):
+            read_image(tmp_path / f"{name}.png", 32)
+    with pytest.raises(InputError, match=r"gone\.png does not exist"):
+        read_image(tmp_path / "gone.png")
+
+
+def make_bad_inputs(root: Path) -> dict[str, tuple[Path, str]]:
+    """Bad sources by name, each with a pattern of its message."""
+    (root / "garbage.mp4").write_bytes(b"this is no video" * 99)
+    whole = write_video(root / "whole.mp4")
+    (root / "cut.mp4").write_bytes(whole.read_bytes()[:-400])  # the table of frames is at its end
+    (root / "list.txt").write_text("a/1.jpg\nb/2.jpg\n")
+    (root / "words.txt").write_text("image\na/1.jpg\nsome words\n")
+    (root / "empty.txt").write_text("image\n")
+    (root / "notes.md").write_text("image\n")
+    (root / "nothing").mkdir()
+    return {
+        "garbage": (root / "garbage.mp4", r"video .*garbage\.mp4 cannot be read: Invalid data"),
+        "cut video": (root / "cut.mp4", r"video .*cut\.mp4 cannot be read"),
+        "no video": (root / "gone.mp4", r"video .*gone\.mp4 does not exist"),
+        "missing images": (root / "list.txt", r"2 of 2 images of .*list\.txt do not exist below .*: a/1.jpg, b/2.jpg"),
+        "words in a list": (root / "words.txt", r"words\.txt:3: 'some words' is no image path"),
+        "empty list": (root / "empty.txt", r"empty\.txt names no image"),
+        "no list": (root / "gone.txt", r"gone\.txt cannot be read"),
+        "foreign file": (root / "notes.md", r"notes\.md is no image, video or list by its name"),
+        "empty directory": (root / "nothing", r"no images at .*nothing"),
+        "no image": (root / "gone.png", r"image .*gone\.png does not exist"),
+    }
+
+
+def test_bad_input_is_one_message_that_names_it_and_nothing_is_written(run, tmp_path):
+    out = tmp_path / "results" / "out.csv"
+    for name, (source, pattern) in make_bad_inputs(tmp_path).items():
+        with pytest.raises(InputError, match=pattern):
+            run_predict(run, source, out)
+        assert not out.parent.exists(), name
+
+
+def test_bad_options_are_refused(run, faces, tmp_path):
+    (tmp_path / "out.csv").write_text("an earlier file")
+    cases = [
+        ((run, faces, "out.json"), r"--out is out\.json; expected a name that ends with"),
+        ((run, faces, tmp_path / "out.csv", "--every-frames", "2"), "--every-frames is for videos"),
+        ((run, faces, tmp_path / "out.csv", "--images", "x"), "--images tells where the paths of a list start"),
+        ((run, faces, tmp_path / "out.csv", "--batch", "0"), "--batch is 0; expected 1 or more"),
+        ((tmp_path, faces, tmp_path / "out.csv"), "has no committed checkpoint"),
+        (
+            (run / "checkpoints" / "step_000000099_00000000", faces, tmp_path / "out.csv"),
+            "000000099_0.* does not exist",
+        ),
+    ]
+    for args, pattern in cases:
+        with pytest.raises(InputError, match=pattern):
+            run_predict(*args)
+    assert (tmp_path / "out.csv").read_text() == "an earlier file"
+
+
+def test_a_run_whose_checkpoints_are_unfinished_is_refused(run, faces, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    for commit in tmp_path.glob(f"run/checkpoints/*/{COMMIT}"):
+        commit.unlink()
+    checkpoint = next(tmp_path.glob("run/checkpoints/*"))
+    for name in (tmp_path / "run", checkpoint):
+        with pytest.raises(InputError, match=rf"checkpoint.*{checkpoint.name[:5]}.*its save did not finish"):
+            run_predict(name, faces, tmp_path / "out.csv")
+    with pytest.raises(InputError, match="is not in its run"):
+        run_predict(checkpoint.rename(tmp_path / checkpoint.name), faces, tmp_path / "out.csv")
+
+
+def test_an_unreadable_video_ends_the_command_with_exit_code_2(run, tmp_path):
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    done = run_module("mtl_dist.predict", "--runs", run, "--input", tmp_path / "bad.mp4", "--out", tmp_path / "o.csv")
+    assert_one_message(done, "bad.mp4 cannot be read")
+    assert not (tmp_path / "o.csv").exists()
+
+
+def test_without_pyav_a_video_is_refused_with_what_to_install(run, tmp_path, monkeypatch):
+    video = write_video(tmp_path / "clip.mp4")
+    monkeypatch.setitem(sys.modules, "av", None)  # what makes Python say that there is no such module
+    with pytest.raises(InputError, match=r"pip install 'mtl_dist\[video\]'"):
+        run_predict(run, video, tmp_path / "out.csv")
+
+
+@pytest.mark.integration
+def test_images_and_videos_are_read_from_s3_and_predictions_written_there(run, faces, s3, tmp_path):
+    names = sorted(path.relative_to(faces).as_posix() for path in faces.rglob("*.jpg"))[:3]
+    for name in names:
+        storage.upload(faces / name, f"s3://mtl/predict/faces/{name}")
+    storage.write_bytes("s3://mtl/predict/list.txt", "\n".join(names).encode())
+    storage.upload(write_video(tmp_path / "clip.mp4"), "s3://mtl/predict/clip.mp4")
+    for source, more in (("faces", ()), ("list.txt", ("--images", "s3://mtl/predict/faces"))):
+        run_predict(run, f"s3://mtl/predict/{source}", "s3://mtl/predict/out.csv", *more)
+        (tmp_path / "out.csv").write_bytes(storage.read_bytes("s3://mtl/predict/out.csv"))
+        assert [row["image"] for row in read_rows(tmp_path / "out.csv")] == names
+    video = open_frames("s3://mtl/predict/clip.mp4", every=5, scratch=tmp_path)
+    assert (video.num_frames, video.names(np.array([5]))) == (3, ["clip/00006.jpg"])

@@ -1,0 +1,309 @@
+"""The report's numbers against plain loops, what is one method, what is refused."""
+
+from __future__ import annotations
+
+import csv
+import io
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from mtl_dist.config import build_config
+from mtl_dist.errors import InputError
+from mtl_dist.objective.metrics import Predictions, Targets, constant_scores, metric_sums, scores
+from mtl_dist.report.__main__ import main
+from mtl_dist.report.affect import draw_affect
+from mtl_dist.report.calibration import draw_reliability, reliability, task_reliability
+from mtl_dist.report.classes import draw_confusion, draw_f1
+from mtl_dist.report.curves import draw_curves
+from mtl_dist.report.drawing import method_styles
+from mtl_dist.report.intervals import CHUNK, KEYS, bootstrap
+from mtl_dist.report.mistakes import worst_mistakes
+from mtl_dist.report.page import Part, definitions, render_page, table_block
+from mtl_dist.report.pictures import choose_apart
+from mtl_dist.report.results import (
+    CALIBRATED,
+    CONSTANT,
+    ENSEMBLE,
+    Method,
+    Result,
+    check_same_data,
+    check_same_rows,
+    constant_result,
+    group_methods,
+    label_runs,
+    unique_names,
+)
+from mtl_dist.report.tables import classes_tables, differences_table, headline_table, paper_tables, runs_table
+from mtl_dist.runtime.checkpoint import Checkpoint
+from mtl_dist.runtime.evaluate import Predicted
+from mtl_dist.runtime.members import Member
+from mtl_dist.tasks import TASKS, LabelCounts
+from tests.conftest import assert_one_message, run_module
+
+
+def make_targets(size: int, seed: int, tasks=TASKS) -> Targets:
+    rng = np.random.default_rng(seed)
+    masks = [rng.random(shape) < share for shape, share in ((size, 0.7), (size, 0.6), ((size, 12), 0.8))]
+    masks = [mask & (task in tasks) for task, mask in zip(TASKS, masks)]
+    va = rng.uniform(-1, 1, (size, 2)).astype(np.float32) * masks[0][:, None]
+    return Targets(va, rng.integers(0, 8, size) * masks[1], rng.integers(0, 2, (size, 12)) * masks[2], *masks)
+
+
+def make_result(targets: Targets, seed: int, method: str, *, skill: float = 0.5, decided: bool = False) -> Result:
+    rng, size = np.random.default_rng(seed), len(targets.expr)
+    expr = rng.dirichlet(np.ones(8), size)
+    expr[np.arange(size), targets.expr] += 0.4 * skill
+    va = (skill * targets.va + rng.normal(0, 0.3, (size, 2))).clip(-1, 1)
+    au = (skill * targets.au + (1 - skill) * rng.random((size, 12))).clip(0, 1)
+    predictions = Predictions(va, expr / expr.sum(1, keepdims=True), au)
+    result = Result(
+        f"{method}-{seed}", f"runs/{method}-{seed}", method, Predicted(np.arange(size), predictions, targets), {}
+    )
+    result = result._replace(decided=rng.random((size, 12)) < 0.5) if decided else result
+    return result._replace(scores=scores(result.sums()))
+
+
+def count_labels(targets: Targets) -> LabelCounts:
+    on = (targets.au * targets.au_mask).sum(0)
+    return LabelCounts(
+        rows=len(targets.expr), va=int(targets.va_mask.sum()), expr=int(targets.expr_mask.sum()),
+        au=targets.au_mask.sum(0).tolist(), au_positives=on.tolist(), unlabelled=0,
+        expr_classes=np.bincount(targets.expr[targets.expr_mask], minlength=8).tolist())  # fmt: skip
+
+
+def make_methods(size: int = 60, tasks=TASKS) -> list[Method]:
+    targets = make_targets(size, 0, tasks)
+    runs = [make_result(targets, seed, "A cropped", skill=0.3) for seed in (1, 2, 3)]
+    runs.append(make_result(targets, 4, "baseline", skill=0.1))
+    ensembles = [make_result(targets, 5, ENSEMBLE), make_result(targets, 6, CALIBRATED, decided=True)]
+    return group_methods(constant_result(runs[0].predicted, count_labels(targets)), runs, ensembles)
+
+
+def test_methods_come_in_the_papers_order():
+    assert [m.label for m in make_methods()] == [CONSTANT, "baseline", "A cropped", ENSEMBLE, CALIBRATED]
+
+
+def test_the_constant_predictors_result_has_the_scores_of_its_counts():
+    targets = make_targets(500, 1)
+    found = constant_result(make_result(targets, 1, "x").predicted, count_labels(targets)).scores
+    for key, value in constant_scores(count_labels(targets)).items():
+        assert found[key] == (pytest.approx(value, abs=1e-9) if isinstance(value, float) else value)
+
+
+def test_intervals_equal_a_loop_over_draws_that_scores_the_drawn_videos_rows():
+    methods, num_draws = make_methods(90), CHUNK + 20
+    # One video without any EXPR label, and few videos: some draws have no EXPR at all.
+    video = np.random.default_rng(3).integers(0, 3, 90)
+    for part in (m.results[0].predicted.targets.expr_mask for m in methods[:1]):
+        part[video != 2] = False  # all results share these targets
+    methods = [
+        m._replace(results=tuple(r._replace(scores=scores(r.sums())) for r in m.results)) for m in methods
+    ]  # fmt: skip
+    found = bootstrap(methods, video, num_draws=num_draws, seed=7)
+    assert found.num_videos == 3
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(7)))
+    counts = np.concatenate([rng.multinomial(3, [1 / 3] * 3, CHUNK), rng.multinomial(3, [1 / 3] * 3, 20)])
+    lacking = 0
+    for method in methods:
+        for draw, times in enumerate(counts):
+            rows = np.concatenate([np.repeat(np.flatnonzero(video == v), n) for v, n in enumerate(times)])
+            each = []
+            for result in method.results:
+                predictions, targets = result.predicted.predictions, result.predicted.targets
+                predictions = predictions._replace(au=np.where(result.au_on, 0.9, 0.1))
+                part = Predictions(*(a[rows] for a in predictions)), Targets(*(a[rows] for a in targets))
+                each.append(scores(metric_sums(*part)))
+            for key in KEYS:
+                mine = found.draws[method.label][key][draw]
+                if key in ("p", "expr") and each[0]["expr"] is None:
+                    lacking += 1
+                    assert np.isnan(mine)
+                else:
+                    assert mine == pytest.approx(np.mean([s[key] for s in each]), abs=1e-9)
+    assert lacking
+    kept = found.draws["baseline"]["p"][np.isfinite(found.draws["baseline"]["p"])]
+    assert found.interval("baseline", "p") == pytest.approx(np.percentile(kept, [2.5, 97.5]))
+    other = found.draws[ENSEMBLE]["va"]
+    paired = found.difference("A cropped", ENSEMBLE, "va")
+    assert paired == pytest.approx(np.percentile(found.draws["A cropped"]["va"] - other, [2.5, 97.5]))
+
+
+def test_one_video_gives_no_interval():
+    methods = make_methods()
+    drawn = bootstrap(methods, np.zeros(60, int), num_draws=10, seed=0)
+    assert drawn.interval(ENSEMBLE, "p") is None
+    assert differences_table(methods, drawn) is None
+    assert {row[-2].text for row in paper_tables(methods, drawn)[0].rows} == {"–"}
+
+
+def test_tables_show_mean_and_deviation_over_seeds_and_mark_the_best():
+    methods = make_methods()
+    drawn = bootstrap(methods, np.arange(60) // 6, num_draws=50, seed=0)
+    table = headline_table(methods, drawn)
+    rows = {row[0].text: dict(zip(table.columns, row)) for row in table.rows}
+    values = [result.scores["p"] for result in methods[2].results]
+    assert rows["A cropped"]["P"].text == f"{np.mean(values):.4f}"
+    assert rows["A cropped"]["P"].below == f"± {np.std(values, ddof=1):.4f}"
+    assert rows["A cropped"]["seeds"].text == "3"
+    assert rows["baseline"]["P"].below == ""
+    best = max(methods[1:], key=lambda m: np.mean(m.values("p"))).label
+    assert [name for name, row in rows.items() if row["P"].is_best] == [best]
+    assert [table.caption for table in paper_tables(methods, drawn)] == [
+        "Table 1. EXPR F1", "Table 2. AU F1", "Table 3. CCC valence", "Table 4. CCC arousal", "Table 5. P"
+    ]  # fmt: skip
+    assert [row[0].text for row in runs_table(methods).rows].count("A cropped-2") == 1
+    written = list(csv.DictReader(io.StringIO(table.csv().decode())))
+    assert written[2]["P"] == f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
+
+
+@pytest.mark.parametrize("tasks", [("expr",), ("va",), ("au",)])
+def test_a_set_without_labels_of_a_task_is_reported_without_it(tasks):
+    methods = make_methods(60, tasks)
+    drawn = bootstrap(methods, np.arange(60) // 6, num_draws=20, seed=0)
+    table = headline_table(methods, drawn)
+    cells = dict(zip(table.columns, table.rows[-1]))
+    names = {"va": "VA", "expr": "EXPR F1", "au": "AU F1"}
+    assert {task for task in TASKS if cells[names[task]].text != "no labels"} == set(tasks)
+    assert cells["P"].text.endswith(f"({tasks[0].upper()} only)")
+    assert drawn.interval(ENSEMBLE, "p") is not None
+    counts, styles = count_labels(methods[0].results[0].predicted.targets), method_styles(methods)
+    assert bool(draw_affect(methods[-1], 1)) == ("va" in tasks)
+    assert (draw_confusion(methods[-1], 1) is not None) == ("expr" in tasks)
+    assert (
+        len(draw_f1(methods, styles, counts)) == len(classes_tables(methods, counts)) == len({"expr", "au"} & {*tasks})
+    )
+    assert (draw_reliability(methods, styles)[0] is None) == (tasks == ("va",))
+    faces = SimpleNamespace(pixels=lambda rows, side: np.zeros((len(rows), side, side, 3), np.uint8))
+    images, video = [f"v{i // 6}/{i}.jpg" for i in range(60)], np.arange(60) // 6
+    worst = worst_mistakes(methods[-1].shown, faces, images, video, count=3)
+    assert [(m.task, len(m.worst)) for m in worst] == [(tasks[0], 3)]
+    assert "no run has records" in " ".join(draw_curves(methods, styles)[1])
+
+
+def test_reliability_equals_a_loop_over_predictions():
+    rng = np.random.default_rng(0)
+    confidence = np.r_[rng.random(300), 0.0, 0.3, 1.0]
+    is_right = rng.random(303) < confidence
+    found, error = reliability(confidence, is_right), 0.0
+    for number in range(10):
+        inside = [
+            i for i, c in enumerate(confidence) if number / 10 < c <= (number + 1) / 10 or (c == 0 and number == 0)
+        ]
+        assert found.count[number] == len(inside)
+        assert found.confidence[number] == pytest.approx(confidence[inside].mean())
+        assert found.observed[number] == pytest.approx(is_right[inside].mean())
+        error += len(inside) / 303 * abs(confidence[inside].mean() - is_right[inside].mean())
+    assert found.error == pytest.approx(error)
+
+
+def test_reliability_leaves_out_what_is_not_labelled():
+    result = make_result(make_targets(200, 2), 1, "x")
+    targets = result.predicted.targets
+    assert task_reliability(result, "expr").count.sum() == targets.expr_mask.sum()
+    assert task_reliability(result, "au").count.sum() == targets.au_mask.sum()
+
+
+def test_the_worst_errors_are_the_worst_of_their_videos():
+    result = make_result(make_targets(60, 0), 3, "x")
+    images, video = [f"v{i // 6}/{i}.jpg" for i in range(60)], np.arange(60) // 6
+    faces = SimpleNamespace(pixels=lambda rows, side: np.zeros((len(rows), side, side, 3), np.uint8))
+    found = {m.task: m for m in worst_mistakes(result, faces, images, video, count=4)}
+    predictions, targets = result.predicted.predictions, result.predicted.targets
+    far = [
+        (np.hypot(*(p - t)), i)
+        for i, (p, t, known) in enumerate(zip(predictions.va, targets.va, targets.va_mask))
+        if known
+    ]
+    assert found["va"].worst[0].image == images[max(far)[1]]
+    assert len({mistake.image.split("/")[0] for mistake in found["va"].worst}) == 4
+    sure = [
+        (max(p), i)
+        for i, (p, t, known) in enumerate(zip(predictions.expr, targets.expr, targets.expr_mask))
+        if known and np.argmax(p) != t
+    ]
+    assert found["expr"].worst[0].image == images[max(sure)[1]]
+
+
+def test_frames_are_chosen_of_different_videos_and_each_image_once():
+    images = ["a/1", "a/1", "a/2", "b/1", "a/3"]
+    assert choose_apart(np.arange(5), images, np.array([0, 0, 0, 1, 0]), count=2) == [0, 3]
+    assert choose_apart(np.arange(5), images, np.array([0, 0, 0, 1, 0]), count=4) == [0, 2, 3, 4]
+    assert choose_apart(np.arange(5), images, np.array([0, 0, 0, 1, 0]), count=9) == [0, 2, 3, 4]
+
+
+def make_member(
+    name: str, *, model: str = "a", view: str = "cropped", seed: int = 0, lr: float = 1e-3, **val
+) -> Member:
+    config = build_config(
+        {"run": {"name": name, "seed": seed}, "model": {"name": model}, "optim": {"lr": lr}, "data": {"val": view}}
+    )
+    index = SimpleNamespace(view=view, **{"sha256": f"{view}-set", "source_sha256": "source", **val})
+    return Member(f"runs/{name}", Checkpoint("", 1, {}, 0.0, {}), config, f"sets/{view}", index)
+
+
+def test_runs_that_differ_in_their_seed_are_one_method_and_others_are_not():
+    views = [make_member("c", view="cropped"), make_member("l", view="cropped_aligned"), make_member("b", model="b")]
+    assert label_runs(views) == ["A cropped", "A cropped aligned", "B (SMM-EmotionNet)"]
+    assert label_runs([make_member("one"), make_member("two", seed=1)]) == ["A cropped", "A cropped"]
+    assert label_runs([make_member("one"), make_member("two")]) == ["A cropped, one", "A cropped, two"]
+    rates = [make_member(f"r{lr}s{seed}", seed=seed, lr=lr) for lr in (0.1, 0.2) for seed in (0, 1)]
+    assert label_runs(rates) == ["A cropped, r0.1s0"] * 2 + ["A cropped, r0.2s0"] * 2
+    both = [make_member("x", model="b"), make_member("y", model="b", view="cropped_aligned")]
+    assert label_runs(both) == ["B (SMM-EmotionNet) cropped", "B (SMM-EmotionNet) cropped aligned"]
+    assert unique_names(["runs/x", "s3://bucket/x/", "y"]) == ["x", "x-2", "y"]
+
+
+def test_runs_of_other_data_are_refused_by_name():
+    check_same_data([make_member("one"), make_member("two", view="cropped_aligned")])
+    with pytest.raises(InputError, match=r"runs/one .* and runs/two .* different sources"):
+        check_same_data([make_member("one"), make_member("two", view="cropped_aligned", source_sha256="other")])
+    with pytest.raises(InputError, match=r"runs/two .* and runs/three .* different checksums"):
+        check_same_data(
+            [make_member("one", view="cropped_aligned"), make_member("two"), make_member("three", sha256="other")]
+        )
+    results = [make_result(make_targets(20, seed), 1, f"method{seed}") for seed in (0, 1)]
+    check_same_rows([results[0], results[0]])
+    with pytest.raises(InputError, match=r"runs/method0-1 and runs/method1-1 .* labels differ"):
+        check_same_rows(results)
+
+
+def test_what_runs_are_called_is_text_in_the_page():
+    name = "<script>alert(1)</script>\"'&"
+    methods = make_methods()
+    methods[1] = Method(name, (methods[1].results[0]._replace(name=name),))
+    drawn = bootstrap(methods, np.arange(60) // 6, num_draws=5, seed=0)
+    blocks = [
+        table_block(headline_table(methods, drawn)),
+        table_block(runs_table(methods)),
+        definitions([(name, name)]),
+    ]
+    page = render_page(title=name, lead=[name], parts=[Part("a", name, blocks)], footer=[name]).decode()
+    assert page.count("<script>") == 1  # the page's own
+    assert "alert(1)" in page
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["RUN", "RUN/"], ["is named twice"]),
+        (["RUN"], ["no committed checkpoint", "nothing"]),
+        (["RUN", "--val", "a", "b"], ["--val names 2 sets for 1 runs"]),
+        (["RUN", "--draws", "0"], ["--draws is 0", "expected 1 at least"]),
+    ],
+)
+def test_bad_input_is_one_message_and_nothing_is_written(args, words, tmp_path):
+    run = str(tmp_path / "nothing")
+    args = [arg.replace("RUN", run) for arg in args]
+    with pytest.raises(InputError) as caught:
+        main([*args, "--out", str(tmp_path / "out")])
+    for word in words:
+        assert word in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_command_line_without_runs_ends_with_exit_code_2(tmp_path):
+    done = run_module("mtl_dist.report", "--out", str(tmp_path / "out"))
+    assert_one_message(done, "no run is named")
+    assert list(tmp_path.iterdir()) == []
