@@ -19,7 +19,8 @@ from mtl_dist.errors import InputError, nearest
 from mtl_dist.tasks import TASKS
 
 MAX_AUTO_STREAMS = 64
-MIN_INPUT_SIZE = {"inception_v3": 75, "small": 75}  # pixels; below it InceptionV3 has nothing left to pool
+# Pixels: below it InceptionV3 has nothing left to pool. `small` stands for it: what runs with it runs with both.
+MIN_INPUT_SIZE = {"inception_v3": 75, "small": 75}
 BACKBONES = ("inception_v3", "vgg16", "small", "vgg_small")
 LIBRARIES = ("torchvision", "timm")
 
@@ -149,6 +150,12 @@ class LossConfig(Section):
     au_weights: Literal["none", "balanced"] = "none"
     """balanced: pos_weight of each AU from the label counts of the training index."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _trains_something(self):
+        if not any(self.weight(task) for task in TASKS):
+            raise ValueError(f"{', '.join(TASKS)} are all 0: nothing would be trained; give one of them a weight")
+        return self
 
     def weight(self, task: str) -> float:
         assert task in TASKS

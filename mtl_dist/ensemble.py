@@ -43,6 +43,12 @@ if TYPE_CHECKING:
     from mtl_dist.runtime.predictions import PredictionTable
 
 Step = Literal["temperature", "weights", "thresholds", "smoothing"]
+RECORDED = ("val", "steps", "folds", "half_windows", "seed", "test_list", "test_root")  # options that decide the result
+RESERVED = ("constant predictor", "ensemble")  # rows of the scores that are no member's
+# All but score.json that an ensemble may write, which one with other options leaves out.
+WRITTEN = (
+    "predictions.parquet", "calibrated.parquet", "table.txt", "test_predictions.parquet", "submission.txt"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class EnsembleCommand:
     runs: tuple[str, ...]
     """Runs to ensemble, of either view, several of one too: <storage>/<name> of each, as training printed it."""
     out: str
-    """Directory or s3:// prefix to write to."""
+    """Directory or s3:// prefix to write to; what an earlier ensemble wrote there is replaced."""
     val: tuple[str, ...] = ()
     """Validation sets in the order of --runs, where they have moved since training."""
     steps: tuple[Step, ...] = ("temperature", "weights", "thresholds", "smoothing")
@@ -132,6 +138,7 @@ def main(args: list[str] | None = None) -> None:
         "members": [_about(name, member) for name, member in members.items()],
         "rows": opened[0].val.rows,
         "test": {"list": command.test_list, "rows": len(test_names)} if test_names else None,
+        "options": {name: getattr(command, name) for name in RECORDED},
     }
     files = _render_tables(ensemble, found[0].images, fitted, results, _step_rows(steps))
     if test_names:
@@ -142,6 +149,10 @@ def main(args: list[str] | None = None) -> None:
     if steps:
         num_folds = len(fitted.crossfit.calibrations)
         print_scores(_step_rows(steps), title=f"what each step adds, fitted on other videos ({num_folds} folds)")
+        if test_names and report["p_calibrated"] < report["p"]:
+            print(
+                "note: submission.txt is calibrated, which lowered P on other videos; name the --steps to keep, or none"
+            )
     print(f"challenge score P {report['p']:.4f} of {len(report['covers'])} task(s): {', '.join(report['covers'])}")
     print("wrote " + ", ".join(storage.join(command.out, name) for name in (*files, "score.json")))
 
@@ -171,7 +182,7 @@ def _name_members(members: list[Member]) -> dict[str, Member]:
     for member in members:
         stem = name = storage.join(member.run_uri).rpartition("/")[2]
         number = 1
-        while name in ("ensemble", *named):
+        while name in (*RESERVED, *named):
             number += 1
             name = f"{stem}-{number}"
         named[name] = member
@@ -343,9 +354,14 @@ def _with_decisions(table: pa.Table, au_on: np.ndarray) -> pa.Table:
 
 
 def _write(out: str, files: dict[str, pa.Table | bytes]) -> None:
-    """Write everything, each file whole or not at all, score.json last."""
+    """Write everything, each file whole or not at all, score.json last.
+
+    What an earlier ensemble wrote there goes first: its submission beside this one's scores would be sent in.
+    """
     from mtl_dist.runtime.predictions import write_parquet
 
+    for name in ("score.json", *WRITTEN):
+        storage.delete(storage.join(out, name))
     for name, content in files.items():
         if isinstance(content, bytes):
             storage.write_bytes(storage.join(out, name), content)
@@ -354,6 +370,8 @@ def _write(out: str, files: dict[str, pa.Table | bytes]) -> None:
 
 
 def _about(name: str, member: Member) -> dict[str, Any]:
+    from mtl_dist.runtime.ensembling import VAL, table_name
+
     return {
         "name": name,
         "run": member.run_uri,
@@ -362,9 +380,9 @@ def _about(name: str, member: Member) -> dict[str, Any]:
         "step": member.checkpoint.step,
         "p_in_training": member.checkpoint.score,
         "validation_set": {"uri": member.val_uri, "sha256": member.val.sha256},
-        "predictions": f"members/{name}.parquet",
+        "predictions": table_name(name, VAL),
     }
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, interrupted="what members were predicted is kept, and the same command continues")

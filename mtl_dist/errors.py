@@ -23,8 +23,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
 
 
-def run_command(main: Callable[[], None]) -> None:
+def run_command(
+    main: Callable[[], None], *, interrupted: str = "the same command continues where this one stopped"
+) -> None:
     """Run a command's `main`: an `InputError` becomes one message and exit code 2, Ctrl-C exit code 130.
+
+    `interrupted` tells what is left after Ctrl-C.
 
     A fault of the store becomes one message and exit code 3: the same command may succeed later. Every other exception
     is ours and keeps its traceback. `MTL_TRACEBACK=1` keeps it for all.
@@ -37,5 +41,5 @@ def run_command(main: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 3)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues where this one stopped", file=sys.stderr)
+        print(f"\ninterrupted; {interrupted}", file=sys.stderr)
         sys.exit(130)

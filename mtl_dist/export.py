@@ -66,7 +66,9 @@ def main(args: list[str] | None = None) -> None:
     trained = open_trained(command.run)
     if not trained.state:
         raise InputError(f"{command.run} is an export already; name the run that it came from")
-    storage.check_writable(parent_uri(command.out.rstrip("/")))
+    _check_apart(command.out, trained)
+    # Not --out itself, which would be left behind empty where the graph is refused; a bucket has nothing above it.
+    storage.check_writable(command.out if storage.is_s3(command.out) else parent_uri(command.out.rstrip("/")))
     with tempfile.TemporaryDirectory(prefix="mtl_dist-export-") as scratch:
         files: dict[str, dict[str, Any]] = {}
         model = load_trained(trained)
@@ -88,6 +90,14 @@ def main(args: list[str] | None = None) -> None:
         config = exported_config(trained, files).model_dump_json(indent=1)
         storage.write_bytes(storage.join(command.out, EXPORTED_CONFIG), config.encode() + b"\n")
     print(f"exported {trained.uri} to {command.out}: {', '.join((*files, 'README.md', EXPORTED_CONFIG))}")
+
+
+def _check_apart(out: str, trained: Trained) -> None:
+    """Raise where the export would be taken for the run, or damage its checkpoints."""
+    run_uri = storage.absolute(trained.uri.rpartition("/checkpoints/")[0])
+    target = storage.join(storage.absolute(out))
+    if target == run_uri or f"{target}/".startswith(f"{run_uri}/checkpoints/"):
+        raise InputError(f"--out is {out}, where the run itself keeps its files; name another directory")
 
 
 def _write_weights(model: nn.Module, path: Path) -> None:
@@ -181,4 +191,4 @@ def _about(path: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, interrupted="nothing was written")

@@ -67,8 +67,9 @@ def main(args: list[str] | None = None) -> None:
     _check(command)
     from mtl_dist.progress import progress_bar
     from mtl_dist.runtime.device import named_device
-    from mtl_dist.runtime.inputs import ImageFiles, open_frames, parent_uri
+    from mtl_dist.runtime.inputs import ImageFiles, VideoFile, open_frames, parent_uri
     from mtl_dist.runtime.parts import Task, predict_frames
+    from mtl_dist.runtime.predictions import check_finite
     from mtl_dist.runtime.trained import open_trained
 
     models = tuple(open_trained(run) for run in command.runs)
@@ -81,14 +82,15 @@ def main(args: list[str] | None = None) -> None:
             scratch=Path(scratch),
             cache_dir=command.cache_dir,
         )
-        if isinstance(frames, ImageFiles):
-            _check_names(command.out, frames.listed)
+        if isinstance(frames, (ImageFiles, VideoFile)):  # those of shards are read at the end
+            _check_names(command.out, frames.listed if isinstance(frames, ImageFiles) else [frames.title])
         storage.check_writable(parent_uri(command.out))
         task = Task(models, frames, device, command.batch, command.workers)
         processes = _num_processes(command, device, num_batches=-(-frames.num_frames // command.batch))
         with progress_bar("predicting", frames.num_frames * task.num_passes) as advance:
             predicted = predict_frames(task, processes=processes, progress=advance)
         names = frames.names(predicted.rows)
+    check_finite(predicted.predictions, names, source=" or ".join(command.runs))
     _write(command.out, predicted, names)
     _report(command, predicted, num_expected=frames.num_frames)
 
@@ -99,6 +101,8 @@ def _check(command: PredictCommand) -> None:
         raise InputError(f"--out is {command.out}; expected a name that ends with {', '.join(SUFFIXES)}")
     if not command.runs:
         raise InputError("--runs names no run; expected one at least")
+    if storage.absolute(command.out) == storage.absolute(command.input):
+        raise InputError(f"--out is {command.out}, the --input itself, which it would replace; give another name")
     for name, least in (("every_frames", 1), ("batch", 1), ("workers", 0), ("processes", 1)):
         value = getattr(command, name)
         if value is not None and value < least:
@@ -166,4 +170,4 @@ def _has_labels(predicted: Predicted) -> bool:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, interrupted="nothing was written")

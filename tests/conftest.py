@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import io
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -60,7 +61,8 @@ def run_here(module: str, *args: str) -> subprocess.CompletedProcess[str]:
 
     Not for what a process of its own shows: its environment, signals, what it leaves behind.
     """
-    main, code = importlib.import_module(module).main, 0
+    found, code = importlib.import_module(module), 0
+    main = (importlib.import_module(f"{module}.__main__") if hasattr(found, "__path__") else found).main
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         try:
             run_command(lambda: main([*map(str, args)]))
@@ -99,6 +101,30 @@ def shards(dataset, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("shards")
     create(dataset, str(root), frames_per_shard=7, jobs=1)
     return root
+
+
+@pytest.fixture(scope="session")
+def runs(shards, tmp_path_factory) -> Path:
+    """Trained runs named after their views, and a copy of their shards: read only, for all files that start from runs.
+
+    cropped has two checkpoints and two evaluations, cropped_aligned one of each.
+    """
+    from mtl_dist.tasks import VIEWS
+    from tests.test_training import train_args
+
+    root = tmp_path_factory.mktemp("runs")
+    shutil.copytree(shards, root / "shards")
+    for view, epochs in zip(VIEWS, "21"):
+        args = [arg.replace("/cropped/", f"/{view}/") for arg in train_args(root / "shards", root, view)]
+        done = run_module(*args, "--train.epochs", epochs, "--checkpoint.keep-last", "2", env={"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+    return root
+
+
+@pytest.fixture(scope="session")
+def run(runs) -> Path:
+    """A trained run of two checkpoints."""
+    return runs / "cropped"
 
 
 @pytest.fixture(scope="session")

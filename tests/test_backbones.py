@@ -7,12 +7,13 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from mtl_dist.config import ModelConfig
+from mtl_dist.config import ModelConfig, build_config
 from mtl_dist.data import augment
 from mtl_dist.errors import InputError
 from mtl_dist.models import build_model, libraries
-from mtl_dist.models.backbones import build_backbone, load_backbone_weights, load_imagenet_weights
+from mtl_dist.models.backbones import build_backbone, check_backbone, load_backbone_weights, load_imagenet_weights
 from mtl_dist.models.regions import NUM_REGIONS
+from mtl_dist.runtime.averaging import sync_batchnorm
 
 SIZE = 96
 # Family by family: the name, the channels and the cells a side of images of 96 pixels that its paper gives.
@@ -200,3 +201,44 @@ def test_a_name_or_size_that_does_not_work_is_refused_with_one_that_might(name, 
     with pytest.raises(InputError, match=message) as error:
         build(name, size=size)
     assert "\n" not in str(error.value)
+
+
+# --- In a run ---------------------------------------------------------------------------------------------------------
+
+
+def test_synchronised_batchnorm_keeps_what_timm_s_layers_do_after_it():
+    """They are normalisation and activation in one. Out of training no rank asks another, so one on a CPU will do."""
+    config = build_config({"model": {"backbone": "timm:test_efficientnet", "weights": "none"}})
+    model = build(config.model.backbone).eval()
+    images = make_images(1, 1, 3, SIZE, SIZE)
+    with torch.inference_mode():
+        expected = model(images)
+        synchronised = sync_batchnorm(model, config)
+        found = synchronised(images)
+    norms = [m for m in synchronised.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    assert norms
+    assert all(isinstance(norm, torch.nn.SyncBatchNorm) for norm in norms)
+    for mine, theirs in zip(found, expected):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("name", "imagenet", "words"),
+    [
+        ("timm:convnext_tyni", False, "unknown backbone timm:convnext_tyni: did you mean convnext_tiny"),
+        ("torchvision:resnet19", False, "unknown backbone torchvision:resnet19: did you mean"),
+        ("timm:convnext_tiny.nothing", False, "has no weights 'nothing'"),
+        ("timm:vit_giant_patch14_224", True, "timm has no weights for vit_giant_patch14_224"),
+        ("small", True, "torchvision has no ImageNet weights for SmallResNet"),
+    ],
+)
+def test_a_backbone_or_weights_that_do_not_exist_are_found_out_without_building_anything(name, imagenet, words):
+    with pytest.raises(InputError, match=words):
+        check_backbone(name, imagenet=imagenet)
+
+
+@pytest.mark.parametrize(
+    "name", ["inception_v3", "vgg16", "torchvision:vit_b_16", "timm:convnext_tiny", "timm:vit_tiny_patch16_224"]
+)
+def test_backbones_with_imagenet_weights_pass_that_check(name):
+    check_backbone(name, imagenet=True)

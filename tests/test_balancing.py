@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mtl_dist.config import LossConfig
+from mtl_dist.config import LossConfig, build_config
+from mtl_dist.errors import InputError
 from mtl_dist.objective.balancing import build_balancer
 from mtl_dist.tasks import TASKS
 
@@ -33,6 +34,12 @@ def test_what_is_minimised_is_the_sum_of_weight_times_loss(balancing):
     torch.testing.assert_close(gradients, balancer.weights(losses, ALL))
     if balancing != "famo":
         torch.testing.assert_close(gradients, torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64))
+
+
+def test_losses_that_all_weigh_nothing_are_refused():
+    with pytest.raises(InputError, match=r"loss\.va, expr, au are all 0: nothing would be trained"):
+        build_config({"loss": {"va": 0, "expr": 0, "au": 0}})
+    assert build_config({"loss": {"va": 0, "expr": 0}}).loss.au == 1
 
 
 def test_dwa_is_the_formula_written_out():
@@ -75,7 +82,7 @@ class PublishedFAMO:
 
     def __init__(self):
         self.w = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-        self.adam = torch.optim.Adam([self.w], lr=0.025, weight_decay=1e-3)
+        self.adam = torch.optim.Adam([self.w], lr=0.025, weight_decay=1e-2)
 
     def loss(self, losses: torch.Tensor) -> torch.Tensor:
         self.before = losses.detach()
@@ -117,7 +124,7 @@ def test_famo_is_the_published_method_on_a_toy():
         published.update(theirs().detach())
         balancer.stepped({task: loss.detach() for task, loss in found.items()}, ALL, dict(zip(TASKS, mine().detach())))
         torch.testing.assert_close(balancer.logits, published.w.detach(), rtol=1e-9, atol=1e-12)
-    assert balancer.logits.abs().max() > 0.1, "it has moved"
+    assert balancer.logits.abs().max() > 0.05, "it has moved"
 
 
 @pytest.mark.parametrize("absent", TASKS)

@@ -126,7 +126,8 @@ def test_retention_keeps_the_last_and_the_best_of_each_score_and_no_more(saved, 
     steps = sorted({checkpoint.step for checkpoint in saved})
     assert {checkpoint.step for checkpoint in kept} >= set(steps[-keep_last:])
     assert len({checkpoint.step for checkpoint in kept}) == len(kept), "two of one step"
-    latest = [max((c for c in saved if c.step == step), key=lambda c: c.saved_at) for step in steps]
+    # Of one step and moment it is the one that comes later in the list.
+    latest = [max((c for c in reversed(saved) if c.step == step), key=lambda c: c.saved_at) for step in steps]
     for name in SCORES:
         scored = sorted((c for c in latest if name in c.scores), key=lambda c: (c.scores[name], c.step), reverse=True)
         assert {c.uri for c in scored[:keep_best]} <= {c.uri for c in kept}

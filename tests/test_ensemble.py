@@ -14,21 +14,23 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file, save
 
+from mtl_dist import predict
 from mtl_dist.data.annotations import FILES, read_annotations
 from mtl_dist.data.index import read_index
 from mtl_dist.data.submission import submission_text
 from mtl_dist.ensemble import combine, main
 from mtl_dist.errors import InputError
 from mtl_dist.objective.metrics import Predictions, Targets, metric_sums, scores
+from mtl_dist.runtime import ensembling
 from mtl_dist.runtime.checkpoint import best, committed
-from mtl_dist.runtime.ensembling import map_here
+from mtl_dist.runtime.ensembling import TEST, VAL, map_here, table_name
 from mtl_dist.runtime.evaluate import Predicted
 from mtl_dist.runtime.launch import TaskFailed
 from mtl_dist.runtime.predictions import read_predictions
 from mtl_dist.shards import create
 from mtl_dist.tasks import AUS, EXPRESSIONS, VIEWS
-from tests.conftest import assert_one_message, run_module, write_dataset
-from tests.test_training import train, train_args
+from tests.conftest import assert_one_message, run_here, run_module, write_dataset
+from tests.test_training import train
 
 
 def make_predicted(rows: np.ndarray, seed: int) -> Predicted:
@@ -38,17 +40,6 @@ def make_predicted(rows: np.ndarray, seed: int) -> Predicted:
     none = np.zeros((n, 12))
     targets = Targets(none[:, :2], rows % 8, none, none[:, 0] > 0, none[:, 0] == 0, none > 0)
     return Predicted(rows, predictions, targets)
-
-
-@pytest.fixture(scope="module")
-def runs(shards, tmp_path_factory) -> Path:
-    """A trained run of each view, named after it."""
-    storage = tmp_path_factory.mktemp("runs")
-    for view in VIEWS:
-        args = [arg.replace("/cropped/", f"/{view}/") for arg in train_args(shards, storage, view)]
-        done = run_module(*args)
-        assert done.returncode == 0, done.stderr
-    return storage
 
 
 def test_probabilities_and_va_are_averaged():
@@ -147,6 +138,12 @@ def test_the_job_writes_everything_twice_the_same(runs, dataset, tmp_path):
     main([*map(str, args), str(tmp_path / "second")])
     assert files_below(tmp_path / "first") == files_below(tmp_path / "second")
 
+    # Another ensemble in the same place: nothing of the first is left to be taken for its.
+    members = [f"{runs}/{view}" for view in VIEWS]
+    main(["--runs", *members, "--steps", "--out", str(tmp_path / "second")])
+    left = {path.name for path in (tmp_path / "second").iterdir()}
+    assert left == {"score.json", "table.txt", "predictions.parquet", "members"}
+
 
 def test_an_interrupted_ensemble_continues_with_the_members_it_has(runs, tmp_path, capsys):
     out = tmp_path / "out"
@@ -183,10 +180,52 @@ def test_several_members_of_one_view_and_a_single_one_are_ensembles(runs, tmp_pa
     assert report["scores"]["cropped"] == report["scores"]["ensemble"]
 
 
+def test_what_members_predicted_has_a_file_of_its_own_for_every_run_and_set():
+    """A run may be called after another, with a part behind a point."""
+    names = ["cropped", "cropped.test", "test"]
+    assert len({table_name(name, part) for name in names for part in (VAL, TEST)}) == 6
+
+
+def test_tasks_name_no_path_that_depends_on_where_they_run(runs, tmp_path, monkeypatch):
+    """Ray's tasks work in directories of their own."""
+    tasks = []
+
+    def take(task):
+        tasks.append(task)
+        raise InputError("seen")
+
+    monkeypatch.chdir(runs)
+    monkeypatch.setattr(ensembling, "predict_task", take)
+    sets = ["--val", "shards/cropped/val", "--cache-dir", "cache", "--local"]
+    with pytest.raises(InputError, match="seen"):
+        main(["--runs", "cropped", *sets, "--out", str(tmp_path / "out")])
+    (task,) = tasks
+    paths = (task.member.checkpoint.uri, task.member.val_uri, task.how.cache_dir)
+    assert all(Path(path).is_absolute() for path in paths), paths
+
+
 def test_a_run_without_a_checkpoint_is_one_message_and_exit_code_2(runs, tmp_path):
-    done = ensemble("--runs", f"{runs}/cropped", f"{runs}/nothing", "--out", tmp_path / "out")
+    args = ["--runs", f"{runs}/cropped", f"{runs}/nothing", "--out", tmp_path / "out"]
+    done = run_here("mtl_dist.ensemble", *args)
     assert_one_message(done, f"{runs}/nothing", "no committed checkpoint")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_member_that_overflows_is_named_and_not_averaged_away(runs, dataset, tmp_path):
+    run = Path(shutil.copytree(runs / "cropped", tmp_path / "broken"))
+    weights = load_file(f"{best(committed(str(run))[0]).uri}/model.safetensors")
+    rewrite(
+        run,
+        "model.safetensors",
+        save({n: v * np.float32("nan") if v.dtype == np.float32 else v for n, v in weights.items()}),
+    )
+    pattern = r"broken/checkpoints/.* not finite for 20 of 20 images, such as v0/00000\.jpg"
+    with pytest.raises(InputError, match=pattern):
+        main(["--runs", f"{runs}/cropped", str(run), "--out", f"{tmp_path}/out"])
+    assert not (tmp_path / "out/score.json").exists()
+    with pytest.raises(InputError, match=r"broken gives values that are not finite"):
+        predict.main(["--runs", str(run), "--input", f"{dataset}/cropped/v0", "--out", f"{tmp_path}/out.csv"])
+    assert not (tmp_path / "out.csv").exists()
 
 
 def test_one_run_given_twice_is_refused(runs, tmp_path):
@@ -281,7 +320,7 @@ def test_a_photograph_set_without_va_and_au_trains_and_says_what_the_score_cover
         cells = [line.split(",") for line in lines[1:]]
         kept = [",".join([c[0], "-5", "-5", c[3], *["-1"] * 12]) for c in cells]
         path.write_text("\n".join([lines[0], *kept]) + "\n")
-    done = run_module("mtl_dist.shards", "create", str(source), str(tmp_path / "shards"), "--frames-per-shard", "7")
+    done = run_here("mtl_dist.shards", "create", str(source), str(tmp_path / "shards"), "--frames-per-shard", "7")
     assert "no labels at all for va, au" in done.stdout
     done = train(tmp_path / "shards", tmp_path, "run", "--train.epochs", "1")
     state = json.loads(next(tmp_path.glob("run/checkpoints/*/state.json")).read_text())

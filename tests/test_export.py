@@ -23,20 +23,16 @@ from mtl_dist.data.decode import decode
 from mtl_dist.data.synthetic import write_synthetic
 from mtl_dist.errors import InputError
 from mtl_dist.models import build_model
+from mtl_dist.runtime import graph
 from mtl_dist.runtime.checkpoint import best, committed
 from mtl_dist.runtime.evaluate import predict as predict_batches
 from mtl_dist.runtime.frames import unlabelled
 from mtl_dist.runtime.graph import PixelModel, largest_difference, resize_matrix, run_onnx, write_onnx
 from mtl_dist.runtime.trained import load_trained, open_trained
 from tests.conftest import LONDON
-from tests.test_predict import read_rows, trained_run
+from tests.test_predict import read_rows
 
 SIZE = 80  # of the images that the run was trained at
-
-
-@pytest.fixture(scope="module")
-def run(shards, tmp_path_factory) -> Path:
-    return trained_run(shards, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +70,8 @@ def test_an_export_holds_these_files_and_their_checksums(exported, run):
     mine, theirs = load_file(exported / "model.safetensors"), load_file(f"{chosen.uri}/model.safetensors")
     assert mine.keys() == theirs.keys()
     assert all(np.array_equal(mine[name], theirs[name]) for name in mine)
-    graph = onnx.load(exported / "model.onnx")
-    assert {prop.key: prop.value for prop in graph.metadata_props}["expressions"].startswith("Neutral,Anger,Disgust")
+    loaded = onnx.load(exported / "model.onnx")
+    assert {prop.key: prop.value for prop in loaded.metadata_props}["expressions"].startswith("Neutral,Anger,Disgust")
     assert str(run.parent) not in "".join((exported / name).read_text() for name in ("config.json", "README.md"))
 
 
@@ -169,8 +165,9 @@ def test_models_become_graphs_that_answer_alike(tmp_path, name, backbone, sizes)
     assert largest_difference(found, run_torch(model, images, input_size)) < 1e-4
 
 
-def test_a_graph_that_answers_otherwise_is_an_error_and_nothing_is_left(run, faces, tmp_path, monkeypatch):
+def test_a_graph_that_answers_otherwise_is_an_error_and_nothing_is_left(run, exported, faces, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "TOLERANCE", 0.0)  # which no two runtimes keep to
+    monkeypatch.setattr(graph, "write_onnx", lambda model, path, **sizes: shutil.copy(exported / "model.onnx", path))
     with pytest.raises(SystemExit, match=r"^error: the ONNX graph of .* does not answer as torch does") as ended:
         export.main([str(run), "--out", str(tmp_path / "out"), "--images", str(faces)])
     assert isinstance(ended.value.code, str)  # printed to stderr, exit code 1
@@ -206,6 +203,14 @@ def test_a_run_without_a_finished_checkpoint_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"nothing has no committed checkpoint"):
         export.main([str(tmp_path / "nothing"), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_an_export_into_the_run_itself_is_refused(run):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    for out in (run, f"{run}/", best(committed(str(run))[0]).uri, run / "checkpoints"):
+        with pytest.raises(InputError, match="where the run itself keeps its files"):
+            export.main([str(run), "--out", str(out), "--formats", "safetensors"])
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
 def test_exports_of_other_classes_or_damaged_are_refused_by_name(exported, faces, tmp_path):

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import shutil
+import struct
 import sys
 from fractions import Fraction
+from multiprocessing import Pipe
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -19,33 +23,19 @@ from mtl_dist import predict, storage
 from mtl_dist.data.decode import decode
 from mtl_dist.data.synthetic import write_synthetic
 from mtl_dist.errors import InputError
+from mtl_dist.runtime import parts
 from mtl_dist.runtime.checkpoint import COMMIT, committed
 from mtl_dist.runtime.frames import count_frames, image_batches, read_image, video_batches
 from mtl_dist.runtime.inputs import open_frames
 from mtl_dist.runtime.members import open_member, predict_member
-from mtl_dist.runtime.parts import Task, predict_frames
+from mtl_dist.runtime.parts import Task, _results, predict_frames
 from mtl_dist.runtime.predictions import read_predictions
 from mtl_dist.runtime.trained import load_trained, open_trained
 from mtl_dist.tasks import AUS, EXPRESSIONS
-from tests.conftest import assert_one_message, run_module
+from tests.conftest import assert_one_message, run_here
 from tests.fatal_frames import FatalFrames
-from tests.test_training import train
 
 SIZE = 80  # of the images that the run was trained at
-
-
-def trained_run(shards: Path, tmp_path_factory) -> Path:
-    """A run of two epochs with a copy of its shards beside it; trained once for all test files that ask for it."""
-    root = tmp_path_factory.getbasetemp() / "one-trained-run"
-    if not root.exists():
-        shutil.copytree(shards, root / "shards")
-        train(root / "shards", root, "run", "--checkpoint.keep-last", "2")
-    return root / "run"
-
-
-@pytest.fixture(scope="module")
-def run(shards, tmp_path_factory) -> Path:
-    return trained_run(shards, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +161,15 @@ def test_a_killed_process_is_an_error_that_names_it(run, faces):
         predict_frames(task, processes=2, progress=lambda count: None)
 
 
+def test_a_process_that_is_killed_while_it_sends_is_named_too():
+    receiver, sender = Pipe(duplex=False)
+    os.write(sender.fileno(), struct.pack("!i", 100) + b"the first of 100 bytes")
+    sender.close()
+    killed = SimpleNamespace(join=lambda: None, exitcode=-9)
+    with pytest.raises(InputError, match="process 2 of 2 was killed by signal 9"):
+        list(_results({receiver: (1, killed)}, 2, lambda count: None))
+
+
 @pytest.mark.parametrize("processes", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_an_image_that_cannot_be_decoded_is_named_by_whichever_process_reads_it(run, faces, tmp_path, processes):
     shutil.copytree(faces, tmp_path / "faces")
@@ -281,13 +280,16 @@ def test_bad_input_is_one_message_that_names_it_and_nothing_is_written(run, tmp_
         assert not out.parent.exists(), name
 
 
-def test_bad_options_are_refused(run, faces, tmp_path):
+def test_bad_options_are_refused_before_anything_is_predicted(run, faces, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "predict_frames", lambda *args, **options: pytest.fail("predicted"))
     (tmp_path / "out.csv").write_text("an earlier file")
     cases = [
         ((run, faces, "out.json"), r"--out is out\.json; expected a name that ends with"),
         ((run, faces, tmp_path / "out.csv", "--every-frames", "2"), "--every-frames is for videos"),
         ((run, faces, tmp_path / "out.csv", "--images", "x"), "--images tells where the paths of a list start"),
         ((run, faces, tmp_path / "out.csv", "--batch", "0"), "--batch is 0; expected 1 or more"),
+        ((run, write_video(tmp_path / "a, b.mp4"), tmp_path / "out.txt"), "'a, b' has a comma or newline in its name"),
+        ((run, tmp_path / "list.txt", f"{tmp_path}/list.txt"), "the --input itself, which it would replace"),
         ((tmp_path, faces, tmp_path / "out.csv"), "has no committed checkpoint"),
         (
             (run / "checkpoints" / "step_000000099_00000000", faces, tmp_path / "out.csv"),
@@ -314,7 +316,7 @@ def test_a_run_whose_checkpoints_are_unfinished_is_refused(run, faces, tmp_path)
 
 def test_an_unreadable_video_ends_the_command_with_exit_code_2(run, tmp_path):
     (tmp_path / "bad.mp4").write_bytes(b"no video")
-    done = run_module("mtl_dist.predict", "--runs", run, "--input", tmp_path / "bad.mp4", "--out", tmp_path / "o.csv")
+    done = run_here("mtl_dist.predict", "--runs", run, "--input", tmp_path / "bad.mp4", "--out", tmp_path / "o.csv")
     assert_one_message(done, "bad.mp4 cannot be read")
     assert not (tmp_path / "o.csv").exists()
 

@@ -1,14 +1,18 @@
 """A run that starts from the backbone of another, and keeps it frozen; what cannot be started from."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mtl_dist import storage
-from mtl_dist.config import build_config
+from mtl_dist.config import build_config, read_config_file
 from mtl_dist.errors import InputError
 from mtl_dist.presets import load_preset
 from mtl_dist.runtime.checkpoint import committed
+from mtl_dist.runtime.plan import plan_run
 from mtl_dist.runtime.pretrained import build_pretrained
 from tests.conftest import run_module
 
@@ -38,17 +42,25 @@ def runs(shards, tmp_path_factory):
     return runs
 
 
-def test_a_frozen_backbone_of_another_run_comes_out_as_it_went_in(runs, shards):
-    """On two ranks, with an average of the weights: not a bit of it moves, and it has no state of the optimizer."""
-    name = "frozen"
-    args = train_args(shards, runs, name, "--model.weights", f"{runs}/faces", "--train.ema", "0.5")
+@pytest.fixture(scope="module")
+def frozen(runs, shards, tmp_path_factory):
+    """A run from the weights of `faces`, which are gone: on two ranks, with an average of the weights."""
+    weights = tmp_path_factory.mktemp("gone") / "weights.safetensors"
+    shutil.copy(f"{committed(f'{runs}/faces')[0][-1].uri}/model.safetensors", weights)
+    args = train_args(shards, runs, "frozen", "--model.weights", str(weights), "--train.ema", "0.5")
     args += ["--engine.zero-stage", "1"]
     done = run_module("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", *args)
     assert done.returncode == 0, done.stdout + done.stderr
-    given, found = last_weights(runs, "faces"), last_weights(runs, name)
+    weights.unlink()
+    return runs / "frozen"
+
+
+def test_a_frozen_backbone_of_another_run_comes_out_as_it_went_in(frozen, runs):
+    """Not a bit of it moves, and it has no state of the optimizer."""
+    given, found = last_weights(runs, "faces"), last_weights(runs, "frozen")
     for key, value in found.items():
         assert torch.equal(value, given[key]) == key.startswith("backbone."), key
-    optimizer = load_file(f"{committed(f'{runs}/{name}')[0][-1].uri}/train.safetensors")
+    optimizer = load_file(f"{committed(str(frozen))[0][-1].uri}/train.safetensors")
     stepped = {key.rpartition("/")[2] for key in optimizer if key.startswith("optimizer/")}
     assert stepped == {f"model.{key}" for key in found if not key.startswith("backbone.")}
 
@@ -77,3 +89,78 @@ def test_what_is_no_weights_is_refused_with_what_would_be(runs, s3, tmp_path):
     wrong = r"faces \(a model of ours\): 'features\.0\.weight' has shape \(16, 3, 3, 3\), VGG16 needs .*backbone"
     with pytest.raises(InputError, match=wrong):
         build_pretrained(config_from(f"{runs}/faces", backbone="vgg16", hidden=8))
+
+
+def test_a_run_in_the_store_may_have_a_dot_in_its_name(runs, s3):
+    for name, _ in storage.list_objects(f"{runs}/faces/checkpoints"):
+        storage.upload(runs / "faces" / "checkpoints" / name, f"s3://mtl/pretrained/faces-0.1/checkpoints/{name}")
+    given = last_weights(runs, "faces")
+    found = build_pretrained(config_from("s3://mtl/pretrained/faces-0.1")).backbone.state_dict()
+    assert all(torch.equal(value, given[f"backbone.{key}"]) for key, value in found.items())
+
+
+def test_a_checkpoint_proves_itself_before_it_is_started_from(runs, tmp_path):
+    (checkpoint,), _ = committed(f"{runs}/faces")
+    copy = tmp_path / Path(checkpoint.uri).name
+    shutil.copytree(checkpoint.uri, copy)
+    weights = copy / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(InputError, match="is damaged: its sha256 is not what its checkpoint says"):
+        build_pretrained(config_from(copy))
+    (copy / "COMMIT.json").write_text("{}")
+    with pytest.raises(InputError, match=r"has a damaged COMMIT\.json"):
+        build_pretrained(config_from(copy))
+    (copy / "COMMIT.json").unlink()
+    with pytest.raises(InputError, match=r"has no COMMIT\.json: its save did not finish"):
+        build_pretrained(config_from(copy))
+
+
+@pytest.mark.parametrize("name", ["half.pth", "text.pth", "half.safetensors", "empty.safetensors"])
+def test_a_file_that_is_no_state_dict_is_one_message(name, s3, tmp_path):
+    path = tmp_path / name
+    state = {"features.0.weight": torch.zeros(64)}
+    if path.suffix == ".pth":
+        torch.save(state, path)
+    else:
+        save_file(state, path)
+    data = path.read_bytes()
+    kept = {"half": data[: len(data) // 2], "text": b"hello there", "empty": b""}[path.stem]
+    path.write_bytes(kept)
+    storage.upload(path, f"s3://mtl/broken/{name}")
+    for weights in (str(path), f"s3://mtl/broken/{name}"):
+        with pytest.raises(InputError, match=f"^{weights} (holds|is) no"):
+            build_pretrained(config_from(weights))
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"backbone": "timm:convnext_tyni"}, "unknown backbone timm:convnext_tyni: did you mean convnext_tiny"),
+        ({"weights": "imagenet"}, "no ImageNet weights for VGGSmall"),
+        ({"weights": "/nowhere/faces.safetensors"}, "model.weights /nowhere/faces.safetensors does not exist"),
+        ({"weights": "s3://mtl/nowhere.pth"}, "model.weights s3://mtl/nowhere.pth does not exist"),
+        ({"weights": "s3://mtl/nowhere"}, "run s3://mtl/nowhere has no committed checkpoint"),
+    ],
+)
+def test_the_plan_of_a_run_that_begins_names_a_backbone_or_weights_that_are_not_there(
+    model, words, runs, shards, s3, tmp_path
+):
+    def config_of(name, storage_dir, **model):
+        sets = {part: f"{shards}/cropped/{part}" for part in ("train", "val")}
+        layer = {"run": {"name": name, "storage": str(storage_dir)}, "data": sets | {"image_size": 64}, "model": model}
+        return build_config(load_preset("small-baseline"), {"train": {"global_batch": 8}}, layer)
+
+    with pytest.raises(InputError, match=words):
+        plan_run(config_of("new", tmp_path, **model))
+    assert "weights" in plan_run(config_of("new", tmp_path, weights=f"{runs}/faces"))
+
+
+def test_a_run_that_goes_on_needs_its_first_weights_no_more(frozen):
+    config = build_config(read_config_file(f"{frozen}/config.yaml"))
+    assert not Path(config.model.weights).exists()
+    assert "continues from step" in plan_run(config)
+    again = config.model_copy(update={"run": config.run.model_copy(update={"name": "another"})})
+    with pytest.raises(InputError, match=r"weights\.safetensors does not exist"):
+        plan_run(again)

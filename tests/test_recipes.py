@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from mtl_dist.runtime.audit import read_audit
 from mtl_dist.runtime.engine import learning_rate
 from mtl_dist.runtime.loop import fit
 from mtl_dist.runtime.plan import open_data, plan_run
+from mtl_dist.runtime.saving import read_lives
 from mtl_dist.runtime.step import seed_dropout, split_batch, train_step
 from mtl_dist.runtime.tracking import read_records
 from mtl_dist.tasks import TASKS, Batch, Labels, Outputs
@@ -78,15 +80,17 @@ def rank_main(rank: int, num_ranks: int, init_file: str, jobs: list) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks))  # DeepSpeed asks for them
     dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=num_ranks)
     for number, (config, cut_at) in enumerate(jobs):
-        if cut_at is not None and rank == 0:  # what a kill after this step would have left
-            cut_back(Path(config.run.storage), config.run.name, cut_at)
+        if cut_at is not None and rank == 0:  # a copy of the run, as a kill after this step would have left it
+            storage, name = Path(config.run.storage), config.run.name
+            shutil.copytree(storage.parent / name, storage / name)
+            cut_back(storage, name, cut_at)
         dist.barrier()
         fit(config, Context(rank, num_ranks, command=f"job {number}"))
     dist.destroy_process_group()
 
 
 def run_ranks(num_ranks: int, jobs: list, scratch: Path) -> None:
-    """Run (configuration, step to be cut back to first or None) one after the other."""
+    """Run (configuration, None) one after the other; (configuration, step) continues a copy, cut back to that step."""
     mp.spawn(rank_main, (num_ranks, str(scratch / f"store-{num_ranks}"), jobs), nprocs=num_ranks)
 
 
@@ -96,11 +100,11 @@ def assert_close_losses(found: list[dict], expected: list[dict]) -> None:
         assert mine == pytest.approx(theirs, rel=2e-5, abs=2e-6)
 
 
-def assert_same_run(storage: Path, one: str, other: str) -> None:
-    mine, theirs = final_weights(storage, one), final_weights(storage, other)
+def assert_same_run(one: tuple[Path, str], other: tuple[Path, str]) -> None:
+    mine, theirs = final_weights(*one), final_weights(*other)
     assert all(mine[name].tobytes() == theirs[name].tobytes() for name in theirs)
-    assert weights_of(storage, one) == weights_of(storage, other)
-    assert losses(storage, one) == losses(storage, other)
+    assert weights_of(*one) == weights_of(*other)
+    assert losses(*one) == losses(*other)
 
 
 def weights_of(storage: Path, name: str) -> list[dict[str, float]]:
@@ -120,7 +124,8 @@ def runs(shards, tmp_path_factory) -> Path:
     storage = tmp_path_factory.mktemp("recipes")
 
     def job(name: str, *layers: dict[str, Any], cut_at: int | None = None):
-        return config_of(shards, storage, name, *layers), cut_at
+        where = storage if cut_at is None else storage / "killed"
+        return config_of(shards, where, name, *layers), cut_at
 
     for num_ranks in (1, 2, 3):
         here = [name for name in BALANCERS if num_ranks in (1, RANKS[name])]
@@ -129,8 +134,7 @@ def runs(shards, tmp_path_factory) -> Path:
             jobs += [job("parts", PER_TASK, FROZEN, BALANCERS["famo"], {"train": {"accumulation": 2}})]
         if num_ranks == 2:  # BatchNorm is each rank's own here
             jobs += [job("whole", PER_TASK, BALANCERS["famo"], EVERY_STEP)]
-            jobs += [job("killed", PER_TASK, BALANCERS["famo"], EVERY_STEP)]
-            jobs += [job("killed", PER_TASK, BALANCERS["famo"], EVERY_STEP, cut_at=1)]
+            jobs += [job("whole", PER_TASK, BALANCERS["famo"], EVERY_STEP, cut_at=1)]
         if num_ranks == 3:
             eighth = {"data": {"epoch_fraction": 0.5}, **BALANCERS["dwa"]}
             jobs += [job("few-saves", eighth), job("many-saves", eighth, EVERY_STEP)]
@@ -154,12 +158,14 @@ def test_micro_batches_of_task_batches_have_the_losses_of_the_whole(runs):
 
 
 def test_a_run_per_task_killed_in_mid_epoch_ends_bit_identical(runs):
-    assert_same_run(runs, "killed", "whole")
+    assert_same_run((runs / "killed", "whole"), (runs, "whole"))
 
 
 def test_neither_the_number_of_saves_nor_a_kill_between_evaluations_shows_in_the_last_bit(runs):
     """3 ranks, with BatchNorm statistics of their own: a mean over three is not exact, and must not enter training."""
-    assert_same_run(runs, "many-saves", "few-saves")
+    assert_same_run((runs, "many-saves"), (runs, "few-saves"))
+    assert_same_run((runs / "killed", "many-saves"), (runs, "few-saves"))
+    assert len(read_lives(f"{runs}/killed/many-saves")) == 2
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])

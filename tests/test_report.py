@@ -18,7 +18,7 @@ from mtl_dist.report.calibration import draw_reliability, reliability, task_reli
 from mtl_dist.report.classes import draw_confusion, draw_f1
 from mtl_dist.report.curves import draw_curves
 from mtl_dist.report.drawing import method_styles
-from mtl_dist.report.intervals import CHUNK, KEYS, bootstrap
+from mtl_dist.report.intervals import CHUNK, KEYS, bootstrap, number_videos
 from mtl_dist.report.mistakes import worst_mistakes
 from mtl_dist.report.page import Part, definitions, render_page, table_block
 from mtl_dist.report.pictures import choose_apart
@@ -40,7 +40,7 @@ from mtl_dist.runtime.checkpoint import Checkpoint
 from mtl_dist.runtime.evaluate import Predicted
 from mtl_dist.runtime.members import Member
 from mtl_dist.tasks import TASKS, LabelCounts
-from tests.conftest import assert_one_message, run_module
+from tests.conftest import assert_one_message, run_here
 
 
 def make_targets(size: int, seed: int, tasks=TASKS) -> Targets:
@@ -128,6 +128,17 @@ def test_intervals_equal_a_loop_over_draws_that_scores_the_drawn_videos_rows():
     other = found.draws[ENSEMBLE]["va"]
     paired = found.difference("A cropped", ENSEMBLE, "va")
     assert paired == pytest.approx(np.percentile(found.draws["A cropped"]["va"] - other, [2.5, 97.5]))
+
+
+def test_images_outside_of_videos_are_drawn_each_by_itself():
+    images = ["v1/1.jpg", "v1/2.jpg", "face.jpg", "other.jpg", "v2_left/1.jpg", "v2_right/1.jpg"]
+    assert number_videos(images).tolist() == [0, 0, 1, 2, 3, 3]
+
+
+def test_names_with_dollars_are_drawn_as_they_are():
+    methods = make_methods()
+    methods[1] = methods[1]._replace(label="A cropped, $x^$")
+    assert draw_affect(methods[1], 1)
 
 
 def test_one_video_gives_no_interval():
@@ -248,6 +259,8 @@ def test_runs_that_differ_in_their_seed_are_one_method_and_others_are_not():
     assert label_runs(views) == ["A cropped", "A cropped aligned", "B (SMM-EmotionNet)"]
     assert label_runs([make_member("one"), make_member("two", seed=1)]) == ["A cropped", "A cropped"]
     assert label_runs([make_member("one"), make_member("two")]) == ["A cropped, one", "A cropped, two"]
+    copies = [make_member("one")._replace(run_uri=f"{storage}/one") for storage in ("here", "there")]
+    assert label_runs(copies) == ["A cropped, one", "A cropped, one-2"]
     rates = [make_member(f"r{lr}s{seed}", seed=seed, lr=lr) for lr in (0.1, 0.2) for seed in (0, 1)]
     assert label_runs(rates) == ["A cropped, r0.1s0"] * 2 + ["A cropped, r0.2s0"] * 2
     both = [make_member("x", model="b"), make_member("y", model="b", view="cropped_aligned")]
@@ -304,6 +317,6 @@ def test_bad_input_is_one_message_and_nothing_is_written(args, words, tmp_path):
 
 
 def test_a_command_line_without_runs_ends_with_exit_code_2(tmp_path):
-    done = run_module("mtl_dist.report", "--out", str(tmp_path / "out"))
+    done = run_here("mtl_dist.report", "--out", str(tmp_path / "out"))
     assert_one_message(done, "no run is named")
     assert list(tmp_path.iterdir()) == []

@@ -21,30 +21,23 @@ from mtl_dist.report.__main__ import main as report
 from mtl_dist.runtime.checkpoint import best, committed
 from mtl_dist.shards import main as make_shards
 from mtl_dist.tasks import AUS, EXPRESSIONS, VIEWS
-from tests.conftest import run_module, write_dataset
-from tests.test_training import train_args
+from tests.conftest import write_dataset
 
 OPTIONS = ["--draws", "50", "--faces", "2", "--errors", "3", "--workers", "0", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
-def runs(shards, tmp_path_factory) -> Path:
-    """A run of each view, one with a single evaluation, and their ensemble."""
-    storage = tmp_path_factory.mktemp("runs")
-    for view in VIEWS:
-        args = [arg.replace("/cropped/", f"/{view}/") for arg in train_args(shards, storage, view)]
-        epochs = "2" if view == "cropped" else "1"
-        done = run_module(*args, "--train.epochs", epochs, env={"OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr
-    members = [str(storage / view) for view in VIEWS]
-    ensemble(["--runs", *members, "--out", str(storage / "ensemble"), "--local", "--folds", "3", "--workers", "0"])
-    return storage
+def ensembled(runs, tmp_path_factory) -> Path:
+    """The ensemble of both runs."""
+    out = tmp_path_factory.mktemp("ensembles") / "ensemble"
+    ensemble(["--runs", *named(runs), "--out", str(out), "--local", "--folds", "3", "--workers", "0"])
+    return out
 
 
 @pytest.fixture(scope="module")
-def written(runs, tmp_path_factory) -> Path:
+def written(runs, ensembled, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("report")
-    report([*named(runs), "--ensemble", f"{runs}/ensemble", "--out", str(out), "--title", "Faces & <angles>", *OPTIONS])
+    report([*named(runs), "--ensemble", str(ensembled), "--out", str(out), "--title", "Faces & <angles>", *OPTIONS])
     return out
 
 
@@ -56,12 +49,12 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.open()))
 
 
-def test_the_report_says_what_training_and_the_ensemble_scored(runs, written):
+def test_the_report_says_what_training_and_the_ensemble_scored(runs, ensembled, written):
     rows = {(row["Run"], row["Method"]): row for row in read_csv(written / "tables/runs.csv")}
     for name in VIEWS:
         label = "A cropped aligned" if "aligned" in name else "A cropped"
         assert float(rows[name, label]["P"]) == pytest.approx(best(committed(f"{runs}/{name}")[0]).score, abs=2e-4)
-    score = json.loads((runs / "ensemble/score.json").read_text())
+    score = json.loads((ensembled / "score.json").read_text())
     assert float(rows["ensemble", "ensemble"]["P"]) == pytest.approx(score["p"], abs=5e-5)
     assert float(rows["ensemble", "ensemble, calibrated"]["P"]) == pytest.approx(score["p_calibrated"], abs=5e-5)
     constant = score["scores"]["constant predictor"]["p"]
@@ -75,6 +68,7 @@ def test_the_report_says_what_training_and_the_ensemble_scored(runs, written):
         "ensemble, calibrated",
     ]
     assert len(list((written / "tables").glob("table?_*.csv"))) == 5
+    assert "checkpoints with the highest P on this very set" in (written / "report.html").read_text()
 
 
 def test_every_figure_has_its_picture_and_its_numbers(runs, written):
@@ -99,7 +93,8 @@ def test_every_figure_has_its_picture_and_its_numbers(runs, written):
 
 
 def test_a_second_report_reads_the_predictions_of_the_first(runs, written, tmp_path, monkeypatch):
-    shutil.copytree(written / "data", tmp_path / "out/data")
+    shutil.copytree(written, tmp_path / "out")
+    (tmp_path / "out/figures/mine.png").write_bytes(b"put there by hand")
     damaged = tmp_path / "out/data/cropped.parquet"
     damaged.write_bytes(damaged.read_bytes()[:-100])
     predicted = []
@@ -111,6 +106,11 @@ def test_a_second_report_reads_the_predictions_of_the_first(runs, written, tmp_p
     assert table.equals(pq.read_table(written / "data/cropped.parquet"))
     again = (tmp_path / "out/tables/scores.csv").read_text().splitlines()
     assert again == (written / "tables/scores.csv").read_text().splitlines()[: len(again)]
+    # Nothing of the first is left among what the second wrote: its ensemble, its attention maps.
+    listed = json.loads((tmp_path / "out/data/written.json").read_text())
+    left = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").glob("[ft]*s/*")}
+    assert left == {*listed, "figures/mine.png"}
+    assert not [name for name in left if "attention" in name or "steps_" in name]
 
 
 def test_a_run_from_before_au_accuracy_and_one_without_records_are_reported_to_s3(runs, tmp_path, s3):
@@ -130,7 +130,7 @@ def test_a_run_from_before_au_accuracy_and_one_without_records_are_reported_to_s
     assert "Its starts were not recorded." in page
 
 
-def test_runs_and_ensembles_of_other_data_are_refused_and_nothing_is_written(runs, tmp_path):
+def test_runs_and_ensembles_of_other_data_are_refused_and_nothing_is_written(runs, ensembled, tmp_path):
     other = write_dataset(tmp_path / "other", seed=1)
     make_shards(["create", str(other), str(tmp_path / "shards"), "--views", "cropped", "--jobs", "1"])
     index = json.loads((tmp_path / "shards/cropped/val/index.json").read_text())["sha256"]
@@ -151,8 +151,8 @@ def test_runs_and_ensembles_of_other_data_are_refused_and_nothing_is_written(run
         report([here, strange, "--val", *sets, "--out", str(tmp_path / "out")])
     assert all(word in str(caught.value) for word in (here, strange, "cannot be compared", "different sources"))
     with pytest.raises(InputError, match=r"ensemble .* another cropped validation set .* than run"):
-        report([strange, "--val", sets[1], "--ensemble", f"{runs}/ensemble", "--out", str(tmp_path / "out")])
-    shutil.copytree(runs / "ensemble", tmp_path / "ensemble")
+        report([strange, "--val", sets[1], "--ensemble", str(ensembled), "--out", str(tmp_path / "out")])
+    shutil.copytree(ensembled, tmp_path / "ensemble")
     table = pq.read_table(tmp_path / "ensemble/predictions.parquet")
     pq.write_table(table.slice(0, 15), tmp_path / "ensemble/predictions.parquet")
     with pytest.raises(InputError, match=r"predictions.parquet scores P|other rows"):

@@ -8,17 +8,19 @@ Initial weights are drawn from torch's global generator.
 from __future__ import annotations
 
 import logging
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import Inception_V3_Weights, VGG16_Weights, WeightsEnum
-from torchvision.models.inception import Inception3
-from torchvision.models.vgg import make_layers
 
 from mtl_dist.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    from torchvision.models import WeightsEnum
+
+# torchvision is imported by what needs it: that takes a second, at every start of every rank.
 
 logger = logging.getLogger(__name__)
 
@@ -57,10 +59,7 @@ class Backbone(nn.Sequential):
 
     def imagenet_state(self) -> dict[str, Tensor]:
         """Download weights trained on ImageNet, by the names of our state dict. Raises `InputError`."""
-        raise InputError(
-            f"torchvision has no ImageNet weights for {type(self).__name__}; take --model.weights none, a FILE or "
-            "s3://..., or --model.backbone inception_v3"
-        )
+        raise _no_imagenet(type(self))
 
 
 class InceptionV3(Backbone):
@@ -71,6 +70,8 @@ class InceptionV3(Backbone):
     """
 
     def __init__(self):
+        from torchvision.models.inception import Inception3
+
         # torchvision's initialisation (truncated normals for all 27 M parameters) would be thrown away below.
         children = dict(Inception3(aux_logits=False, init_weights=False).named_children())
         names = list(children)
@@ -80,6 +81,8 @@ class InceptionV3(Backbone):
 
     def imagenet_state(self) -> dict[str, Tensor]:
         """Download torchvision's (104 MB). It uses them with `transform_input`, which system B leaves out; so do we."""
+        from torchvision.models import Inception_V3_Weights
+
         return download_torchvision(Inception_V3_Weights.IMAGENET1K_V1)
 
 
@@ -129,11 +132,15 @@ class VGG16(Backbone):
     """
 
     def __init__(self):
+        from torchvision.models.vgg import make_layers
+
         super().__init__({"features": make_layers(list(VGG16_WIDTHS))}, num_channels=VGG16_WIDTHS[-1])
         init_convs(self)
 
     def imagenet_state(self) -> dict[str, Tensor]:
         """Download torchvision's (528 MB)."""
+        from torchvision.models import VGG16_Weights
+
         return download_torchvision(VGG16_Weights.IMAGENET1K_V1)
 
 
@@ -144,6 +151,8 @@ class VGGSmall(Backbone):
     """
 
     def __init__(self):
+        from torchvision.models.vgg import make_layers
+
         layers = make_layers(list(VGG_SMALL_WIDTHS), batch_norm=True)
         super().__init__({"features": layers}, num_channels=VGG_SMALL_WIDTHS[-1])
         init_convs(self)
@@ -170,9 +179,33 @@ def build_backbone(name: str, input_size: int | None = None) -> Backbone:
         from mtl_dist.models.libraries import build_library_backbone  # importing timm takes seconds
 
         return build_library_backbone(library, variant, input_size=input_size)
+    return _backbone_class(name)()
+
+
+def check_backbone(name: str, *, imagenet: bool) -> None:
+    """Raise `InputError` for an unknown backbone, or one without the ImageNet weights asked for. Builds nothing."""
+    library, colon, variant = name.partition(":")
+    if colon:
+        from mtl_dist.models.libraries import check_library_backbone
+
+        check_library_backbone(library, variant, imagenet=imagenet)
+        return
+    kind = _backbone_class(name)
+    if imagenet and kind.imagenet_state is Backbone.imagenet_state:
+        raise _no_imagenet(kind)
+
+
+def _backbone_class(name: str) -> type[Backbone]:
     if name not in BACKBONES:
         raise InputError(f"unknown backbone {name!r}: {nearest(name, BACKBONES)}, or torchvision:NAME, timm:NAME")
-    return BACKBONES[name]()
+    return BACKBONES[name]
+
+
+def _no_imagenet(kind: type[Backbone]) -> InputError:
+    return InputError(
+        f"torchvision has no ImageNet weights for {kind.__name__}; take --model.weights none, a FILE or "
+        "s3://..., or --model.backbone inception_v3"
+    )
 
 
 def flat_frames(inputs: Tensor) -> Tensor:
@@ -201,7 +234,8 @@ def load_backbone_weights(backbone: Backbone, weights_file: Path, *, source: str
     Raises:
         InputError: no such file, no state dict in it, or an entry missing or of another shape; the message names it.
     """
-    state, source = _read_state_dict(Path(weights_file)), source or str(weights_file)
+    source = source or str(weights_file)
+    state = _read_state_dict(Path(weights_file), source=source)
     if any(name.startswith(OWN_PREFIX) for name in state):
         state = {name.removeprefix(OWN_PREFIX): t for name, t in state.items() if name.startswith(OWN_PREFIX)}
         source += " (a model of ours)"
@@ -238,19 +272,25 @@ def download_failed(source: str, error: Exception) -> InputError:
     )
 
 
-def _read_state_dict(weights_file: Path) -> dict[str, Tensor]:
+def _read_state_dict(weights_file: Path, *, source: str) -> dict[str, Tensor]:
     if not weights_file.is_file():
-        raise InputError(f"no weights file {weights_file}; --model.weights takes a FILE, s3://..., imagenet or none")
+        raise InputError(f"no weights file {source}; --model.weights takes a FILE, s3://..., imagenet or none")
     if weights_file.suffix == ".safetensors":
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        return load_file(weights_file)
+        try:
+            return load_file(weights_file)
+        except SafetensorError as error:
+            raise InputError(f"{source} is no safetensors file, or part of one: {error}") from error
     try:
         state = torch.load(weights_file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError) as error:  # other content, or objects whose loading would run code
-        raise InputError(f"{weights_file} holds no state dict of plain tensors: {error}") from error
+    except OSError:
+        raise
+    except Exception as error:  # half a file, other content, or objects whose loading would run code: of any kind
+        raise InputError(f"{source} holds no state dict of plain tensors: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{weights_file} holds no state dict: expected a dictionary of tensors by name")
+        raise InputError(f"{source} holds no state dict: expected a dictionary of tensors by name")
     return state
 
 

@@ -94,13 +94,22 @@ def build_library_backbone(library: str, name: str, *, input_size: int | None) -
     return build(name, input_size)
 
 
+def check_library_backbone(library: str, name: str, *, imagenet: bool) -> None:
+    """Raise `InputError` for a name `library` does not know, or one without the ImageNet weights asked for."""
+    if library == "torchvision":
+        _check_torchvision(name)
+        return
+    cfg = _find_timm(name)
+    if imagenet and not cfg.has_weights:
+        raise _no_timm_weights(name)
+
+
 # --- torchvision ------------------------------------------------------------------------------------------------------
 
 
 def _build_torchvision(name: str, size: int) -> LibraryBackbone:
-    full_name, known = f"torchvision:{name}", torchvision.models.list_models(module=torchvision.models)
-    if name not in known:
-        raise InputError(f"unknown backbone {full_name}: {_nearest(name, known)}")
+    _check_torchvision(name)
+    full_name = f"torchvision:{name}"
     kwargs: dict[str, Any] = {}
     if name.startswith("vit_"):
         kwargs = {"image_size": size}
@@ -125,6 +134,12 @@ def _build_torchvision(name: str, size: int) -> LibraryBackbone:
     prefix = "net.model." if name.startswith("vit_") else "net."
     shape = _shape_of_features(net, size, full_name)
     return LibraryBackbone(net, prefix=prefix, shape=shape, **half, read_imagenet=read_imagenet)
+
+
+def _check_torchvision(name: str) -> None:
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        raise InputError(f"unknown backbone torchvision:{name}: {_nearest(name, known)}")
 
 
 class TorchvisionViT(nn.Module):
@@ -247,9 +262,13 @@ def _find_timm(name: str) -> PretrainedCfg:
         raise InputError(f"backbone timm:{architecture} has no weights {tag!r}; known: {', '.join(known)}") from error
 
 
+def _no_timm_weights(name: str) -> InputError:
+    return InputError(f"timm has no weights for {name}; take --model.weights none, a FILE or s3://...")
+
+
 def _download_timm(name: str, cfg: PretrainedCfg, kwargs: dict[str, Any]) -> dict[str, Tensor]:
     if not cfg.has_weights:
-        raise InputError(f"timm has no weights for {name}; take --model.weights none, a FILE or s3://...")
+        raise _no_timm_weights(name)
     try:  # timm fits them to the size of the images: positions are interpolated
         return timm.create_model(name, pretrained=True, **kwargs).state_dict()
     except (OSError, RuntimeError, ValueError) as error:  # Hugging Face's are among them

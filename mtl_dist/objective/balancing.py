@@ -2,7 +2,7 @@
 
 A balancer never calls backward. All it sees are losses of the whole global batch, so that its weights are the same on
 every rank; what it learns is in parameters and buffers, which checkpoints carry. A task that a step has no labels of
-adds nothing in it, and moves nothing.
+adds nothing in it, and moves nothing (the optimizer's momentum does not know: it moves learned uncertainties on).
 """
 
 from __future__ import annotations
@@ -108,12 +108,13 @@ class FAMO(Balancer):
     z = softmax(logits) and c such that they add up to 1, so that all losses fall at the same relative rate.
 
     After a step the logits follow how much the log-loss of each task fell on the same batch, by Adam (learning rate
-    0.025, weight decay 0.001), as in the authors' code: one more forward pass, without gradients. Their cheaper variant
-    compares the losses of successive batches instead, which differ by more than a step changes them. A step's softmax,
-    c and update are over the tasks it has labels of; Adam counts the steps of each logit by itself.
+    0.025), as in the authors' code: one more forward pass, without gradients. The weight decay is their code's
+    default. Their cheaper variant compares the losses of successive batches
+    instead, which differ by more than a step changes them. A step's softmax, c and update are over the tasks it has
+    labels of; Adam counts the steps of each logit by itself.
     """
 
-    LEARNING_RATE, WEIGHT_DECAY, BETAS, EPS = 0.025, 1e-3, (0.9, 0.999), 1e-8
+    LEARNING_RATE, WEIGHT_DECAY, BETAS, EPS = 0.025, 1e-2, (0.9, 0.999), 1e-8
     looks_after_steps = True
 
     def __init__(self, config: LossConfig):

@@ -27,7 +27,7 @@ class ReportCommand:
     runs: tyro.conf.Positional[tuple[str, ...]]
     """Runs to compare: <storage>/<name> of each, as training printed it."""
     out: str
-    """Directory or s3:// prefix to write to."""
+    """Directory or s3:// prefix to write to; what an earlier report wrote there is replaced."""
     ensemble: tuple[str, ...] = ()
     """What mtl_dist.ensemble wrote with --out; several are taken for repetitions of one method."""
     val: tuple[str, ...] = ()
@@ -75,4 +75,4 @@ def _check(command: ReportCommand) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, interrupted="predictions are kept, and the same command makes the page")

@@ -67,6 +67,7 @@ def canvas(width: float, height: float) -> Iterator[Canvas]:
         "grid.color": GRID,
         "grid.linewidth": 0.6,
         "text.color": INK,
+        "text.parse_math": False,  # a "$" in a run's name is a "$"
         "xtick.color": INK,
         "ytick.color": INK,
         "legend.frameon": False,

@@ -9,8 +9,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
+from mtl_dist.data.splits import group_rows
 from mtl_dist.objective.metrics import MetricSums
+from mtl_dist.objective.smoothing import video_names
 from mtl_dist.report.results import Method, Result
 from mtl_dist.tasks import NUM_AUS, NUM_EXPRESSIONS
 
@@ -39,6 +42,11 @@ class Bootstrap(NamedTuple):
     def difference(self, method: str, reference: str, key: str) -> Interval | None:
         """The central 95% of a method's score less the reference's, in the same draws."""
         return _central(self.draws[method][key] - self.draws[reference][key]) if self.draws else None
+
+
+def number_videos(images: list[str]) -> np.ndarray:
+    """Number the videos of images (n,) from 0, as the ensemble deals them into folds: one without any stands alone."""
+    return group_rows(pa.array(video_names(images), pa.string()), None)
 
 
 def bootstrap(methods: list[Method], video: np.ndarray, *, num_draws: int, seed: int) -> Bootstrap:

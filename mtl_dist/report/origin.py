@@ -56,11 +56,15 @@ def ensemble_block(result: Result) -> str:
     """An ensemble: its members and what score.json says of how they were combined."""
     about = result.score_file
     runs = [member["run"] for member in about["members"]]
-    command = shlex.join(["python", "-m", "mtl_dist.ensemble", "--runs", *runs, "--out", result.uri])
-    rest = {key: value for key, value in about.items() if key not in ("scores", "rows", "covers", "p")}
+    command = ["python", "-m", "mtl_dist.ensemble", "--runs", *runs, "--out", result.uri]
+    for name, value in about.get("options", {}).items():
+        values = value if isinstance(value, list) else [value]
+        if value is not None and (values or name == "steps"):
+            command += [f"--{name.replace('_', '-')}", *map(str, values)]
+    rest = {key: value for key, value in about.items() if key not in ("scores", "rows", "covers", "p", "options")}
     return folded(
         f"{result.name}: ensemble of {len(runs)}",
-        paragraph("The command that makes it, but for options that score.json does not record:"),
-        preformatted(command),
+        paragraph("The command that makes it:"),
+        preformatted(shlex.join(command)),
         folded("members and calibration, as in score.json", preformatted(json.dumps(rest, indent=1))),
     )

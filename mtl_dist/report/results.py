@@ -23,7 +23,7 @@ from mtl_dist.objective.metrics import AU_THRESHOLD, MetricSums, Predictions, Ta
 from mtl_dist.runtime.checkpoint import FREE, MODEL
 from mtl_dist.runtime.evaluate import Predicted
 from mtl_dist.runtime.members import Member, image_names, predict_member
-from mtl_dist.runtime.predictions import prediction_table, read_key, read_predictions, write_parquet
+from mtl_dist.runtime.predictions import check_finite, prediction_table, read_key, read_predictions, write_parquet
 from mtl_dist.tasks import AUS, NUM_AUS, NUM_EXPRESSIONS, LabelCounts
 
 CONSTANT, ENSEMBLE, CALIBRATED = "constant predictor", "ensemble", "ensemble, calibrated"
@@ -110,7 +110,7 @@ def label_runs(members: list[Member]) -> list[str]:
         name, view = member.config.model.name, member.val.view
         label = MODEL_LABELS.get(name, name)
         plain.append(f"{label} {view.replace('_', ' ')}" if name == "a" or len(views[name]) > 1 else label)
-    settings = [_settings(member) for member in members]
+    settings, names = [_settings(member) for member in members], unique_names([member.run_uri for member in members])
     seeds = [member.config.run.seed for member in members]
     labels = []
     for place, label in enumerate(plain):
@@ -118,9 +118,9 @@ def label_runs(members: list[Member]) -> list[str]:
         same = [other for other in alike if settings[other] == settings[place]]
         are_seeds = len({seeds[other] for other in same}) == len(same)
         if len(same) < len(alike) and are_seeds:  # other settings: the group is named after its first run
-            label = f"{label}, {_run_name(members[same[0]])}"
+            label = f"{label}, {names[same[0]]}"
         elif not are_seeds:
-            label = f"{label}, {_run_name(members[place])}"
+            label = f"{label}, {names[place]}"
         labels.append(label)
     return labels
 
@@ -129,10 +129,6 @@ def _settings(member: Member) -> dict[str, Any]:
     return {
         key: value for key, value in flatten(member.config).items() if key not in (*FREE, "run.name", "run.seed")
     }  # fmt: skip
-
-
-def _run_name(member: Member) -> str:
-    return member.run_uri.rstrip("/").rpartition("/")[2]
 
 
 def unique_names(uris: list[str]) -> list[str]:
@@ -168,7 +164,9 @@ def predict_run(
     predicted = predict_member(
         member, device=device, batch=batch, workers=workers, cache_dir=cache_dir, progress=progress
     )
-    table = prediction_table(predicted, image_names(member, cache_dir), labels=True)
+    images = image_names(member, cache_dir)
+    check_finite(predicted.predictions, images, source=member.checkpoint.uri)
+    table = prediction_table(predicted, images, labels=True)
     write_parquet(where, table, key=key)
     return read_predictions(where).predicted  # as the next report will read it
 

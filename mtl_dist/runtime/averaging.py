@@ -34,6 +34,16 @@ class WeightAverage:
             mine.copy_(current)
 
 
+def sync_batchnorm(module: nn.Module, config: Config) -> nn.Module:
+    """Return `module` with BatchNorm layers whose statistics are those of all ranks."""
+    if not config.model.backbone.startswith("timm:"):
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    # timm's layers of normalisation and activation would come out of torch's conversion without the activation.
+    from timm.layers import convert_sync_batchnorm
+
+    return convert_sync_batchnorm(module)
+
+
 def freeze_batchnorm(module: nn.Module) -> None:
     for child in module.modules():
         if isinstance(child, nn.modules.batchnorm._BatchNorm):

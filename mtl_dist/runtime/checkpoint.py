@@ -96,7 +96,7 @@ def committed(run_uri: str) -> tuple[list[Checkpoint], list[str]]:
             skipped.append(f"{uri}: no {COMMIT} (its save did not finish)")
             continue
         try:
-            checkpoint = _parse_commit(uri, storage.read_bytes(storage.join(uri, COMMIT)))
+            checkpoint = read_commit(uri)
             wrong = [n for n, about in checkpoint.files.items() if stored.get(f"{directory}/{n}") != about["bytes"]]
         except InputError:  # the store refuses or is away: that says nothing of the checkpoint
             raise
@@ -110,8 +110,9 @@ def committed(run_uri: str) -> tuple[list[Checkpoint], list[str]]:
     return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.saved_at)), skipped
 
 
-def _parse_commit(uri: str, data: bytes) -> Checkpoint:
-    commit = json.loads(data)
+def read_commit(uri: str) -> Checkpoint:
+    """Read what a checkpoint's COMMIT says. Raises ValueError, KeyError, TypeError or AttributeError if damaged."""
+    commit = json.loads(storage.read_bytes(storage.join(uri, COMMIT)))
     if commit["format"] != FORMAT:
         raise ValueError(f"format '{commit['format']}'; this version reads '{FORMAT}'")
     if commit["step"] != int(DIRECTORY.fullmatch(uri.rpartition("/")[2])[1]):
@@ -163,7 +164,11 @@ def check_same_run(state: dict[str, Any], config: Config, identity: dict[str, st
     # A setting that is newer than the checkpoint has the default, which is what was done before there was a choice.
     stored, wanted = flatten(Config()) | state["config"], flatten(config)
     for key in sorted(stored.keys() | wanted.keys()):
-        if key not in FREE and stored.get(key) != wanted.get(key):
+        # Weights are read at a run's first start. Where a job's working directory is uploaded, their path changes.
+        mine, other = (tree.get(key) for tree in (wanted, stored))
+        if key == "model.weights":
+            mine, other = (uri.rstrip("/").rpartition("/")[2] for uri in (mine, other))
+        if key not in FREE and mine != other:
             raise InputError(
                 f"run '{config.run.name}' has a checkpoint with {key} {stored.get(key)!r} ({where}), but the "
                 f"configuration says {wanted.get(key)!r}; give the run another --run.name, or the same {key}"

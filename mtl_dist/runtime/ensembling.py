@@ -22,11 +22,18 @@ from mtl_dist.errors import InputError
 from mtl_dist.progress import progress_bar
 from mtl_dist.runtime.checkpoint import MODEL, STATE
 from mtl_dist.runtime.device import named_device
-from mtl_dist.runtime.evaluate import predict
+from mtl_dist.runtime.evaluate import Predicted, predict
 from mtl_dist.runtime.frames import image_batches
 from mtl_dist.runtime.launch import TaskFailed, has_cluster, map_over_cluster
 from mtl_dist.runtime.members import Member, image_names, load_model, predict_member
-from mtl_dist.runtime.predictions import PredictionTable, prediction_table, read_key, read_predictions, write_parquet
+from mtl_dist.runtime.predictions import (
+    PredictionTable,
+    check_finite,
+    prediction_table,
+    read_key,
+    read_predictions,
+    write_parquet,
+)
 
 FORMAT = "mtl_dist-member-1"
 VAL, TEST = "val", "test"
@@ -59,7 +66,8 @@ class MemberTask(NamedTuple):
 
 def table_name(name: str, part: str) -> str:
     """Return the name, below --out, of what a member predicted of the validation set or the test list."""
-    return f"members/{name}.parquet" if part == VAL else f"members/{name}.test.parquet"
+    # Not members/<name>.test.parquet: that is the run <name>.test, of the validation set.
+    return f"members/{name}.parquet" if part == VAL else f"members/test/{name}.parquet"
 
 
 def predict_members(
@@ -87,7 +95,7 @@ def predict_members(
         )
         if missing:
             paths = test[member.val.view].paths if TEST in missing else []
-            tasks[name] = MemberTask(name, _with_absolute_paths(member), how, missing, test_names or [], paths)
+            tasks[name] = _with_absolute_paths(MemberTask(name, member, how, missing, test_names or [], paths))
     if kept := len(members) - len(tasks):
         print(f"{kept} of {len(members)} member(s) predicted already, in {storage.join(out, 'members')}", flush=True)
     try:
@@ -113,10 +121,13 @@ def _key_of(member: Member, test: TestImages | None) -> str:
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
 
-def _with_absolute_paths(member: Member) -> Member:
+def _with_absolute_paths(task: MemberTask) -> MemberTask:
     """Tasks of Ray work in directories of their own."""
+    member, cache_dir = task.member, task.how.cache_dir
     checkpoint = member.checkpoint._replace(uri=storage.absolute(member.checkpoint.uri))
-    return member._replace(checkpoint=checkpoint, val_uri=storage.absolute(member.val_uri))
+    member = member._replace(checkpoint=checkpoint, val_uri=storage.absolute(member.val_uri))
+    how = task.how._replace(cache_dir=cache_dir.expanduser().absolute() if cache_dir else None)
+    return task._replace(member=member, how=how)
 
 
 def _run(tasks: dict[str, MemberTask], how: Prediction) -> Iterator[tuple[str, dict[str, pa.Table]]]:
@@ -166,7 +177,7 @@ def predict_task(task: MemberTask) -> dict[str, pa.Table]:
             predicted = predict_member(
                 member, device=device, batch=how.batch, workers=how.workers, cache_dir=how.cache_dir,
                 progress=advance, model=model)  # fmt: skip
-        tables[VAL] = prediction_table(predicted, image_names(member, how.cache_dir), labels=True)
+        tables[VAL] = _checked_table(predicted, image_names(member, how.cache_dir), member)
     if TEST in task.sets:
         config = member.config
         batches = image_batches(task.test_paths, batch=how.batch, size=config.data.image_size, workers=how.workers)
@@ -174,5 +185,10 @@ def predict_task(task: MemberTask) -> dict[str, pa.Table]:
             predicted = predict(
                 model, batches, device=device, size=config.input_size, bf16=config.engine.autocast == "bf16",
                 progress=advance)  # fmt: skip
-        tables[TEST] = prediction_table(predicted, task.test_names, labels=True)
+        tables[TEST] = _checked_table(predicted, task.test_names, member)
     return tables
+
+
+def _checked_table(predicted: Predicted, images: list[str], member: Member) -> pa.Table:
+    check_finite(predicted.predictions, images, source=member.checkpoint.uri)
+    return prediction_table(predicted, images, labels=True)

@@ -45,6 +45,7 @@ MEASUREMENTS = {
 # A worker that does not answer, and ranks that do not all start, are given up after so long; Ray's own defaults are
 # 600 s and 60 s.
 RAY_TIMEOUTS = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30"}
+LOOK_EVERY_S = 60.0  # whether tasks that wait have a node to wait for
 ASK_EVERY_S = 2.0  # of the controller by a rank that is alone; several ask at the same steps
 
 
@@ -306,12 +307,10 @@ def map_over_cluster(
     from ray.exceptions import RayError
 
     _join_cluster("predict in this process with --local")
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not autoscaling and not any(n.get("CPU", 0) >= cpus and n.get("GPU", 0) >= gpus for n in nodes):
+    if not autoscaling and (lack := _lack_of_room(cpus, gpus)):
         raise InputError(
-            f"a task needs {cpus:g} CPU and {gpus:g} GPU, and none of the cluster's {len(nodes)} node(s) has as many; "
-            "ask for fewer (--cpus-per-member, --gpus-per-member), or add nodes (--autoscaling: they "
-            "come by themselves)"
+            f"{lack}; ask for fewer (--cpus-per-member, --gpus-per-member), or add nodes (--autoscaling: they come by "
+            "themselves)"
         )
     options = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": retries, "retry_exceptions": True}
     options["runtime_env"] = {"env_vars": {name: os.environ[name] for name in HANDED_ON if name in os.environ}}
@@ -319,10 +318,14 @@ def map_over_cluster(
     names = {task.options(name=name, **options).remote(function, item): name for name, item in items.items()}
     try:
         while names:
-            (done,), _ = ray.wait(list(names), num_returns=1)
-            name = names.pop(done)
+            done, _ = ray.wait(list(names), num_returns=1, timeout=LOOK_EVERY_S)
+            if not done:
+                if lack := _lack_of_room(cpus, gpus):  # Ray waits for one without a word, for ever
+                    print(f"{lack}: waiting for one; what was finished is kept where this is ended", flush=True)
+                continue
+            name = names.pop(done[0])
             try:
-                answer = ray.get(done)
+                answer = ray.get(done[0])
             except RayError as error:
                 cause = getattr(error, "cause", None) or error
                 raise TaskFailed(name, f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}") from error
@@ -332,6 +335,16 @@ def map_over_cluster(
     finally:
         for left in names:
             ray.cancel(left, force=True)
+
+
+def _lack_of_room(cpus: float, gpus: float) -> str:
+    """Say that no node could run a task of this size, were it idle; empty where one could."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
+        return ""
+    return f"a task needs {cpus:g} CPU and {gpus:g} GPU, and none of the cluster's {len(nodes)} node(s) has as many"
 
 
 def _answer(function: Callable[[Any], Any], item: Any) -> Any:

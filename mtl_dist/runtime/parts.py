@@ -64,6 +64,8 @@ def predict_frames(task: Task, *, processes: int, progress: Progress) -> Predict
             process.terminate()
         for _, process in running.values():
             process.join(_STOP_S)
+            if process.is_alive():  # Python joins it for ever at exit
+                process.kill()
 
 
 def predict_part(task: Task, *, part: int, num_parts: int, progress: Progress) -> Predicted:
@@ -133,7 +135,7 @@ def _results(running: dict[Connection, tuple[int, BaseProcess]], processes: int,
             part, process = running[receiver]
             try:
                 kind, value = receiver.recv()
-            except EOFError:
+            except (EOFError, OSError):  # OSError: killed while it was sending
                 process.join()
                 raise _ended(part, processes, process.exitcode) from None
             if kind == "progress":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -44,7 +45,7 @@ def open_data(config: Config) -> Data:
         rows = {f" with labels of {task}": count for task, count in zip(TASKS, counts) if count}
         tasks = tuple(task for task, count in zip(TASKS, counts) if count)
     for which, count in rows.items():
-        if int(count * share) < batch:
+        if _share_of(count, share) < batch:
             part = f", of which an epoch reads {share:g} (data.epoch_fraction)" if share < 1 else ""
             raise InputError(
                 f"train.global_batch is {batch}, but {config.data.train} has {count} rows{which}{part}; use a smaller "
@@ -52,7 +53,11 @@ def open_data(config: Config) -> Data:
             )
     if not rows:
         raise InputError(f"data.sampling is per_task, but {config.data.train} has no labels of any task")
-    return Data(train, val, int(min(rows.values()) * share) // batch, tasks)
+    return Data(train, val, _share_of(min(rows.values()), share) // batch, tasks)
+
+
+def _share_of(count: int, share: float) -> int:
+    return math.floor(count * share + 1e-9)  # 0.29 of 100 is 29
 
 
 def build_order(
@@ -77,6 +82,7 @@ def build_order(
 def plan_run(config: Config) -> str:
     """Check everything that can be checked before ranks start, and say what will happen. Raises `InputError`."""
     from mtl_dist.runtime.checkpoint import check_same_run, committed, read_state
+    from mtl_dist.runtime.pretrained import check_pretrained
 
     data = open_data(config)
     check_stored(config.data.train, data.train)
@@ -92,6 +98,8 @@ def plan_run(config: Config) -> str:
             continue  # damaged: the run will pass it over too, and say so
         check_same_run(state, config, data.identity(), checkpoint.uri)
         break
+    else:  # it begins
+        check_pretrained(config)
     return _describe(config, data, done=found[-1].step if found else 0)
 
 

@@ -30,6 +30,16 @@ class PredictionTable(NamedTuple):
     images: list[str]
 
 
+def check_finite(predictions: Predictions, images: list[str], *, source: str) -> None:
+    """Raise `InputError` naming `source` and an image where a prediction is not finite: no score would show it."""
+    is_finite = np.logical_and.reduce([np.isfinite(values).all(-1) for values in predictions])
+    if not is_finite.all():
+        raise InputError(
+            f"{source} gives values that are not finite for {np.sum(~is_finite)} of {len(images)} images, such as "
+            f"{images[int(np.argmin(is_finite))]}: its weights overflow; train it again, or leave it out"
+        )
+
+
 def prediction_table(predicted: Predicted, images: list[str], *, labels: bool) -> pa.Table:
     """Return predictions as a table of float32 columns; with `labels`, the targets too."""
     predictions, targets = predicted.predictions, predicted.targets

@@ -4,15 +4,32 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
 from mtl_dist import storage
 from mtl_dist.config import Config
 from mtl_dist.errors import InputError
 from mtl_dist.models import build_model
-from mtl_dist.runtime.checkpoint import DIRECTORY, MODEL
+from mtl_dist.models.backbones import check_backbone
+from mtl_dist.runtime.checkpoint import COMMIT, DIRECTORY, MODEL, Checkpoint, read_commit
 from mtl_dist.runtime.members import open_checkpoint
+
+FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")  # a run's name may hold dots too
+
+
+def check_pretrained(config: Config) -> None:
+    """Raise `InputError` for an unknown backbone, or weights that are not there. Builds and downloads nothing."""
+    weights = config.model.weights
+    check_backbone(config.model.backbone, imagenet=weights == "imagenet")
+    if weights in ("none", "imagenet"):
+        return
+    is_file = not storage.is_s3(weights) and not storage.local_path(weights).is_dir()
+    uri = weights if is_file else find_weights(weights)[0]
+    if not storage.exists(uri):
+        raise _not_there(uri)
 
 
 def build_pretrained(config: Config) -> nn.Module:
@@ -20,27 +37,57 @@ def build_pretrained(config: Config) -> nn.Module:
     weights = config.model.weights
     if weights in ("none", "imagenet") or (not storage.is_s3(weights) and not storage.local_path(weights).is_dir()):
         return build_model(config.model, seed=config.run.seed, input_size=config.input_size)
-    uri, sha256 = find_weights(weights)
+    uri, sha256 = _agree_on_weights(weights)
     with tempfile.TemporaryDirectory(prefix="mtl_dist-weights-") as scratch:
         path = Path(scratch) / uri.rpartition("/")[2]
         try:
             storage.download(uri, path)
         except FileNotFoundError:
-            raise InputError(
-                f"model.weights {uri} does not exist; give a state dict, a run or checkpoint of ours, imagenet or none"
-            ) from None
+            raise _not_there(uri) from None
         if sha256 and storage.sha256_of(path) != sha256:
             raise InputError(f"model.weights {uri} is damaged: its sha256 is not what its checkpoint says")
         return build_model(config.model, seed=config.run.seed, input_size=config.input_size, weights_file=path)
+
+
+def _agree_on_weights(uri: str) -> tuple[str, str | None]:
+    """Let rank 0 choose: the best checkpoint of a run that still trains may be another one a second later."""
+    chosen: list[Any] = [None]
+    is_alone = not dist.is_initialized() or dist.get_world_size() == 1
+    if is_alone or dist.get_rank() == 0:
+        try:
+            chosen[0] = find_weights(uri)
+        except (InputError, OSError) as error:  # for every rank to raise
+            chosen[0] = error
+    if not is_alone:
+        dist.broadcast_object_list(chosen, src=0)
+    if isinstance(chosen[0], Exception):
+        raise chosen[0]
+    return chosen[0]
 
 
 def find_weights(uri: str) -> tuple[str, str | None]:
     """Return the file to read for a URI, and its sha256 where that is known. Of a run it is the best checkpoint's."""
     uri = uri.rstrip("/")
     name = uri.rpartition("/")[2]
-    if DIRECTORY.fullmatch(name):
-        return storage.join(uri, MODEL), None
-    if storage.is_s3(uri) and (Path(name).suffix or storage.exists(uri)):
+    if storage.is_s3(uri) and (name.endswith(FILE_SUFFIXES) or storage.exists(uri)):
         return uri, None
-    checkpoint, _ = open_checkpoint(uri)
+    checkpoint = _open_directory(uri) if DIRECTORY.fullmatch(name) else open_checkpoint(uri)[0]
     return storage.join(checkpoint.uri, MODEL), checkpoint.files[MODEL]["sha256"]
+
+
+def _open_directory(uri: str) -> Checkpoint:
+    """Open one checkpoint of a run."""
+    try:
+        return read_commit(uri)
+    except FileNotFoundError:
+        raise InputError(f"model.weights {uri} has no {COMMIT}: its save did not finish; give another one") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"model.weights {uri} has a damaged {COMMIT} ({error}); give another one") from None
+
+
+def _not_there(uri: str) -> InputError:
+    return InputError(
+        f"model.weights {uri} does not exist; give a state dict, a run or checkpoint of ours, imagenet or none"
+    )

@@ -17,7 +17,7 @@ from mtl_dist.errors import InputError
 from mtl_dist.models import build_model
 from mtl_dist.objective.module import ObjectiveModule
 from mtl_dist.progress import progress_bar
-from mtl_dist.runtime.averaging import WeightAverage, gather_batchnorm, name_batchnorm, write_batchnorm
+from mtl_dist.runtime.averaging import WeightAverage, gather_batchnorm, name_batchnorm, sync_batchnorm, write_batchnorm
 from mtl_dist.runtime.checkpoint import Restored, load_checkpoint
 from mtl_dist.runtime.device import keep_freed_memory, pick_device
 from mtl_dist.runtime.engine import build_engine, read_optimizer, restore_optimizer
@@ -94,6 +94,12 @@ def set_up(config: Config, context: RunContext, watchdog: Watchdog) -> Setup:
             f"{context.num_ranks} ranks for {config.num_streams} streams: a rank reads one at least; start "
             "fewer ranks, or raise train.global_batch or data.streams"
         )
+    least_rows = config.train.global_batch // config.num_streams * (config.num_streams // context.num_ranks)
+    if config.engine.batchnorm == "sync" and config.train.accumulation > least_rows:
+        raise InputError(
+            f"train.accumulation is {config.train.accumulation}, but a rank has {least_rows} rows of a step: with "
+            "engine.batchnorm sync every part needs one at least; use fewer parts, or local"
+        )
     cache = Cache(config.data.cache_dir, max_bytes=int(config.data.cache_gib * GIB))
     train_reader = ShardReader(config.data.train, data.train, cache)
     val_reader = ShardReader(config.data.val, data.val, cache)
@@ -124,7 +130,7 @@ def restore(setup: Setup) -> tuple[Trained, int, dict[str, Any]]:
         if len(of_ranks := restored.train.get(BATCHNORM, ())) == num_ranks:
             write_batchnorm(module.model, config, of_ranks[setup.context.rank])
     if config.engine.batchnorm == "sync":
-        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        module = sync_batchnorm(module, config)
     engine = build_engine(module, config, num_ranks=num_ranks, device=setup.device)
     if average:
         average.model.to(setup.device)

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from tensorboardX import SummaryWriter
 
 from mtl_dist import storage
+from mtl_dist.errors import InputError
 from mtl_dist.tasks import TASKS
 
 METRICS, BOARD = "metrics.jsonl", "tensorboard"
@@ -124,10 +126,15 @@ class _Window:
 def read_records(run_uri: str) -> list[dict[str, Any]]:
     """Read a run's metrics.jsonl; empty where there is none."""
     try:
-        lines = storage.read_bytes(storage.join(run_uri, METRICS)).decode().splitlines()
+        lines = storage.read_bytes(storage.join(run_uri, METRICS)).splitlines()
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in lines]
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise InputError(
+            f"{storage.join(run_uri, METRICS)} is damaged ({error}); delete it: only the records of the run are lost"
+        ) from None
 
 
 def print_scores(rows: dict[str, dict[str, Any]], *, title: str = "") -> None:
@@ -151,11 +158,11 @@ def _scores_console(**options: Any) -> Console:
 
 def _scores_table(rows: dict[str, dict[str, Any]], title: str) -> Table:
     """A task without labels says so, and so does the P of what it covers."""
-    table = Table("", *SCORE_NAMES.values(), title=title, title_justify="left")
+    table = Table("", *SCORE_NAMES.values(), title=escape(title), title_justify="left")
     for name, scores in rows.items():
         covered = "" if len(scores["covers"]) == len(TASKS) else f" ({', '.join(scores['covers']) or 'nothing'} only)"
         cells = [_cell(scores[key]) for key in SCORE_NAMES]
-        table.add_row(name, *cells[:-1], cells[-1] + covered)
+        table.add_row(escape(name), *cells[:-1], cells[-1] + covered)
     return table
 
 

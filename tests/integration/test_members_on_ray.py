@@ -10,9 +10,8 @@ import pytest
 
 from mtl_dist.ensemble import main
 from mtl_dist.errors import InputError
+from mtl_dist.runtime import launch
 from mtl_dist.runtime.launch import TaskFailed, map_over_cluster
-from tests.conftest import run_module
-from tests.test_training import train_args
 
 pytestmark = pytest.mark.integration
 
@@ -64,11 +63,21 @@ def test_what_the_user_can_mend_is_not_retried_and_other_failures_are_named(ray_
         list(map_over_cluster(fail, {"c": tmp_path / "c"}, cpus=64, gpus=0, retries=2))
 
 
-def test_members_predicted_on_the_cluster_are_those_predicted_here(ray_address, shards, tmp_path, capsys):
-    assert run_module(*train_args(shards, tmp_path, "run", "--train.epochs", "1")).returncode == 0
-    main(["--runs", f"{tmp_path}/run", "--out", f"{tmp_path}/there"])
-    assert "predicting 1 member(s) over the cluster: run" in capsys.readouterr().out
-    main(["--runs", f"{tmp_path}/run", "--out", f"{tmp_path}/here", "--local"])
+def test_tasks_that_no_node_can_run_say_so_while_they_wait(ray_address, tmp_path, monkeypatch):
+    def stop(message: str, **options) -> None:
+        raise TimeoutError(message)
+
+    monkeypatch.setattr(launch, "LOOK_EVERY_S", 0.1)
+    monkeypatch.setattr(launch, "print", stop, raising=False)
+    with pytest.raises(TimeoutError, match=r"needs 64 CPU .* none of the cluster's 1 node.* waiting for one"):
+        list(map_over_cluster(fail, {"a": tmp_path / "a"}, cpus=64, gpus=0, retries=2, autoscaling=True))
+    assert not (tmp_path / "a").exists()
+
+
+def test_members_predicted_on_the_cluster_are_those_predicted_here(ray_address, run, tmp_path, capsys):
+    main(["--runs", str(run), "--out", f"{tmp_path}/there"])
+    assert "predicting 1 member(s) over the cluster: cropped" in capsys.readouterr().out
+    main(["--runs", str(run), "--out", f"{tmp_path}/here", "--local"])
     assert "over the cluster" not in capsys.readouterr().out
-    for name in ("score.json", "members/run.parquet"):
+    for name in ("score.json", "members/cropped.parquet"):
         assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()

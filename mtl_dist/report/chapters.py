@@ -1,0 +1,173 @@
+"""The chapters of a report: which tables and figures stand where, with the words between them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from mtl_dist.report import page
+from mtl_dist.report.drawing import Figure
+from mtl_dist.report.evidence import Evidence
+from mtl_dist.report.mistakes import Mistakes
+from mtl_dist.report.origin import ensemble_block, run_block
+from mtl_dist.report.page import Part
+from mtl_dist.report.results import Method
+from mtl_dist.report.tables import (
+    Table,
+    best_method,
+    classes_tables,
+    differences_table,
+    headline_table,
+    paper_tables,
+    runs_table,
+    settings_table,
+    steps_table,
+)
+
+
+class Drawings(NamedTuple):
+    """The figures of every chapter, and what they leave out in words."""
+
+    curves: list[Figure]
+    curve_notes: list[str]
+    confusion: list[Figure]
+    f1: list[Figure]
+    reliability: Figure | None
+    calibration: Table | None
+    affect: list[Figure]
+    attention: list[Figure]
+    without_attention: list[str]  # methods
+    mistakes: list[Mistakes]
+
+    @property
+    def figures(self) -> list[Figure]:
+        some = [self.reliability] if self.reliability else []
+        return [*self.curves, *self.confusion, *self.f1, *some, *self.affect, *self.attention]
+
+
+def lead(evidence: Evidence, *, num_draws: int) -> list[str]:
+    """The sentences above the chapters: the score, the data, the intervals."""
+    labels, drawn = evidence.labels, evidence.drawn
+    best, floor = evidence.best, evidence.methods[0].results[0].scores["p"]
+    covers = best.shown.scores["covers"]
+    p = float(np.mean(best.values("p")))
+    between = drawn.interval(best.label, "p")
+    shown = f" (95% interval {between.low:.4f} to {between.high:.4f})" if between else ""
+    seeds = f", mean of {len(best.results)} seeds" if len(best.results) > 1 else ""
+    top = best_method(evidence.methods, "p")
+    missing = labels.missing_tasks()
+    lines = [
+        f"{best.label[:1].upper()}{best.label[1:]} scores P = {p:.4f}{shown}{seeds}; the constant predictor "
+        f"{floor:.4f}. P is (CCC V + CCC A) / 2 + EXPR F1 + AU F1, here at most {len(covers)}.",
+        f"{labels.rows:,} validation rows of {drawn.num_videos:,} videos: {labels.va:,} with valence and arousal, "
+        f"{labels.expr:,} with an expression, {max(labels.au):,} with action units.",
+    ]
+    if top is not None and top is not best:
+        lines[0] += f" {top.label[:1].upper()}{top.label[1:]} has more: {np.mean(top.values('p')):.4f}."
+    lines.append("Runs are shown by their checkpoints with the highest P on this very set: expect less elsewhere.")
+    if missing:
+        lines.append(f"The set has no labels at all for {', '.join(missing).upper()}: P does not cover that.")
+    if drawn.draws:
+        lines.append(
+            f"Intervals: {num_draws:,} bootstrap draws of whole videos. They hold the models fixed; the spread over "
+            "seeds, where there are several, is given as ± one standard deviation."
+        )
+    else:
+        lines.append("There are no intervals: the images are of one video, and videos are what is drawn.")
+    return lines
+
+
+def compose(evidence: Evidence, drawings: Drawings) -> tuple[list[Table], list[Part]]:
+    """Put tables and figures into chapters; return the tables too."""
+    methods, drawn = evidence.methods, evidence.drawn
+    headline, differences = headline_table(methods, drawn), differences_table(methods, drawn)
+    numbered, runs = paper_tables(methods, drawn), runs_table(methods)
+    classes = classes_tables(methods, evidence.labels)
+    results = [result for method in methods for result in method.results]
+    steps = [table for result in results if (table := steps_table(result))]
+    settings = settings_table([result for result in results if result.member])
+    tables = [headline, *_some(differences), *numbered, runs, *classes, *steps, *_some(settings, drawings.calibration)]
+    parts = [
+        Part("scores", "Scores", [page.table_block(table) for table in (headline, *_some(differences), *steps)]),
+        Part("tables", "Tables 1–5", _numbered_blocks(numbered)),
+        Part("training", "Training", _curves_blocks(drawings)),
+        Part("classes", "Expressions and action units", _classes_blocks(drawings, classes)),
+        Part("calibration", "Calibration", _calibration_blocks(drawings)),
+        Part("affect", "Valence and arousal", _affect_blocks(drawings)),
+        Part("attention", "Attention", _attention_blocks(drawings)),
+        Part("errors", "Worst errors", _mistakes_blocks(drawings, evidence.best)),
+        Part("runs", "Runs and commands", _runs_blocks(methods, runs, settings)),
+    ]
+    return tables, parts
+
+
+def _some(*tables: Table | None) -> list[Table]:
+    return [table for table in tables if table]
+
+
+def _numbered_blocks(tables: list[Table]) -> list[str]:
+    about = (
+        "As in Haider et al. 2022 (arXiv 2207.10878), on this page's data: EXPR F1, AU F1, CCC of valence, CCC of "
+        "arousal, and P, each with the constant predictor's row. n counts seeds."
+    )
+    return [page.paragraph(about), page.grid([page.table_block(table) for table in tables])]
+
+
+def _curves_blocks(drawings: Drawings) -> list[str]:
+    blocks = [page.grid([page.figure_block(figure) for figure in drawings.curves])] if drawings.curves else []
+    return blocks + [page.paragraph(note, kind="soft") for note in drawings.curve_notes]
+
+
+def _classes_blocks(drawings: Drawings, tables: list[Table]) -> list[str]:
+    if not drawings.f1:
+        return [page.paragraph("The validation set has labels of neither expressions nor action units.")]
+    blocks = [page.grid([page.figure_block(figure) for figure in drawings.f1])]
+    blocks += [page.folded(table.caption, page.table_block(table)) for table in tables]
+    if drawings.confusion:
+        blocks.append(page.heading("Confusion of expressions"))
+        blocks.append(page.grid([page.figure_block(figure) for figure in drawings.confusion]))
+    return blocks
+
+
+def _calibration_blocks(drawings: Drawings) -> list[str]:
+    if not drawings.reliability:
+        return [page.paragraph("The validation set has labels of neither expressions nor action units.")]
+    return [page.figure_block(drawings.reliability), page.table_block(drawings.calibration)]
+
+
+def _affect_blocks(drawings: Drawings) -> list[str]:
+    if not drawings.affect:
+        return [page.paragraph("The validation set has no labels of valence and arousal.")]
+    return [page.grid([page.figure_block(figure) for figure in drawings.affect])]
+
+
+def _attention_blocks(drawings: Drawings) -> list[str]:
+    blocks = [
+        page.paragraph(
+            "Where the model looks for each action unit. The faces are the validation frames with the most active "
+            "units, of different videos; every method shows the same frames in its own view."
+        )
+    ]
+    blocks += [page.figure_block(figure) for figure in drawings.attention]
+    if drawings.without_attention:
+        blocks.append(page.paragraph(f"No attention maps in: {', '.join(drawings.without_attention)}.", kind="soft"))
+    return blocks
+
+
+def _mistakes_blocks(drawings: Drawings, best: Method) -> list[str]:
+    about = f"Of {best.label} ({best.shown.name}), from as many videos as there are; in brackets probabilities."
+    return [page.paragraph(about), *(page.mistakes_block(mistakes) for mistakes in drawings.mistakes)]
+
+
+def _runs_blocks(methods: list[Method], runs: Table, settings: Table | None) -> list[str]:
+    blocks = [page.table_block(runs)]
+    if settings:
+        blocks.append(page.table_block(settings))
+    for method in methods:
+        for result in method.results:
+            if result.member:
+                blocks.append(run_block(result))
+            elif result.score_file:
+                blocks.append(ensemble_block(result))
+    return blocks

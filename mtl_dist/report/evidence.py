@@ -1,0 +1,77 @@
+"""What a report is about: every input checked, every run predicted, and all of it scored on draws of the videos."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from mtl_dist import storage
+from mtl_dist.progress import progress_bar
+from mtl_dist.report.intervals import Bootstrap, bootstrap, number_videos
+from mtl_dist.report.results import (
+    ENSEMBLE,
+    Method,
+    check_same_data,
+    check_same_rows,
+    constant_result,
+    group_methods,
+    label_runs,
+    open_ensemble,
+    predict_run,
+    run_result,
+    unique_names,
+)
+from mtl_dist.report.tables import best_method
+from mtl_dist.runtime.members import image_names, open_member
+from mtl_dist.tasks import LabelCounts
+
+if TYPE_CHECKING:
+    import torch
+
+    from mtl_dist.report.__main__ import ReportCommand
+
+SEED = 0  # of the bootstrap: the same results give the same intervals
+
+
+class Evidence(NamedTuple):
+    """All that a report shows, before it is drawn."""
+
+    methods: list[Method]
+    labels: LabelCounts
+    images: list[str]  # of the validation rows
+    video: np.ndarray  # (n,) of every row, from 0
+    drawn: Bootstrap
+
+    @property
+    def best(self) -> Method:
+        """The ensemble, or the best method: whose errors are shown."""
+        ensemble = next((method for method in self.methods if method.label == ENSEMBLE), None)
+        return ensemble or best_method(self.methods, "p") or self.methods[-1]
+
+
+def gather(command: ReportCommand, device: torch.device) -> Evidence:
+    """Check all inputs, then predict every run."""
+    members = [open_member(run, *command.val[place : place + 1]) for place, run in enumerate(command.runs)]
+    check_same_data(members)
+    images = image_names(members[0], command.cache_dir)
+    ensembles = [
+        result._replace(name=name)
+        for uri, name in zip(command.ensemble, unique_names(list(command.ensemble)))
+        for result in open_ensemble(uri, members, images)
+    ]
+    storage.check_writable(command.out)
+    names = unique_names(list(command.runs))
+    runs = []
+    for member, name, label in zip(members, names, label_runs(members)):
+        with progress_bar(f"predicting {name}", member.val.rows) as advance:
+            predicted = predict_run(
+                member, name, data_uri=storage.join(command.out, "data"), device=device, batch=command.batch,
+                workers=command.workers, cache_dir=command.cache_dir, progress=advance)  # fmt: skip
+        runs.append(run_result(member, name, label, predicted))
+    check_same_rows([*runs, *ensembles])
+    labels = members[0].val.labels
+    methods = group_methods(constant_result(runs[0].predicted, labels), runs, ensembles)
+    video = number_videos(images)
+    drawn = bootstrap(methods, video, num_draws=command.draws, seed=SEED)
+    return Evidence(methods, labels, images, video, drawn)
