@@ -35,10 +35,18 @@ from mtl_dist.report.results import (
     label_runs,
     unique_names,
 )
-from mtl_dist.report.tables import classes_tables, differences_table, headline_table, paper_tables, runs_table
+from mtl_dist.report.tables import (
+    classes_tables,
+    differences_table,
+    headline_table,
+    paper_tables,
+    runs_table,
+    steps_tables,
+)
 from mtl_dist.runtime.checkpoint import Checkpoint
 from mtl_dist.runtime.evaluate import Predicted
 from mtl_dist.runtime.members import Member
+from mtl_dist.runtime.tracking import SCORE_NAMES
 from mtl_dist.tasks import TASKS, LabelCounts
 from tests.conftest import assert_one_message, run_here
 
@@ -320,3 +328,19 @@ def test_a_command_line_without_runs_ends_with_exit_code_2(tmp_path):
     done = run_here("mtl_dist.report", "--out", str(tmp_path / "out"))
     assert_one_message(done, "no run is named")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_calibration_adds_is_the_mean_over_ensembles_of_the_same_steps():
+    def ensemble(*p: float, steps=("plain mean", "+ weights")) -> Result:
+        about = {"steps": {name: dict.fromkeys(SCORE_NAMES, value) for name, value in zip(steps, p)}}
+        return make_result(make_targets(20, 0), 0, ENSEMBLE)._replace(score_file=about)
+
+    one, other = ensemble(2.0, 2.5), ensemble(2.2, 2.1)
+    shorter = ensemble(1.5, steps=("plain mean",))
+    both, alone = steps_tables([one, other, shorter, make_result(make_targets(20, 0), 0, "A")])
+    (plain, weights), place = both.rows, both.columns.index("P")
+    assert (plain[place].text, plain[place].below) == ("2.1000", "")
+    assert (weights[place].text, weights[place].below) == ("2.3000", "+0.2000 ± 0.4243")
+    assert "2 ensembles" in both.note
+    assert [row[0].text for row in alone.rows] == ["plain mean"]
+    assert "ensembles" not in alone.note

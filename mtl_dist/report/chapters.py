@@ -22,7 +22,7 @@ from mtl_dist.report.tables import (
     paper_tables,
     runs_table,
     settings_table,
-    steps_table,
+    steps_tables,
 )
 
 
@@ -85,7 +85,7 @@ def compose(evidence: Evidence, drawings: Drawings) -> tuple[list[Table], list[P
     numbered, runs = paper_tables(methods, drawn), runs_table(methods)
     classes = classes_tables(methods, evidence.labels)
     results = [result for method in methods for result in method.results]
-    steps = [table for result in results if (table := steps_table(result))]
+    steps = steps_tables(results)
     settings = settings_table([result for result in results if result.member])
     tables = [headline, *_some(differences), *numbered, runs, *classes, *steps, *_some(settings, drawings.calibration)]
     parts = [

@@ -178,21 +178,33 @@ def class_f1(method: Method, key: str, name: str) -> list[float]:
     return [result.scores[key][name] for result in method.results if result.scores[key]]
 
 
-def steps_table(result: Result) -> Table | None:
-    """What every step of an ensemble adds, where its score.json says so."""
-    steps = (result.score_file or {}).get("steps")
-    if not steps:
-        return None
+def steps_tables(results: list[Result]) -> list[Table]:
+    """What every step of calibration adds, as score.json has it: a table for all ensembles of the same steps."""
+    alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for result in results:
+        if steps := (result.score_file or {}).get("steps"):
+            alike.setdefault(tuple(steps), []).append(steps)
+    return [_steps_table(f"steps_{place}", steps) for place, steps in enumerate(alike.values(), start=1)]
+
+
+def _steps_table(name: str, ensembles: list[dict[str, Any]]) -> Table:
     rows, before = [], None
-    for name, scored in steps.items():
-        cells = [number(scored[key], missing=NO_LABELS) for key in SCORE_NAMES]
+    for step in ensembles[0]:
+        values = {key: [steps[step][key] for steps in ensembles] for key in SCORE_NAMES}
+        cells = [
+            number(None, missing=NO_LABELS) if None in found else number(statistics.fmean(found))
+            for found in values.values()
+        ]
         if before is not None:
-            cells[-1] = cells[-1]._replace(below=f"{scored['p'] - before:+.4f}")
-        before = scored["p"]
-        rows.append([text(name), *cells])
+            gains = [after - p for after, p in zip(values["p"], before)]
+            spread = f" ± {statistics.stdev(gains):.4f}" if len(gains) > 1 else ""
+            cells[-1] = cells[-1]._replace(below=f"{statistics.fmean(gains):+.4f}{spread}")
+        before = values["p"]
+        rows.append([text(step), *cells])
     note = "Every step is fitted on other videos than it is scored on, on top of those above it."
-    columns = ("Step", *SCORE_NAMES.values())
-    return Table(f"steps_{result.name}", f"What each step of calibration adds to {result.name}", columns, rows, note)
+    if len(ensembles) > 1:
+        note += f" Means of {len(ensembles)} ensembles, with the standard deviation of what a step adds."
+    return Table(name, "What each step of calibration adds", ("Step", *SCORE_NAMES.values()), rows, note)
 
 
 def settings_table(results: list[Result]) -> Table | None:
