@@ -232,9 +232,10 @@ def test_the_ranks_a_job_asks_for_fit_its_workers(job):
     asked, (group,) = flags(job["entrypoint"]), job["rayClusterSpec"]["workerGroupSpecs"]
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     gpus = quantity(limits.get("nvidia.com/gpu", 0))
-    if "--ray.num-ranks" not in asked:  # the command itself computes
-        assert job.get("entrypointNumCpus", 0) <= quantity(limits["cpu"])
-        assert job.get("entrypointNumGpus", 0) <= gpus
+    if "--ray.num-ranks" not in asked:  # the ensemble, a task for every member
+        (cpus,), (gpus_asked,) = asked["--cpus-per-member"], asked["--gpus-per-member"]
+        assert 0 < float(cpus) <= quantity(limits["cpu"])
+        assert 0 < float(gpus_asked) <= gpus
         return
     lowest, highest = map(int, asked["--ray.num-ranks"])
     assert 1 <= lowest <= highest

@@ -36,7 +36,7 @@ def test_every_command_on_the_page_has_its_flags(page):
     assert commands(page)
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, "benchmarks/README.md"])
 def test_every_link_and_file_on_the_page_exists(page):
     text = (REPO / page).read_text()
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):

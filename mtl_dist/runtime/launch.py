@@ -248,6 +248,8 @@ def connect(config: Config) -> None:
     import ray
 
     _join_cluster("train in this process with --local")
+    if config.engine.device == "auto" and not config.ray.gpus_per_rank:
+        _note_idle_gpus("training", "--ray.gpus-per-rank 1")
     if config.ray.autoscaling:
         return
     least, nodes = config.ray.num_ranks[0], [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -274,6 +276,14 @@ def _join_cluster(alone: str) -> None:
                 f"no Ray cluster answers: {error}; start one (python -m cluster.local up), submit with `ray job "
                 f"submit`, or {alone}"
             ) from None
+
+
+def _note_idle_gpus(what: str, remedy: str) -> None:
+    """Say that GPUs stay idle: Ray gives a process none that it does not ask for."""
+    import ray
+
+    if gpus := ray.cluster_resources().get("GPU"):
+        print(f"note: the cluster has {gpus:g} GPU(s), and {what} is on CPUs; use them with {remedy}", flush=True)
 
 
 class TaskFailed(RuntimeError):
@@ -307,6 +317,8 @@ def map_over_cluster(
     from ray.exceptions import RayError
 
     _join_cluster("predict in this process with --local")
+    if not gpus:
+        _note_idle_gpus("prediction", "--gpus-per-member 1")
     if not autoscaling and (lack := _lack_of_room(cpus, gpus)):
         raise InputError(
             f"{lack}; ask for fewer (--cpus-per-member, --gpus-per-member), or add nodes (--autoscaling: they come by "
