@@ -11,10 +11,9 @@ and frozen then. Interrupted, it continues; finished, it tells its results again
 from __future__ import annotations
 
 import argparse
-import json
+import csv
 import os
 import shlex
-import statistics
 import subprocess
 import sys
 import time
@@ -27,20 +26,19 @@ from mtl_dist.progress import progress_bar
 
 NUM_TRAIN, NUM_VAL, EPOCHS = 3000, 1200, 12
 PRETRAIN_ROWS, PRETRAIN_EPOCHS, PRETRAIN_SEED = 2000, 10, 100
-COLUMNS = {"expr": "EXPR F1", "au": "AU F1", "ccc_v": "CCC V", "ccc_a": "CCC A", "p": "P"}
+SHOWN = ("scores", "differences", "runs", "steps_1")  # tables of the page that go into the JSON
 
 
 class Method(NamedTuple):
-    title: str
     preset: str
     view: str
 
 
 METHODS = {
-    "baseline": Method("baseline (VGG, convolutions frozen)", "small-baseline", "cropped_aligned"),
-    "b": Method("B (SMM-EmotionNet)", "small-b", "cropped_aligned"),
-    "cropped": Method("A cropped", "small", "cropped"),
-    "cropped_aligned": Method("A cropped aligned", "small", "cropped_aligned"),
+    "baseline": Method("small-baseline", "cropped_aligned"),
+    "b": Method("small-b", "cropped_aligned"),
+    "cropped": Method("small", "cropped"),
+    "cropped_aligned": Method("small", "cropped_aligned"),
 }
 MEMBERS = ("cropped", "cropped_aligned")
 
@@ -72,12 +70,13 @@ def main() -> None:
     page = ["mtl_dist.report", *(f"{runs}/{name}-{seed}" for name in METHODS for seed in seeds)]
     page += ["--ensemble", *map(str, ensembles), "--out", str(args.dir / "report")]
     run_all("the page", [("report", page)], args.dir / "logs")
-    scores = collect(runs, ensembles, seeds)
-    print(render(scores))
+    tables = {path.stem: read_table(path) for path in sorted((args.dir / "report" / "tables").glob("*.csv"))}
+    print(markdown(tables["scores"]))
     seconds = time.monotonic() - begun
     print(f"\n{args.dir / 'report' / 'report.html'}\nin {seconds / 60:.0f} min")
     if args.out:
-        write_results(args.out, {"rows": args.rows, "epochs": args.epochs, "seconds": round(seconds), "scores": scores})
+        shown = {name: tables[name] for name in SHOWN if name in tables}
+        write_results(args.out, {"rows": args.rows, "epochs": args.epochs, "seconds": round(seconds), "tables": shown})
 
 
 def make_sets(directory: Path, num_train: int, num_val: int) -> None:
@@ -138,31 +137,16 @@ def run_one(command: list[str], log: Path) -> None:
         raise SystemExit(f"error: '{shlex.join(command[:2])}' ended with {done.returncode}; what it said is in {log}")
 
 
-def collect(runs: Path, ensembles: list[Path], seeds: range) -> dict[str, dict[str, list[float]]]:
-    """Return {method: {score: [one a seed]}} of the best checkpoints and the ensembles."""
-    from mtl_dist.runtime.checkpoint import best, committed, read_state
-
-    reports = [json.loads((out / "score.json").read_text()) for out in ensembles]
-    constant = reports[0]["scores"]["constant predictor"]
-    found = {"constant predictor": {key: [constant[key]] for key in COLUMNS}}
-    for name, method in METHODS.items():
-        states = [read_state(best(committed(f"{runs}/{name}-{seed}")[0])) for seed in seeds]
-        found[method.title] = {key: [state["scores"][key] for state in states] for key in COLUMNS}
-    found["ensemble"] = {key: [report["scores"]["ensemble"][key] for report in reports] for key in COLUMNS}
-    return found
+def read_table(path: Path) -> list[list[str]]:
+    """Read a table of the page: its head, then its rows."""
+    with path.open(newline="") as file:
+        return list(csv.reader(file))
 
 
-def render(scores: dict[str, dict[str, list[float]]]) -> str:
-    """Return the table in Markdown: mean ± standard deviation over seeds."""
-    lines = ["| method | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for name, values in scores.items():
-        lines.append(f"| {name} | " + " | ".join(cell(values[key]) for key in COLUMNS) + " |")
-    return "\n".join(lines)
-
-
-def cell(values: list[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{spread}"
+def markdown(table: list[list[str]]) -> str:
+    """Return a table in Markdown."""
+    head, *rows = ("| " + " | ".join(row) + " |" for row in table)
+    return "\n".join([head, "|---" * len(table[0]) + "|", *rows])
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -164,3 +165,15 @@ def test_help_answers_with_examples_and_without_heavy_imports(module):
     assert done.returncode == 0, done.stderr
     assert f"python -m {module}" in done.stdout
     assert done.stderr.splitlines()[-1] == "HEAVY []"
+
+
+def test_every_training_of_make_results_has_flags_that_exist():
+    from benchmarks.comparators import METHODS, job, pretrain_args
+    from mtl_dist.train import TrainCommand
+
+    commands = [job(Path("d"), Path("r"), name, 1, 12)[1] for name in METHODS] + [pretrain_args(Path("d"), Path("r"))]
+    for module, *args in commands:
+        assert module == "mtl_dist.train"
+        command = parse_command(TrainCommand, args, prog="test", description="")
+        assert command.model.freeze_backbone == (command.run.name == "baseline-1")
+        assert command.local

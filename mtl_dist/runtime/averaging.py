@@ -98,6 +98,6 @@ def _own_statistics(model: nn.Module, config: Config) -> dict[str, torch.Tensor]
     return {
         f"{name}.{key}": getattr(norm, key)
         for name, norm in norms.items()
-        if all(p.requires_grad for p in norm.parameters())  # not a frozen backbone's
+        if norm.track_running_stats and all(p.requires_grad for p in norm.parameters())  # not a frozen backbone's
         for key in ("running_mean", "running_var")
     }

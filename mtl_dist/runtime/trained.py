@@ -137,5 +137,5 @@ def _open_exported(uri: str) -> Trained:
 
 def _check_weights(checkpoint: Checkpoint) -> None:
     where = storage.join(checkpoint.uri, MODEL)
-    if hashlib.sha256(storage.read_bytes(where)).hexdigest() != checkpoint.files[MODEL]["sha256"]:
+    if hashlib.sha256(storage.read_bytes(where)).hexdigest() != checkpoint.files[MODEL].get("sha256"):
         raise InputError(f"{where} is damaged: its sha256 is not what {EXPORTED_CONFIG} says; export the run again")
