@@ -31,7 +31,8 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --no-deps .
 
 # HOME is spelled out because `ray up` reads it from the image; the user is a number so that runAsNonRoot can check it.
-ENV HOME=/home/ray PYTHONUNBUFFERED=1
+# A run that `ray job stop` ends saves first: Ray gives a driver so many seconds, 3 by default.
+ENV HOME=/home/ray PYTHONUNBUFFERED=1 RAY_JOB_STOP_WAIT_TIME_S=60
 WORKDIR /home/ray
 USER 1000:1000
 CMD ["bash"]

@@ -109,6 +109,7 @@ class ClusterState:
             "GLOO_SOCKET_IFNAME": "e0" if self.network == "namespaces" else "lo",
             "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_JOB_STOP_WAIT_TIME_S": "60",  # a run saves before its driver is killed; the default is 3
             "RAY_worker_niceness": "0",  # the default, 15, starves ranks beside anything else on the machine
             "DASHBOARD_METRIC_PORT": "0",  # any free one; the defaults are fixed and two clusters would meet
             "AUTOSCALER_METRIC_PORT": "0",

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from mtl_dist import storage
 from mtl_dist.config import Config
 from mtl_dist.errors import InputError
+from mtl_dist.runtime.stopping import StopFlag, driver_signals
 
 # Environment that ranks need and a cluster's nodes may lack: the driver's own is handed on, by name.
 HANDED_ON = (
@@ -97,6 +98,7 @@ class RayContext:
         context = ray.train.get_context()
         self.rank, self.num_ranks = context.get_world_rank(), context.get_world_size()
         self.command, self.typed = command, typed
+        self._stop = StopFlag(_stop_name(command))
         self.num_cpus = max(1, int(config.ray.cpus_per_rank))  # the machine's other cores may be another rank's
         self.has_gpu = config.ray.gpus_per_rank > 0  # Ray hides no GPU from a worker that asked for none
         self._asked, self._notice = 0.0, None
@@ -117,7 +119,7 @@ class RayContext:
             self._gauges[name].set(value)
 
     def should_stop(self) -> bool:
-        return False
+        return self.rank == 0 and self._stop.ask()
 
     def should_save(self) -> bool:
         """Whether a node of the run was given notice since this was last asked. A barrier of all ranks."""
@@ -196,7 +198,7 @@ def is_torchrun() -> bool:
 
 
 def run_ray(config: Config, *, callbacks: list | None = None) -> None:
-    """Train under Ray Train on the cluster this process is connected to.
+    """Train under Ray Train on the cluster this process is connected to. Exits with 128 + signal where one stopped it.
 
     Ray restarts ranks after any error. After an `InputError` or a loss that is not finite that would only repeat it:
     the rank leaves a note for the restarted ranks, which end at once, and for us, who raise it again.
@@ -205,12 +207,21 @@ def run_ray(config: Config, *, callbacks: list | None = None) -> None:
         os.environ.setdefault(name, value)
     note = storage.join(config.run.uri, f"failed-{uuid.uuid4().hex[:12]}.json")
     trainer = build_trainer(config, note=note, callbacks=callbacks)
-    try:
-        trainer.fit()
-    except Exception as error:
-        raise _read_note(note) or error from None
+    with driver_signals(_stop_name(note)) as signals:
+        if signals:  # Ray's own handler, which fit() would put in the place of ours, aborts without saving
+            trainer._register_sigint_handler = lambda controller: None
+        try:
+            trainer.fit()
+        except Exception as error:
+            raise _read_note(note) or error from None
     if found := _read_note(note):
         raise found
+    if signals and signals.signal:
+        sys.exit(128 + signals.signal)
+
+
+def _stop_name(note: str) -> str:
+    return f"mtl_dist-stop-{note.rpartition('/')[2]}"
 
 
 def build_trainer(config: Config, *, note: str, callbacks: list | None = None):

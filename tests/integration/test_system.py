@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -155,6 +156,26 @@ def test_a_killed_rank_is_restarted_and_the_run_continues(cluster):
     assert "continuing from s3://mtl/runs/killed/checkpoints/step_" in printed
     records = [json.loads(line) for line in read(cluster, f"{RUNS}/killed/metrics.jsonl").splitlines()]
     assert [record["step"] for record in records if record["kind"] == "step"] == list(range(1, 31))
+
+
+def test_a_job_that_is_stopped_saves_and_says_how_to_continue(cluster):
+    ray = [sys.executable, "-m", "ray.scripts.scripts", "job"]
+    env = {**os.environ, **cluster.client_env()}
+    options = {"cwd": REPO, "env": env, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    args = run_args("cropped", "stopped", "--train.epochs", "2000", "--ray.num-ranks", "2", "2")
+    args += ["--train.eval-every", "2000", "--checkpoint.every-steps", "10"]
+    submit = [*ray, "submit", "--submission-id", "stopped", "--working-dir", ".", "--"]
+    run = cluster.dir / "s3" / "mtl" / "runs" / "stopped"
+    with subprocess.Popen([*submit, "python", "-m", "mtl_dist.train", *args], **options) as job:
+        while not list(run.glob("checkpoints/*/COMMIT.json")):
+            assert job.poll() is None, job.stdout.read()
+            time.sleep(0.1)
+        stopped = subprocess.run([*ray, "stop", "stopped"], **options, timeout=120)
+        printed, _ = job.communicate(timeout=120)
+    assert stopped.returncode == 0, stopped.stdout
+    (at,) = set(re.findall(r"stopped at step (\d+) of 10000, saved; the same command continues", printed))
+    assert list(run.glob(f"checkpoints/step_{int(at):09d}_*/COMMIT.json")), printed[-3000:]
+    assert "Traceback" not in printed
 
 
 def read_command(pid: int) -> str:
