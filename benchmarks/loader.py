@@ -212,7 +212,7 @@ def webdatasets(root: Path, shards: Path, samples) -> Iterator[tuple[str, Epoch]
     urls = [str(path) for path in sorted(shards.glob("*.tar"))]
     decoders = {"PIL": decode_with_pil, "simplejpeg": decode_with_simplejpeg}
     for name, decode in decoders.items():
-        for workers in (0, 2):
+        for workers in (0, 1, 2):
             stages = wds.WebDataset(urls, shardshuffle=len(urls), seed=0, empty_check=False)
             stages = stages.shuffle(1000).to_tuple("jpg", "json")
             stages = stages.map_tuple(decode, lambda data: label_tensor(json.loads(data))).batched(BATCH)
@@ -237,7 +237,7 @@ def litdatas(root: Path, shards: Path, samples) -> Iterator[tuple[str, Epoch]]:
             data = torch.frombuffer(bytearray(item["image"]), dtype=torch.uint8)
             return decode_jpeg(data), torch.from_numpy(np.array(item["label"]))
 
-    for workers in (0, 2):
+    for workers in (0, 1, 2):
         options = {"batch_size": BATCH, "num_workers": workers, "persistent_workers": workers > 0}
         loader = litdata.StreamingDataLoader(Faces(str(out), shuffle=True), **options)  # it counts its epochs itself
         yield f"LitData + torchvision, {workers} processes", lambda number, loader=loader: count(loader)
@@ -257,7 +257,7 @@ def streamings(root: Path, shards: Path, samples) -> Iterator[tuple[str, Epoch]]
             item = super().__getitem__(place)
             return decode_with_simplejpeg(item["image"]), torch.from_numpy(item["label"].copy())
 
-    for workers in (0, 2):
+    for workers in (0, 1, 2):
         streaming.base.util.clean_stale_shared_memory()
         # Its sets of one process may not share a directory.
         data = Faces(local=str(shutil.copytree(out, f"{out}-{workers}")), shuffle=True, batch_size=BATCH)

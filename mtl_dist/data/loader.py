@@ -67,7 +67,9 @@ def keep_own_labels(batch: Batch, tasks: tuple[str, ...]) -> Batch:
 
     Without tasks the batch stays as it is.
     """
-    for own, rows in zip(tasks, np.split(np.arange(len(batch.rows)), max(len(tasks), 1))):
+    if not tasks:
+        return batch
+    for own, rows in zip(tasks, np.split(np.arange(len(batch.rows)), len(tasks))):
         for task in TASKS:
             if task != own:
                 getattr(batch.labels, f"{task}_mask")[rows] = False

@@ -43,16 +43,16 @@ _ROW, _VA, _EXPR, _AU, _VA_MASK, _EXPR_MASK, _AU_MASK = (
     slice(end - width, end) if width > 1 else end - 1
     for width, end in zip(_WIDTHS.values(), accumulate(_WIDTHS.values()))
 )
+_ROW_WIDTH = sum(_WIDTHS.values())
+_ROW_BYTES = 8 * _ROW_WIDTH
 
 
 class _OpenShard(NamedTuple):
-    """A mapped shard. Python lists, not arrays: samples are picked one at a time."""
+    """A mapped shard. A Python list and bytes, not arrays: samples are picked one at a time."""
 
     tar: memoryview
-    offset: list[int]
-    length: list[int]
-    crc32: list[int]
-    table: np.ndarray  # (n, sum of _WIDTHS) float64
+    images: list[tuple[int, int, int]]  # where each begins and ends, and its CRC-32
+    table: bytes  # (n, sum of _WIDTHS) float64
     sidecar: Sidecar
 
 
@@ -69,22 +69,22 @@ class ShardReader:
     def read_batch(self, samples: np.ndarray, size: int) -> Batch:
         """Decode samples (n,) by number into a `Batch` of n single images of `size` pixels a side."""
         pixels = self._buffers.take((len(samples), size, size, 3))
-        table = np.empty((len(samples), sum(_WIDTHS.values())))
         shards = np.searchsorted(self._starts, samples, side="right") - 1
         places = (samples - self._starts[shards]).tolist()
         opened = {shard: self._shard(shard) for shard in set(shards.tolist())}
-        for i, (number, place) in enumerate(zip(shards.tolist(), places)):
+        rows = []
+        for number, place, out in zip(shards.tolist(), places, pixels):
             shard = opened[number]
-            begin = shard.offset[place]
-            image = shard.tar[begin : begin + shard.length[place]]
-            if crc32(image) != shard.crc32[place]:
+            begin, end, checksum = shard.images[place]
+            image = shard.tar[begin:end]
+            if crc32(image) != checksum:
                 raise self._damaged_row(number, shard, place, "its bytes do not match their checksum")
             try:
-                decode_into(image, pixels[i])
+                decode_into(image, out)
             except DecodeError as error:
                 raise self._damaged_row(number, shard, place, str(error)) from None
-            table[i] = shard.table[place]
-        return _collate(pixels, table)
+            rows.append(shard.table[place * _ROW_BYTES : (place + 1) * _ROW_BYTES])
+        return _collate(pixels, np.frombuffer(b"".join(rows)).reshape(-1, _ROW_WIDTH))
 
     def rows_and_names(self) -> tuple[np.ndarray, list[str]]:
         """Return the row number (n,) and the image name of every sample of the set, in its order."""
@@ -145,9 +145,10 @@ class ShardReader:
         file = self.cache.open(tar_uri, sha256=entry.tar_sha256, size=entry.tar_bytes)
         with file:  # the mapping keeps the file, and with it the shared lock, open
             mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        ends = sidecar.offset + sidecar.length
+        images = zip(sidecar.offset.tolist(), ends.tolist(), sidecar.crc32.tolist())
         table = np.column_stack([getattr(sidecar, name) for name in _WIDTHS]).astype(np.float64)
-        lists = (column.tolist() for column in (sidecar.offset, sidecar.length, sidecar.crc32))
-        return _OpenShard(mapped, *lists, table, sidecar)
+        return _OpenShard(mapped, list(images), table.tobytes(), sidecar)
 
     def _damaged_row(self, number: int, shard: _OpenShard, place: int, what: str) -> InputError:
         entry, where = self.index.shards[number], f", row {shard.sidecar.row[place]}"
