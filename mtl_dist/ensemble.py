@@ -103,12 +103,12 @@ def main(args: list[str] | None = None) -> None:
     from mtl_dist.data.submission import find_images, read_test_list
     from mtl_dist.objective.metrics import constant_scores, metric_sums, scores
     from mtl_dist.runtime.ensembling import TEST, VAL, Prediction, predict_members
-    from mtl_dist.runtime.members import open_member
+    from mtl_dist.runtime.members import open_member, unique_names
     from mtl_dist.runtime.tracking import print_scores
 
     test_names = read_test_list(command.test_list) if command.test_list else None
     opened = [open_member(run, *command.val[place : place + 1]) for place, run in enumerate(command.runs)]
-    members = _name_members(opened)
+    members = dict(zip(unique_names([member.run_uri for member in opened], taken=RESERVED), opened))
     check_members(opened)
     views = sorted({member.val.view for member in opened})
     test = {view: find_images(command.test_root, view, test_names) for view in views} if test_names else None
@@ -174,19 +174,6 @@ def _check_command(command: EnsembleCommand) -> None:
         values = getattr(command, name)
         if twice := [value for place, value in enumerate(values) if value in values[:place]]:
             raise InputError(f"--{name.replace('_', '-')} has '{twice[0]}' twice; expected each once")
-
-
-def _name_members(members: list[Member]) -> dict[str, Member]:
-    """Call members by the last part of their runs' addresses, numbered where two are equal."""
-    named: dict[str, Member] = {}
-    for member in members:
-        stem = name = storage.join(member.run_uri).rpartition("/")[2]
-        number = 1
-        while name in (*RESERVED, *named):
-            number += 1
-            name = f"{stem}-{number}"
-        named[name] = member
-    return named
 
 
 def check_members(members: list[Member]) -> None:

@@ -105,12 +105,12 @@ def upload(path: Path, uri: str) -> None:
     _request(uri, lambda client, Bucket, Key: client.upload_file(str(path), Bucket, Key), boto_attempts=attempts)
 
 
-def list_objects(uri: str, prefix: str) -> list[tuple[str, int]]:
-    """Return key and size of every object whose key starts with `prefix`."""
+def list_objects(uri: str, prefix: str) -> list[tuple[str, int, str]]:
+    """Return key, size and ETag, which changes with the content, of every object whose key starts with `prefix`."""
 
-    def list_pages(client, Bucket: str, Key: str) -> list[tuple[str, int]]:
+    def list_pages(client, Bucket: str, Key: str) -> list[tuple[str, int, str]]:
         pages = client.get_paginator("list_objects_v2").paginate(Bucket=Bucket, Prefix=prefix)
-        return [(item["Key"], item["Size"]) for page in pages for item in page.get("Contents", ())]
+        return [(item["Key"], item["Size"], item["ETag"]) for page in pages for item in page.get("Contents", ())]
 
     return _request(uri, list_pages)
 

@@ -128,10 +128,15 @@ def list_objects(uri: str) -> list[StoredObject]:
                 if path.is_file() and not path.name.startswith(PART_PREFIX):
                     files.append(StoredObject(path.relative_to(root).as_posix(), path.stat().st_size))
         return sorted(files)
+    return sorted(StoredObject(name, size) for name, (size, _) in list_versions(uri).items())
+
+
+def list_versions(uri: str) -> dict[str, tuple[int, str]]:
+    """Return {name: (size, ETag)} of every object below an s3:// prefix: what changes when an object is replaced."""
     key = _s3().split(uri)[1]
     prefix = f"{key.rstrip('/')}/" if key else ""
     found = _s3().list_objects(uri, prefix)
-    return sorted(StoredObject(name.removeprefix(prefix), size) for name, size in found if name != prefix)
+    return {name.removeprefix(prefix): (size, etag) for name, size, etag in found if name != prefix}
 
 
 def delete(uri: str) -> None:

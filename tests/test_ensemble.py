@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file, save
 
-from mtl_dist import predict
+from mtl_dist import predict, storage
 from mtl_dist.data.annotations import FILES, read_annotations
 from mtl_dist.data.index import read_index
-from mtl_dist.data.submission import submission_text
+from mtl_dist.data.submission import find_images, submission_text
 from mtl_dist.ensemble import combine, main
 from mtl_dist.errors import InputError
 from mtl_dist.objective.metrics import Predictions, Targets, metric_sums, scores
@@ -285,6 +285,17 @@ def test_a_bad_test_list_is_one_message_before_anything_is_predicted(runs, datas
 def test_flags_that_cannot_be_meant_are_refused(args, words):
     with pytest.raises(InputError, match=words):
         main(["--runs", "run", "--out", "out", *args])
+
+
+@pytest.mark.parametrize("place", ["disk", "s3"])
+def test_an_image_that_is_replaced_by_one_of_its_size_is_another(s3, tmp_path, place):
+    root = str(tmp_path) if place == "disk" else "s3://mtl/replaced"
+    found = []
+    for data in (b"one", b"two", b"two"):
+        storage.write_bytes(f"{root}/cropped/v/1.jpg", data)
+        found.append(find_images(root, "cropped", ["v/1.jpg"]).sha256)
+    assert found[0] != found[1]
+    assert place == "disk" or found[1] == found[2]
 
 
 def test_a_submission_is_clipped_and_has_the_challenges_form():

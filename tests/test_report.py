@@ -33,7 +33,6 @@ from mtl_dist.report.results import (
     constant_result,
     group_methods,
     label_runs,
-    unique_names,
 )
 from mtl_dist.report.tables import (
     classes_tables,
@@ -45,7 +44,7 @@ from mtl_dist.report.tables import (
 )
 from mtl_dist.runtime.checkpoint import Checkpoint
 from mtl_dist.runtime.evaluate import Predicted
-from mtl_dist.runtime.members import Member
+from mtl_dist.runtime.members import Member, unique_names
 from mtl_dist.runtime.tracking import SCORE_NAMES
 from mtl_dist.tasks import TASKS, LabelCounts
 from tests.conftest import assert_one_message, run_here
@@ -273,7 +272,7 @@ def test_runs_that_differ_in_their_seed_are_one_method_and_others_are_not():
     assert label_runs(rates) == ["A cropped, r0.1s0"] * 2 + ["A cropped, r0.2s0"] * 2
     both = [make_member("x", model="b"), make_member("y", model="b", view="cropped_aligned")]
     assert label_runs(both) == ["B (SMM-EmotionNet) cropped", "B (SMM-EmotionNet) cropped aligned"]
-    assert unique_names(["runs/x", "s3://bucket/x/", "y"]) == ["x", "x-2", "y"]
+    assert unique_names(["runs/x", "s3://bucket/x/", "y"], taken=("y",)) == ["x", "x-2", "y-2"]
 
 
 def test_runs_of_other_data_are_refused_by_name():

@@ -28,7 +28,7 @@ class TestImages(NamedTuple):
     __test__ = False  # pytest takes the name for a class of tests
 
     paths: list[str]  # (n) of every line
-    sha256: str  # of paths, sizes and times: whether predictions of them still hold
+    sha256: str  # of paths, sizes and times or ETags: whether predictions of them still hold
 
 
 def read_test_list(uri: str) -> list[str]:
@@ -61,7 +61,7 @@ def find_images(root: str, view: str, names: list[str]) -> TestImages:
     """Find `root`/<view>/<name> of every name, on a disk or s3://. Raises `InputError` naming what is not there."""
     directory = storage.join(root, view)
     if storage.is_s3(root):
-        stored = {name: (size, 0) for name, size in storage.list_objects(directory)}
+        stored = storage.list_versions(directory)
         about = [stored.get(name) for name in names]
     else:
         directory = str(storage.local_path(directory).absolute())

@@ -20,10 +20,9 @@ from mtl_dist.report.results import (
     open_ensemble,
     predict_run,
     run_result,
-    unique_names,
 )
 from mtl_dist.report.tables import best_method
-from mtl_dist.runtime.members import image_names, open_member
+from mtl_dist.runtime.members import image_names, open_member, unique_names
 from mtl_dist.tasks import LabelCounts
 
 if TYPE_CHECKING:

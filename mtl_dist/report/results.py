@@ -22,7 +22,7 @@ from mtl_dist.errors import InputError
 from mtl_dist.objective.metrics import AU_THRESHOLD, MetricSums, Predictions, Targets, metric_sums, scores
 from mtl_dist.runtime.checkpoint import FREE, MODEL
 from mtl_dist.runtime.evaluate import Predicted
-from mtl_dist.runtime.members import Member, image_names, predict_member
+from mtl_dist.runtime.members import Member, image_names, predict_member, unique_names
 from mtl_dist.runtime.predictions import check_finite, prediction_table, read_key, read_predictions, write_parquet
 from mtl_dist.tasks import AUS, NUM_AUS, NUM_EXPRESSIONS, LabelCounts
 
@@ -129,19 +129,6 @@ def _settings(member: Member) -> dict[str, Any]:
     return {
         key: value for key, value in flatten(member.config).items() if key not in (*FREE, "run.name", "run.seed")
     }  # fmt: skip
-
-
-def unique_names(uris: list[str]) -> list[str]:
-    """The last parts of URIs, numbered where two are equal."""
-    names: list[str] = []
-    for uri in uris:
-        name = stem = uri.rstrip("/").rpartition("/")[2]
-        number = 1
-        while name in names:
-            number += 1
-            name = f"{stem}-{number}"
-        names.append(name)
-    return names
 
 
 def predict_run(

@@ -5,7 +5,7 @@ What the ensemble, the report, prediction and export start from.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from mtl_dist import storage
 from mtl_dist.config import Config, build_config, unflatten
 from mtl_dist.data.cache import GIB, Cache
 from mtl_dist.data.index import Index, check_stored, read_index
@@ -47,6 +48,19 @@ def open_member(run_uri: str, val_uri: str | None = None) -> Member:
         )
     check_stored(val_uri, val)
     return Member(run_uri, checkpoint, config, val_uri, val)
+
+
+def unique_names(uris: Sequence[str], *, taken: tuple[str, ...] = ()) -> list[str]:
+    """Return the last parts of URIs, numbered where two are equal or a name is `taken`."""
+    names: list[str] = []
+    for uri in uris:
+        name = stem = storage.join(uri).rpartition("/")[2]
+        number = 1
+        while name in (*taken, *names):
+            number += 1
+            name = f"{stem}-{number}"
+        names.append(name)
+    return names
 
 
 def open_checkpoint(run_uri: str) -> tuple[Checkpoint, dict]:
