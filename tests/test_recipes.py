@@ -20,6 +20,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from mtl_dist.config import Config, build_config
+from mtl_dist.data.augment import make_draws
 from mtl_dist.data.index import read_index
 from mtl_dist.data.loader import train_batches
 from mtl_dist.errors import InputError
@@ -30,7 +31,7 @@ from mtl_dist.runtime.engine import learning_rate
 from mtl_dist.runtime.loop import fit
 from mtl_dist.runtime.plan import open_data, plan_run
 from mtl_dist.runtime.saving import read_lives
-from mtl_dist.runtime.step import seed_dropout, split_batch, train_step
+from mtl_dist.runtime.step import draw_passes, seed_dropout, split_batch, train_step
 from mtl_dist.runtime.tracking import read_records
 from mtl_dist.tasks import TASKS, Batch, Labels, Outputs
 from tests.test_training import cut_back, final_weights, losses
@@ -155,6 +156,16 @@ def test_sampling_per_task_and_balancers_are_the_same_on_every_number_of_ranks(r
 
 def test_micro_batches_of_task_batches_have_the_losses_of_the_whole(runs):
     assert_close_losses(losses(runs, "parts"), losses(runs, "famo-1"))
+
+
+def test_a_row_in_the_batches_of_two_tasks_is_augmented_twice():
+    rows = torch.tensor([[3], [4], [3], [5], [3], [4]])
+    draws = [draw_passes(rows, seed=1, epoch=epoch, passes=3) for epoch in range(2)]
+    of_row_3 = torch.cat([draw[::2] for draw in draws]).flatten(1)
+    assert len(of_row_3.unique(dim=0)) == 6
+    alone = torch.cat([draw_passes(rows[[0, 2, 4]], seed=1, epoch=epoch, passes=3) for epoch in range(2)])
+    assert torch.equal(of_row_3, alone.flatten(1))  # nobody beside it matters
+    assert torch.equal(draw_passes(rows, seed=1, epoch=7, passes=1), make_draws(rows, seed=1, epoch=7))
 
 
 def test_a_run_per_task_killed_in_mid_epoch_ends_bit_identical(runs):

@@ -31,7 +31,7 @@ def train_step(
 ) -> StepLoss:
     """Take one optimizer step on this rank's part of the global batch, in `train.accumulation` micro-batches."""
     module: ObjectiveModule = engine.module
-    draws = make_draws(batch.rows, seed=config.run.seed, epoch=epoch)
+    draws = draw_passes(batch.rows, seed=config.run.seed, epoch=epoch, passes=module.passes)
     inputs = augment(batch.inputs.to(device, non_blocking=True), draws.to(device), config.augment, config.input_size)
     parts = split_batch(inputs, batch.labels.to(device), parts=config.train.accumulation, passes=module.passes)
 
@@ -48,6 +48,13 @@ def train_step(
         after = global_losses(sums, sums, scale=1.0)
     module.balancer.stepped(loss.tasks, loss.present, after)
     return loss._replace(total=loss.total.detach())
+
+
+def draw_passes(rows: Tensor, *, seed: int, epoch: int, passes: int) -> Tensor:
+    """Draw the augmentation of rows (B, T): (B, T, NUM_DRAWS); another one in each of `passes` equal parts, as the
+    same row can be in the batches of several tasks."""
+    parts = enumerate(rows.tensor_split(passes))
+    return torch.cat([make_draws(part, seed=seed, epoch=epoch * passes + number) for number, part in parts])
 
 
 def split_batch(inputs: Tensor, labels: Labels, *, parts: int, passes: int) -> list[MicroBatch]:
