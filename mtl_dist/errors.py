@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import faulthandler
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -33,6 +34,7 @@ def run_command(
     A fault of the store becomes one message and exit code 3: the same command may succeed later. Every other exception
     is ours and keeps its traceback. `MTL_TRACEBACK=1` keeps it for all.
     """
+    faulthandler.enable(sys.__stderr__)  # a crash in C code, or a mapped file that was cut short, says where
     try:
         main()
     except (InputError, StorageError) as error:

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -60,6 +61,33 @@ def stored(s3, shards) -> str:
     for path in sorted((shards / "cropped" / "train").iterdir()):
         storage.upload(path, f"{uri}/{path.name}")
     return uri
+
+
+CUT_SHORT = """
+import os, sys
+import numpy as np
+from mtl_dist.data.cache import Cache
+from mtl_dist.data.index import read_index
+from mtl_dist.data.reader import ShardReader
+from mtl_dist.errors import run_command
+
+def main():
+    uri = sys.argv[1]
+    reader = ShardReader(uri, read_index(uri), Cache())
+    reader.read_batch(np.arange(4), 48)
+    os.truncate(f"{uri}/{reader.index.shards[0].name}.tar", 0)
+    reader.read_batch(np.arange(4), 48)
+
+run_command(main)
+"""
+
+
+def test_a_tar_that_is_cut_short_under_its_reader_says_where(shards, tmp_path):
+    shutil.copytree(shards / "cropped" / "train", tmp_path / "train")
+    done = subprocess.run([sys.executable, "-c", CUT_SHORT, str(tmp_path / "train")], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGBUS
+    assert "Bus error" in done.stderr
+    assert "read_batch" in done.stderr
 
 
 @pytest.fixture(scope="module")
