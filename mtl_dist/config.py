@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from mtl_dist import storage
-from mtl_dist.errors import InputError, nearest
+from mtl_dist.errors import InputError, StorageError, nearest
 from mtl_dist.tasks import TASKS
 
 MAX_AUTO_STREAMS = 64
@@ -241,6 +241,7 @@ class RayConfig(Section):
     """Elastic number of training processes: training runs with as many as the cluster has, from MIN to MAX."""
     cpus_per_rank: float = Field(1.0, gt=0)
     gpus_per_rank: float = Field(0.0, ge=0)
+    """0, or 1: a rank computes on one GPU."""
     placement: Literal["PACK", "SPREAD"] = "PACK"
     """PACK ranks on few nodes (less network), or SPREAD them over many."""
     autoscaling: bool = False
@@ -293,8 +294,8 @@ class Config(Section):
                 f"augment.resize is {self.augment.resize}, less than the model's input of {self.input_size} pixels a "
                 "side (data.image_size, or model.image_size), which is cut out of it; make it larger"
             )
-        if 0 < self.ray.gpus_per_rank < 1:
-            raise ValueError(f"ray.gpus_per_rank is {self.ray.gpus_per_rank:g}; a rank has whole GPUs: 0, 1 or more")
+        if self.ray.gpus_per_rank not in (0, 1):
+            raise ValueError(f"ray.gpus_per_rank is {self.ray.gpus_per_rank:g}; a rank computes on one GPU: 0 or 1")
         if self.engine.device == "cpu" and self.ray.gpus_per_rank:
             raise ValueError("engine.device is cpu and ray.gpus_per_rank is not 0; change one of them")
         if self.num_streams < self.ray.num_ranks[1]:
@@ -347,6 +348,8 @@ def read_config_file(uri: str) -> dict[str, Any]:
     """Read a YAML configuration (nested or with dotted keys), local or on s3://, as a nested dict."""
     try:
         loaded = yaml.safe_load(storage.read_bytes(uri))
+    except StorageError:  # an OSError too, but the same command may succeed later
+        raise
     except OSError as error:
         raise InputError(f"configuration {uri} cannot be read ({error}); give a YAML file") from None
     except yaml.YAMLError as error:

@@ -134,13 +134,13 @@ def main(args: list[str] | None = None) -> None:
         "covers": results["ensemble"]["covers"],
         "scores": results,
         "steps": steps,
-        "calibration": _about_calibration(fitted, command, list(members), found[0].images) if fitted else None,
+        "calibration": _about_calibration(fitted, command, list(members), found[0]) if fitted else None,
         "members": [_about(name, member) for name, member in members.items()],
         "rows": opened[0].val.rows,
         "test": {"list": command.test_list, "rows": len(test_names)} if test_names else None,
         "options": {name: getattr(command, name) for name in RECORDED},
     }
-    files = _render_tables(ensemble, found[0].images, fitted, results, _step_rows(steps))
+    files = _render_tables(ensemble, found[0], fitted, results, _step_rows(steps))
     if test_names:
         predictions = [tables[name][TEST].predicted.predictions for name in members]
         files |= _render_test(test_names, predictions, fitted.final if fitted else None)
@@ -235,17 +235,17 @@ def _calibrate(found: list[PredictionTable], command: EnsembleCommand) -> Fitted
     from mtl_dist.data.splits import group_rows
     from mtl_dist.objective.calibration import fit, stack_members
     from mtl_dist.objective.crossfit import cross_fit, make_folds
-    from mtl_dist.objective.smoothing import make_timeline, video_names
+    from mtl_dist.objective.smoothing import make_timeline
     from mtl_dist.progress import progress_bar
 
     if not command.steps:
         return None
-    images, targets = found[0].images, found[0].predicted.targets
-    folds = make_folds(group_rows(pa.array(video_names(images)), None), command.folds, seed=command.seed)
+    (_, _, targets), images, videos = found[0]
+    folds = make_folds(group_rows(pa.array(videos), None), command.folds, seed=command.seed)
     if not folds.any():
         print(f"all {len(images)} rows are of one video: nothing can be fitted on other videos, so nothing is fitted")
         return None
-    members, timeline = stack_members([table.predicted.predictions for table in found]), make_timeline(images)
+    members, timeline = stack_members([table.predicted.predictions for table in found]), make_timeline(images, videos)
     options = {"steps": command.steps, "half_windows": command.half_windows}
     with progress_bar("fitting", int(folds.max()) + 2) as advance:
         crossfit = cross_fit(members, targets, timeline, folds=folds, progress=advance, **options)
@@ -263,16 +263,17 @@ def _step_rows(steps: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def _about_calibration(fitted: Fitted, command: EnsembleCommand, names: list[str], images: list[str]) -> dict[str, Any]:
+def _about_calibration(
+    fitted: Fitted, command: EnsembleCommand, names: list[str], first: PredictionTable
+) -> dict[str, Any]:
     """Say which rows every parameter was fitted on, and where it was applied. The fold of each row is in the table."""
     from mtl_dist.objective.calibration import describe
-    from mtl_dist.objective.smoothing import video_names
 
-    has_videos = any("/" in image for image in images)
+    has_videos = first.videos != first.images
     folds = []
     for number, calibration in enumerate(fitted.crossfit.calibrations):
-        held_out = [name for name, fold in zip(video_names(images), fitted.folds) if fold == number]
-        about = {"scored_rows": len(held_out), "fitted_rows": len(images) - len(held_out)}
+        held_out = [name for name, fold in zip(first.videos, fitted.folds) if fold == number]
+        about = {"scored_rows": len(held_out), "fitted_rows": len(first.images) - len(held_out)}
         if has_videos:
             about["scored_videos"] = sorted(set(held_out))
         folds.append(about | {"parameters": describe(calibration, names, steps=command.steps)})
@@ -290,18 +291,19 @@ def _about_calibration(fitted: Fitted, command: EnsembleCommand, names: list[str
 
 
 def _render_tables(
-    ensemble: Predicted, images: list[str], fitted: Fitted | None, results: dict, steps: dict
+    ensemble: Predicted, first: PredictionTable, fitted: Fitted | None, results: dict, steps: dict
 ) -> dict[str, pa.Table | bytes]:
     import pyarrow as pa
 
     from mtl_dist.runtime.predictions import prediction_table
     from mtl_dist.runtime.tracking import render_scores
 
-    files: dict[str, Any] = {"predictions.parquet": prediction_table(ensemble, images, labels=True)}
+    names = {"images": first.images, "videos": first.videos, "labels": True}
+    files: dict[str, Any] = {"predictions.parquet": prediction_table(ensemble, **names)}
     text = render_scores(results)
     if fitted:
         calibrated = ensemble._replace(predictions=fitted.crossfit.predictions)
-        table = _with_decisions(prediction_table(calibrated, images, labels=True), fitted.crossfit.au_on)
+        table = _with_decisions(prediction_table(calibrated, **names), fitted.crossfit.au_on)
         files["calibrated.parquet"] = table.append_column("fold", pa.array(fitted.folds))
         text += f"\nwhat each step adds, fitted on other videos\n{render_scores(steps)}"
     return files | {"table.txt": text.encode()}

@@ -58,7 +58,6 @@ def main(args: list[str] | None = None) -> None:
     from mtl_dist.runtime.card import ONNX, write_card
     from mtl_dist.runtime.checkpoint import MODEL
     from mtl_dist.runtime.graph import check_onnx_installed
-    from mtl_dist.runtime.inputs import parent_uri
     from mtl_dist.runtime.trained import EXPORTED_CONFIG, exported_config, load_trained, open_trained
 
     if "onnx" in command.formats:
@@ -67,8 +66,7 @@ def main(args: list[str] | None = None) -> None:
     if not trained.state:
         raise InputError(f"{command.run} is an export already; name the run that it came from")
     _check_apart(command.out, trained)
-    # Not --out itself, which would be left behind empty where the graph is refused; a bucket has nothing above it.
-    storage.check_writable(command.out if storage.is_s3(command.out) else parent_uri(command.out.rstrip("/")))
+    _check_out(command.out)
     with tempfile.TemporaryDirectory(prefix="mtl_dist-export-") as scratch:
         files: dict[str, dict[str, Any]] = {}
         model = load_trained(trained)
@@ -98,6 +96,19 @@ def _check_apart(out: str, trained: Trained) -> None:
     target = storage.join(storage.absolute(out))
     if target == run_uri or f"{target}/".startswith(f"{run_uri}/checkpoints/"):
         raise InputError(f"--out is {out}, where the run itself keeps its files; name another directory")
+
+
+def _check_out(out: str) -> None:
+    """Raise unless files can be written to --out: now, and not after the graph was made."""
+    from mtl_dist.runtime.inputs import parent_uri
+
+    if storage.is_s3(out):  # a bucket has nothing above it
+        storage.check_writable(out)
+        return
+    if storage.exists(out):
+        raise InputError(f"--out is {out}, which is a file; expected a directory, which may be there already or not")
+    # Not --out itself where there is none, which would be left behind empty where the graph is refused.
+    storage.check_writable(out if storage.local_path(out).is_dir() else parent_uri(out.rstrip("/")))
 
 
 def _write_weights(model: nn.Module, path: Path) -> None:

@@ -8,6 +8,7 @@ long it is asked is said in `s3.py`, which is imported when the first s3:// URI 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -24,6 +25,7 @@ from mtl_dist.errors import InputError
 
 PART_PREFIX = ".part-"  # of a file that is being written; then the host's name and random letters
 ABANDONED_S = 24 * 3600  # of another host: nothing is written for a day
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # deleted meanwhile, or a link that leads nowhere
 
 
 class StoredObject(NamedTuple):
@@ -55,17 +57,21 @@ def absolute(uri: str) -> str:
 
 def exists(uri: str) -> bool:
     """Whether this object or file exists."""
-    return _s3().exists(uri) if is_s3(uri) else local_path(uri).is_file()
+    if is_s3(uri):
+        return _s3().exists(uri)
+    with _local_read_errors(uri):
+        return local_path(uri).is_file()
 
 
 def read_bytes(uri: str, *, max_bytes: int | None = None) -> bytes:
     """Read a whole object.
 
-    Raises FileNotFoundError where there is none, and `InputError` before reading where it is larger than `max_bytes`.
+    Raises FileNotFoundError where there is none, and `InputError` where this user may not read it, and before reading
+    where it is larger than `max_bytes`.
     """
     if is_s3(uri):
         return _s3().read_bytes(uri, max_bytes=max_bytes)
-    with local_path(uri).open("rb") as file:
+    with _local_read_errors(uri), local_path(uri).open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if max_bytes is not None and size > max_bytes:
             raise InputError(f"{uri} has {size} bytes; at most {max_bytes} are read")
@@ -118,16 +124,14 @@ def download(uri: str, path: Path) -> None:
             shutil.copyfile(local_path(uri), part)
 
 
-def list_objects(uri: str) -> list[StoredObject]:
-    """List every object below a prefix, sorted by name; empty where there is nothing."""
+def list_objects(uri: str, *, follow_links: bool = False) -> list[StoredObject]:
+    """List every object below a prefix, sorted by name; empty where there is nothing.
+
+    Links to directories are followed on request only: what is listed may be deleted. Raises `InputError` naming a
+    directory that this user may not list.
+    """
     if not is_s3(uri):
-        root = local_path(uri)
-        files = []
-        for path in root.rglob("*"):
-            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-                if path.is_file() and not path.name.startswith(PART_PREFIX):
-                    files.append(StoredObject(path.relative_to(root).as_posix(), path.stat().st_size))
-        return sorted(files)
+        return sorted(_walk(local_path(uri), follow_links=follow_links))
     return sorted(StoredObject(name, size) for name, (size, _) in list_versions(uri).items())
 
 
@@ -144,7 +148,9 @@ def delete(uri: str) -> None:
     if is_s3(uri):
         _s3().delete(uri)
     else:
-        local_path(uri).unlink(missing_ok=True)
+        path = local_path(uri)
+        with _local_write_errors(path, "deleted"):
+            path.unlink(missing_ok=True)
 
 
 def delete_all(uri: str, *, first: str | None = None) -> None:
@@ -212,14 +218,55 @@ def _remove_abandoned(directory: Path, pid: int) -> None:
                 part.unlink()
 
 
+def _walk(root: Path, *, follow_links: bool) -> Iterator[StoredObject]:
+    """Yield the files below a directory, named from there."""
+    pending: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]  # and what each is in
+    while pending:
+        prefix, above = pending.pop()
+        directory = root / prefix
+        try:
+            about = directory.stat()
+            here = above | {(about.st_dev, about.st_ino)}
+            if len(here) == len(above):  # by a link back to a directory that it is in
+                continue
+            with os.scandir(directory) as entries:
+                for entry in entries:
+                    name = prefix + entry.name
+                    try:
+                        if entry.is_dir(follow_symlinks=follow_links):
+                            pending.append((f"{name}/", here))
+                        elif entry.is_file() and not entry.name.startswith(PART_PREFIX):
+                            yield StoredObject(name, entry.stat().st_size)
+                    except OSError as error:
+                        if error.errno not in ABSENT:
+                            raise _unlisted(root / name, error) from None
+        except OSError as error:
+            if error.errno not in ABSENT:
+                raise _unlisted(directory, error) from None
+
+
+def _unlisted(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path} cannot be listed: {error.strerror}; change its permissions, or move it elsewhere")
+
+
 @contextlib.contextmanager
-def _local_write_errors(path: Path) -> Iterator[None]:
+def _local_read_errors(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except PermissionError:
+        raise InputError(
+            f"{uri} may not be read by this user; change its permissions, or those of the directories it is in"
+        ) from None
+
+
+@contextlib.contextmanager
+def _local_write_errors(path: Path, done: str = "written") -> Iterator[None]:
     try:
         yield
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}; choose a directory you may write to") from None
+        raise InputError(f"{path} cannot be {done}: {error.strerror}; choose a directory you may write to") from None
     except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from None
+        raise InputError(f"{path} cannot be {done}: {error.strerror}") from None
 
 
 def _s3():

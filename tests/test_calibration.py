@@ -217,6 +217,11 @@ def test_frames_are_numbers_at_the_ends_of_names_else_the_order_of_the_file():
     assert timeline.video.tolist() == [0, 0, 1, 1, 0]
     assert make_timeline(["a/one.jpg", "a/00900.jpg", "a/one.jpg", "a/two.jpg"]).frame.tolist() == [0, 1, 0, 2]
     assert make_timeline(["a/20201231235959001.jpg", "a/20201231235959002.jpg"]).frame.tolist() == [0, 1]
+    faces = ["a/00001_0.jpg", "a/00009_0.jpg", "a/00900_0.jpg", "b/1_3.jpg", "b/1_5.jpg"]  # a: no numbers of frames
+    assert make_timeline(faces).frame.tolist() == [0, 1, 2, 0, 2]
+    assert make_timeline(["a/12.5.jpg", "a/12.9.jpg", "a/13.0.jpg"]).frame.tolist() == [0, 1, 2]  # seconds
+    assert make_timeline(["a/f.0010.jpg", "a/f.0012.jpg"]).frame.tolist() == [0, 2]
+    assert make_timeline(["1.jpg", "2.jpg", "5.jpg"], ["x", "y", "x"]).frame.tolist() == [0, 0, 4]
     assert video_names(["deep/er/1.jpg", "1.jpg"]) == ["deep/er", "1.jpg"]
 
 

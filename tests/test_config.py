@@ -102,6 +102,7 @@ def test_building_leaves_its_layers_and_the_presets_as_they_were():
         ({"engine": {"zero_stage": 4}}, "engine.zero_stage is 4: expected 0, 1 or 2"),
         ({"data": {"streams": 5}}, "data.streams 5 does not divide train.global_batch 24"),
         ({"ray": {"num_ranks": [1, 30]}}, "ray.num_ranks goes up to 30 but there are 24 streams"),
+        ({"ray": {"gpus_per_rank": 2}}, "ray.gpus_per_rank is 2; a rank computes on one GPU: 0 or 1"),
         ({"run": {"name": "../x"}}, "run.name is '../x': a run name is letters"),
     ],
 )

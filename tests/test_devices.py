@@ -8,6 +8,7 @@ import contextlib
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mtl_dist.config import build_config, unflatten
@@ -15,7 +16,7 @@ from mtl_dist.data.augment import normalise
 from mtl_dist.models import build_model
 from mtl_dist.objective.module import ObjectiveModule
 from mtl_dist.presets import PRESETS
-from mtl_dist.runtime.engine import build_optimizer
+from mtl_dist.runtime.engine import build_engine, build_optimizer
 from mtl_dist.runtime.step import train_step
 from mtl_dist.tasks import Batch, LabelCounts, Labels
 
@@ -123,3 +124,18 @@ def test_a_forgotten_tensor_is_refused(device):
     fake = FakeTensorMode(allow_non_fake_inputs=True) if device == "cuda" else contextlib.nullcontext()
     with fake, pytest.raises(RuntimeError, match="device"):
         moved.to(device) * forgotten
+
+
+def test_deepspeeds_collectives_wait_as_long_as_ours(monkeypatch):
+    """A group that DeepSpeed makes itself has NCCL's 10 minutes: ranks would abort before the watchdog names one."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    config = make_config("small", **{"engine.hang_s": 7200.0})
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        build_engine(make_module(config), config, num_ranks=1, device=torch.device("cpu"))
+        from deepspeed.utils import groups
+
+        backend = groups._get_data_parallel_group()._get_backend(torch.device("cpu"))
+        assert backend.options._timeout.total_seconds() == 14400
+    finally:
+        dist.destroy_process_group()

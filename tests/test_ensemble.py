@@ -26,6 +26,7 @@ from mtl_dist.runtime.checkpoint import best, committed
 from mtl_dist.runtime.ensembling import TEST, VAL, map_here, table_name
 from mtl_dist.runtime.evaluate import Predicted
 from mtl_dist.runtime.launch import TaskFailed
+from mtl_dist.runtime.members import load_model, open_member
 from mtl_dist.runtime.predictions import read_predictions
 from mtl_dist.shards import create
 from mtl_dist.tasks import AUS, EXPRESSIONS, VIEWS
@@ -285,6 +286,14 @@ def test_a_bad_test_list_is_one_message_before_anything_is_predicted(runs, datas
 def test_flags_that_cannot_be_meant_are_refused(args, words):
     with pytest.raises(InputError, match=words):
         main(["--runs", "run", "--out", "out", *args])
+
+
+def test_a_checkpoint_that_its_run_deletes_meanwhile_is_one_message(runs, tmp_path):
+    shutil.copytree(runs / "cropped", tmp_path / "run")
+    member = open_member(str(tmp_path / "run"))
+    shutil.rmtree(member.checkpoint.uri)
+    with pytest.raises(InputError, match="deleted meanwhile: its run is training"):
+        load_model(member.checkpoint, member.config)
 
 
 @pytest.mark.parametrize("place", ["disk", "s3"])

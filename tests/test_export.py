@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,13 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.numpy import load_file
 
-from mtl_dist import export, predict
+from mtl_dist import export, predict, storage
 from mtl_dist.config import ModelConfig
 from mtl_dist.data.decode import decode
 from mtl_dist.data.synthetic import write_synthetic
 from mtl_dist.errors import InputError
 from mtl_dist.models import build_model
-from mtl_dist.runtime import graph
+from mtl_dist.runtime import graph, trained
 from mtl_dist.runtime.checkpoint import best, committed
 from mtl_dist.runtime.evaluate import predict as predict_batches
 from mtl_dist.runtime.frames import unlabelled
@@ -203,6 +204,32 @@ def test_a_run_without_a_finished_checkpoint_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"nothing has no committed checkpoint"):
         export.main([str(tmp_path / "nothing"), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_an_out_that_cannot_be_written_is_refused_before_anything_is_made(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(trained, "load_trained", lambda found: pytest.fail("begun"))
+    (tmp_path / "file").touch()
+    (tmp_path / "earlier").mkdir()
+    real = tempfile.mkstemp
+
+    def mkstemp(*args, **options):
+        if Path(options["dir"]).name == "earlier":  # read-only, for everyone but root
+            raise PermissionError(13, "Permission denied")
+        return real(*args, **options)
+
+    monkeypatch.setattr(tempfile, "mkstemp", mkstemp)
+    with pytest.raises(InputError, match=rf"--out is {tmp_path}/file, which is a file; expected a directory"):
+        export.main([str(run), "--out", f"{tmp_path}/file"])
+    with pytest.raises(InputError, match=rf"{tmp_path}/earlier/.* cannot be written: Permission denied"):
+        export.main([str(run), "--out", f"{tmp_path}/earlier/"])
+    assert {path.name for path in tmp_path.rglob("*")} == {"file", "earlier"}
+
+
+def test_what_cannot_be_deleted_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"file/config\.json cannot be deleted: Not a directory; choose a directory"):
+        storage.delete(f"{tmp_path}/file/config.json")
+    storage.delete(f"{tmp_path}/gone")
 
 
 def test_an_export_into_the_run_itself_is_refused(run):

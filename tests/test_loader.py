@@ -118,7 +118,7 @@ def test_a_batch_of_nothing_keeps_its_shapes(train):
 
 
 def test_names_and_rows_are_those_of_the_annotations(dataset, train):
-    rows, names = train.rows_and_names()
+    rows, names, _ = train.names()
     assert sorted(rows.tolist()) == list(range(40))
     images = read_annotations(dataset / FILES["train"]).images
     assert names == [images[row] for row in rows]
@@ -133,7 +133,7 @@ def test_images_of_mixed_sizes_are_resized_to_one(tmp_path):
         path.write_bytes(simplejpeg.encode_jpeg(image, quality=95))
     create(source, str(tmp_path / "shards"), views=("cropped",), frames_per_shard=5, jobs=1)
     reader = open_reader(tmp_path / "shards" / "cropped" / "train")
-    _, names = reader.rows_and_names()
+    names = reader.names().images
     batch = reader.read_batch(np.arange(12), 64)
     assert batch.inputs.shape == (12, 1, 3, 64, 64)
     for i, name in enumerate(names):

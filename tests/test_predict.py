@@ -21,10 +21,11 @@ from PIL import Image
 
 from mtl_dist import predict, storage
 from mtl_dist.data.decode import decode
+from mtl_dist.data.submission import find_images, read_test_list
 from mtl_dist.data.synthetic import write_synthetic
-from mtl_dist.errors import InputError
+from mtl_dist.errors import InputError, StorageError
 from mtl_dist.runtime import parts
-from mtl_dist.runtime.checkpoint import COMMIT, committed
+from mtl_dist.runtime.checkpoint import COMMIT, best, committed
 from mtl_dist.runtime.frames import count_frames, image_batches, read_image, video_batches
 from mtl_dist.runtime.inputs import open_frames
 from mtl_dist.runtime.members import open_member, predict_member
@@ -34,6 +35,7 @@ from mtl_dist.runtime.trained import load_trained, open_trained
 from mtl_dist.tasks import AUS, EXPRESSIONS
 from tests.conftest import assert_one_message, run_here
 from tests.fatal_frames import FatalFrames
+from tests.test_ensemble import rewrite_state
 
 SIZE = 80  # of the images that the run was trained at
 
@@ -46,18 +48,26 @@ def faces(tmp_path_factory) -> Path:
     return root / "cropped"
 
 
-def write_video(path: Path, *, frames: int = 12, width: int = 96, height: int = 80, degrees: int = 0) -> Path:
-    """Write a video whose frames tell their number by their brightness, brighter in the upper left corner."""
-    with av.open(str(path), "w") as container:
+def write_video(
+    path: Path | str, *, frames: int = 12, width: int = 96, height: int = 80, degrees: int = 0, times=None
+) -> Path:
+    """Write a video whose frames tell their number by their brightness, brighter in the upper left corner.
+
+    `times` are those of its frames in 1/25 s, where they are not one after the other.
+    """
+    path = Path(path)
+    with av.open(str(path.absolute()), "w") as container:
         stream = container.add_stream("mpeg4", rate=25, options={"qscale": "2"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.time_base = Fraction(1, 25)
         if degrees:
             stream.set_display_rotation(degrees)
-        for number in range(frames):
-            pixels = np.full((height, width, 3), 20 + 10 * number, np.uint8)
+        for number, time in enumerate(times or range(frames)):
+            pixels = np.full((height, width, 3), (20 + 10 * number) % 256, np.uint8)
             pixels[: height // 3, : width // 3] = 240
-            for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 25)
+            for packet in stream.encode(frame):
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)
@@ -223,6 +233,25 @@ def test_a_video_is_turned_as_its_display_matrix_says(tmp_path, degrees, corner)
     assert batch.inputs.shape == (2, 1, 3, 80, 80)
 
 
+def test_a_video_without_a_count_of_frames_is_refused_where_it_ends_before_its_time(tmp_path):
+    # At any frame rate: the second has most of its frames in its first second.
+    for times in (range(100), [*range(20), *range(20, 2000, 100)]):
+        whole = write_video(tmp_path / "whole.mkv", times=times)
+        assert count_frames(whole) == len(times)
+        cut = tmp_path / "cut.mkv"
+        cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+        with pytest.raises(InputError, match=r"video .*cut\.mkv is cut short: its header says \d+\.\d s, and it ends"):
+            open_frames(str(cut), scratch=tmp_path)
+
+
+def test_a_video_may_have_a_colon_in_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_video("12:30.mp4", frames=2)
+    video = open_frames("12:30.mp4", scratch=tmp_path)
+    assert video.names(np.array([1])) == ["12:30/00002.jpg"]
+    assert len(next(video.batches(80, batch=4, workers=0, part=0, num_parts=1)).rows) == 2
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
 def test_a_png_is_read_as_pil_reads_it(tmp_path, mode):
     pixels = np.random.default_rng(0).integers(0, 255, (30, 30, 3), np.uint8)
@@ -255,6 +284,7 @@ def make_bad_inputs(root: Path) -> dict[str, tuple[Path, str]]:
     (root / "cut.mp4").write_bytes(whole.read_bytes()[:-400])  # the table of frames is at its end
     (root / "list.txt").write_text("a/1.jpg\nb/2.jpg\n")
     (root / "words.txt").write_text("image\na/1.jpg\nsome words\n")
+    (root / "bitmap.txt").write_text("a/1.bmp\na/2.jpg\n")
     (root / "empty.txt").write_text("image\n")
     (root / "notes.md").write_text("image\n")
     (root / "nothing").mkdir()
@@ -264,6 +294,7 @@ def make_bad_inputs(root: Path) -> dict[str, tuple[Path, str]]:
         "no video": (root / "gone.mp4", r"video .*gone\.mp4 does not exist"),
         "missing images": (root / "list.txt", r"2 of 2 images of .*list\.txt do not exist below .*: a/1.jpg, b/2.jpg"),
         "words in a list": (root / "words.txt", r"words\.txt:3: 'some words' is no image path"),
+        "a first line that is no header": (root / "bitmap.txt", r"bitmap\.txt:1: 'a/1\.bmp' is no image path"),
         "empty list": (root / "empty.txt", r"empty\.txt names no image"),
         "no list": (root / "gone.txt", r"gone\.txt cannot be read"),
         "foreign file": (root / "notes.md", r"notes\.md is no image, video or list by its name"),
@@ -300,6 +331,89 @@ def test_bad_options_are_refused_before_anything_is_predicted(run, faces, tmp_pa
         with pytest.raises(InputError, match=pattern):
             run_predict(*args)
     assert (tmp_path / "out.csv").read_text() == "an earlier file"
+
+
+def test_a_folder_is_listed_through_links_once_and_never_in_circles(tmp_path):
+    folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
+    for directory in (folder / "own", elsewhere):
+        directory.mkdir(parents=True)
+        (directory / "1.jpg").touch()
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "own" / "2.jpg").symlink_to(elsewhere / "1.jpg")
+    (folder / "own" / "up").symlink_to(folder)
+    (folder / "self.jpg").symlink_to(folder / "self.jpg")
+    (elsewhere / "back").symlink_to(folder)
+    (folder / f"{storage.PART_PREFIX}1.jpg").touch()
+    assert open_frames(str(folder), scratch=tmp_path).listed == ("linked/1.jpg", "own/1.jpg", "own/2.jpg")
+    # What is deleted is what is really there.
+    assert [name for name, _ in storage.list_objects(str(folder))] == ["own/1.jpg", "own/2.jpg"]
+    storage.delete_all(str(folder))
+    assert (elsewhere / "1.jpg").exists()
+    assert not folder.exists()
+    assert storage.list_objects(str(folder)) == []
+
+
+def refuse(monkeypatch, function: str, refused: Path | str) -> None:
+    """Refuse one path to os.<function>, as a file system does to everyone but root."""
+    real = getattr(os, function)
+
+    def guarded(path, *args, **options):
+        if str(path) == str(refused):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(os, function, guarded)
+
+
+def test_what_may_not_be_read_is_one_message_that_names_it(tmp_path, monkeypatch):
+    (tmp_path / "own").mkdir()
+    for name in ("1.jpg", "own/2.jpg"):
+        (tmp_path / name).touch()
+    with monkeypatch.context() as patch:
+        refuse(patch, "scandir", tmp_path / "own")
+        with pytest.raises(InputError, match=rf"{tmp_path}/own cannot be listed: Permission denied; change its"):
+            open_frames(str(tmp_path), scratch=tmp_path)
+    with monkeypatch.context() as patch:
+        refuse(patch, "stat", tmp_path / "own/2.jpg")
+        for read in (
+            lambda: storage.exists(f"{tmp_path}/own/2.jpg"),
+            lambda: find_images(str(tmp_path), "own", ["2.jpg"]),
+        ):
+            with pytest.raises(InputError, match=rf"{tmp_path}/own/2\.jpg may not be .* by this user"):
+                read()
+    monkeypatch.setattr(Path, "open", lambda path, *args: (_ for _ in ()).throw(PermissionError(13, "denied")))
+    for read in (storage.read_bytes, read_image, read_test_list):
+        with pytest.raises(InputError, match=rf"{tmp_path}/1\.jpg may not be read by this user"):
+            read(f"{tmp_path}/1.jpg")
+
+
+def test_a_store_that_is_away_is_no_fault_of_the_list(tmp_path, monkeypatch):
+    def read_bytes(uri: str, **options):
+        raise StorageError(f"{uri}: no answer")
+
+    monkeypatch.setattr(storage, "read_bytes", read_bytes)
+    for read in (read_test_list, lambda uri: open_frames(uri, scratch=tmp_path)):
+        with pytest.raises(StorageError, match="no answer"):
+            read("s3://mtl/list.txt")
+
+
+def test_names_that_no_table_can_hold_are_refused_at_once(run, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    odd = os.fsdecode(b"caf\xe9")
+    (folder / f"{odd}.jpg").touch()
+    for source in (folder, folder / f"{odd}.jpg", write_video(tmp_path / f"{odd}.mp4", frames=1)):
+        with pytest.raises(InputError, match=r"file name 'caf\\udce9(\.jpg)?' is not UTF-8"):
+            run_predict(run, source, tmp_path / "out.csv")
+
+
+def test_a_checkpoint_of_other_classes_is_refused_by_its_own_name_too(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    rewrite_state(tmp_path / "run", classes={"expressions": [*EXPRESSIONS[::-1]], "aus": list(AUS)})
+    chosen = best(committed(f"{tmp_path}/run")[0]).uri
+    for name in (chosen, f"{tmp_path}/run"):
+        with pytest.raises(InputError, match=rf"^{chosen} has other classes"):
+            open_trained(name)
 
 
 def test_a_run_whose_checkpoints_are_unfinished_is_refused(run, faces, tmp_path):

@@ -40,7 +40,10 @@ def test_a_table_of_predictions_comes_back_as_it_was(tmp_path):
     images = [f"video/{number:05d}.jpg" for number in range(50)]
     write_parquet(f"{tmp_path}/predictions.parquet", prediction_table(predicted, images, labels=True))
     found = read_predictions(f"{tmp_path}/predictions.parquet")
-    assert found.images == images
+    assert (found.images, found.videos) == (images, ["video"] * 50)
+    table = prediction_table(predicted, images, labels=True, videos=[f"v{number // 9}" for number in range(50)])
+    write_parquet(f"{tmp_path}/named.parquet", table)
+    assert read_predictions(f"{tmp_path}/named.parquet").videos == table["video"].to_pylist()
     for mine, read in zip(
         (predicted.rows, *predicted.predictions, *predicted.targets),
         (found.predicted.rows, *found.predicted.predictions, *found.predicted.targets),

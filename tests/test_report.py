@@ -12,6 +12,7 @@ import pytest
 from mtl_dist.config import build_config
 from mtl_dist.errors import InputError
 from mtl_dist.objective.metrics import Predictions, Targets, constant_scores, metric_sums, scores
+from mtl_dist.objective.smoothing import video_names
 from mtl_dist.report.__main__ import main
 from mtl_dist.report.affect import draw_affect
 from mtl_dist.report.calibration import draw_reliability, reliability, task_reliability
@@ -139,7 +140,7 @@ def test_intervals_equal_a_loop_over_draws_that_scores_the_drawn_videos_rows():
 
 def test_images_outside_of_videos_are_drawn_each_by_itself():
     images = ["v1/1.jpg", "v1/2.jpg", "face.jpg", "other.jpg", "v2_left/1.jpg", "v2_right/1.jpg"]
-    assert number_videos(images).tolist() == [0, 0, 1, 2, 3, 3]
+    assert number_videos(video_names(images)).tolist() == [0, 0, 1, 2, 3, 3]
 
 
 def test_names_with_dollars_are_drawn_as_they_are():

@@ -242,6 +242,12 @@ def test_tables_sort_by_value(tab):
     assert steps[len(known) :] == ["–"] * (len(steps) - len(known))  # missing last
     tab.click(heading.format(1))
     assert column(0) == sorted(column(0))
+    first = "document.querySelector('#runs table').tBodies[0].rows[{}].cells[0].textContent = 'run-{}'"
+    for row, number in enumerate((10, 9, 2)):
+        tab.evaluate(first.format(row, number))
+    tab.click(heading.format(1))
+    named = [name for name in column(0) if name.startswith("run-")]
+    assert named in (["run-2", "run-9", "run-10"], ["run-10", "run-9", "run-2"])  # by number, up or down
     assert tab.faults == []
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+import tarfile
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,13 +14,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
+from simplejpeg import encode_jpeg
 
+from mtl_dist import shards
 from mtl_dist.data.annotations import find_bad_name, is_image_name
 from mtl_dist.data.columns import Columns, TableOptions
+from mtl_dist.data.index import read_index
 from mtl_dist.data.sources import Source, read_source
 from mtl_dist.data.splits import group_rows, split_by_video, video_of
 from mtl_dist.data.tables import read_table
 from mtl_dist.errors import InputError
+from mtl_dist.report.intervals import number_videos
+from mtl_dist.runtime.members import Member, row_names
 from mtl_dist.tasks import AUS, EXPRESSIONS
 
 AU_NAMES = [f"AU{number}" for number in AUS]
@@ -384,6 +391,29 @@ def test_a_column_of_splits_parts_the_rows_and_others_are_counted(tmp_path):
     assert source.left_out == {"split 'test'": 2, "no split": 1}
     assert source.num_videos == {"train": 2, "val": 3}
     assert source.splits["val"].images == ["v1/1.jpg", "v4/1.jpg", "v6/1.jpg"]
+
+
+def test_videos_that_a_table_names_are_in_the_shards_and_part_what_is_scored(tmp_path):
+    """Of images without directories: else every image would be a video, and weights fitted on its neighbours."""
+    rows = [[f"{i:04d}.jpg", str(i % 8), "" if i == 7 else f"vidéo {i // 5}", "val" if i >= 20 else "train"]
+            for i in range(40)]  # fmt: skip
+    for row in rows:
+        (tmp_path / row[0]).write_bytes(encode_jpeg(np.full((16, 16, 3), 99, np.uint8)))
+    path = write(tmp_path / "t.csv", *rows, header=["image", "expression", "video", "split"])
+    shards.main(["create", str(path), str(tmp_path / "set"), "--views", "cropped", "--frames-per-shard", "8"])
+    for part, first, count in (("train", 0, 20), ("val", 20, 20)):
+        uri = f"{tmp_path}/set/cropped/{part}"
+        shards.main(["verify", uri])
+        names = row_names(Member("run", None, None, uri, read_index(uri)))
+        assert names.images == [row[0] for row in rows[first : first + count]]
+        assert names.videos == [row[2] or row[0] for row in rows[first : first + count]]
+    assert number_videos(names.videos).tolist() == [i // 5 for i in range(20)]
+    with tarfile.open(tmp_path / "set/cropped/val/shard-000000.tar") as tar:
+        label = json.load(tar.extractfile(tar.getmembers()[1]))
+    assert label["video"] == f"vidéo {label['row'] // 5}"
+    bad = write(tmp_path / "bad.csv", ["3.jpg", "1", "a\tb", "val"], header=["image", "expression", "video", "split"])
+    with pytest.raises(InputError, match=r"row 0 \(from 0\): video is 'a\\tb'; expected printable"):
+        read(bad)
 
 
 def test_a_person_or_video_on_both_sides_is_an_error_with_its_way_out(tmp_path):

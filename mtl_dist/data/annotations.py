@@ -41,11 +41,13 @@ class Annotations(NamedTuple):
     sha256: (
         str  # of the file's bytes; where a part of it was chosen (a table, a split, skipped rows) of these choices too
     )
+    videos: list[str] | None = None  # (N) where the source names them; None: an image's directory is its video
 
     def take(self, places: np.ndarray) -> Annotations:
         """Return the rows at `places`, in that order."""
         arrays = {key: value[places] for key, value in self._asdict().items() if isinstance(value, np.ndarray)}
-        return self._replace(images=[self.images[place] for place in places], **arrays)
+        videos = self.videos and [self.videos[place] for place in places]
+        return self._replace(images=[self.images[place] for place in places], videos=videos, **arrays)
 
 
 def read_annotations(path: Path) -> Annotations:

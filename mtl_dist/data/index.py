@@ -84,6 +84,8 @@ def read_index(uri: str) -> Index:
             f"no shard set at '{uri}': {INDEX_NAME} does not exist; make one with `python -m "
             "mtl_dist.shards create`, or correct the address"
         ) from None
+    except InputError:  # may not be read, or is too large: not damaged
+        raise
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is damaged: not JSON ({error}); make the set again, or restore it") from None
     claimed = raw.pop("sha256", None) if isinstance(raw, dict) else None

@@ -16,7 +16,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate
+from itertools import accumulate, repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -57,6 +57,14 @@ class _OpenShard(NamedTuple):
     sidecar: Sidecar
 
 
+class Names(NamedTuple):
+    """What n samples are called."""
+
+    rows: np.ndarray  # (n,) int64, their row numbers
+    images: list[str]
+    videos: list[str | None]  # None where the source has no name for it: an image's directory is its video
+
+
 class ShardReader:
     """Reads samples of one set. Safe to share between threads."""
 
@@ -87,10 +95,12 @@ class ShardReader:
             rows.append(shard.table[place * _ROW_BYTES : (place + 1) * _ROW_BYTES])
         return _collate(pixels, np.frombuffer(b"".join(rows)).reshape(-1, _ROW_WIDTH))
 
-    def rows_and_names(self) -> tuple[np.ndarray, list[str]]:
-        """Return the row number (n,) and the image name of every sample of the set, in its order."""
+    def names(self) -> Names:
+        """Return the names of every sample of the set, in its order."""
         sidecars = list(self._read_sidecars(lambda count: None))
-        return np.concatenate([s.row for s in sidecars]), [name for s in sidecars for name in s.image_names()]
+        images = [name for s in sidecars for name in s.image_names()]
+        videos = [name for s in sidecars for name in s.video_names() or repeat(None, len(s.row))]
+        return Names(np.concatenate([s.row for s in sidecars]), images, videos)
 
     def labelled_samples(self, progress: Callable[[int], None] = lambda count: None) -> dict[str, np.ndarray]:
         """Return {task: (n,) int64 ascending numbers of the samples that carry a label of it}; every task is there.

@@ -38,9 +38,25 @@ class Sidecar(NamedTuple):
     va_mask: np.ndarray  # (n,) uint8
     expr_mask: np.ndarray  # (n,) uint8
     au_mask: np.ndarray  # (n, 12) uint8
+    video: np.ndarray | None = None  # (n, w) uint8: the name of its video, as `image`; None: that is its directory
 
     def image_names(self) -> list[str]:
-        return [bytes(name).rstrip(b"\0").decode() for name in self.image]
+        return unpack_names(self.image)
+
+    def video_names(self) -> list[str] | None:
+        return None if self.video is None else unpack_names(self.video)
+
+
+def pack_names(names: list[str]) -> np.ndarray:
+    """Return names (n) as (n, w) uint8: UTF-8, padded with zeros."""
+    encoded = [name.encode() for name in names]
+    width = max(map(len, encoded))
+    return np.frombuffer(b"".join(name.ljust(width, b"\0") for name in encoded), np.uint8).reshape(-1, width)
+
+
+def unpack_names(packed: np.ndarray) -> list[str]:
+    """The inverse of `pack_names`. Raises UnicodeDecodeError."""
+    return [bytes(name).rstrip(b"\0").decode() for name in packed]
 
 
 _DTYPES = {
@@ -56,13 +72,17 @@ _DTYPES = {
     "expr_mask": "uint8",
     "au_mask": "uint8",
 }
+_NAMES = ("image", "video")
+_OPTIONAL = {"video": "uint8"}
 _WIDTHS = {"va": 2, "au": NUM_AUS, "au_mask": NUM_AUS}
 _LARGEST = {"expr": NUM_EXPRESSIONS - 1, "au": 1, "va_mask": 1, "expr_mask": 1, "au_mask": 1}
 
 
 def dump_sidecar(sidecar: Sidecar, about: dict) -> bytes:
     """Serialise; `about` (plan, tar size and checksum) goes into the header. Equal input gives equal bytes."""
-    arrays = {name: np.ascontiguousarray(array, _DTYPES[name]) for name, array in sidecar._asdict().items()}
+    dtypes = _DTYPES | _OPTIONAL
+    there = {name: array for name, array in sidecar._asdict().items() if array is not None}
+    arrays = {name: np.ascontiguousarray(array, dtypes[name]) for name, array in there.items()}
     _, body = _split_header(save(arrays))
     return save(arrays, metadata={"about": json.dumps({**about, "sha256": _digest(about, body)}, sort_keys=True)})
 
@@ -73,13 +93,14 @@ def parse_sidecar(data: bytes) -> Sidecar:
         arrays = load(data)
     except (SafetensorError, KeyError, TypeError) as error:  # the latter two of types that numpy lacks
         raise ValueError(f"not a safetensors file of arrays ({error})") from None
-    if set(arrays) != set(_DTYPES):
+    dtypes = _DTYPES | _OPTIONAL
+    if set(arrays) - set(_OPTIONAL) != set(_DTYPES):
         raise ValueError(f"holds the arrays {sorted(arrays)[:20]}; expected {sorted(_DTYPES)}")
     rows = arrays["row"].size
     for name, array in arrays.items():
-        width = array.shape[-1:] if name == "image" else tuple(filter(None, [_WIDTHS.get(name)]))
-        if array.dtype != _DTYPES[name] or array.shape != (rows, *width):
-            raise ValueError(f"array '{name}' is {array.dtype} {array.shape}; expected {_DTYPES[name]} {rows, *width}")
+        width = array.shape[-1:] if name in _NAMES else tuple(filter(None, [_WIDTHS.get(name)]))
+        if array.dtype != dtypes[name] or array.shape != (rows, *width):
+            raise ValueError(f"array '{name}' is {array.dtype} {array.shape}; expected {dtypes[name]} {rows, *width}")
     sidecar = Sidecar(**arrays)
     _check_values(sidecar)
     return sidecar
@@ -108,11 +129,16 @@ def _check_values(sidecar: Sidecar) -> None:
     for name, largest in _LARGEST.items():
         if (found := getattr(sidecar, name).max()) > largest:
             raise ValueError(f"array '{name}' holds {found}; expected 0 to {largest}")
-    if sidecar.image.shape[1] > MAX_NAME_BYTES:
-        raise ValueError(f"image names of {sidecar.image.shape[1]} bytes; at most {MAX_NAME_BYTES} are read")
+    for kind in _NAMES:
+        packed = getattr(sidecar, kind)
+        if packed is not None and packed.shape[1] > MAX_NAME_BYTES:
+            raise ValueError(f"{kind} names of {packed.shape[1]} bytes; at most {MAX_NAME_BYTES} are read")
     names = sidecar.image_names()  # raises UnicodeDecodeError, a ValueError
     if (place := find_bad_name(pa.array(names))) is not None:
         raise ValueError(f"row {sidecar.row[place]} has the image name {names[place]!r}; expected a relative path")
+    for row, video in zip(sidecar.row, sidecar.video_names() or ()):
+        if not video or not video.isprintable():
+            raise ValueError(f"row {row} has the video name {video!r}; expected printable text")
 
 
 def read_about(data: bytes) -> dict:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from mtl_dist import storage
 from mtl_dist.data.annotations import HEADER, is_image_name
-from mtl_dist.errors import InputError
+from mtl_dist.errors import InputError, StorageError
 
 MAX_LIST_BYTES = 256 << 20
 MAX_LISTED = 5  # images in one message
@@ -35,6 +36,8 @@ def read_test_list(uri: str) -> list[str]:
     """Read the image names of a test list, local or on s3://. Raises `InputError` naming file, line and value."""
     try:
         text = storage.read_bytes(uri, max_bytes=MAX_LIST_BYTES).decode("utf-8-sig")
+    except StorageError:  # an OSError too, but the same command may succeed later
+        raise
     except OSError as error:
         reason = error.strerror or error
         raise InputError(
@@ -92,4 +95,8 @@ def _stat(path: Path) -> tuple[int, int] | None:
         found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return (found.st_size, found.st_mtime_ns) if path.is_file() else None
+    except PermissionError:
+        raise InputError(
+            f"image {path} may not be looked up by this user; change the permissions of the directories it is in"
+        ) from None
+    return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None

@@ -62,6 +62,11 @@ def read_table(path: Path, options: TableOptions) -> Table:
     va, va_mask = reader.parse_va(columns, FORMATS[options.table_format].missing_va)
     expr, unlabelled = reader.parse_expressions(columns.expression, codes)
     au = np.column_stack([reader.parse_au(columns.aus.get(number), number) for number in AUS])
+    videos, named = video_of(images), None
+    if columns.video:
+        reader.check_videos(columns.video)
+        videos = pc.coalesce(texts[columns.video], videos)
+        named = [video or image for video, image in zip(videos.to_pylist(), images.to_pylist())]
     annotations = Annotations(
         row=row,
         images=images.to_pylist(),
@@ -72,10 +77,8 @@ def read_table(path: Path, options: TableOptions) -> Table:
         expr_mask=expr != MISSING_EXPR,
         au_mask=au != MISSING_AU,
         sha256=_fingerprint(path, options, columns),
+        videos=named,
     )
-    videos = video_of(images)
-    if columns.video:
-        videos = pc.coalesce(texts[columns.video], videos)
     persons = texts[columns.person] if columns.person else None
     return Table(annotations, columns, is_val, videos, persons, left_out, unlabelled)
 
@@ -94,6 +97,11 @@ class _Reader(NamedTuple):
             raise self.fault(
                 place, name, f"a relative path with '/', no '..', printable, at most {MAX_NAME_BYTES} bytes"
             )
+
+    def check_videos(self, name: str) -> None:
+        for place, video in enumerate(self.texts[name].to_pylist()):
+            if video and not (video.isprintable() and len(video.encode()) <= MAX_NAME_BYTES):
+                raise self.fault(place, name, f"printable text of at most {MAX_NAME_BYTES} bytes")
 
     def parse_va(self, columns: FoundColumns, missing: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
         """Return (N, 2) float64, 0 where missing, and (N,) bool."""

@@ -104,7 +104,7 @@ def _local_copy(uri: str, scratch: Path) -> Path:
 
 
 def _find_faults(tar: BinaryIO, sidecar: Sidecar, tar_bytes: int) -> Iterator[str]:
-    end, names = 0, sidecar.image_names()
+    end, names, videos = 0, sidecar.image_names(), sidecar.video_names()
     columns = (sidecar.row, sidecar.offset, sidecar.length, sidecar.crc32)
     for place, (row, begin, length, crc32) in enumerate(zip(*(column.tolist() for column in columns))):
         try:
@@ -128,7 +128,8 @@ def _find_faults(tar: BinaryIO, sidecar: Sidecar, tar_bytes: int) -> Iterator[st
             decode(image)
         except DecodeError as error:
             yield f", row {row}: {error}"
-        if not _same_labels(text, sidecar, place, names[place]):
+        named = {"image": names[place]} | ({"video": videos[place]} if videos else {})
+        if not _same_labels(text, sidecar, place, named):
             yield f", row {row}: its JSON member does not say what the sidecar says"
     if tar_bytes - end > MAX_PADDING or tar.seek(end) != end or any(tar.read(MAX_PADDING)):
         yield f": holds {tar_bytes - end} bytes behind the last member; expected a few blocks of zeros"
@@ -146,7 +147,7 @@ def _read_header(tar: BinaryIO, begin: int, name: str) -> int:
     return member.size
 
 
-def _same_labels(text: bytes, sidecar: Sidecar, place: int, image: str) -> bool:
+def _same_labels(text: bytes, sidecar: Sidecar, place: int, named: dict[str, str]) -> bool:
     try:
         found = json.loads(text)
         va = found.pop("va")
@@ -159,7 +160,7 @@ def _same_labels(text: bytes, sidecar: Sidecar, place: int, image: str) -> bool:
     au = [int(value) if known else None for value, known in zip(sidecar.au[place], sidecar.au_mask[place])]
     expected: dict[str, Any] = {
         "row": int(sidecar.row[place]),
-        "image": image,
+        **named,
         "expr": int(sidecar.expr[place]) if sidecar.expr_mask[place] else None,
         "au": au if any(sidecar.au_mask[place]) else None,
     }

@@ -13,7 +13,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from itertools import chain
+from itertools import chain, repeat
 from json.encoder import encode_basestring_ascii
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from mtl_dist.data import ustar
 from mtl_dist.data.annotations import Annotations
 from mtl_dist.data.decode import DecodeError, check
 from mtl_dist.data.index import FORMAT, INDEX_NAME, Index, ShardEntry, dump_index, read_index
-from mtl_dist.data.sidecar import Sidecar, dump_sidecar, read_about
+from mtl_dist.data.sidecar import Sidecar, dump_sidecar, pack_names, read_about
 from mtl_dist.errors import InputError
 from mtl_dist.tasks import AUS, EXPRESSIONS, NUM_EXPRESSIONS, SPLITS, LabelCounts
 
@@ -169,21 +169,20 @@ def write_shard(job: ShardJob) -> tuple[str, ShardEntry]:
     with storage.staged(storage.join(job.dest, f"{job.name}.tar")) as path, _building:
         places, sha256 = _write_tar(path, job)
         tar = {"tar_sha256": sha256, "tar_bytes": path.stat().st_size}
-    names = [name.encode() for name in job.labels.images]
-    width = max(map(len, names))
     labels = job.labels
     sidecar = Sidecar(
         row=labels.row,
         offset=places[:, 0],
         length=places[:, 1],
         crc32=places[:, 2],
-        image=np.frombuffer(b"".join(name.ljust(width, b"\0") for name in names), np.uint8).reshape(-1, width),
+        image=pack_names(labels.images),
         va=labels.va,
         expr=labels.expr,
         au=labels.au,
         va_mask=labels.va_mask,
         expr_mask=labels.expr_mask,
         au_mask=labels.au_mask,
+        video=pack_names(labels.videos) if labels.videos else None,
     )
     data = dump_sidecar(sidecar, {**job.about, **tar})
     storage.write_bytes(storage.join(job.dest, f"{job.name}.safetensors"), data)
@@ -354,11 +353,12 @@ def _label_texts(labels: Annotations) -> Iterator[bytes]:
     """
     columns = (labels.row, labels.va, labels.va_mask, labels.expr, labels.expr_mask)
     units = np.where(labels.au_mask, labels.au, _UNKNOWN).astype(np.uint8)  # (n, 12)
-    samples = zip(labels.images, units, *(column.tolist() for column in columns))
-    for image, au, row, (valence, arousal), va_mask, expr, expr_mask in samples:
+    videos = [f'"video": {encode_basestring_ascii(name)}, ' for name in labels.videos] if labels.videos else repeat("")
+    samples = zip(labels.images, videos, units, *(column.tolist() for column in columns))
+    for image, video, au, row, (valence, arousal), va_mask, expr, expr_mask in samples:
         va = f"[{round(valence, 6)}, {round(arousal, 6)}]" if va_mask else "null"
         text = (
-            f'{{"row": {row}, "image": {encode_basestring_ascii(image)}, "va": {va}, '
+            f'{{"row": {row}, "image": {encode_basestring_ascii(image)}, {video}"va": {va}, '
             f'"expr": {expr if expr_mask else "null"}, "au": {_au_text(au.tobytes())}}}'
         )
         yield text.encode()

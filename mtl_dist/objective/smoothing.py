@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-# A longer number at the end of a name is an identifier or a time, and no frame.
-_FRAME = re.compile(r"(?<!\d)(\d{1,9})(?:\.[^.]*)?$")
+# A longer number at the end of a name is an identifier or a time, and no frame; nor is what follows a decimal point.
+_FRAME = re.compile(r"(?<!\d)(?<!\d\.)(\d{1,9})(?:\.[^.]*)?$")
 
 
 class Timeline(NamedTuple):
@@ -23,18 +23,24 @@ def video_names(images: list[str]) -> list[str]:
     return [image.rpartition("/")[0] or image for image in images]
 
 
-def make_timeline(images: list[str]) -> Timeline:
-    """Place images named `video/frame.jpg` in time by the number their names end with.
+def make_timeline(images: list[str], videos: list[str] | None = None) -> Timeline:
+    """Place images in time by the number their names end with; `videos` None: those of `video_names`.
 
     Frames of s-Aff-Wild2 are sparse, so that neighbours in the file may be seconds apart: the number is the time. Where
-    any name of a video ends without one, the order of its images is taken for it. Rows of one image have one place.
+    a name of a video ends without one, or two of its images have the same, the order of its images is taken for it.
+    Rows of one image have one place.
     """
     numbers: dict[str, int] = {}
-    video = np.array([numbers.setdefault(name, len(numbers)) for name in video_names(images)], np.int64)
+    names = video_names(images) if videos is None else videos
+    video = np.array([numbers.setdefault(name, len(numbers)) for name in names], np.int64)
     matches = [_FRAME.search(image.rpartition("/")[2]) for image in images]
     frame = np.array([int(match[1]) if match else -1 for match in matches], np.int64)
     is_unnumbered = np.zeros(len(numbers), bool)
     is_unnumbered[video[frame < 0]] = True
+    taken: dict[tuple[int, int], str] = {}
+    for row, place in enumerate(zip(video.tolist(), frame.tolist())):
+        if taken.setdefault(place, images[row]) != images[row]:  # no number of frames: of faces, or of a part
+            is_unnumbered[place[0]] = True
     places: dict[int, dict[str, int]] = {}
     for row in np.flatnonzero(is_unnumbered[video]):
         seen = places.setdefault(int(video[row]), {})

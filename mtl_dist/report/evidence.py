@@ -22,7 +22,7 @@ from mtl_dist.report.results import (
     run_result,
 )
 from mtl_dist.report.tables import best_method
-from mtl_dist.runtime.members import image_names, open_member, unique_names
+from mtl_dist.runtime.members import open_member, row_names, unique_names
 from mtl_dist.tasks import LabelCounts
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def gather(command: ReportCommand, device: torch.device) -> Evidence:
     """Check all inputs, then predict every run."""
     members = [open_member(run, *command.val[place : place + 1]) for place, run in enumerate(command.runs)]
     check_same_data(members)
-    images = image_names(members[0], command.cache_dir)
+    images, videos = row_names(members[0], command.cache_dir)
     ensembles = [
         result._replace(name=name)
         for uri, name in zip(command.ensemble, unique_names(list(command.ensemble)))
@@ -71,6 +71,6 @@ def gather(command: ReportCommand, device: torch.device) -> Evidence:
     check_same_rows([*runs, *ensembles])
     labels = members[0].val.labels
     methods = group_methods(constant_result(runs[0].predicted, labels), runs, ensembles)
-    video = number_videos(images)
+    video = number_videos(videos)
     drawn = bootstrap(methods, video, num_draws=command.draws, seed=SEED)
     return Evidence(methods, labels, images, video, drawn)

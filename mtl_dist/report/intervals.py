@@ -13,7 +13,6 @@ import pyarrow as pa
 
 from mtl_dist.data.splits import group_rows
 from mtl_dist.objective.metrics import MetricSums
-from mtl_dist.objective.smoothing import video_names
 from mtl_dist.report.results import Method, Result
 from mtl_dist.tasks import NUM_AUS, NUM_EXPRESSIONS
 
@@ -44,9 +43,9 @@ class Bootstrap(NamedTuple):
         return _central(self.draws[method][key] - self.draws[reference][key]) if self.draws else None
 
 
-def number_videos(images: list[str]) -> np.ndarray:
-    """Number the videos of images (n,) from 0, as the ensemble deals them into folds: one without any stands alone."""
-    return group_rows(pa.array(video_names(images), pa.string()), None)
+def number_videos(videos: list[str]) -> np.ndarray:
+    """Number the videos of rows (n,) from 0, as the ensemble deals them into folds: halves of a video are one."""
+    return group_rows(pa.array(videos, pa.string()), None)
 
 
 def bootstrap(methods: list[Method], video: np.ndarray, *, num_draws: int, seed: int) -> Bootstrap:

@@ -1,4 +1,4 @@
-// Tables sort by a click on a heading: numbers by value, words by letter; what is missing goes last.
+// Tables sort by a click on a heading: numbers by value, words by letter and the numbers in them by value; what is missing goes last.
 for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0];
   const headings = [...table.tHead.rows[0].cells];
@@ -18,7 +18,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
       const sign = order === "ascending" ? 1 : -1;
       const rows = [...body.rows].sort((a, b) => {
         const [x, y] = [a.cells[column], b.cells[column]];
-        if (!isNumber) return sign * x.textContent.localeCompare(y.textContent);
+        if (!isNumber) return sign * x.textContent.localeCompare(y.textContent, undefined, { numeric: true });
         const [u, v] = [x.dataset.sort, y.dataset.sort].map((value) => (value === undefined ? NaN : Number(value)));
         if (Number.isNaN(u) || Number.isNaN(v)) return Number.isNaN(u) - Number.isNaN(v);
         return sign * (u - v);

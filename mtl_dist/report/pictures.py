@@ -20,7 +20,7 @@ class Pictures:
     def __init__(self, member: Member, cache_dir: Path | None):
         cache = Cache(cache_dir, max_bytes=int(member.config.data.cache_gib * GIB))
         self._reader = ShardReader(member.val_uri, member.val, cache)
-        self._sample = {int(row): place for place, row in enumerate(self._reader.rows_and_names()[0])}
+        self._sample = {int(row): place for place, row in enumerate(self._reader.names().rows)}
 
     def read(self, rows: np.ndarray, side: int) -> Batch:
         """Read rows (n,) as a batch of n pictures of `side` pixels, in their order."""

@@ -22,7 +22,7 @@ from mtl_dist.errors import InputError
 from mtl_dist.objective.metrics import AU_THRESHOLD, MetricSums, Predictions, Targets, metric_sums, scores
 from mtl_dist.runtime.checkpoint import FREE, MODEL
 from mtl_dist.runtime.evaluate import Predicted
-from mtl_dist.runtime.members import Member, image_names, predict_member, unique_names
+from mtl_dist.runtime.members import Member, predict_member, row_names, unique_names
 from mtl_dist.runtime.predictions import check_finite, prediction_table, read_key, read_predictions, write_parquet
 from mtl_dist.tasks import AUS, NUM_AUS, NUM_EXPRESSIONS, LabelCounts
 
@@ -151,9 +151,9 @@ def predict_run(
     predicted = predict_member(
         member, device=device, batch=batch, workers=workers, cache_dir=cache_dir, progress=progress
     )
-    images = image_names(member, cache_dir)
-    check_finite(predicted.predictions, images, source=member.checkpoint.uri)
-    table = prediction_table(predicted, images, labels=True)
+    names = row_names(member, cache_dir)
+    check_finite(predicted.predictions, names.images, source=member.checkpoint.uri)
+    table = prediction_table(predicted, names.images, labels=True, videos=names.videos)
     write_parquet(where, table, key=key)
     return read_predictions(where).predicted  # as the next report will read it
 

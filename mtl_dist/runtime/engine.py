@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from datetime import timedelta
 
 import torch
 from torch import nn
@@ -17,12 +18,16 @@ def build_engine(module: nn.Module, config: Config, *, num_ranks: int, device: t
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # before the first import: it is read there
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
+    from deepspeed.utils import groups
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # importing it set INFO again
-    # On CPUs DeepSpeed would compile a shared-memory all-reduce for inference: 30 s, a C++ compiler, of no use here.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device.type == "cpu":
+        # DeepSpeed would compile a shared-memory all-reduce for inference: 30 s, a C++ compiler, of no use here.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = torch.distributed.get_backend()
     deepspeed.init_distributed(dist_backend=backend, dist_init_required=False, verbose=False)
+    # The group of all its collectives. One that it makes itself has NCCL's timeout of 10 minutes, whatever ours is.
+    groups._WORLD_GROUP = torch.distributed.new_group(timeout=collective_timeout(config))
     # Weights stay contiguous (DeepSpeed broadcasts them as bytes, ZeRO flattens them); inputs are channels_last.
     module.to(device)
     engine, *_ = deepspeed.initialize(
@@ -32,6 +37,11 @@ def build_engine(module: nn.Module, config: Config, *, num_ranks: int, device: t
         dist_init_required=False,
     )
     return engine
+
+
+def collective_timeout(config: Config) -> timedelta:
+    """Longer than the watchdog waits, which knows who hangs and says so; NCCL's own 10 minutes are not."""
+    return timedelta(seconds=max(1800.0, 2 * config.engine.hang_s))
 
 
 def build_optimizer(module: nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -126,12 +136,15 @@ def _deepspeed_config(config: Config, num_ranks: int) -> dict:
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optim.clip_norm,
-        "zero_optimization": {"stage": config.engine.zero_stage},
+        # ZeRO allocates a bucket of float32 in every backward: 0.2 GB, where the default is 2.
+        "zero_optimization": {"stage": config.engine.zero_stage, "reduce_bucket_size": 50_000_000},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False}},  # it makes the device wait twice a step
     }
     if config.engine.autocast == "bf16":
-        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        # No module's gradients are added up in bfloat16, as ZeRO would: any stage has the same.
+        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     return settings

@@ -25,7 +25,7 @@ from mtl_dist.runtime.device import named_device
 from mtl_dist.runtime.evaluate import Predicted, predict
 from mtl_dist.runtime.frames import image_batches
 from mtl_dist.runtime.launch import TaskFailed, has_cluster, map_over_cluster
-from mtl_dist.runtime.members import Member, image_names, load_model, predict_member
+from mtl_dist.runtime.members import Member, load_model, predict_member, row_names
 from mtl_dist.runtime.predictions import (
     PredictionTable,
     check_finite,
@@ -177,7 +177,7 @@ def predict_task(task: MemberTask) -> dict[str, pa.Table]:
             predicted = predict_member(
                 member, device=device, batch=how.batch, workers=how.workers, cache_dir=how.cache_dir,
                 progress=advance, model=model)  # fmt: skip
-        tables[VAL] = _checked_table(predicted, image_names(member, how.cache_dir), member)
+        tables[VAL] = _checked_table(predicted, member, *row_names(member, how.cache_dir))
     if TEST in task.sets:
         config = member.config
         batches = image_batches(task.test_paths, batch=how.batch, size=config.data.image_size, workers=how.workers)
@@ -185,10 +185,12 @@ def predict_task(task: MemberTask) -> dict[str, pa.Table]:
             predicted = predict(
                 model, batches, device=device, size=config.input_size, bf16=config.engine.autocast == "bf16",
                 progress=advance)  # fmt: skip
-        tables[TEST] = _checked_table(predicted, task.test_names, member)
+        tables[TEST] = _checked_table(predicted, member, task.test_names)
     return tables
 
 
-def _checked_table(predicted: Predicted, images: list[str], member: Member) -> pa.Table:
+def _checked_table(
+    predicted: Predicted, member: Member, images: list[str], videos: list[str] | None = None
+) -> pa.Table:
     check_finite(predicted.predictions, images, source=member.checkpoint.uri)
-    return prediction_table(predicted, images, labels=True)
+    return prediction_table(predicted, images, labels=True, videos=videos)

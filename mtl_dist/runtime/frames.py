@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 PNG_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
+STATED_DURATION = ("matroska", "mov")  # formats whose duration is the header's: that of others may be estimated
+MAX_MISSING, MAX_MISSING_S = 0.1, 1.0  # at the end of a whole video, of its duration and in seconds
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -66,9 +68,28 @@ def video_batches(
 
 
 def count_frames(path: Path) -> int:
-    """Count the frames of a video without decoding it: as its header says, or its packets. Raises `InputError`."""
+    """Count the frames of a video without decoding it: as its header says, or its packets.
+
+    Raises `InputError`, also where packets end long before the duration that the header states: a Matroska file that
+    was cut short plays like a whole one.
+    """
+    num_frames, end_s = 0, 0.0
     with _open_video(path) as (container, stream):
-        return stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+        if stream.frames:
+            return stream.frames
+        for packet in container.demux():  # every stream: sound may well last longer than pictures
+            num_frames += packet.stream_index == stream.index and packet.size > 0
+            if packet.size and packet.pts is not None:
+                end_s = max(end_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        is_stated = container.format.name.startswith(STATED_DURATION) and container.duration
+        stated_s = container.duration / 1e6 if is_stated else 0.0
+    # Times, not counts: the frame rate of a video can vary.
+    if stated_s - end_s > max(MAX_MISSING_S, MAX_MISSING * stated_s):
+        raise InputError(
+            f"video {path} is cut short: its header says {stated_s:.1f} s, and it ends after {end_s:.1f} s; get the "
+            "whole file, or write what is left to a new one: ffmpeg -i OLD -c copy NEW"
+        )
+    return num_frames
 
 
 def read_image(path: Path | str, size: int | None = None) -> np.ndarray:
@@ -81,8 +102,6 @@ def read_image(path: Path | str, size: int | None = None) -> np.ndarray:
         data = storage.read_bytes(str(path), max_bytes=MAX_IMAGE_BYTES)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise InputError(f"image {path} does not exist; correct its path, or take it out of the list") from None
-    except PermissionError:
-        raise InputError(f"image {path} may not be read by this user; change its permissions") from None
     try:
         return _decode_png(data, size) if data.startswith(_PNG) else decode(data, size)
     except DecodeError as error:
@@ -97,7 +116,8 @@ def _open_video(path: Path):
     except ImportError:
         raise InputError("reading videos needs PyAV, which is not installed: pip install 'mtl_dist[video]'") from None
     try:
-        with av.open(str(path), metadata_errors="replace") as container:
+        # Of a relative path FFmpeg takes what is before a colon for a protocol.
+        with av.open(str(path.absolute()), metadata_errors="replace") as container:
             if not container.streams.video:
                 raise InputError(f"{path} holds no pictures, only {len(container.streams)} other stream(s)")
             yield container, container.streams.video[0]

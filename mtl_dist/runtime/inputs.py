@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -17,7 +17,7 @@ from mtl_dist.data.cache import Cache
 from mtl_dist.data.index import INDEX_NAME, check_stored, index_dir, read_index
 from mtl_dist.data.loader import eval_batches
 from mtl_dist.data.reader import ShardReader
-from mtl_dist.errors import InputError
+from mtl_dist.errors import InputError, StorageError
 from mtl_dist.runtime.frames import IMAGE_SUFFIXES, VIDEO_SUFFIXES, count_frames, image_batches, video_batches
 from mtl_dist.tasks import Batch
 
@@ -84,7 +84,7 @@ class ShardSet:
         return eval_batches(self._reader(), rank=part, num_ranks=num_parts, **sizes)
 
     def names(self, rows: np.ndarray) -> list[str]:
-        stored, names = self._reader().rows_and_names()
+        stored, names, _ = self._reader().names()
         order = np.argsort(stored)
         return [names[order[place]] for place in np.searchsorted(stored, rows, sorter=order)]
 
@@ -116,7 +116,7 @@ def open_frames(
     if suffix in IMAGE_SUFFIXES:
         if not storage.exists(uri):
             raise InputError(f"image {uri} does not exist; correct its path")
-        return ImageFiles(parent_uri(uri), (uri.rpartition("/")[2],))
+        return ImageFiles(parent_uri(uri), _check_text([uri.rpartition("/")[2]]))
     if uri.endswith(f"/{INDEX_NAME}") or storage.exists(storage.join(uri, INDEX_NAME)):
         index = read_index(uri)
         check_stored(uri, index)
@@ -125,21 +125,28 @@ def open_frames(
 
 
 def _open_list(uri: str, root: str) -> ImageFiles:
-    """A path a line; a first line that is no path of an image is a header, as the challenge's lists have."""
+    """A path a line, after a header or without: `image`, or that of the challenge, which has commas."""
     try:
         lines = storage.read_bytes(uri, max_bytes=MAX_LIST_BYTES).decode("utf-8-sig").rstrip().splitlines()
+    except StorageError:  # an OSError too, but the same command may succeed later
+        raise
     except OSError as error:
         raise InputError(f"list {uri} cannot be read ({error.strerror or error}); give one image path a line") from None
     except UnicodeDecodeError:
         raise InputError(f"list {uri} is not UTF-8 text; expected one image path a line") from None
     names = [line.strip() for line in lines]
-    header = int(bool(names) and _suffix(names[0]) not in IMAGE_SUFFIXES)
+    header = int(bool(names) and _is_header(names[0]))
     for number, name in enumerate(names[header:], start=header + 1):
         if _suffix(name) not in IMAGE_SUFFIXES:
             raise InputError(f"{uri}:{number}: {name[:100]!r} is no image path ({', '.join(IMAGE_SUFFIXES)})")
     if not names[header:]:
         raise InputError(f"list {uri} names no image; expected one path a line")
     return _check_images(ImageFiles(root, tuple(names[header:])), uri)
+
+
+def _is_header(line: str) -> bool:
+    """Whether a line cannot be meant as a path: an image of another format must be named, not passed over."""
+    return _suffix(line) not in IMAGE_SUFFIXES and ("," in line or not {"/", "."} & set(line))
 
 
 def _check_images(files: ImageFiles, uri: str) -> ImageFiles:
@@ -164,26 +171,37 @@ def _open_video(uri: str, every: int, scratch: Path) -> VideoFile:
     try:
         if storage.is_s3(uri):
             storage.download(uri, path)
-        elif not path.is_file():
+        elif not storage.exists(uri):
             raise FileNotFoundError(path)
     except FileNotFoundError:
         raise InputError(f"video {uri} does not exist; correct its path") from None
-    return VideoFile(path, every, -(-count_frames(path) // every), name.rpartition(".")[0])
+    (title,) = _check_text([name.rpartition(".")[0]])
+    return VideoFile(path, every, -(-count_frames(path) // every), title)
 
 
 def _open_directory(uri: str) -> ImageFiles:
-    if not storage.is_s3(uri) and storage.local_path(uri).is_file():
+    if not storage.is_s3(uri) and storage.exists(uri):
         raise InputError(
             f"{uri} is no image, video or list by its name; expected {', '.join((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))}, "
             "or .txt, or a directory"
         )
-    names = [found.name for found in storage.list_objects(uri)]
+    names = [found.name for found in storage.list_objects(uri, follow_links=True)]
     names = [name for name in names if _suffix(name) in IMAGE_SUFFIXES and not name.rpartition("/")[2].startswith(".")]
     if not names:
         raise InputError(
             f"no images at {uri} ({', '.join(IMAGE_SUFFIXES)}) and no shard set ({INDEX_NAME}); correct the path"
         )
-    return ImageFiles(uri, tuple(names))
+    return ImageFiles(uri, _check_text(names))
+
+
+def _check_text(names: Sequence[str]) -> tuple[str, ...]:
+    """Return names of files that can be written to a table: on a disk they may be any bytes."""
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"file name {name!a} is not UTF-8, so no table can hold it; rename the file") from None
+    return tuple(names)
 
 
 def _image_uri(root: str, name: str) -> str:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from mtl_dist import storage
 from mtl_dist.config import Config
 from mtl_dist.errors import InputError
+from mtl_dist.runtime.engine import collective_timeout
 from mtl_dist.runtime.stopping import StopFlag, driver_signals
 
 # Environment that ranks need and a cluster's nodes may lack: the driver's own is handed on, by name.
@@ -145,7 +146,7 @@ def run_local(config: Config) -> None:
     if use_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     backend = "nccl" if use_cuda else "gloo"
-    timeout = _collective_timeout(config)
+    timeout = collective_timeout(config)
     if is_torchrun():
         _join_torchrun(backend, timeout)
     else:
@@ -162,11 +163,6 @@ def run_local(config: Config) -> None:
     dist.destroy_process_group()
     if status:
         sys.exit(status)
-
-
-def _collective_timeout(config: Config) -> timedelta:
-    """Longer than the watchdog waits, which knows who hangs and says so; NCCL's own 10 minutes are not."""
-    return timedelta(seconds=max(1800.0, 2 * config.engine.hang_s))
 
 
 def _join_torchrun(backend: str, timeout: timedelta) -> None:
@@ -234,7 +230,7 @@ def build_trainer(config: Config, *, note: str, callbacks: list | None = None):
     return TorchTrainer(
         _rank_main,
         train_loop_config={"config": config.model_dump(mode="json"), "note": note, "typed": typed_command()},
-        torch_config=TorchConfig(timeout_s=int(_collective_timeout(config).total_seconds())),
+        torch_config=TorchConfig(timeout_s=int(collective_timeout(config).total_seconds())),
         scaling_config=ScalingConfig(
             placement_strategy=config.ray.placement,
             num_workers=high if low == high else (low, high),
@@ -337,7 +333,8 @@ def map_over_cluster(
         )
     options = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": retries, "retry_exceptions": True}
     options["runtime_env"] = {"env_vars": {name: os.environ[name] for name in HANDED_ON if name in os.environ}}
-    task = ray.remote(_answer)
+    # A worker that has used one GPU stays on it: Ray starts another for the next task only where it is told here.
+    task = ray.remote(max_calls=1)(_answer) if gpus else ray.remote(_answer)
     names = {task.options(name=name, **options).remote(function, item): name for name, item in items.items()}
     try:
         while names:

@@ -117,7 +117,7 @@ def _train(
             context.observe(step_s=took_s, data_wait_s=waited_s, images_per_s=len(rows) / took_s)
             if saver.saved:
                 context.observe(checkpoint_step=saver.saved.step)
-            if unseen:  # the step before: its loss is there by now, and asking does not make the device wait
+            if unseen:  # the step before, whose loss is there by now: this one is under way meanwhile
                 _look_at(unseen, setup, tracker, saver)
             unseen = _Progress(step, epoch, lr, loss, rows, waited_s)
 

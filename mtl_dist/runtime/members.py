@@ -22,6 +22,7 @@ from mtl_dist.data.reader import ShardReader
 from mtl_dist.errors import InputError
 from mtl_dist.models import build_model
 from mtl_dist.objective.metrics import Predictions, Targets
+from mtl_dist.objective.smoothing import video_names
 from mtl_dist.runtime.checkpoint import CLASSES, Checkpoint, best, committed, read_model, read_state
 from mtl_dist.runtime.evaluate import Predicted, predict
 
@@ -74,15 +75,22 @@ def open_checkpoint(run_uri: str) -> tuple[Checkpoint, dict]:
         )
     try:
         state = read_state(chosen)
+    except FileNotFoundError:
+        raise deleted(chosen) from None
     except ValueError as error:
         raise InputError(f"{error}; delete {chosen.uri} to use the next best checkpoint") from None
+    check_classes(chosen, state)
+    return chosen, state
+
+
+def check_classes(checkpoint: Checkpoint, state: dict) -> None:
+    """Raise `InputError` where a checkpoint's outputs would be taken for those of other classes."""
     # Checkpoints of before the order was noted have this one: there has been no other.
     if state.get("classes", CLASSES) != CLASSES:
         raise InputError(
-            f"{chosen.uri} has other classes, or another order of them: {state['classes']}; expected {CLASSES}; its "
-            "outputs would be taken for those of others: train it again"
+            f"{checkpoint.uri} has other classes, or another order of them: {state['classes']}; expected {CLASSES}; "
+            "its outputs would be taken for those of others: train it again"
         )
-    return chosen, state
 
 
 def load_model(checkpoint: Checkpoint, config: Config) -> nn.Module:
@@ -90,9 +98,19 @@ def load_model(checkpoint: Checkpoint, config: Config) -> nn.Module:
     model = build_model(config.model.model_copy(update={"weights": "none"}), input_size=config.input_size)
     try:
         model.load_state_dict(read_model(checkpoint))
+    except FileNotFoundError:
+        raise deleted(checkpoint) from None
     except (ValueError, RuntimeError) as error:
         raise InputError(f"{checkpoint.uri}: {error}; delete it to use the next best checkpoint") from None
     return model.eval()
+
+
+def deleted(checkpoint: Checkpoint) -> InputError:
+    """What to say of a checkpoint that was there a moment ago."""
+    return InputError(
+        f"{checkpoint.uri} was deleted meanwhile: its run is training and keeps the newest and best checkpoints only; "
+        "start again"
+    )
 
 
 def predict_member(
@@ -130,7 +148,16 @@ def predict_member(
     )
 
 
-def image_names(member: Member, cache_dir: Path | None = None) -> list[str]:
-    """Return the image names of a member's validation rows, in ascending order of rows."""
-    rows, names = ShardReader(member.val_uri, member.val, Cache(cache_dir)).rows_and_names()
-    return [names[place] for place in np.argsort(rows)]
+class RowNames(NamedTuple):
+    """What validation rows are called, in ascending order of rows."""
+
+    images: list[str]
+    videos: list[str]
+
+
+def row_names(member: Member, cache_dir: Path | None = None) -> RowNames:
+    """Return the names of a member's validation rows and of their videos."""
+    rows, images, videos = ShardReader(member.val_uri, member.val, Cache(cache_dir)).names()
+    places = np.argsort(rows)
+    images, videos = ([names[place] for place in places] for names in (images, videos))
+    return RowNames(images, [own or video for own, video in zip(videos, video_names(images))])

@@ -1,7 +1,7 @@
 """Predictions of frames as a table, Parquet or CSV: what the ensemble and `predict` write and the report reads.
 
-A row a frame: row, image, valence, arousal, expression, p_<class> and p_AU<number>; in Parquet also the labels it was
-scored against where there were any (label_valence, ..., null where missing).
+A row a frame: row, image, valence, arousal, expression, p_<class> and p_AU<number>; of a validation set in Parquet also
+the image's video and the labels it was scored against (label_valence, ..., null where missing).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from mtl_dist import storage
 from mtl_dist.errors import InputError
 from mtl_dist.objective.metrics import Predictions, Targets
+from mtl_dist.objective.smoothing import video_names
 from mtl_dist.runtime.evaluate import Predicted
 from mtl_dist.tasks import AUS, EXPRESSIONS
 
@@ -28,6 +29,7 @@ class PredictionTable(NamedTuple):
 
     predicted: Predicted
     images: list[str]
+    videos: list[str]
 
 
 def check_finite(predictions: Predictions, images: list[str], *, source: str) -> None:
@@ -40,10 +42,14 @@ def check_finite(predictions: Predictions, images: list[str], *, source: str) ->
         )
 
 
-def prediction_table(predicted: Predicted, images: list[str], *, labels: bool) -> pa.Table:
-    """Return predictions as a table of float32 columns; with `labels`, the targets too."""
+def prediction_table(
+    predicted: Predicted, images: list[str], *, labels: bool, videos: list[str] | None = None
+) -> pa.Table:
+    """Return predictions as a table of float32 columns; with `labels`, the targets too, with `videos`, these."""
     predictions, targets = predicted.predictions, predicted.targets
     columns = {"row": pa.array(predicted.rows), "image": pa.array(images, pa.string())}
+    if videos is not None:
+        columns["video"] = pa.array(videos, pa.string())
     columns |= _floats(_VA, predictions.va.clip(-1, 1))
     columns["expression"] = pa.array([EXPRESSIONS[number] for number in predictions.expr.argmax(-1)], pa.string())
     columns |= _floats([f"p_{name}" for name in EXPRESSIONS], predictions.expr)
@@ -91,12 +97,13 @@ def read_predictions(uri: str) -> PredictionTable:
             )
         )
         rows, images = table["row"].to_numpy().astype(np.int64), table["image"].to_pylist()
+        videos = table["video"].to_pylist() if "video" in table.column_names else video_names(images)
     except FileNotFoundError:
         raise InputError(f"{uri} does not exist; it is what mtl_dist.ensemble writes") from None
     except (pa.ArrowException, KeyError, ValueError) as error:
         raise InputError(f"{uri} is not a table of predictions with labels ({error})") from None
     targets = Targets(va, expr[:, 0].astype(np.int64), au, ~missing_va[:, 0], ~missing_expr[:, 0], ~missing_au)
-    return PredictionTable(Predicted(rows, predictions, targets), images)
+    return PredictionTable(Predicted(rows, predictions, targets), images, videos)
 
 
 def _parse(data: bytes) -> pa.Table:

@@ -243,9 +243,11 @@ def read_lives(run_uri: str) -> list[dict[str, Any]]:
     """Return every start of a run, the latest last: life, started, step, num_ranks, host, command, typed."""
     where = storage.join(run_uri, LIVES)
     try:
-        return json.loads(storage.read_bytes(where))
+        data = storage.read_bytes(where)
     except FileNotFoundError:
         return []
+    try:
+        return json.loads(data)
     except ValueError as error:
         raise InputError(f"{where} is damaged ({error}); delete it: only the list of starts is lost") from None
 

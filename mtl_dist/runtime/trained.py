@@ -15,7 +15,7 @@ from mtl_dist.config import Config, build_config, explain_validation, flatten, u
 from mtl_dist.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from mtl_dist.errors import InputError
 from mtl_dist.runtime.checkpoint import DIRECTORY, MODEL, Checkpoint, committed, read_state
-from mtl_dist.runtime.members import load_model, open_checkpoint
+from mtl_dist.runtime.members import check_classes, deleted, load_model, open_checkpoint
 from mtl_dist.tasks import AUS, EXPRESSIONS
 
 EXPORT_FORMAT = "mtl_dist-export-1"
@@ -103,9 +103,13 @@ def _open_directory(uri: str, parent: str) -> tuple[Checkpoint, dict[str, Any]]:
     for checkpoint in found:
         if checkpoint.uri == uri:
             try:
-                return checkpoint, read_state(checkpoint)
+                state = read_state(checkpoint)
+            except FileNotFoundError:
+                raise deleted(checkpoint) from None
             except ValueError as error:
                 raise InputError(f"{error}; name another checkpoint, or the run") from None
+            check_classes(checkpoint, state)
+            return checkpoint, state
     why = [reason for reason in skipped if reason.startswith(f"{uri}:")] or [f"{uri} does not exist"]
     raise InputError(f"no finished checkpoint: {why[0]}; name another, or the run {run_uri}")
 
