@@ -206,12 +206,14 @@ def decode_with_simplejpeg(image: bytes) -> torch.Tensor:
     return torch.from_numpy(simplejpeg.decode_jpeg(image, "RGB"))
 
 
+DECODERS = {"PIL": decode_with_pil, "simplejpeg": decode_with_simplejpeg}
+
+
 def webdatasets(root: Path, shards: Path, samples) -> Iterator[tuple[str, Epoch]]:
     import webdataset as wds
 
     urls = [str(path) for path in sorted(shards.glob("*.tar"))]
-    decoders = {"PIL": decode_with_pil, "simplejpeg": decode_with_simplejpeg}
-    for name, decode in decoders.items():
+    for name, decode in DECODERS.items():
         for workers in (0, 1, 2):
             stages = wds.WebDataset(urls, shardshuffle=len(urls), seed=0, empty_check=False)
             stages = stages.shuffle(1000).to_tuple("jpg", "json")
@@ -253,17 +255,23 @@ def streamings(root: Path, shards: Path, samples) -> Iterator[tuple[str, Epoch]]
             writer.write({"image": image, "label": label_tensor(label).numpy()})
 
     class Faces(streaming.StreamingDataset):
+        def __init__(self, decode, **options):
+            super().__init__(**options)
+            self.decode = decode
+
         def __getitem__(self, place):
             item = super().__getitem__(place)
-            return decode_with_simplejpeg(item["image"]), torch.from_numpy(item["label"].copy())
+            return self.decode(item["image"]), torch.from_numpy(item["label"].copy())
 
-    for workers in (0, 1, 2):
-        streaming.base.util.clean_stale_shared_memory()
-        # Its sets of one process may not share a directory.
-        data = Faces(local=str(shutil.copytree(out, f"{out}-{workers}")), shuffle=True, batch_size=BATCH)
-        options = {"batch_size": BATCH, "num_workers": workers, "persistent_workers": workers > 0}
-        loader = torch.utils.data.DataLoader(data, **options)
-        yield f"MosaicML Streaming, {workers} processes", lambda number, loader=loader: count(loader)
+    for name, decode in DECODERS.items():  # PIL is what its own columns of images are decoded with
+        for workers in (0, 1, 2):
+            streaming.base.util.clean_stale_shared_memory()
+            # Its sets of one process may not share a directory.
+            local = str(shutil.copytree(out, f"{out}-{name}-{workers}"))
+            data = Faces(decode, local=local, shuffle=True, batch_size=BATCH)
+            options = {"batch_size": BATCH, "num_workers": workers, "persistent_workers": workers > 0}
+            loader = torch.utils.data.DataLoader(data, **options)
+            yield f"MosaicML Streaming + {name}, {workers} processes", lambda number, loader=loader: count(loader)
 
 
 if __name__ == "__main__":
