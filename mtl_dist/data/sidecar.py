@@ -71,18 +71,18 @@ _DTYPES = {
     "va_mask": "uint8",
     "expr_mask": "uint8",
     "au_mask": "uint8",
+    "video": "uint8",
 }
+_OPTIONAL = {"video"}
 _NAMES = ("image", "video")
-_OPTIONAL = {"video": "uint8"}
 _WIDTHS = {"va": 2, "au": NUM_AUS, "au_mask": NUM_AUS}
 _LARGEST = {"expr": NUM_EXPRESSIONS - 1, "au": 1, "va_mask": 1, "expr_mask": 1, "au_mask": 1}
 
 
 def dump_sidecar(sidecar: Sidecar, about: dict) -> bytes:
     """Serialise; `about` (plan, tar size and checksum) goes into the header. Equal input gives equal bytes."""
-    dtypes = _DTYPES | _OPTIONAL
     there = {name: array for name, array in sidecar._asdict().items() if array is not None}
-    arrays = {name: np.ascontiguousarray(array, dtypes[name]) for name, array in there.items()}
+    arrays = {name: np.ascontiguousarray(array, _DTYPES[name]) for name, array in there.items()}
     _, body = _split_header(save(arrays))
     return save(arrays, metadata={"about": json.dumps({**about, "sha256": _digest(about, body)}, sort_keys=True)})
 
@@ -93,14 +93,13 @@ def parse_sidecar(data: bytes) -> Sidecar:
         arrays = load(data)
     except (SafetensorError, KeyError, TypeError) as error:  # the latter two of types that numpy lacks
         raise ValueError(f"not a safetensors file of arrays ({error})") from None
-    dtypes = _DTYPES | _OPTIONAL
-    if set(arrays) - set(_OPTIONAL) != set(_DTYPES):
+    if set(arrays) | _OPTIONAL != set(_DTYPES):
         raise ValueError(f"holds the arrays {sorted(arrays)[:20]}; expected {sorted(_DTYPES)}")
     rows = arrays["row"].size
     for name, array in arrays.items():
         width = array.shape[-1:] if name in _NAMES else tuple(filter(None, [_WIDTHS.get(name)]))
-        if array.dtype != dtypes[name] or array.shape != (rows, *width):
-            raise ValueError(f"array '{name}' is {array.dtype} {array.shape}; expected {dtypes[name]} {rows, *width}")
+        if array.dtype != _DTYPES[name] or array.shape != (rows, *width):
+            raise ValueError(f"array '{name}' is {array.dtype} {array.shape}; expected {_DTYPES[name]} {rows, *width}")
     sidecar = Sidecar(**arrays)
     _check_values(sidecar)
     return sidecar

@@ -349,7 +349,7 @@ def _read_image(path: str, row: int, scratch: np.ndarray) -> bytes:
 def _label_texts(labels: Annotations) -> Iterator[bytes]:
     """Yield the JSON of every sample for other programs: null where there is no label.
 
-    Put together by hand, in a quarter of the time of json.dumps, which would make a tenth of a shard's.
+    Put together by hand, in a fraction of the time of json.dumps, which would make a tenth of a shard's.
     """
     columns = (labels.row, labels.va, labels.va_mask, labels.expr, labels.expr_mask)
     units = np.where(labels.au_mask, labels.au, _UNKNOWN).astype(np.uint8)  # (n, 12)
