@@ -247,6 +247,11 @@ def _calibrate(found: list[PredictionTable], command: EnsembleCommand) -> Fitted
         return None
     members, timeline = stack_members([table.predicted.predictions for table in found]), make_timeline(images, videos)
     options = {"steps": command.steps, "half_windows": command.half_windows}
+    if videos == images:
+        print(
+            "note: no image names a video that it shares with another, so single images are dealt into folds: where "
+            "several show one person, what is fitted on some is scored on that person too"
+        )
     with progress_bar("fitting", int(folds.max()) + 2) as advance:
         crossfit = cross_fit(members, targets, timeline, folds=folds, progress=advance, **options)
         final = fit(members, targets, timeline, **options)

@@ -103,6 +103,8 @@ def _check(command: PredictCommand) -> None:
         raise InputError("--runs names no run; expected one at least")
     if storage.absolute(command.out) == storage.absolute(command.input):
         raise InputError(f"--out is {command.out}, the --input itself, which it would replace; give another name")
+    if Path(command.out).is_dir():
+        raise InputError(f"--out is {command.out}, a directory; give a file's name, such as {command.out}/out.csv")
     for name, least in (("every_frames", 1), ("batch", 1), ("workers", 0), ("processes", 1)):
         value = getattr(command, name)
         if value is not None and value < least:

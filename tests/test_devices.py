@@ -1,27 +1,37 @@
-"""Nothing stays on the host that a GPU computes with: steps and predictions on devices that compute nothing.
+"""Nothing stays on the host that a GPU computes with, and GPUs predict what the CPU does.
 
-A GPU refuses to mix its tensors with the host's, and so do torch's "meta" device, which has shapes only, and its fake
-CUDA tensors. They show on any machine what a model, loss or balancer forgot to move.
+A GPU refuses to mix its tensors with the host's. So do, on any machine, torch's "meta" device, which has gradients and
+shapes, for steps; and the GPUs of tests/fake_gpus.py, which have numbers, for predictions.
 """
 
 import contextlib
+import json
+import os
 
+import numpy as np
+import pyarrow.csv
+import pyarrow.parquet
 import pytest
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import nn
+from torch.testing import assert_close
 
+from mtl_dist import ensemble, predict
 from mtl_dist.config import build_config, unflatten
 from mtl_dist.data.augment import normalise
 from mtl_dist.models import build_model
 from mtl_dist.objective.module import ObjectiveModule
 from mtl_dist.presets import PRESETS
+from mtl_dist.runtime import parts
 from mtl_dist.runtime.engine import build_engine, build_optimizer
 from mtl_dist.runtime.step import train_step
-from mtl_dist.tasks import Batch, LabelCounts, Labels
+from mtl_dist.tasks import Batch, LabelCounts, Labels, Outputs
+from tests import fake_gpus as gpus_that_are_not
+from tests.fake_gpus import fake_gpus
 
 SYSTEMS = ("a", "b", "baseline", "a-paper", "b-paper")
-BACKBONES = ("torchvision:convnext_tiny", "torchvision:vit_b_16", "torchvision:swin_t", "timm:efficientnet_b0")
+BACKBONES = ("torchvision:convnext_tiny", "timm:vit_tiny_patch16_224", "torchvision:swin_t", "timm:efficientnet_b0")
 BALANCERS = ("fixed", "uncertainty", "dwa", "famo")
 STEPS = [(system, {}) for system in SYSTEMS]
 STEPS += [("small", {"loss.balancing": way, "train.accumulation": n}) for way in BALANCERS for n in (1, 2)]
@@ -34,7 +44,8 @@ def make_batch():
     shape = (ROWS, 1)
     masks = torch.ones(shape, dtype=bool), torch.ones(shape, dtype=bool), torch.ones(*shape, 12, dtype=bool)
     labels = Labels(torch.zeros(*shape, 2), torch.zeros(shape, dtype=torch.int64), torch.zeros(*shape, 12), *masks)
-    inputs = torch.zeros(*shape, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randint(256, (*shape, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8, generator=generator)
     return Batch(inputs, torch.ones(ROWS, dtype=torch.int64), labels, torch.arange(ROWS)[:, None])
 
 
@@ -65,19 +76,6 @@ class Engine:
         self.optimizer.step()
 
 
-def to_fake_gpu(module):
-    for part in module.modules():
-        for name, tensor in part._parameters.items():
-            if tensor is not None:
-                part._parameters[name] = torch.nn.Parameter(
-                    torch.empty_like(tensor, device="cuda"), requires_grad=False
-                )
-        for name, tensor in part._buffers.items():
-            if tensor is not None:
-                part._buffers[name] = torch.empty_like(tensor, device="cuda")
-    return module
-
-
 @pytest.fixture
 def no_autocast(monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # unknown to "meta"
@@ -94,36 +92,91 @@ def test_a_step_computes_on_the_device_alone(system, changes, no_autocast):
         assert tensor.device.type == "meta"
 
 
-@pytest.fixture
-def autocast_of_gpus(monkeypatch):
-    """torch leaves it out where it sees no GPU."""
-    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True)
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU")
 
 
+@no_gpu
 @pytest.mark.parametrize("autocast", ["none", "bf16"])
 @pytest.mark.parametrize(("system", "backbone"), [(s, None) for s in SYSTEMS] + [("a", b) for b in BACKBONES])
-def test_predictions_and_sums_compute_on_a_gpu_alone(system, backbone, autocast, autocast_of_gpus):
+def test_the_second_gpu_computes_what_the_cpu_does(system, backbone, autocast):
     changes = {"model.backbone": backbone, "model.image_size": 224} if backbone else {}
     config, batch = make_config(system, **changes), make_batch()
-    module = make_module(config)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        to_fake_gpu(module)
-        inputs = normalise(batch.inputs.to("cuda"), config.input_size)
-        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=autocast == "bf16"):
-            sums = module.sums(inputs, batch.labels.to("cuda"))
-            outputs = module.model.eval()(inputs)
-    assert {tensor.device.type for tensor in (*sums, *outputs)} == {"cuda"}
-    assert {tensor.dtype for tensor in sums} == {torch.float64}
-    assert (torch.bfloat16 in {tensor.dtype for tensor in outputs}) == (autocast == "bf16")
+    module, found, bf16 = make_module(config).eval(), {}, autocast == "bf16"
+    for name in ("cpu", "cuda:1"):
+        device = torch.device(name)
+        with fake_gpus(2) if name != "cpu" else contextlib.nullcontext() as gpus, torch.no_grad():
+            module.to(device)
+            inputs = normalise(batch.inputs.to(device), config.input_size)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                sums, outputs = module.sums(inputs, batch.labels.to(device)), module.model(inputs)
+            assert {tensor.device for tensor in (*sums, *outputs)} == {device}
+            assert {tensor.dtype for tensor in sums} == {torch.float64}
+            assert (torch.bfloat16 in {tensor.dtype for tensor in outputs}) == bf16
+            found[name] = {key: tensor.double().cpu() for key, tensor in zip(Outputs._fields, outputs)}
+    assert list(gpus.used) == [1]
+    # Which operations are in bf16 is not the same on CPUs.
+    assert_close(found["cuda:1"], found["cpu"], rtol=0, atol=0.05 if bf16 else 1e-5)
 
 
-@pytest.mark.parametrize("device", ["meta", "cuda"])
-def test_a_forgotten_tensor_is_refused(device):
-    forgotten, moved = torch.full((3,), 2.0), torch.ones(3)
-    fake = FakeTensorMode(allow_non_fake_inputs=True) if device == "cuda" else contextlib.nullcontext()
-    with fake, pytest.raises(RuntimeError, match="device"):
-        moved.to(device) * forgotten
+def outputs_of(path):
+    table = (pyarrow.csv.read_csv if path.suffix == ".csv" else pyarrow.parquet.read_table)(path)
+    assert table.num_rows
+    numbers = [name for name in table.column_names if name.startswith(("p_", "valence", "arousal"))]
+    return table["image"].to_pylist(), np.stack([table[name].to_numpy() for name in numbers])
+
+
+@no_gpu
+def test_predict_gives_each_gpu_a_process_and_writes_what_the_cpu_does(runs, dataset, tmp_path, monkeypatch):
+    faces = dataset / "cropped"
+    args = ["--runs", str(runs / "cropped"), str(runs / "cropped_aligned"), "--input", str(faces), "--batch", "5"]
+    predict.main([*args, "--out", str(tmp_path / "cpu.csv"), "--device", "cpu"])
+    monkeypatch.setattr(parts, "_part_main", gpus_that_are_not.part_main)
+    monkeypatch.setenv("FAKE_GPUS", "2")
+    monkeypatch.setenv(gpus_that_are_not.USED_DIR, str(tmp_path))
+    with fake_gpus(2) as gpus:
+        predict.main([*args, "--out", str(tmp_path / "cuda.csv"), "--device", "cuda"])
+    assert not gpus.used  # nothing is left on a GPU by the process that waits
+    told = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json"))]
+    assert [(part["current"], part["used"]) for part in told] == [(0, [0]), (1, [1])]
+    assert len({os.getpid(), *(part["pid"] for part in told)}) == 3
+    (names, mine), (same_names, theirs) = outputs_of(tmp_path / "cuda.csv"), outputs_of(tmp_path / "cpu.csv")
+    assert names == same_names
+    np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-5)
+
+
+@no_gpu
+def test_an_ensemble_on_a_gpu_writes_what_the_cpu_does(runs, tmp_path):
+    args = ["--runs", str(runs / "cropped"), str(runs / "cropped_aligned"), "--local", "--steps", "weights"]
+    for device in ("cpu", "cuda"):
+        with fake_gpus() if device == "cuda" else contextlib.nullcontext() as gpus:
+            ensemble.main([*args, "--out", str(tmp_path / device), "--device", device])
+    assert list(gpus.used) == [0]
+    mine, theirs = (outputs_of(tmp_path / device / "predictions.parquet")[1] for device in ("cuda", "cpu"))
+    np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-5)
+
+
+@no_gpu
+@pytest.mark.parametrize(("device", "forgotten"), [("meta", "cpu"), ("cuda:0", "cpu"), ("cuda:0", "cuda:1")])
+def test_a_forgotten_tensor_is_refused(device, forgotten):
+    with fake_gpus(2):
+        left, moved = torch.full((3,), 2.0, device=forgotten), torch.ones(3).to(device)
+        with pytest.raises(RuntimeError, match="device"):
+            moved * left
+
+
+@no_gpu
+def test_these_gpus_refuse_what_a_gpu_refuses():
+    with fake_gpus(2):
+        here, there = torch.ones(3, device="cuda"), torch.ones(3).to("cuda:1")
+        for wrong in (
+            lambda: torch.cat([here, there]),
+            lambda: here.add_(torch.ones(3)),
+            lambda: nn.Linear(3, 1)(there),
+            lambda: here.to("cuda:2"),
+            lambda: here.numpy(),
+        ):
+            with pytest.raises(RuntimeError):
+                wrong()
 
 
 def test_deepspeeds_collectives_wait_as_long_as_ours(monkeypatch):

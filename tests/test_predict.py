@@ -314,6 +314,7 @@ def test_bad_input_is_one_message_that_names_it_and_nothing_is_written(run, tmp_
 def test_bad_options_are_refused_before_anything_is_predicted(run, faces, tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "predict_frames", lambda *args, **options: pytest.fail("predicted"))
     (tmp_path / "out.csv").write_text("an earlier file")
+    (tmp_path / "dir.csv").mkdir()
     cases = [
         ((run, faces, "out.json"), r"--out is out\.json; expected a name that ends with"),
         ((run, faces, tmp_path / "out.csv", "--every-frames", "2"), "--every-frames is for videos"),
@@ -321,6 +322,7 @@ def test_bad_options_are_refused_before_anything_is_predicted(run, faces, tmp_pa
         ((run, faces, tmp_path / "out.csv", "--batch", "0"), "--batch is 0; expected 1 or more"),
         ((run, write_video(tmp_path / "a, b.mp4"), tmp_path / "out.txt"), "'a, b' has a comma or newline in its name"),
         ((run, tmp_path / "list.txt", f"{tmp_path}/list.txt"), "the --input itself, which it would replace"),
+        ((run, faces, tmp_path / "dir.csv"), r"dir\.csv, a directory; give a file's name"),
         ((tmp_path, faces, tmp_path / "out.csv"), "has no committed checkpoint"),
         (
             (run / "checkpoints" / "step_000000099_00000000", faces, tmp_path / "out.csv"),

@@ -16,9 +16,11 @@ from mtl_dist.objective.smoothing import video_names
 from mtl_dist.report.__main__ import main
 from mtl_dist.report.affect import draw_affect
 from mtl_dist.report.calibration import draw_reliability, reliability, task_reliability
+from mtl_dist.report.chapters import lead
 from mtl_dist.report.classes import draw_confusion, draw_f1
 from mtl_dist.report.curves import draw_curves
 from mtl_dist.report.drawing import method_styles
+from mtl_dist.report.evidence import Evidence
 from mtl_dist.report.intervals import CHUNK, KEYS, bootstrap, number_videos
 from mtl_dist.report.mistakes import worst_mistakes
 from mtl_dist.report.page import Part, definitions, render_page, table_block
@@ -155,6 +157,15 @@ def test_one_video_gives_no_interval():
     assert drawn.interval(ENSEMBLE, "p") is None
     assert differences_table(methods, drawn) is None
     assert {row[-2].text for row in paper_tables(methods, drawn)[0].rows} == {"–"}
+
+
+@pytest.mark.parametrize(("name", "is_said"), [("{}.jpg", True), ("v/{}.jpg", False)])
+def test_a_page_says_where_images_are_of_no_videos(name, is_said):
+    methods, images = make_methods(), [name.format(number // 2) for number in range(60)]  # two rows an image
+    video = number_videos(video_names(images))
+    drawn = bootstrap(methods, video, num_draws=10, seed=0)
+    sentences = lead(Evidence(methods, count_labels(make_targets(60, 0)), images, video, drawn), num_draws=10)
+    assert any("counts as a video of its own" in sentence for sentence in sentences) == is_said
 
 
 def test_tables_show_mean_and_deviation_over_seeds_and_mark_the_best():

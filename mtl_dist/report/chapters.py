@@ -75,6 +75,11 @@ def lead(evidence: Evidence, *, num_draws: int) -> list[str]:
         )
     else:
         lines.append("There are no intervals: the images are of one video, and videos are what is drawn.")
+    if drawn.num_videos == len(set(evidence.images)) > 1:
+        lines.append(
+            "No image names a video that it shares with another, so each counts as a video of its own: where several "
+            "show one person, the intervals are too narrow."
+        )
     return lines
 
 
