@@ -38,7 +38,7 @@ def draw_affect(method: Method, place: int) -> list[Figure]:
 def _scatter(method: Method, name: str, labelled: np.ndarray, predicted: np.ndarray, data: bytes) -> Figure:
     result = method.shown
     scores = {"valence": result.scores["ccc_v"], "arousal": result.scores["ccc_a"]}
-    with canvas(6.4, 3.5) as figure:
+    with canvas(5.4, 3.1) as figure:
         for axes, (side, (what, ccc)) in zip(figure.subplots(1, 2), enumerate(scores.items())):
             x, y = labelled[:, side], predicted[:, side]
             axes.plot([-1, 1], [-1, 1], color="#8b929a", linewidth=1, linestyle=":")
@@ -64,7 +64,7 @@ def _circumplex(method: Method, name: str, labelled: np.ndarray, predicted: np.n
     from matplotlib.patches import Circle
     from matplotlib.patheffects import withStroke
 
-    with canvas(6.4, 3.3) as figure:
+    with canvas(5.8, 3.1) as figure:
         panels = figure.subplots(1, 2)
         for axes, points, title in zip(panels, (labelled, predicted), ("labelled", f"predicted: {method.label}")):
             axes.grid(False)

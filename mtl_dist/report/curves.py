@@ -66,7 +66,7 @@ def _losses(records: list[dict[str, Any]]) -> list[tuple[int, float]]:
 
 def _draw(name, title, label, methods, runs, lines, styles, *, key: str | None = None) -> Figure:
     rows: list[tuple] = [("run", "method", "step", label)]
-    with canvas(6, 3.7) as figure:
+    with canvas(5, 3.4) as figure:
         axes = figure.subplots()
         for method in methods:
             style = styles[method.label]
