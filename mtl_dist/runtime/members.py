@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,11 +35,27 @@ class Member(NamedTuple):
     config: Config
     val_uri: str
     val: Index
+    train_sha256: str = ""  # of the index it was trained on
+    newest_step: int = 0  # of its checkpoints; the best may be an earlier one
+    total_steps: int | None = None  # of the whole run; None: saved before this was noted
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run was trained to its end."""
+        return self.total_steps is None or self.newest_step >= self.total_steps
+
+
+class Opened(NamedTuple):
+    """A run's best checkpoint."""
+
+    checkpoint: Checkpoint
+    state: dict[str, Any]
+    newest_step: int  # of all its checkpoints
 
 
 def open_member(run_uri: str, val_uri: str | None = None) -> Member:
     """Find a run's best committed checkpoint and its validation set. Raises `InputError`."""
-    checkpoint, state = open_checkpoint(run_uri)
+    checkpoint, state, newest_step = open_checkpoint(run_uri)
     config = build_config(unflatten(state["config"]))
     val_uri = val_uri or config.data.val
     val = read_index(val_uri)
@@ -48,7 +64,9 @@ def open_member(run_uri: str, val_uri: str | None = None) -> Member:
             f"{val_uri} is not the validation set that {checkpoint.uri} was scored on; give the right one with --val"
         )
     check_stored(val_uri, val)
-    return Member(run_uri, checkpoint, config, val_uri, val)
+    return Member(
+        run_uri, checkpoint, config, val_uri, val, state["identity"]["training set"], newest_step,
+        state.get("total_steps"))  # fmt: skip
 
 
 def unique_names(uris: Sequence[str], *, taken: tuple[str, ...] = ()) -> list[str]:
@@ -64,7 +82,7 @@ def unique_names(uris: Sequence[str], *, taken: tuple[str, ...] = ()) -> list[st
     return names
 
 
-def open_checkpoint(run_uri: str) -> tuple[Checkpoint, dict]:
+def open_checkpoint(run_uri: str) -> Opened:
     """Find a run's best committed checkpoint and read its state. Raises `InputError`."""
     found, skipped = committed(run_uri)
     chosen = best(found)
@@ -80,7 +98,7 @@ def open_checkpoint(run_uri: str) -> tuple[Checkpoint, dict]:
     except ValueError as error:
         raise InputError(f"{error}; delete {chosen.uri} to use the next best checkpoint") from None
     check_classes(chosen, state)
-    return chosen, state
+    return Opened(chosen, state, found[-1].step)
 
 
 def check_classes(checkpoint: Checkpoint, state: dict) -> None:

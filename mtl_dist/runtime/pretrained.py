@@ -71,7 +71,7 @@ def find_weights(uri: str) -> tuple[str, str | None]:
     name = uri.rpartition("/")[2]
     if storage.is_s3(uri) and (name.endswith(FILE_SUFFIXES) or storage.exists(uri)):
         return uri, None
-    checkpoint = _open_directory(uri) if DIRECTORY.fullmatch(name) else open_checkpoint(uri)[0]
+    checkpoint = _open_directory(uri) if DIRECTORY.fullmatch(name) else open_checkpoint(uri).checkpoint
     return storage.join(checkpoint.uri, MODEL), checkpoint.files[MODEL]["sha256"]
 
 

@@ -183,6 +183,11 @@ def save_checkpoint(
         model |= mean
         rest |= {f"{MODULE}model.{name}": value for name, value in mean.items()} if average else {}
         rest[BATCHNORM] = of_ranks
-    state = state | {"config": flatten(config), "identity": setup.data.identity()}
+    state = state | {
+        "config": flatten(config),
+        "identity": setup.data.identity(),
+        "view": setup.data.train.view,
+        "total_steps": setup.total_steps,
+    }
     records = tracker.files() if tracker else {}
     saver.save(model, rest, begun=begun, state=state, scores=scored, records=records)

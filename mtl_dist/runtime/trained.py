@@ -66,7 +66,7 @@ def open_trained(uri: str) -> Trained:
         return _open_exported(uri)
     parent, _, name = uri.rpartition("/")
     if not DIRECTORY.fullmatch(name):
-        checkpoint, state = open_checkpoint(uri)
+        checkpoint, state, _ = open_checkpoint(uri)
     else:
         checkpoint, state = _open_directory(uri, parent)
     return Trained(checkpoint, build_config(unflatten(state["config"])), state)
