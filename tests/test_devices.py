@@ -31,7 +31,7 @@ from tests import fake_gpus as gpus_that_are_not
 from tests.fake_gpus import fake_gpus
 
 SYSTEMS = ("a", "b", "baseline", "a-paper", "b-paper")
-BACKBONES = ("torchvision:convnext_tiny", "timm:vit_tiny_patch16_224", "torchvision:swin_t", "timm:efficientnet_b0")
+BACKBONES = ("timm:convnext_femto", "timm:vit_tiny_patch16_224", "torchvision:swin_t", "timm:efficientnet_b0")
 BALANCERS = ("fixed", "uncertainty", "dwa", "famo")
 STEPS = [(system, {}) for system in SYSTEMS]
 STEPS += [("small", {"loss.balancing": way, "train.accumulation": n}) for way in BALANCERS for n in (1, 2)]
@@ -96,8 +96,10 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real G
 
 
 @no_gpu
-@pytest.mark.parametrize("autocast", ["none", "bf16"])
-@pytest.mark.parametrize(("system", "backbone"), [(s, None) for s in SYSTEMS] + [("a", b) for b in BACKBONES])
+@pytest.mark.parametrize(
+    ("system", "backbone", "autocast"),
+    [(s, None, cast) for s in SYSTEMS for cast in ("none", "bf16")] + [("a", b, "none") for b in BACKBONES],
+)
 def test_the_second_gpu_computes_what_the_cpu_does(system, backbone, autocast):
     changes = {"model.backbone": backbone, "model.image_size": 224} if backbone else {}
     config, batch = make_config(system, **changes), make_batch()

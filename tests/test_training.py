@@ -160,9 +160,9 @@ def test_accumulation_has_the_losses_of_one_batch(frozen, shards, tmp_path):
     assert_same_losses(losses(tmp_path, "run"), losses(frozen, "run"))
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_zero_1_and_2_train_and_continue_on_two_ranks(stage, frozen, shards, tmp_path):
-    args = train_args(shards, tmp_path, "run", "--engine.batchnorm", "frozen", "--engine.zero-stage", str(stage))
+def test_zero_2_trains_and_continues_on_two_ranks(frozen, shards, tmp_path):
+    """Bit-identically. ZeRO 1 is in the test below."""
+    args = train_args(shards, tmp_path, "run", "--engine.batchnorm", "frozen", "--engine.zero-stage", "2")
     torchrun(2, *args, "--train.eval-every", "1", "--checkpoint.keep-last", "2")
     assert_same_losses(losses(tmp_path, "run"), losses(frozen, "run"))
     expected = final_weights(tmp_path, "run")
