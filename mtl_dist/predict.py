@@ -9,9 +9,10 @@ Examples:
 --input is a directory of images (JPEG or PNG, below it and behind links too, in the order of their names), a list of
 images (.txt, a path a line, with or without a header), a video file, or a shard set, whose labels are scored.
 
-The models expect faces: pictures cut to one face as those they were trained on. No face detector is included. Of a
-video every frame's middle square is taken, so give one that follows a face, or cut the faces out first. Pictures are
-taken as stored (EXIF orientation is not applied; a video's rotation is).
+The models expect faces: pictures cut to one face as those they were trained on, so several are of one view, and a
+shard set is of theirs (mtl_dist.ensemble combines views). No face detector is included. Of a video every frame's
+middle square is taken, so give one that follows a face, or cut the faces out first. Pictures are taken as stored (EXIF
+orientation is not applied; a video's rotation is).
 
 --out is written whole or not at all: .csv and .parquet have a row a frame (row, image, valence, arousal, expression,
 p_<class>, p_AU<number>, and labels where there are some), .txt is the file of the challenge (AUs on above 0.5).
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from mtl_dist.runtime.evaluate import Predicted
+    from mtl_dist.runtime.trained import Trained
 
 SUFFIXES = (".csv", ".parquet", ".txt")
 
@@ -67,12 +69,13 @@ def main(args: list[str] | None = None) -> None:
     _check(command)
     from mtl_dist.progress import progress_bar
     from mtl_dist.runtime.device import named_device
-    from mtl_dist.runtime.inputs import ImageFiles, VideoFile, open_frames, parent_uri
+    from mtl_dist.runtime.inputs import ImageFiles, ShardSet, VideoFile, open_frames, parent_uri
     from mtl_dist.runtime.parts import Task, predict_frames
     from mtl_dist.runtime.predictions import check_finite
     from mtl_dist.runtime.trained import open_trained
 
     models = tuple(open_trained(run) for run in command.runs)
+    view = _common_view(command.runs, models)
     device = named_device(command.device).type
     with tempfile.TemporaryDirectory(prefix="mtl_dist-predict-") as scratch:
         frames = open_frames(
@@ -82,6 +85,11 @@ def main(args: list[str] | None = None) -> None:
             scratch=Path(scratch),
             cache_dir=command.cache_dir,
         )
+        if isinstance(frames, ShardSet) and view not in (None, frames.view):
+            raise InputError(
+                f"--input is {command.input}, of view '{frames.view}'; expected '{view}', that of --runs; give the "
+                "shard set of that view, or runs of this one"
+            )
         if isinstance(frames, (ImageFiles, VideoFile)):  # those of shards are read at the end
             _check_names(command.out, frames.listed if isinstance(frames, ImageFiles) else [frames.title])
         storage.check_writable(parent_uri(command.out))
@@ -109,6 +117,18 @@ def _check(command: PredictCommand) -> None:
         value = getattr(command, name)
         if value is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')} is {value}; expected {least} or more")
+
+
+def _common_view(runs: Sequence[str], models: Sequence[Trained]) -> str | None:
+    """Return the view that the models were trained on, None where none tells. Raises where there are two."""
+    known = {model.view: run for run, model in zip(runs, models) if model.view}
+    if len(known) > 1:
+        (one, first), (other, second), *_ = known.items()
+        raise InputError(
+            f"--runs names {first}, of view '{one}', and {second}, of view '{other}'; expected runs of one view, as "
+            "the pictures are; predict with each view's apart (python -m mtl_dist.ensemble combines views)"
+        )
+    return next(iter(known), None)
 
 
 def _num_processes(command: PredictCommand, device: str, *, num_batches: int) -> int:

@@ -24,6 +24,7 @@ from mtl_dist.models import build_model
 from mtl_dist.objective.module import ObjectiveModule
 from mtl_dist.presets import PRESETS
 from mtl_dist.runtime import parts
+from mtl_dist.runtime.checkpoint import committed
 from mtl_dist.runtime.engine import build_engine, build_optimizer
 from mtl_dist.runtime.step import train_step
 from mtl_dist.tasks import Batch, LabelCounts, Labels, Outputs
@@ -130,7 +131,8 @@ def outputs_of(path):
 @no_gpu
 def test_predict_gives_each_gpu_a_process_and_writes_what_the_cpu_does(runs, dataset, tmp_path, monkeypatch):
     faces = dataset / "cropped"
-    args = ["--runs", str(runs / "cropped"), str(runs / "cropped_aligned"), "--input", str(faces), "--batch", "5"]
+    first, last = (checkpoint.uri for checkpoint in committed(str(runs / "cropped"))[0])
+    args = ["--runs", first, last, "--input", str(faces), "--batch", "5"]
     predict.main([*args, "--out", str(tmp_path / "cpu.csv"), "--device", "cpu"])
     monkeypatch.setattr(parts, "_part_main", gpus_that_are_not.part_main)
     monkeypatch.setenv("FAKE_GPUS", "2")

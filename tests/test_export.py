@@ -25,6 +25,7 @@ from mtl_dist.data.synthetic import write_synthetic
 from mtl_dist.errors import InputError
 from mtl_dist.models import build_model
 from mtl_dist.runtime import graph, trained
+from mtl_dist.runtime.card import write_card
 from mtl_dist.runtime.checkpoint import best, committed
 from mtl_dist.runtime.evaluate import predict as predict_batches
 from mtl_dist.runtime.frames import unlabelled
@@ -101,6 +102,22 @@ def test_an_export_predicts_the_same_bytes_as_its_run(exported, run, faces, tmp_
         predict.main(["--runs", str(source), "--input", str(faces), "--out", str(tmp_path / f"{name}.csv")])
     assert len(read_rows(tmp_path / "run.csv")) == 18
     assert (tmp_path / "run.csv").read_bytes() == (tmp_path / "export.csv").read_bytes()
+
+
+def test_an_export_tells_its_view_and_one_of_before_opens_without(exported, run, runs, tmp_path):
+    about = json.loads((exported / "config.json").read_text())
+    assert (about["view"], open_trained(str(exported)).view) == ("cropped", "cropped")
+    assert "one face as those of view `cropped` are: the face and" in (exported / "README.md").read_text()
+    aligned = tmp_path / "aligned"
+    export.main([str(runs / "cropped_aligned"), "--out", str(aligned), "--formats", "safetensors"])
+    assert "view `cropped_aligned` are: the face alone" in (aligned / "README.md").read_text()
+    with pytest.raises(InputError, match=rf"--runs names {exported}, of view 'cropped', and {aligned}, of view"):
+        predict.main(["--runs", str(exported), str(aligned), "--input", "x", "--out", str(tmp_path / "out.csv")])
+    del about["view"]
+    (aligned / "config.json").write_text(json.dumps(about))
+    assert open_trained(str(aligned)).view is None
+    older = open_trained(str(run))._replace(view=None)
+    assert "cut to one face.\n" in write_card(older, files={}, constant=None, checked=None)
 
 
 def test_the_model_cards_code_runs_and_its_scores_stand_beside_the_constant_predictors(

@@ -24,7 +24,7 @@ from mtl_dist.data.decode import decode
 from mtl_dist.data.submission import find_images, read_test_list
 from mtl_dist.data.synthetic import write_synthetic
 from mtl_dist.errors import InputError, StorageError
-from mtl_dist.runtime import parts
+from mtl_dist.runtime import inputs, parts
 from mtl_dist.runtime.checkpoint import COMMIT, best, committed
 from mtl_dist.runtime.frames import count_frames, image_batches, read_image, video_batches
 from mtl_dist.runtime.inputs import open_frames
@@ -49,15 +49,23 @@ def faces(tmp_path_factory) -> Path:
 
 
 def write_video(
-    path: Path | str, *, frames: int = 12, width: int = 96, height: int = 80, degrees: int = 0, times=None
+    path: Path | str,
+    *,
+    frames: int = 12,
+    width: int = 96,
+    height: int = 80,
+    degrees: int = 0,
+    times=None,
+    codec: str = "mpeg4",
+    **options: str,
 ) -> Path:
     """Write a video whose frames tell their number by their brightness, brighter in the upper left corner.
 
-    `times` are those of its frames in 1/25 s, where they are not one after the other.
+    `times` are those of its frames in 1/25 s, where they are not one after the other; `options` are the container's.
     """
     path = Path(path)
-    with av.open(str(path.absolute()), "w") as container:
-        stream = container.add_stream("mpeg4", rate=25, options={"qscale": "2"})
+    with av.open(str(path.absolute()), "w", options=options) as container:
+        stream = container.add_stream(codec, rate=25, options={"qscale": "2"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.time_base = Fraction(1, 25)
         if degrees:
@@ -155,6 +163,32 @@ def test_several_models_give_the_mean_of_their_probabilities(run, faces, tmp_pat
     np.testing.assert_allclose(mean, (one + two) / 2, atol=1e-6)
 
 
+def test_models_of_two_views_are_refused(run, runs, faces, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "predict_frames", lambda *args, **options: pytest.fail("predicted"))
+    aligned = runs / "cropped_aligned"
+    pattern = rf"^--runs names {run}, of view 'cropped', and {aligned}, of view 'cropped_aligned'; .*mtl_dist\.ensemble"
+    with pytest.raises(InputError, match=pattern):
+        predict.main(["--runs", *map(str, (run, aligned)), "--input", str(faces), "--out", str(tmp_path / "out.csv")])
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_a_shard_set_of_another_view_is_refused(run, runs, tmp_path):
+    other = runs / "shards" / "cropped_aligned" / "val"
+    pattern = rf"^--input is {other}, of view 'cropped_aligned'; expected 'cropped', that of --runs"
+    with pytest.raises(InputError, match=pattern):
+        run_predict(run, other, tmp_path / "out.csv")
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_a_checkpoint_that_tells_no_view_predicts_with_any(run, runs, tmp_path):
+    shutil.copytree(run, tmp_path / "old")
+    rewrite_state(tmp_path / "old", view=None)
+    aligned = runs / "cropped_aligned"
+    args = ["--input", str(runs / "shards" / "cropped_aligned" / "val"), "--out", str(tmp_path / "out.csv")]
+    predict.main(["--runs", str(tmp_path / "old"), str(aligned), *args])
+    assert len(read_rows(tmp_path / "out.csv")) == 20
+
+
 def test_two_processes_predict_what_one_predicts_in_its_order(run, faces, tmp_path):
     for processes in ("1", "2"):
         run_predict(run, faces, tmp_path / f"{processes}.csv", "--batch", "5", "--processes", processes)
@@ -242,6 +276,53 @@ def test_a_video_without_a_count_of_frames_is_refused_where_it_ends_before_its_t
         cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
         with pytest.raises(InputError, match=r"video .*cut\.mkv is cut short: its header says \d+\.\d s, and it ends"):
             open_frames(str(cut), scratch=tmp_path)
+
+
+@pytest.mark.skipif("libx264" not in av.codecs_available, reason="this PyAV writes no H.264")
+def test_an_mp4_that_was_cut_is_refused_at_once_though_its_table_of_frames_is_whole(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "predict_frames", lambda *args, **options: pytest.fail("predicted"))
+    whole = write_video(tmp_path / "whole.mp4", frames=100, codec="libx264", movflags="faststart")
+    assert count_frames(whole) == 100
+    for share in (0.5, 0.97):
+        cut = tmp_path / "cut.mp4"
+        cut.write_bytes(whole.read_bytes()[: int(whole.stat().st_size * share)])
+        with pytest.raises(InputError, match=r"video .*cut\.mp4 is cut short or damaged after frame \d+ of 100; get"):
+            run_predict(run, cut, tmp_path / "out.csv")
+    assert not list(tmp_path.glob("*out.csv*"))
+
+
+def test_frames_that_an_edit_list_hides_are_not_missed(run, tmp_path, capsys):
+    write_video(tmp_path / "whole.mp4", frames=50)
+    with av.open(str(tmp_path / "whole.mp4")) as whole, av.open(str(tmp_path / "edited.mp4"), "w") as edited:
+        stream = edited.add_stream_from_template(whole.streams.video[0])
+        for packet in whole.demux(video=0):  # as ffmpeg -ss 0.8 -c copy: what is before 0 is there, and not shown
+            if packet.size:
+                packet.stream = stream
+                packet.pts -= int(Fraction("0.8") / packet.time_base)
+                packet.dts -= int(Fraction("0.8") / packet.time_base)
+                edited.mux(packet)
+    with av.open(str(tmp_path / "edited.mp4")) as edited:
+        assert edited.streams.video[0].frames == 50
+    run_predict(run, tmp_path / "edited.mp4", tmp_path / "out.csv")
+    assert len(read_rows(tmp_path / "out.csv")) == 30
+    assert "note" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more", [(), ("--every-frames", "50"), ("--processes", "2", "--batch", "4")])
+def test_a_video_of_which_too_few_frames_can_be_decoded_is_refused(run, tmp_path, monkeypatch, more):
+    video = write_video(tmp_path / "clip.mp4")
+    monkeypatch.setattr(inputs, "count_frames", lambda path: 15)
+    with pytest.raises(InputError, match=r"video .*clip\.mp4 has 15 frames, and 12 could be decoded; get the whole"):
+        run_predict(run, video, tmp_path / "out.csv", *more)
+    assert not list(tmp_path.glob("*out.csv*"))
+
+
+def test_a_frame_or_two_fewer_are_a_note(run, tmp_path, monkeypatch, capsys):
+    video = write_video(tmp_path / "clip.mp4")
+    monkeypatch.setattr(inputs, "count_frames", lambda path: 14)
+    run_predict(run, video, tmp_path / "out.csv")
+    assert len(read_rows(tmp_path / "out.csv")) == 12
+    assert "clip.mp4 says it has 14 such frames; 12 could be decoded" in capsys.readouterr().out
 
 
 def test_a_video_may_have_a_colon_in_its_name(tmp_path, monkeypatch):

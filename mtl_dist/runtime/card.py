@@ -17,6 +17,10 @@ _MODELS = {
     "b": "SMM-EmotionNet (Deng 2022, arXiv 2203.12845)",
     "baseline": "the baseline of the ABAW challenges (arXiv 2202.10659)",
 }
+_VIEWS = {
+    "cropped": "the face and a little around it, as it was in the frame",
+    "cropped_aligned": "the face alone, turned and scaled so that the eyes are at the same places in every picture",
+}
 
 
 class Checked(NamedTuple):
@@ -51,6 +55,8 @@ def _title(trained: Trained) -> str:
     bf16 = (
         "\nIt was evaluated with bfloat16 autocast; the weights are fp32, and ONNX computes in fp32." if is_bf16 else ""
     )
+    view = trained.view
+    cut = f" as those of view `{view}` are: {_VIEWS.get(view, 'that of its training data')}" if view else ""
     return f"""
 ---
 library_name: mtl_dist
@@ -63,7 +69,7 @@ tags: [facial-affect, valence-arousal, facial-expression, action-units]
 
 Model `{model.name}` with backbone `{model.backbone}`, as in {_MODELS.get(model.name, "mtl_dist")}.
 Trained and exported by mtl_dist: step {trained.checkpoint.step} of run `{trained.config.run.name}`.
-It reads one picture cut to one face.{bf16}
+It reads one picture cut to one face{cut}.{bf16}
 """
 
 

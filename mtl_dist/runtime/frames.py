@@ -27,7 +27,9 @@ VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".web
 PNG_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 STATED_DURATION = ("matroska", "mov")  # formats whose duration is the header's: that of others may be estimated
 MAX_MISSING, MAX_MISSING_S = 0.1, 1.0  # at the end of a whole video, of its duration and in seconds
+MAX_MISSING_FRAMES = 2  # or MAX_MISSING of them: packets that decoders give no picture for
 _PNG = b"\x89PNG\r\n\x1a\n"
+_GET_WHOLE = "get the whole file, or write what is left to a new one: ffmpeg -fflags +discardcorrupt -i OLD -c copy NEW"
 
 
 def image_batches(
@@ -50,35 +52,39 @@ def image_batches(
 
 
 def video_batches(
-    path: Path, *, batch: int, size: int, every: int = 1, part: int = 0, num_parts: int = 1
+    path: Path, *, batch: int, size: int, every: int = 1, announced: int = 0, part: int = 0, num_parts: int = 1
 ) -> Iterator[Batch]:
     """Yield every so many frames of a local video's first picture stream as unlabelled batches, in their order.
 
     A frame is turned as the file says, its middle square cut out and resized to `size`. Rows are frame numbers from 0.
     Every part decodes the whole video, since seeking does not find frames by number, and converts its batches only (as
-    `image_batches` parts them). Raises `InputError` naming a file that is no video, or is damaged, and where.
+    `image_batches` parts them). Raises `InputError` naming a file that is no video, or is damaged, and where, or of
+    whose `announced` frames (`count_frames`) too many are not there.
     """
     numbers = count(0, every)
     wanted = (
         (number, frame)
-        for place, (number, frame) in enumerate(zip(numbers, islice(_frames(path), 0, None, every)))
+        for place, (number, frame) in enumerate(zip(numbers, islice(_frames(path, announced), 0, None, every)))
         if place // batch % num_parts == part
     )
     yield from _batched(((number, _square(frame, size)) for number, frame in wanted), batch=batch)
 
 
 def count_frames(path: Path) -> int:
-    """Count the frames of a video without decoding it: as its header says, or its packets.
+    """Count the frames of a video by its packets, without decoding it.
 
-    Raises `InputError`, also where packets end long before the duration that the header states: a Matroska file that
+    Not as the header says: an MP4's tells also of frames that its edit list hides. Raises `InputError`, also where
+    packets end long before the duration that the header states, or in the middle of one: an MP4 or Matroska file that
     was cut short plays like a whole one.
     """
     num_frames, end_s = 0, 0.0
     with _open_video(path) as (container, stream):
-        if stream.frames:
-            return stream.frames
         for packet in container.demux():  # every stream: sound may well last longer than pictures
-            num_frames += packet.stream_index == stream.index and packet.size > 0
+            if packet.stream_index == stream.index:
+                if packet.is_corrupt:
+                    of = f" of {stream.frames}" if stream.frames else ""
+                    raise InputError(f"video {path} is cut short or damaged after frame {num_frames}{of}; {_GET_WHOLE}")
+                num_frames += packet.size > 0 and not packet.is_discard
             if packet.size and packet.pts is not None:
                 end_s = max(end_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
         is_stated = container.format.name.startswith(STATED_DURATION) and container.duration
@@ -86,8 +92,8 @@ def count_frames(path: Path) -> int:
     # Times, not counts: the frame rate of a video can vary.
     if stated_s - end_s > max(MAX_MISSING_S, MAX_MISSING * stated_s):
         raise InputError(
-            f"video {path} is cut short: its header says {stated_s:.1f} s, and it ends after {end_s:.1f} s; get the "
-            "whole file, or write what is left to a new one: ffmpeg -i OLD -c copy NEW"
+            f"video {path} is cut short: its header says {stated_s:.1f} s, and it ends after {end_s:.1f} s; "
+            f"{_GET_WHOLE}"
         )
     return num_frames
 
@@ -127,7 +133,7 @@ def _open_video(path: Path):
         ) from None
 
 
-def _frames(path: Path) -> Iterator[VideoFrame]:
+def _frames(path: Path, announced: int) -> Iterator[VideoFrame]:
     number = 0
     with _open_video(path) as (container, stream):
         from av.error import FFmpegError
@@ -147,6 +153,11 @@ def _frames(path: Path) -> Iterator[VideoFrame]:
             raise InputError(f"video {path} is damaged {where}; mend it, or cut it there") from None
     if number == 0:
         raise InputError(f"video {path} holds no frame; is it a whole file?")
+    if announced - number > max(MAX_MISSING_FRAMES, MAX_MISSING * announced):
+        raise InputError(
+            f"video {path} has {announced} frames, and {number} could be decoded; get the whole file, or convert it to "
+            "H.264 MP4: ffmpeg -i OLD NEW.mp4"
+        )
 
 
 def _square(frame: VideoFrame, size: int) -> np.ndarray:

@@ -29,7 +29,7 @@ NUM_NAMED = 5  # missing images in one message
 class Frames(Protocol):
     """Frames to predict. Plain data: parts of them are predicted in processes of their own."""
 
-    num_frames: int  # of a video as its header says
+    num_frames: int  # of a video as its packets say
 
     def batches(self, size: int, *, batch: int, workers: int, part: int, num_parts: int) -> Iterator[Batch]: ...
 
@@ -61,11 +61,16 @@ class VideoFile:
 
     path: Path
     every: int
-    num_frames: int
+    announced: int  # frames of the whole video, as its packets say
     title: str  # of the file the user named
 
+    @property
+    def num_frames(self) -> int:
+        return -(-self.announced // self.every)
+
     def batches(self, size: int, *, batch: int, workers: int, part: int, num_parts: int) -> Iterator[Batch]:
-        return video_batches(self.path, batch=batch, size=size, every=self.every, part=part, num_parts=num_parts)
+        which = {"every": self.every, "announced": self.announced, "part": part, "num_parts": num_parts}
+        return video_batches(self.path, batch=batch, size=size, **which)
 
     def names(self, rows: np.ndarray) -> list[str]:
         return [f"{self.title}/{row + 1:05d}.jpg" for row in rows]
@@ -77,6 +82,7 @@ class ShardSet:
 
     uri: str
     num_frames: int
+    view: str
     cache_dir: Path | None
 
     def batches(self, size: int, *, batch: int, workers: int, part: int, num_parts: int) -> Iterator[Batch]:
@@ -120,7 +126,7 @@ def open_frames(
     if uri.endswith(f"/{INDEX_NAME}") or storage.exists(storage.join(uri, INDEX_NAME)):
         index = read_index(uri)
         check_stored(uri, index)
-        return ShardSet(index_dir(uri), index.rows, cache_dir)
+        return ShardSet(index_dir(uri), index.rows, index.view, cache_dir)
     return _open_directory(uri)
 
 
@@ -176,7 +182,7 @@ def _open_video(uri: str, every: int, scratch: Path) -> VideoFile:
     except FileNotFoundError:
         raise InputError(f"video {uri} does not exist; correct its path") from None
     (title,) = _check_text([name.rpartition(".")[0]])
-    return VideoFile(path, every, -(-count_frames(path) // every), title)
+    return VideoFile(path, every, count_frames(path), title)
 
 
 def _open_directory(uri: str) -> ImageFiles:

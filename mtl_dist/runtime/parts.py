@@ -22,7 +22,7 @@ from mtl_dist.runtime.evaluate import Predicted, predict
 from mtl_dist.runtime.inputs import Frames
 from mtl_dist.runtime.trained import Trained, load_trained
 
-_STOP_S = 5.0  # given to a process that is told to end
+_STOP_S = 5.0  # given to a process that is done, or told to end
 
 Progress = Callable[[int], None]
 
@@ -58,7 +58,10 @@ def predict_frames(task: Task, *, processes: int, progress: Progress) -> Predict
             process.start()
             sender.close()  # the process's own end alone: when it dies, the pipe ends
             running[receiver] = (part, process)
-        return _sorted(list(_results(dict(running), processes, progress)))
+        found = list(_results(dict(running), processes, progress))
+        for _, process in running.values():
+            process.join(_STOP_S)  # it is done: it ends by itself, and leaves its GPU in order
+        return _sorted(found)
     finally:
         for _, process in running.values():
             process.terminate()

@@ -31,6 +31,7 @@ class Trained(NamedTuple):
     checkpoint: Checkpoint  # an exported directory has one too: its one file, where it came from
     config: Config
     state: dict[str, Any]  # state.json of a checkpoint; empty for an exported directory
+    view: str | None  # of the pictures it was trained on; None: saved before this was noted
 
     @property
     def uri(self) -> str:
@@ -46,6 +47,7 @@ class ExportedConfig(BaseModel):
     config: dict[str, Any]  # {dotted path: value}: `KEPT`
     image_size: int  # side in pixels that images are resized to first, as uint8
     input_size: int  # side in pixels of the network's input: resized again on the device where it differs
+    view: str | None = None  # of the pictures it was trained on; exports of before this was noted have none
     pixel_scale: float = 1 / 255
     mean: tuple[float, float, float] = IMAGENET_MEAN  # of RGB, after the scale
     std: tuple[float, float, float] = IMAGENET_STD
@@ -69,7 +71,7 @@ def open_trained(uri: str) -> Trained:
         checkpoint, state, _ = open_checkpoint(uri)
     else:
         checkpoint, state = _open_directory(uri, parent)
-    return Trained(checkpoint, build_config(unflatten(state["config"])), state)
+    return Trained(checkpoint, build_config(unflatten(state["config"])), state, state.get("view"))
 
 
 def load_trained(trained: Trained) -> nn.Module:
@@ -87,6 +89,7 @@ def exported_config(trained: Trained, files: dict[str, dict[str, Any]]) -> Expor
         config=kept | {"model.weights": "none"},  # what training started from, a path of that machine perhaps
         image_size=config.data.image_size,
         input_size=config.input_size,
+        view=trained.view,
         step=checkpoint.step,
         scores=checkpoint.scores,
         saved_at=checkpoint.saved_at,
@@ -136,7 +139,7 @@ def _open_exported(uri: str) -> Trained:
     if MODEL not in exported.files or not storage.exists(storage.join(uri, MODEL)):
         raise InputError(f"{uri} holds no {MODEL}; export the run with --formats safetensors")
     checkpoint = Checkpoint(uri, exported.step, exported.scores, exported.saved_at, exported.files)
-    return Trained(checkpoint, build_config(unflatten(exported.config)), {})
+    return Trained(checkpoint, build_config(unflatten(exported.config)), {}, exported.view)
 
 
 def _check_weights(checkpoint: Checkpoint) -> None:
