@@ -5,27 +5,35 @@
 Faces are rendered and made into shards; the baseline, B and A on both views are trained by the same command on the same
 shards, a process for every core; the two views of A are ensembled seed by seed; `mtl_dist.report` writes the page. The
 baseline's convolutions are trained on the expressions of other rendered people first (the challenge's were VGG-Face's)
-and frozen then. Interrupted, it continues; finished, it tells its results again.
+and frozen then. Interrupted, it continues; finished, it tells its results again. The time it tells, of the clock and of
+the processor, is that of all calls up to the page, as <dir>/spent.json counts it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import json
 import os
+import resource
 import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from benchmarks.loader import write_results
+from mtl_dist.errors import run_command
 from mtl_dist.progress import progress_bar
+from mtl_dist.storage import atomic_path
 
 NUM_TRAIN, NUM_VAL, EPOCHS = 3000, 1200, 12
 PRETRAIN_ROWS, PRETRAIN_EPOCHS, PRETRAIN_SEED = 2000, 10, 100
+SPENT = ("seconds", "cpu_seconds", "calls")
 SHOWN = ("scores", "differences", "runs", "steps_1")  # tables of the page that go into the JSON
 
 
@@ -51,7 +59,22 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs=2, default=(NUM_TRAIN, NUM_VAL), metavar=("TRAIN", "VAL"))
     parser.add_argument("--out", type=Path, help="also write the table as JSON")
     args = parser.parse_args()
-    begun = time.monotonic()
+    with timed(args.dir / "spent.json", of=[args.seeds, args.epochs, *args.rows]):
+        make_page(args)
+    tables = {path.stem: read_table(path) for path in sorted((args.dir / "report" / "tables").glob("*.csv"))}
+    spent = read_spent(args.dir / "spent.json")
+    print(markdown(tables["scores"]))
+    calls = f", in {spent['calls']} calls" if spent["calls"] > 1 else ""
+    took = f"{spent['seconds'] / 60:.0f} min, {spent['cpu_seconds'] / 60:.0f} min of processor time{calls}"
+    print(f"\n{args.dir / 'report' / 'report.html'}\nin {took}")
+    if args.out:
+        shown = {name: tables[name] for name in SHOWN if name in tables}
+        about = {"rows": args.rows, "epochs": args.epochs} | {name: round(spent[name]) for name in SPENT}
+        write_results(args.out, about | {"tables": shown})
+
+
+def make_page(args: argparse.Namespace) -> None:
+    """Do what is not done yet, from the faces to the page."""
     runs = args.dir / "runs"
     make_sets(args.dir, *args.rows)
     seeds = range(args.seeds)
@@ -70,13 +93,43 @@ def main() -> None:
     page = ["mtl_dist.report", *(f"{runs}/{name}-{seed}" for name in METHODS for seed in seeds)]
     page += ["--ensemble", *map(str, ensembles), "--out", str(args.dir / "report")]
     run_all("the page", [("report", page)], args.dir / "logs")
-    tables = {path.stem: read_table(path) for path in sorted((args.dir / "report" / "tables").glob("*.csv"))}
-    print(markdown(tables["scores"]))
-    seconds = time.monotonic() - begun
-    print(f"\n{args.dir / 'report' / 'report.html'}\nin {seconds / 60:.0f} min")
-    if args.out:
-        shown = {name: tables[name] for name in SHOWN if name in tables}
-        write_results(args.out, {"rows": args.rows, "epochs": args.epochs, "seconds": round(seconds), "tables": shown})
+
+
+@contextlib.contextmanager
+def timed(path: Path, *, of: list[int]) -> Iterator[None]:
+    """Add the time of a block, with that of its processes, to what `path` counts; nothing once that is finished.
+
+    The time of a call that was killed with -9 is lost; it counts as a call.
+    """
+    spent, begun, cpu_begun = read_spent(path), time.monotonic(), cpu_seconds()
+    if spent["finished"] == of:
+        yield
+        return
+    spent |= {"calls": spent["calls"] + 1, "finished": None}
+    write_spent(path, spent)
+    try:
+        yield
+        spent["finished"] = of
+    finally:
+        spent["seconds"] += time.monotonic() - begun
+        spent["cpu_seconds"] += cpu_seconds() - cpu_begun
+        write_spent(path, spent)
+
+
+def cpu_seconds() -> float:
+    """Return the processor time of this process and of all that it started and that have ended."""
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(used.ru_utime + used.ru_stime for used in usage)
+
+
+def write_spent(path: Path, spent: dict[str, Any]) -> None:
+    with atomic_path(path) as part:
+        part.write_text(json.dumps(spent) + "\n")
+
+
+def read_spent(path: Path) -> dict[str, Any]:
+    """Return the time of all calls so far, and what they finished: [seeds, epochs, rows of training and validation]."""
+    return json.loads(path.read_text()) if path.exists() else dict.fromkeys(SPENT, 0) | {"finished": None}
 
 
 def make_sets(directory: Path, num_train: int, num_val: int) -> None:
@@ -115,7 +168,7 @@ def train_args(runs: Path, run: str, preset: str, shards: Path) -> list[str]:
 
 
 def run_all(what: str, commands: list[tuple[str, list[str]]], logs: Path) -> None:
-    """Run commands, as many at once as there are cores; what they print is kept. The first failure ends everything."""
+    """Run commands, as many at once as there are cores; their logs are added to. The first failure ends everything."""
     logs.mkdir(parents=True, exist_ok=True)
     with progress_bar(what, len(commands)) as advance, ThreadPoolExecutor(os.cpu_count()) as pool:
         waiting = [pool.submit(run_one, command, logs / f"{name}.log") for name, command in commands]
@@ -129,7 +182,7 @@ def run_all(what: str, commands: list[tuple[str, list[str]]], logs: Path) -> Non
 
 
 def run_one(command: list[str], log: Path) -> None:
-    with log.open("w") as file:
+    with log.open("a") as file:
         file.write("$ " + shlex.join(["python", "-m", *command]) + "\n")
         file.flush()
         done = subprocess.run([sys.executable, "-m", *command], stdout=file, stderr=subprocess.STDOUT)
@@ -150,4 +203,4 @@ def markdown(table: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

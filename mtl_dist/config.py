@@ -65,7 +65,8 @@ class DataConfig(Section):
     val: str = ""
     """Index of the validation split, of the same view."""
     image_size: int = Field(112, ge=32, le=1024)
-    """Side in pixels that the loader resizes every image to (images of this size are not touched)."""
+    """Side in pixels that the loader resizes every image to (images of this size are not touched). The challenge's
+    cropped_aligned has 112; its cropped has larger images too, which lose detail."""
     streams: int | None = Field(None, ge=1)
     """Canonical streams of the order; must divide train.global_batch and be at least the number of ranks.
     None: the largest divisor of the global batch up to 64."""
@@ -176,8 +177,8 @@ class OptimConfig(Section):
     cosine_steps: int | None = Field(None, ge=1)
     """Steps from the peak to the cosine's end; None: the rest of training. A longer run goes up again, and down,
     as torch's CosineAnnealingLR does."""
-    clip_norm: float = Field(1.0, gt=0)
-    """Gradient norm above which gradients are scaled down."""
+    clip_norm: float | None = Field(1.0, gt=0)
+    """Gradient norm above which gradients are scaled down; None: never."""
 
 
 class EngineConfig(Section):

@@ -162,8 +162,14 @@ def delete_all(uri: str, *, first: str | None = None) -> None:
         shutil.rmtree(local_path(uri), ignore_errors=True)
 
 
-def check_writable(uri: str) -> None:
-    """Raise an `InputError` unless objects can be written below this prefix (a probe is written and removed)."""
+def check_writable(uri: str, *, flag: str = "") -> None:
+    """Raise an `InputError` unless objects can be written below this prefix (a probe is written and removed).
+
+    `flag` is the option that names it.
+    """
+    if not is_s3(uri) and exists(uri):
+        what = f"{flag} is {uri}, which is a file" if flag else f"{uri} cannot be written to: it is a file"
+        raise InputError(f"{what}; expected a directory, which may be there already or not")
     probe = join(uri, f".probe-{os.getpid()}")
     write_bytes(probe, b"")
     delete(probe)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from mtl_dist.config import Config, build_config, dump_yaml, flatten, read_config_file, unflatten
+from mtl_dist.data.augment import augment, make_draws, normalise
 from mtl_dist.errors import InputError, nearest
 from mtl_dist.presets import PRESETS, CommandConfig, config_of, load_preset, parse_command, with_absolute_paths
 from tests.conftest import REPO
@@ -69,6 +72,55 @@ def test_a_configuration_survives_yaml_and_dotted_keys(name, tmp_path):
     path.write_text(yaml.safe_dump(flatten(config)))
     assert build_config(read_config_file(str(path))) == config
     assert parse("--config", str(path)) == with_absolute_paths(config)
+
+
+# What the papers tell of their training, and their code (2203.12845), setting by setting; with what none tells: weight
+# decay, and what is of no effect here: crop_scale beside resize, hidden (the baseline's).
+PUBLISHED = {
+    "data": {"image_size": 304, "sampling": "per_task", "epoch_fraction": 1 / 8},
+    "augment": {
+        "resize": 304, "flip": True, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "jitter_p": 0.8,
+        "rotation": 0.0, "erase": 0.0, "crop_scale": [0.8, 1.0],
+    },
+    "model": {
+        "backbone": "inception_v3", "weights": "imagenet", "freeze_backbone": False, "image_size": 299, "dropout": 0.3,
+        "hidden": 4096,
+    },
+    "loss": {
+        "va": 1.0, "expr": 1.0, "au": 1.0, "balancing": "fixed", "expr_weights": "none", "au_weights": "none",
+        "label_smoothing": 0.0,
+    },
+    "optim": {
+        "name": "sgd", "lr": 0.001, "momentum": 0.9, "nesterov": False, "weight_decay": 0.0005, "warmup_steps": 0,
+        "final_lr": 0.0, "cosine_steps": 10_000, "clip_norm": None,
+    },
+    "train": {"global_batch": 24, "epochs": 50, "accumulation": 1, "ema": 0.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_the_recipe_of_the_paper_presets_is_the_published_one(name):
+    found = parse("--preset", f"{name}-paper").model_dump(mode="json")
+    assert found["model"].pop("name") == name
+    for section, expected in PUBLISHED.items():
+        part = section in ("data", "train")  # they hold more than the recipe
+        assert {key: value for key, value in found[section].items() if not part or key in expected} == expected
+
+
+def test_the_paper_presets_cut_299_whole_pixels_out_of_the_304_that_the_loader_makes():
+    config = parse("--preset", "a-paper")
+    side, size = config.data.image_size, config.input_size
+    inputs = torch.randint(256, (1, 1, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    draws = make_draws(torch.arange(12)[:, None], seed=0, epoch=0)
+    plain = config.augment.model_copy(update={"jitter_p": 0.0})
+    whole = normalise(inputs, side)[0, 0]
+    places = set()
+    for image, u in zip(augment(inputs.expand(12, -1, -1, -1, -1), draws, plain, size)[:, 0], draws[:, 0]):
+        left, top = (int(u[i] * 6) for i in (2, 3))
+        crop = whole[:, top : top + 299, left : left + 299]
+        torch.testing.assert_close(image, crop.flip(-1) if u[4] < 0.5 else crop, rtol=0, atol=2e-3)
+        places.add((left, top))
+    assert len(places) > 6
 
 
 def test_unflattening_nests_and_the_later_of_two_wins():
@@ -166,6 +218,27 @@ def test_help_answers_with_examples_and_without_heavy_imports(module):
     assert done.returncode == 0, done.stderr
     assert f"python -m {module}" in done.stdout
     assert done.stderr.splitlines()[-1] == "HEAVY []"
+
+
+def test_make_results_tells_the_time_of_all_its_calls_and_of_their_processes(tmp_path):
+    from benchmarks.comparators import read_spent, timed
+
+    burn = [sys.executable, "-c", "import time\nwhile time.process_time() < 0.5: pass"]
+    path, found = tmp_path / "results" / "spent.json", []
+    for interrupted in (True, False, False):
+        with contextlib.suppress(KeyboardInterrupt), timed(path, of=[3, 12]):
+            subprocess.run(burn, check=True)
+            if interrupted:
+                raise KeyboardInterrupt
+        found.append(read_spent(path))
+    assert [spent["calls"] for spent in found] == [1, 2, 2]
+    assert [spent["finished"] for spent in found] == [None, [3, 12], [3, 12]]
+    assert 0.5 <= found[0]["cpu_seconds"] <= found[1]["cpu_seconds"] - 0.5 < 10
+    assert 0.5 <= found[0]["seconds"] <= found[1]["seconds"] - 0.5
+    assert found[2] == found[1]
+    with timed(path, of=[5, 12]):  # more seeds
+        pass
+    assert read_spent(path)["calls"] == 3
 
 
 def test_every_training_of_make_results_has_flags_that_exist():

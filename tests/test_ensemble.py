@@ -18,16 +18,16 @@ from mtl_dist import predict, storage
 from mtl_dist.data.annotations import FILES, read_annotations
 from mtl_dist.data.index import read_index
 from mtl_dist.data.submission import find_images, submission_text
-from mtl_dist.ensemble import combine, main
+from mtl_dist.ensemble import EnsembleCommand, _calibrate, combine, main
 from mtl_dist.errors import InputError
 from mtl_dist.objective.metrics import Predictions, Targets, metric_sums, scores
-from mtl_dist.runtime import ensembling
-from mtl_dist.runtime.checkpoint import best, committed
+from mtl_dist.runtime import ensembling, members
+from mtl_dist.runtime.checkpoint import best, committed, read_model
 from mtl_dist.runtime.ensembling import TEST, VAL, map_here, table_name
 from mtl_dist.runtime.evaluate import Predicted
 from mtl_dist.runtime.launch import TaskFailed
-from mtl_dist.runtime.members import load_model, open_member
-from mtl_dist.runtime.predictions import read_predictions
+from mtl_dist.runtime.members import load_model, open_member, predict_member
+from mtl_dist.runtime.predictions import PredictionTable, read_predictions
 from mtl_dist.shards import create
 from mtl_dist.tasks import AUS, EXPRESSIONS, VIEWS
 from tests.conftest import assert_one_message, run_here, run_module, write_dataset
@@ -88,7 +88,7 @@ def write_test_list(path: Path, dataset: Path) -> list[str]:
     return names
 
 
-def test_the_job_writes_everything_twice_the_same(runs, dataset, tmp_path):
+def test_the_job_writes_everything_twice_the_same_and_reads_each_checkpoint_once(runs, dataset, tmp_path, monkeypatch):
     names = write_test_list(tmp_path / "list.txt", dataset)
     args = ["--runs", *(f"{runs}/{view}" for view in VIEWS), "--test-list", tmp_path / "list.txt"]
     args += ["--test-root", dataset, "--out"]
@@ -136,12 +136,14 @@ def test_the_job_writes_everything_twice_the_same(runs, dataset, tmp_path):
         assert EXPRESSIONS[int(expression)] == tested[image]["expression"]
         assert [int(au) for au in aus] == [tested[image][f"p_{name}"] > t for name, t in thresholds.items()]
 
+    read = []
+    monkeypatch.setattr(members, "read_model", lambda of: read.append(of.uri) or read_model(of))
     main([*map(str, args), str(tmp_path / "second")])
+    assert read == [member["checkpoint"] for member in report["members"]]
     assert files_below(tmp_path / "first") == files_below(tmp_path / "second")
 
     # Another ensemble in the same place: nothing of the first is left to be taken for its.
-    members = [f"{runs}/{view}" for view in VIEWS]
-    main(["--runs", *members, "--steps", "--out", str(tmp_path / "second")])
+    main(["--runs", *(f"{runs}/{view}" for view in VIEWS), "--steps", "--out", str(tmp_path / "second")])
     left = {path.name for path in (tmp_path / "second").iterdir()}
     assert left == {"score.json", "table.txt", "predictions.parquet", "members"}
 
@@ -157,8 +159,63 @@ def test_an_interrupted_ensemble_continues_with_the_members_it_has(runs, tmp_pat
     assert files_below(out) == before
     report = json.loads((out / "score.json").read_text())
     assert (report["steps"], report["calibration"], report["p_calibrated"]) == ({}, None, None)
-    members = {f"members/{view}.parquet" for view in VIEWS}
-    assert set(before) == {"score.json", "table.txt", "predictions.parquet"} | members
+    kept = {f"members/{view}.parquet" for view in VIEWS}
+    assert set(before) == {"score.json", "table.txt", "predictions.parquet"} | kept
+
+
+@pytest.fixture
+def half_a_test_list(dataset, tmp_path) -> list[str]:
+    """Flags of a test list whose second image is cut short."""
+    shutil.copytree(dataset / "cropped/v0", tmp_path / "cropped/v0")
+    image = tmp_path / "cropped/v0/00001.jpg"
+    image.write_bytes(image.read_bytes()[:300])
+    (tmp_path / "list.txt").write_text("image\nv0/00000.jpg\nv0/00001.jpg\n")
+    return ["--test-list", str(tmp_path / "list.txt"), "--test-root", str(tmp_path), "--out", str(tmp_path / "out")]
+
+
+def count_predicted(monkeypatch) -> list[str]:
+    """Return a list that the names of members come to whose validation sets are predicted."""
+    predicted = []
+
+    def counted(member, **options):
+        predicted.append(member.run_uri)
+        return predict_member(member, **options)
+
+    monkeypatch.setattr(ensembling, "predict_member", counted)
+    return predicted
+
+
+def test_a_bad_test_image_leaves_what_the_member_predicted_before(
+    runs, dataset, tmp_path, half_a_test_list, monkeypatch
+):
+    args, out = ["--runs", f"{runs}/cropped", *half_a_test_list], tmp_path / "out"
+    predicted = count_predicted(monkeypatch)
+    assert_one_message(run_here("mtl_dist.ensemble", *args), "v0/00001.jpg cannot be decoded", "predicted is kept")
+    kept = files_below(out)
+    assert set(kept) == {"members/cropped.parquet"}
+    shutil.copy(dataset / "cropped/v0/00001.jpg", tmp_path / "cropped/v0")
+    main(args)
+    assert predicted == [f"{runs}/cropped"]
+    assert kept.items() < files_below(out).items()
+    assert len((out / "submission.txt").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("retries", [0, 1, 2])
+def test_a_test_list_that_fails_otherwise_is_tried_again_without_the_validation_set(
+    runs, tmp_path, half_a_test_list, monkeypatch, retries
+):
+    tries, predicted = [], count_predicted(monkeypatch)
+
+    def lost(paths, **options):
+        tries.append(paths)
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(ensembling, "image_batches", lost)
+    with pytest.raises(InputError, match=rf"cropped could not .*OSError: the disk is gone.*tried {retries + 1} time"):
+        main(["--runs", f"{runs}/cropped", *half_a_test_list, "--retries", str(retries)])
+    assert len(tries) == retries + 1
+    assert predicted == [f"{runs}/cropped"]
+    assert set(files_below(tmp_path / "out")) == {"members/cropped.parquet"}
 
 
 def test_several_members_of_one_view_and_a_single_one_are_ensembles(runs, tmp_path):
@@ -227,6 +284,36 @@ def test_a_member_that_overflows_is_named_and_not_averaged_away(runs, dataset, t
     with pytest.raises(InputError, match=r"broken gives values that are not finite"):
         predict.main(["--runs", str(run), "--input", f"{dataset}/cropped/v0", "--out", f"{tmp_path}/out.csv"])
     assert not (tmp_path / "out.csv").exists()
+
+
+def test_single_images_that_are_dealt_into_folds_are_noted(capsys):
+    """Nothing tells which of them show one person."""
+    command = EnsembleCommand(("run",), "out", steps=("temperature",))
+    images = [f"{number:02d}.jpg" for number in range(20)]
+    for videos, words in ((images, "single images are dealt into folds"), ([name[:1] for name in images], "")):
+        fitted = _calibrate([PredictionTable(make_predicted(np.arange(20), 1), images, videos)], command)
+        assert len(set(fitted.folds)) == (5 if words else 2)
+        assert words in (printed := capsys.readouterr().out)
+        assert ("note: " in printed) == bool(words)
+
+
+@pytest.mark.parametrize("place", ["", "/", "/checkpoints/ensemble", "/ensemble"])
+def test_an_ensemble_among_the_files_of_a_run_is_refused(runs, tmp_path, monkeypatch, place):
+    run = shutil.copytree(runs / "cropped", tmp_path / "cropped")
+    before = files_below(run)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"--out is cropped{place}, where the run {run} keeps its own files"):
+        main(["--runs", f"{runs}/cropped_aligned", str(run), "--out", f"cropped{place}"])
+    assert files_below(run) == before
+
+
+def test_out_that_is_a_file_is_one_message_that_names_the_flag(runs, tmp_path):
+    (tmp_path / "o.txt").write_text("mine")
+    done = run_here("mtl_dist.ensemble", "--runs", f"{runs}/cropped", "--out", f"{tmp_path}/o.txt")
+    assert_one_message(done, f"--out is {tmp_path}/o.txt, which is a file; expected a directory")
+    with pytest.raises(InputError, match=f"^{tmp_path}/o.txt cannot be written to: it is a file; expected a directory"):
+        storage.check_writable(f"{tmp_path}/o.txt")
+    assert (tmp_path / "o.txt").read_text() == "mine"
 
 
 def test_one_run_given_twice_is_refused(runs, tmp_path):

@@ -59,7 +59,7 @@ def gather(command: ReportCommand, device: torch.device) -> Evidence:
         for uri, name in zip(command.ensemble, unique_names(list(command.ensemble)))
         for result in open_ensemble(uri, members, images)
     ]
-    storage.check_writable(command.out)
+    storage.check_writable(command.out, flag="--out")
     names = unique_names(list(command.runs))
     runs = []
     for member, name, label in zip(members, names, label_runs(members)):

@@ -135,7 +135,7 @@ def _deepspeed_config(config: Config, num_ranks: int) -> dict:
         # Nominal: ranks may hold unequal parts of the global batch, which our losses account for.
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.optim.clip_norm,
+        "gradient_clipping": config.optim.clip_norm or 0.0,  # 0: off
         # ZeRO allocates a bucket of float32 in every backward: 0.2 GB, where the default is 2.
         "zero_optimization": {"stage": config.engine.zero_stage, "reduce_bucket_size": 50_000_000},
         "zero_allow_untested_optimizer": True,

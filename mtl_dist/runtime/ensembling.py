@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import torch
+from torch import nn
 
 from mtl_dist import storage
 from mtl_dist.data.submission import TestImages
@@ -64,6 +65,14 @@ class MemberTask(NamedTuple):
     test_paths: list[str]
 
 
+class Finished(NamedTuple):
+    """What a task predicted of one member, and why it has nothing of the rest."""
+
+    tables: dict[str, pa.Table]  # by VAL, TEST
+    error: str = ""
+    can_mend: bool = False  # the user can, and no second try: the error is an `InputError`
+
+
 def table_name(name: str, part: str) -> str:
     """Return the name, below --out, of what a member predicted of the validation set or the test list."""
     # Not members/<name>.test.parquet: that is the run <name>.test, of the validation set.
@@ -99,14 +108,13 @@ def predict_members(
     if kept := len(members) - len(tasks):
         print(f"{kept} of {len(members)} member(s) predicted already, in {storage.join(out, 'members')}", flush=True)
     try:
-        for name, tables in _run(tasks, how):
-            for part, table in tables.items():
-                write_parquet(storage.join(out, table_name(name, part)), table, key=keys[name, part])
+        for name, part, table in _predict_parts(tasks, how):
+            write_parquet(storage.join(out, table_name(name, part)), table, key=keys[name, part])
     except TaskFailed as error:
         raise InputError(
             f"member {members[error.name].run_uri} could not be predicted ({error.reason}), tried {how.retries + 1} "
-            "time(s), and no ensemble goes without it: mend that, or take the run off --runs; what other members "
-            "predicted is kept, and the same command continues"
+            "time(s), and no ensemble goes without it: mend that, or take the run off --runs; what was predicted is "
+            "kept, and the same command continues"
         ) from error
     return {
         name: {part: read_predictions(storage.join(out, table_name(name, part))) for part in parts} for name in members
@@ -130,9 +138,25 @@ def _with_absolute_paths(task: MemberTask) -> MemberTask:
     return task._replace(member=member, how=how)
 
 
-def _run(tasks: dict[str, MemberTask], how: Prediction) -> Iterator[tuple[str, dict[str, pa.Table]]]:
-    if not tasks:
-        return
+def _predict_parts(tasks: dict[str, MemberTask], how: Prediction) -> Iterator[tuple[str, str, pa.Table]]:
+    """Yield (member, part, table) as they are finished; where a task failed half-way, the other half is tried again."""
+    while tasks:
+        left = {}
+        for name, (tables, error, can_mend) in _run(tasks, how):
+            for part, table in tables.items():
+                yield name, part, table
+            if not error:
+                continue
+            if can_mend:
+                raise InputError(f"{error}; what was predicted is kept, and the same command continues")
+            if not how.retries:
+                raise TaskFailed(name, error)
+            print(f"{name} failed half-way and is tried again: {error}", flush=True)
+            left[name] = tasks[name]._replace(sets=tuple(part for part in tasks[name].sets if part not in tables))
+        tasks, how = left, how._replace(retries=how.retries - 1)
+
+
+def _run(tasks: dict[str, MemberTask], how: Prediction) -> Iterator[tuple[str, Finished]]:
     if how.local or not has_cluster():
         yield from map_here(predict_task, tasks, retries=how.retries)
         return
@@ -163,7 +187,7 @@ def map_here(function: Callable[[Any], Any], items: dict[str, Any], *, retries: 
         yield name, result
 
 
-def predict_task(task: MemberTask) -> dict[str, pa.Table]:
+def predict_task(task: MemberTask) -> Finished:
     """Predict what is wanted of one member; its checkpoint is read once."""
     member, how, tables = task.member, task.how, {}
     on_cluster = has_cluster() and not how.local
@@ -179,14 +203,26 @@ def predict_task(task: MemberTask) -> dict[str, pa.Table]:
                 progress=advance, model=model)  # fmt: skip
         tables[VAL] = _checked_table(predicted, member, *row_names(member, how.cache_dir))
     if TEST in task.sets:
-        config = member.config
-        batches = image_batches(task.test_paths, batch=how.batch, size=config.data.image_size, workers=how.workers)
-        with progress_bar(f"predicting the test list with {task.name}", len(task.test_paths)) as advance:
-            predicted = predict(
-                model, batches, device=device, size=config.input_size, bf16=config.engine.autocast == "bf16",
-                progress=advance)  # fmt: skip
-        tables[TEST] = _checked_table(predicted, member, task.test_names)
-    return tables
+        try:
+            tables[TEST] = _predict_test_list(task, model, device)
+        except Exception as error:
+            if not tables:
+                raise
+            if isinstance(error, InputError):
+                return Finished(tables, str(error), can_mend=True)
+            traceback.print_exc()
+            return Finished(tables, f"{type(error).__name__}: {error}")
+    return Finished(tables)
+
+
+def _predict_test_list(task: MemberTask, model: nn.Module, device: torch.device) -> pa.Table:
+    how, config = task.how, task.member.config
+    batches = image_batches(task.test_paths, batch=how.batch, size=config.data.image_size, workers=how.workers)
+    with progress_bar(f"predicting the test list with {task.name}", len(task.test_paths)) as advance:
+        predicted = predict(
+            model, batches, device=device, size=config.input_size, bf16=config.engine.autocast == "bf16",
+            progress=advance)  # fmt: skip
+    return _checked_table(predicted, task.member, task.test_names)
 
 
 def _checked_table(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,22 @@ def fail(item: Path) -> None:
     raise InputError("what the user can mend") if item.name == "input" else OSError("the disk is gone")
 
 
+def meet(item: tuple[Path, Path]) -> bool:
+    """Say that this task runs, and wait for another: whether they ran at the same time."""
+    mine, other = item
+    mine.touch()
+    deadline = time.monotonic() + 60
+    while not other.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return other.exists()
+
+
+def test_as_many_tasks_run_at_once_as_the_cluster_has_room_for(ray_address, tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    found = dict(map_over_cluster(meet, {"a": (here, there), "b": (there, here)}, cpus=1, gpus=0, retries=0))
+    assert found == {"a": True, "b": True}
+
+
 def test_a_task_whose_worker_is_killed_is_run_again(ray_address, tmp_path):
     items = {f"member {number}": (str(tmp_path / "died"), number) for number in (1, 2, 3)}
     found = dict(map_over_cluster(die_once, items, cpus=1, gpus=0, retries=2))
@@ -81,3 +99,13 @@ def test_members_predicted_on_the_cluster_are_those_predicted_here(ray_address, 
     assert "over the cluster" not in capsys.readouterr().out
     for name in ("score.json", "members/cropped.parquet"):
         assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
+
+
+def test_a_bad_test_image_leaves_what_a_task_predicted_before(ray_address, run, dataset, tmp_path):
+    shutil.copytree(dataset / "cropped/v0", tmp_path / "cropped/v0")
+    (tmp_path / "cropped/v0/00000.jpg").write_bytes(b"no image")
+    (tmp_path / "list.txt").write_text("image\nv0/00000.jpg\n")
+    args = ["--test-list", f"{tmp_path}/list.txt", "--test-root", str(tmp_path), "--out", f"{tmp_path}/out"]
+    with pytest.raises(InputError, match=r"00000.jpg cannot be decoded.* what was predicted is kept"):
+        main(["--runs", str(run), *args])
+    assert [path.name for path in (tmp_path / "out").rglob("*.parquet")] == ["cropped.parquet"]
