@@ -232,7 +232,7 @@ def _look_at(progress: _Progress, setup: Setup, tracker: Tracker | None, saver: 
         rows = ", ".join(map(str, progress.rows))
         raise NonFiniteLoss(
             f"step {progress.step}: the loss is not finite ({losses}); this rank's rows: {rows}. The last "
-            "checkpoint is intact; lower optim.lr, or set a lower optim.clip_norm under another --run.name"
+            "checkpoint is intact; lower optim.lr, or set a lower optim.clip_norm, under another --run.name"
         )
     if tracker:
         present = {task for task in TASKS if bool(progress.loss.present[task])}

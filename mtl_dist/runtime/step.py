@@ -92,5 +92,5 @@ def check_finite(module: nn.Module, step: int) -> None:
     if wrong:
         raise NonFiniteLoss(
             f"step {step}: weights are not finite ({', '.join(wrong[:3])}). The last checkpoint is intact; lower "
-            "optim.lr or optim.clip_norm under another --run.name"
+            "optim.lr, or set a lower optim.clip_norm, under another --run.name"
         )
