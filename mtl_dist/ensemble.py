@@ -103,14 +103,14 @@ def main(args: list[str] | None = None) -> None:
     from mtl_dist.data.submission import find_images, read_test_list
     from mtl_dist.objective.metrics import constant_scores, metric_sums, scores
     from mtl_dist.runtime.ensembling import TEST, VAL, Prediction, predict_members
-    from mtl_dist.runtime.members import open_member, unique_names
+    from mtl_dist.runtime.members import check_apart, open_member, unique_names
     from mtl_dist.runtime.tracking import print_scores
 
     test_names = read_test_list(command.test_list) if command.test_list else None
     opened = [open_member(run, *command.val[place : place + 1]) for place, run in enumerate(command.runs)]
     members = dict(zip(unique_names([member.run_uri for member in opened], taken=RESERVED), opened))
     check_members(opened)
-    _check_apart(command.out, opened)
+    check_apart(command.out, command.runs)
     views = sorted({member.val.view for member in opened})
     test = {view: find_images(command.test_root, view, test_names) for view in views} if test_names else None
     storage.check_writable(command.out, flag="--out")
@@ -195,16 +195,6 @@ def check_members(members: list[Member]) -> None:
             raise InputError(
                 f"{sets}: validation sets from different sources, or from other choices of rows; make all from one "
                 "source with the same options, or ensemble them apart"
-            )
-
-
-def _check_apart(out: str, members: list[Member]) -> None:
-    """Raise where the ensemble's files would lie among a run's own."""
-    target = storage.join(storage.absolute(out), "")
-    for member in members:
-        if target.startswith(storage.join(storage.absolute(member.run_uri), "")):
-            raise InputError(
-                f"--out is {out}, where the run {member.run_uri} keeps its own files; name another directory"
             )
 
 

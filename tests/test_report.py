@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from sklearn.metrics import confusion_matrix
 
 from mtl_dist.config import build_config
 from mtl_dist.errors import InputError
@@ -15,12 +16,13 @@ from mtl_dist.objective.metrics import Predictions, Targets, constant_scores, me
 from mtl_dist.objective.smoothing import video_names
 from mtl_dist.report.__main__ import main
 from mtl_dist.report.affect import draw_affect
+from mtl_dist.report.attention import _overlay
 from mtl_dist.report.calibration import draw_reliability, reliability, task_reliability
 from mtl_dist.report.chapters import lead
 from mtl_dist.report.classes import draw_confusion, draw_f1
 from mtl_dist.report.curves import draw_curves
 from mtl_dist.report.drawing import method_styles
-from mtl_dist.report.evidence import Evidence
+from mtl_dist.report.evidence import Evidence, _warnings
 from mtl_dist.report.intervals import CHUNK, KEYS, bootstrap, number_videos
 from mtl_dist.report.mistakes import worst_mistakes
 from mtl_dist.report.page import Part, definitions, render_page, table_block
@@ -35,6 +37,7 @@ from mtl_dist.report.results import (
     check_same_rows,
     constant_result,
     group_methods,
+    label_ensembles,
     label_runs,
 )
 from mtl_dist.report.tables import (
@@ -43,6 +46,7 @@ from mtl_dist.report.tables import (
     headline_table,
     paper_tables,
     runs_table,
+    settings_table,
     steps_tables,
 )
 from mtl_dist.runtime.checkpoint import Checkpoint
@@ -164,8 +168,68 @@ def test_a_page_says_where_images_are_of_no_videos(name, is_said):
     methods, images = make_methods(), [name.format(number // 2) for number in range(60)]  # two rows an image
     video = number_videos(video_names(images))
     drawn = bootstrap(methods, video, num_draws=10, seed=0)
-    sentences = lead(Evidence(methods, count_labels(make_targets(60, 0)), images, video, drawn), num_draws=10)
+    sentences = lead(Evidence(methods, count_labels(make_targets(60, 0)), images, video, drawn, []), num_draws=10)
     assert any("counts as a video of its own" in sentence for sentence in sentences) == is_said
+
+
+def test_a_mark_is_for_what_is_above_the_constant_predictor():
+    methods = make_methods()
+    low = methods[2]._replace(results=tuple(r._replace(scores={**r.scores, "au": 0.01}) for r in methods[2].results))
+    methods = [methods[0], low]
+    drawn = bootstrap(methods, np.arange(60) // 6, num_draws=5, seed=0)
+    row = dict(zip(headline_table(methods, drawn).columns, headline_table(methods, drawn).rows[1]))
+    assert not row["AU F1"].is_best
+    assert row["VA"].is_best
+    assert list(row)[:3] == ["Method", "P", "P, 95% interval"]
+
+
+def test_confusion_and_scatter_show_labels_and_predictions_where_they_belong():
+    """Against sklearn and the arrays themselves, on results that are not symmetric."""
+    targets = make_targets(400, 5)
+    result = make_result(targets, 6, "x", skill=0.2)
+    va = result.predicted.predictions.va * [0.3, 1.0]  # valence and arousal not alike
+    predictions = result.predicted.predictions._replace(
+        va=va, expr=np.roll(result.predicted.predictions.expr, 1, axis=1)
+    )
+    result = result._replace(predicted=result.predicted._replace(predictions=predictions))
+    method = Method("x", (result._replace(scores=scores(result.sums())),))
+    known = targets.expr_mask
+    expected = confusion_matrix(targets.expr[known], predictions.expr[known].argmax(-1), labels=range(8))
+    assert not np.array_equal(expected, expected.T)
+    rows = list(csv.reader(io.StringIO(draw_confusion(method, 1).csv.decode())))
+    assert np.array([row[1:] for row in rows[1:]], int).tolist() == expected.tolist()
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        axes = "matplotlib.axes.Axes"
+        patch.setattr(f"{axes}.imshow", lambda self, data, **options: drawn.append(np.array(data)))
+        draw_confusion(method, 1)
+        patch.setattr(f"{axes}.plot", lambda self, x, y, *style, **options: drawn.append(np.stack([x, y], -1)))
+        figures = draw_affect(method, 1)
+    np.testing.assert_allclose(drawn[0], expected / expected.sum(1, keepdims=True))
+    mask = targets.va_mask
+    labelled, predicted = targets.va[mask], va[mask]
+    points = [data for data in drawn[1:] if len(data) == mask.sum()]
+    for side in (0, 1):  # the scatter's panels, then the circumplex's
+        np.testing.assert_array_equal(points[side], np.stack([labelled[:, side], predicted[:, side]], -1))
+    np.testing.assert_array_equal(points[2], labelled)
+    np.testing.assert_array_equal(points[3], predicted)
+    for figure in figures:
+        found = list(csv.DictReader(io.StringIO(figure.csv.decode())))
+        numbers = [[float(value) for value in list(row.values())[1:]] for row in found]
+        np.testing.assert_allclose(numbers, np.concatenate([labelled, predicted], 1), atol=5e-5)
+        assert list(found[0])[1:] == [
+            f"{of} {what}" for of in ("labelled", "predicted") for what in ("valence", "arousal")
+        ]
+
+
+def test_an_attention_map_lies_upright_over_its_face():
+    face, own = np.full((8, 8, 3), 128, np.uint8), np.zeros((8, 8))
+    own[1, 6] = 1.0
+    shown = []
+    _overlay(SimpleNamespace(imshow=shown.append, axis=lambda what: None), face, own)
+    away = np.abs(shown[0] - 128 / 255).sum(-1)
+    assert np.unravel_index(away.argmax(), away.shape) == (1, 6)
+    assert np.count_nonzero(away > 1e-6) == 1
 
 
 def test_tables_show_mean_and_deviation_over_seeds_and_mark_the_best():
@@ -285,6 +349,70 @@ def test_runs_that_differ_in_their_seed_are_one_method_and_others_are_not():
     both = [make_member("x", model="b"), make_member("y", model="b", view="cropped_aligned")]
     assert label_runs(both) == ["B (SMM-EmotionNet) cropped", "B (SMM-EmotionNet) cropped aligned"]
     assert unique_names(["runs/x", "s3://bucket/x/", "y"], taken=("y",)) == ["x", "x-2", "y-2"]
+
+
+def test_runs_that_learnt_from_other_sets_are_no_seeds_of_one_method():
+    members = [make_member(f"r{seed}", seed=seed)._replace(train_sha256=sha) for seed, sha in enumerate("aab")]
+    assert label_runs(members) == ["A cropped, r0", "A cropped, r0", "A cropped, r2"]
+    results = [make_result(make_targets(20, 0), 0, "x")._replace(member=member) for member in members]
+    table = settings_table(results)
+    assert [dict(zip(table.columns, row))["training set"].text for row in table.rows] == list("aab")
+    views = [make_member(view, view=view)._replace(train_sha256=view) for view in ("cropped", "cropped_aligned")]
+    assert settings_table([results[0]._replace(member=member) for member in views]) is None
+
+
+def make_ensembles(*abouts: dict) -> list[list[Result]]:
+    targets = make_targets(20, 0)
+    return [
+        [make_result(targets, n, kind)._replace(name=f"e{n}", score_file=about) for kind in (ENSEMBLE, CALIBRATED)]
+        for n, about in enumerate(abouts)
+    ]
+
+
+def test_ensembles_of_other_members_or_steps_are_methods_of_their_own():
+    def about(*runs: str, **options) -> dict:
+        members = [{"view": "cropped", "run": run, "checkpoint": f"{run}/checkpoints/step_9"} for run in runs]
+        return {"members": members, "options": {"steps": ["weights"], "seed": 0, **options}}
+
+    labels = {"runs/one": "A", "runs/two": "A", "runs/b": "B"}
+
+    def methods(*abouts: dict) -> list[str]:
+        found = label_ensembles(make_ensembles(*abouts), labels)
+        constant = constant_result(found[0].predicted, count_labels(found[0].predicted.targets))
+        grouped = group_methods(constant, [], found)
+        assert [m.kind for m in grouped] == [CONSTANT] + [k for k in (ENSEMBLE, CALIBRATED) for m in grouped[1:]
+                                                          if m.label.startswith(k) and m.kind == k]  # fmt: skip
+        assert len(set(method_styles(grouped).values())) >= len(grouped)
+        return [method.label for method in grouped[1:]]
+
+    assert methods(about("runs/one"), about("runs/two", seed=1)) == [ENSEMBLE, CALIBRATED]
+    apart = ["ensemble e0", "ensemble e1", "ensemble, calibrated e0", "ensemble, calibrated e1"]
+    assert methods(about("runs/one"), about("runs/one", "runs/two")) == apart
+    assert methods(about("runs/one"), about("runs/b")) == apart
+    assert methods(about("runs/one"), about("runs/two", steps=[])) == apart
+
+
+def test_what_is_unfinished_or_stale_is_said():
+    member = make_member("one")._replace(newest_step=18, total_steps=720)
+    member = member._replace(checkpoint=member.checkpoint._replace(uri="runs/one/checkpoints/step_18"))
+    run = make_result(make_targets(20, 0), 0, "A cropped")._replace(name="one", member=member)
+    of = {"members": [{"run": "runs/one", "view": "cropped", "checkpoint": "s3://moved/one/checkpoints/step_9"}]}
+    (ensemble,) = make_ensembles(of)
+    unfinished, stale = _warnings([run], [ensemble])
+    assert "one (step 18 of 720)" in unfinished
+    assert "was made of other checkpoints than are best now, of runs/one" in stale
+    methods = group_methods(constant_result(run.predicted, count_labels(run.predicted.targets)), [run], ensemble)
+    rows = [dict(zip(table.columns, row)) for table in [runs_table(methods)] for row in table.rows]
+    assert "unfinished, at 18 of 720" in [row["step"].below for row in rows]
+    of["members"][0]["checkpoint"] = "s3://moved/one/checkpoints/step_18"
+    done = run._replace(member=member._replace(newest_step=720))
+    assert _warnings([done], [ensemble]) == []
+
+
+def test_from_the_eighth_method_on_lines_look_other_too():
+    methods = make_methods()
+    many = [methods[1]._replace(label=f"m{number}") for number in range(40)]
+    assert len({style for label, style in method_styles(many).items() if label.startswith("m")}) == 40
 
 
 def test_runs_of_other_data_are_refused_by_name():

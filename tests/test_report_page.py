@@ -12,17 +12,23 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from mtl_dist import storage
+from mtl_dist.data.augment import normalise
 from mtl_dist.ensemble import main as ensemble
 from mtl_dist.errors import InputError
 from mtl_dist.report import results
 from mtl_dist.report.__main__ import main as report
+from mtl_dist.report.drawing import DPI
+from mtl_dist.report.pictures import Pictures
 from mtl_dist.runtime.checkpoint import best, committed
+from mtl_dist.runtime.members import load_model, open_member
 from mtl_dist.shards import main as make_shards
 from mtl_dist.tasks import AUS, EXPRESSIONS, VIEWS
 from tests.conftest import write_dataset
 
+SMALLEST_POINTS = {".grid figure:not(.dense)": 9, "figure.dense": 8}  # of the letters in charts
 OPTIONS = ["--draws", "50", "--faces", "2", "--errors", "3", "--workers", "0", "--device", "cpu"]
 
 
@@ -90,6 +96,32 @@ def test_every_figure_has_its_picture_and_its_numbers(runs, written):
     faces = [[row["image"] for row in read_csv(figures / f"attention_{place}.csv")] for place in (1, 2)]
     assert faces[0] == faces[1]
     assert len(faces[0]) == 2 * len(AUS)
+
+
+def test_attention_maps_are_those_of_their_action_units(runs, written):
+    member = open_member(f"{runs}/cropped")
+    rows = read_csv(written / "figures/attention_1.csv")
+    assert [row["AU"] for row in rows] == [f"AU{au}" for au in AUS] * 2
+    model, config = load_model(member.checkpoint, member.config), member.config
+    batch = Pictures(member, None).read(
+        np.array([int(row["row"]) for row in rows[:: len(AUS)]]), config.data.image_size
+    )
+    with torch.no_grad():
+        maps = model.attention_maps(normalise(batch.inputs, config.input_size))[:, 0].flatten(2)[:, : len(AUS)]
+    expected = torch.stack([maps.amin(-1), maps.amax(-1), maps.mean(-1)], -1).flatten(0, 1).numpy()
+    found = np.array([[float(row[name]) for name in ("least attention", "most", "mean")] for row in rows])
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert len(np.unique(found.round(4), axis=0)) > len(AUS)  # else any order would do
+
+
+def test_a_report_among_the_files_of_a_run_is_refused(runs, tmp_path):
+    for out in (runs / "cropped", runs / "cropped/report"):
+        with pytest.raises(InputError, match=r"keeps its own files; name another directory"):
+            report([*named(runs), "--out", str(out), *OPTIONS])
+    assert not list((runs / "cropped").glob("report*"))
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"--out is .*file, which is a file; expected a directory"):
+        report([*named(runs), "--out", str(tmp_path / "file"), *OPTIONS])
 
 
 def test_a_second_report_reads_the_predictions_of_the_first(runs, written, tmp_path, monkeypatch):
@@ -262,6 +294,11 @@ def test_the_page_is_readable_on_a_phone(tab, scheme):
         "p, td, th, figcaption", "all => all.map(e => parseFloat(getComputedStyle(e).fontSize))"
     )
     assert min(sizes) >= 12
+    # Letters of charts, where words are 16 pixels high.
+    for chart, points in SMALLEST_POINTS.items():
+        shares = tab.eval_on_selector_all(f"{chart} img", "all => all.map(i => i.clientWidth / i.naturalWidth)")
+        assert len(shares) >= 8
+        assert min(shares) * points / 72 * DPI >= 8
     contrast = tab.evaluate(
         "() => [getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
     )

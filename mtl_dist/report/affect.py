@@ -57,7 +57,8 @@ def _scatter(method: Method, name: str, labelled: np.ndarray, predicted: np.ndar
         f"CCC {what} {ccc:.3f}" for what, ccc in scores.items()
     )
     how = "A point a frame." if len(labelled) <= FEW else "Darker: more frames (logarithmic)."
-    return Figure(name, method.label, f"{result.name}. {how} Dotted: as labelled.", f"{alt}.", png, data)
+    title = f"{method.label}: predicted against labelled"
+    return Figure(name, title, f"{result.name}. {how} Dotted: as labelled.", f"{alt}.", png, data, is_dense=True)
 
 
 def _circumplex(method: Method, name: str, labelled: np.ndarray, predicted: np.ndarray, data: bytes) -> Figure:
@@ -94,4 +95,4 @@ def _circumplex(method: Method, name: str, labelled: np.ndarray, predicted: np.n
     )
     alt = f"Circumplex of affect of {method.label}, emotion words around a circle of valence and arousal: {spread}."
     caption = f"{method.shown.name}. Right: pleasant; up: aroused. The words stand about where Russell (1980) has them."
-    return Figure(name, method.label, caption, alt, png, data)
+    return Figure(name, f"{method.label}: circumplex", caption, alt, png, data, is_dense=True)

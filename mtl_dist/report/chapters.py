@@ -25,6 +25,8 @@ from mtl_dist.report.tables import (
     steps_tables,
 )
 
+FEW_VIDEOS = 10
+
 
 class Drawings(NamedTuple):
     """The figures of every chapter, and what they leave out in words."""
@@ -66,13 +68,17 @@ def lead(evidence: Evidence, *, num_draws: int) -> list[str]:
     if top is not None and top is not best:
         lines[0] += f" {top.label[:1].upper()}{top.label[1:]} has more: {np.mean(top.values('p')):.4f}."
     lines.append("Runs are shown by their checkpoints with the highest P on this very set: expect less elsewhere.")
+    lines += evidence.warnings
     if missing:
         lines.append(f"The set has no labels at all for {', '.join(missing).upper()}: P does not cover that.")
     if drawn.draws:
         lines.append(
             f"Intervals: {num_draws:,} bootstrap draws of whole videos. They hold the models fixed; the spread over "
-            "seeds, where there are several, is given as ± one standard deviation."
+            "seeds, where there are several, is given as ± one standard deviation. They lean low: a draw repeats "
+            "videos, and has fewer of the rare classes."
         )
+        if drawn.num_videos < FEW_VIDEOS:
+            lines[-1] += f" Of {drawn.num_videos} videos they are rough."
     else:
         lines.append("There are no intervals: the images are of one video, and videos are what is drawn.")
     if drawn.num_videos == len(set(evidence.images)) > 1:
@@ -131,7 +137,7 @@ def _classes_blocks(drawings: Drawings, tables: list[Table]) -> list[str]:
     blocks += [page.folded(table.caption, page.table_block(table)) for table in tables]
     if drawings.confusion:
         blocks.append(page.heading("Confusion of expressions"))
-        blocks.append(page.grid([page.figure_block(figure) for figure in drawings.confusion]))
+        blocks.append(page.grid([page.figure_block(figure, level=4) for figure in drawings.confusion]))
     return blocks
 
 

@@ -27,7 +27,7 @@ def draw_confusion(method: Method, place: int) -> Figure | None:
         for (row, column), share in np.ndenumerate(shares):
             if counts[row, column]:  # zeros would be most of what is read
                 axes.text(column, row, f"{share:.0%}\n{counts[row, column]:,.0f}", ha="center", va="center",
-                          fontsize=8, color="white" if share > 0.55 else INK)  # fmt: skip
+                          fontsize=9, color="white" if share > 0.55 else INK)  # fmt: skip
         ticks = range(len(EXPRESSIONS))
         axes.set_xticks(ticks, EXPRESSIONS, rotation=40, ha="right")
         axes.set_yticks(ticks, [f"{name} ({n:,.0f})" for name, n in zip(EXPRESSIONS, labelled[:, 0])])
@@ -86,7 +86,7 @@ def _bars(name, title, key, classes: list[str], frames: list[str], unit: str, me
             at = places - 0.4 + height * (bars.index(method) + 0.5)
             axes.barh(at, means, height * 0.9, color=colour, label=method.label,
                       xerr=spread if any(spread) else None, error_kw={"elinewidth": 1, "ecolor": INK})  # fmt: skip
-        axes.set_yticks(places, [f"{each} ({count})" for each, count in zip(classes, frames)], fontsize=8.5)
+        axes.set_yticks(places, [f"{each} ({count})" for each, count in zip(classes, frames)], fontsize=9)
         axes.set_ylim(len(classes) - 0.4, -0.6)
         axes.set_xlim(0, 1)
         axes.set_xlabel("F1")

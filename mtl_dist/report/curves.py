@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from mtl_dist.report.drawing import SPECIAL, Figure, Style, canvas, save_png
+from mtl_dist.report.drawing import Figure, Style, canvas, save_png
 from mtl_dist.report.results import CONSTANT, ENSEMBLE, Method, Result
 from mtl_dist.report.tables import write_csv
 from mtl_dist.runtime.tracking import read_records
+from mtl_dist.tasks import TASKS
 
 SCORE_FIGURES = {
     "au_accuracy": ("fig2_au_accuracy", "Figure 2. AU accuracy", "AU accuracy"),
@@ -56,8 +57,12 @@ def _scores(records: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
 
 
 def _losses(records: list[dict[str, Any]]) -> list[tuple[int, float]]:
-    """The total loss, means of neighbouring steps."""
-    steps = [(r["step"], r["loss"]["total"]) for r in records if r.get("kind") == "step" and "total" in r["loss"]]
+    """The sum of the tasks' losses, means of neighbouring steps.
+
+    Not what was minimised: the weights of balancers differ, and change.
+    """
+    losses = [(r["step"], [r["loss"][task] for task in TASKS if task in r["loss"]]) for r in records if "loss" in r]
+    steps = [(step, sum(parts)) for step, parts in losses if parts]
     if not steps:
         return []
     parts = np.array_split(np.array(steps, float), min(LOSS_POINTS, len(steps)))
@@ -70,7 +75,7 @@ def _draw(name, title, label, methods, runs, lines, styles, *, key: str | None =
         axes = figure.subplots()
         for method in methods:
             style = styles[method.label]
-            if method.label in SPECIAL:
+            if method.kind:
                 if key is None:
                     continue
                 value = float(np.mean(method.values(key)))
@@ -91,12 +96,12 @@ def _draw(name, title, label, methods, runs, lines, styles, *, key: str | None =
         figure.legend(loc="outside lower center", ncols=2)
         png = save_png(figure)
     best = ", ".join(f"{result.name} ends at {lines[id(result)][-1][1]:.3f}" for _, result in runs if lines[id(result)])
-    has_seeds = any(len(method.results) > 1 for method in methods if method.label not in SPECIAL)
+    has_seeds = any(len(method.results) > 1 for method in methods if not method.kind)
     caption = "A line a run; further seeds of a method are dashed." if has_seeds else "A line a run."
     if key is not None:
         caption += " The validation set, after every evaluation."
-        if any(method.label == ENSEMBLE for method in methods):
+        if any(method.kind == ENSEMBLE for method in methods):
             caption += " The ensemble is not trained: its score is a level."
     else:
-        caption += " The total over the tasks, means of neighbouring steps."
+        caption += " The sum of the tasks' losses, whatever their weights were; means of neighbouring steps."
     return Figure(name, title, caption, f"Line chart of {label} against training steps: {best}.", png, write_csv(rows))

@@ -31,6 +31,7 @@ class Figure(NamedTuple):
     csv: bytes
     is_photo: bool = False  # the page takes a JPEG of it
     is_wide: bool = False  # takes the page's whole width
+    is_dense: bool = False  # scrolls on a phone, rather than being made as small as that
 
 
 class Style(NamedTuple):
@@ -43,7 +44,9 @@ def method_styles(methods: list[Method]) -> dict[str, Style]:
     styles = {label: Style(colour, "*") for label, colour in SPECIAL.items()}
     others = [method.label for method in methods if method.label not in SPECIAL]
     for place, label in enumerate(others):
-        styles[label] = Style(COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)])
+        # With each round of colours the markers move on, so that no two methods look the same.
+        turn, colour = divmod(place, len(COLOURS))
+        styles[label] = Style(COLOURS[colour], MARKERS[(colour + turn) % len(MARKERS)])
     return styles
 
 

@@ -10,19 +10,21 @@ from mtl_dist import storage
 from mtl_dist.progress import progress_bar
 from mtl_dist.report.intervals import Bootstrap, bootstrap, number_videos
 from mtl_dist.report.results import (
-    ENSEMBLE,
     Method,
+    Result,
     check_same_data,
     check_same_rows,
     constant_result,
     group_methods,
+    label_ensembles,
     label_runs,
     open_ensemble,
     predict_run,
     run_result,
+    stale_members,
 )
-from mtl_dist.report.tables import best_method
-from mtl_dist.runtime.members import open_member, row_names, unique_names
+from mtl_dist.report.tables import reference_method
+from mtl_dist.runtime.members import check_apart, open_member, row_names, unique_names
 from mtl_dist.tasks import LabelCounts
 
 if TYPE_CHECKING:
@@ -41,12 +43,12 @@ class Evidence(NamedTuple):
     images: list[str]  # of the validation rows
     video: np.ndarray  # (n,) of every row, from 0
     drawn: Bootstrap
+    warnings: list[str]  # what a reader has to know of the runs
 
     @property
     def best(self) -> Method:
-        """The ensemble, or the best method: whose errors are shown."""
-        ensemble = next((method for method in self.methods if method.label == ENSEMBLE), None)
-        return ensemble or best_method(self.methods, "p") or self.methods[-1]
+        """The method that the page is about, whose errors are shown."""
+        return reference_method(self.methods) or self.methods[-1]
 
 
 def gather(command: ReportCommand, device: torch.device) -> Evidence:
@@ -54,23 +56,42 @@ def gather(command: ReportCommand, device: torch.device) -> Evidence:
     members = [open_member(run, *command.val[place : place + 1]) for place, run in enumerate(command.runs)]
     check_same_data(members)
     images, videos = row_names(members[0], command.cache_dir)
-    ensembles = [
-        result._replace(name=name)
+    labels = label_runs(members)
+    opened = [
+        [result._replace(name=name) for result in open_ensemble(uri, members, images)]
         for uri, name in zip(command.ensemble, unique_names(list(command.ensemble)))
-        for result in open_ensemble(uri, members, images)
     ]
+    ensembles = label_ensembles(opened, {member.run_uri: label for member, label in zip(members, labels)})
+    check_apart(command.out, command.runs)
     storage.check_writable(command.out, flag="--out")
     names = unique_names(list(command.runs))
     runs = []
-    for member, name, label in zip(members, names, label_runs(members)):
+    for member, name, label in zip(members, names, labels):
         with progress_bar(f"predicting {name}", member.val.rows) as advance:
             predicted = predict_run(
                 member, name, data_uri=storage.join(command.out, "data"), device=device, batch=command.batch,
                 workers=command.workers, cache_dir=command.cache_dir, progress=advance)  # fmt: skip
         runs.append(run_result(member, name, label, predicted))
     check_same_rows([*runs, *ensembles])
-    labels = members[0].val.labels
-    methods = group_methods(constant_result(runs[0].predicted, labels), runs, ensembles)
+    counts = members[0].val.labels
+    methods = group_methods(constant_result(runs[0].predicted, counts), runs, ensembles)
     video = number_videos(videos)
     drawn = bootstrap(methods, video, num_draws=command.draws, seed=SEED)
-    return Evidence(methods, labels, images, video, drawn)
+    return Evidence(methods, counts, images, video, drawn, _warnings(runs, opened))
+
+
+def _warnings(runs: list[Result], ensembles: list[list[Result]]) -> list[str]:
+    """Say which runs are not at their end, and which ensembles are of earlier checkpoints."""
+    unfinished = [
+        f"{run.name} (step {run.member.newest_step:,} of {run.member.total_steps:,})"
+        for run in runs
+        if not run.member.is_finished
+    ]
+    warnings = [f"Not trained to the end: {', '.join(unfinished)}."] if unfinished else []
+    for plain, *_ in ensembles:
+        if stale := stale_members(plain.score_file, [run.member for run in runs]):
+            warnings.append(
+                f"Ensemble {plain.uri} was made of other checkpoints than are best now, of {', '.join(stale)}: make it "
+                "again."
+            )
+    return warnings

@@ -119,7 +119,9 @@ def table_block(table: Table, *, sortable: bool = True) -> str:
 
 
 def _cell(cell: Cell) -> str:
-    kinds = " ".join(kind for kind, holds in (("n", cell.is_number), ("best", cell.is_best)) if holds)
+    kinds = " ".join(
+        kind for kind, holds in (("n", cell.is_number), ("best", cell.is_best), ("apart", cell.is_apart)) if holds
+    )
     sort = "" if cell.sort is None else f' data-sort="{cell.sort:.9g}"'
     shown = escape(cell.text) + (f"<small>{escape(cell.below)}</small>" if cell.below else "")
     if cell.is_number:
@@ -128,14 +130,15 @@ def _cell(cell: Cell) -> str:
     return f"<td{kind}{sort}>{shown}</td>"
 
 
-def figure_block(figure: Figure) -> str:
-    """A figure with its caption and links to its files."""
+def figure_block(figure: Figure, *, level: int = 3) -> str:
+    """A figure with its heading, of a level below those around it, its caption and links to its files."""
     image = f'<img src="{_embedded(figure)}" alt="{escape(figure.alt)}">'
-    if figure.is_wide:
+    kind = "wide" if figure.is_wide else "dense" if figure.is_dense else ""
+    if kind:
         image = f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(figure.title)}">{image}</div>'
-    kind = ' class="wide"' if figure.is_wide else ""
+        kind = f' class="{kind}"'
     return (
-        f"<figure{kind}><h4>{escape(figure.title)}</h4>{image}<figcaption>{escape(figure.caption)} "
+        f"<figure{kind}><h{level}>{escape(figure.title)}</h{level}>{image}<figcaption>{escape(figure.caption)} "
         f'<a href="figures/{figure.name}.png">PNG</a>, <a href="figures/{figure.name}.csv">CSV</a>'
         "</figcaption></figure>"
     )

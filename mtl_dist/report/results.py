@@ -32,6 +32,8 @@ CACHE_FORMAT = "mtl_dist-report-1"
 BASELINE, SYSTEM_B, SYSTEM_A = "baseline", "B (SMM-EmotionNet)", "A"
 MODEL_LABELS = {"baseline": BASELINE, "b": SYSTEM_B, "a": SYSTEM_A}
 ALL = slice(None)
+TRAINING_SET = "training set"  # what settings call the checksum of its index
+COMBINING = ("steps", "folds", "half_windows")  # options of an ensemble that make it another method
 ORDER = (BASELINE, SYSTEM_B, SYSTEM_A)  # as the paper's tables have them; other models after these
 
 
@@ -73,6 +75,12 @@ class Method(NamedTuple):
         """The result of the median P: what figures of one result show."""
         return sorted(self.results, key=lambda result: result.scores["p"])[(len(self.results) - 1) // 2]
 
+    @property
+    def kind(self) -> str | None:
+        """CONSTANT, ENSEMBLE or CALIBRATED, whatever name is added to it; None of runs."""
+        kinds = (CONSTANT, ENSEMBLE, CALIBRATED)
+        return next((kind for kind in kinds if self.label == kind or self.label.startswith(f"{kind} ")), None)
+
     def values(self, key: str) -> list[float]:
         """A score of every result; empty where there are no labels."""
         return [result.scores[key] for result in self.results if result.scores[key] is not None]
@@ -100,7 +108,7 @@ def _other_data(one: Member, other: Member, how: str) -> InputError:
 def label_runs(members: list[Member]) -> list[str]:
     """Name the method of every run: its model, its view where that tells methods apart, and its name where settings do.
 
-    Runs with equal labels differ in their seed only.
+    Runs with equal labels differ in their seed only, and learnt from the same set.
     """
     views: dict[str, set[str]] = {}
     for member in members:
@@ -126,9 +134,9 @@ def label_runs(members: list[Member]) -> list[str]:
 
 
 def _settings(member: Member) -> dict[str, Any]:
-    return {
-        key: value for key, value in flatten(member.config).items() if key not in (*FREE, "run.name", "run.seed")
-    }  # fmt: skip
+    config = flatten(member.config)
+    own = {key: value for key, value in config.items() if key not in (*FREE, "run.name", "run.seed")}
+    return own | {TRAINING_SET: member.train_sha256}
 
 
 def predict_run(
@@ -196,6 +204,39 @@ def open_ensemble(uri: str, members: list[Member], images: list[str]) -> list[Re
     return [result for result, _ in found]
 
 
+def label_ensembles(ensembles: list[list[Result]], labels: dict[str, str]) -> list[Result]:
+    """Name the methods of ensembles: one of all, where they combine members of the same methods in the same way.
+
+    Else each is a method of its own, with its name. `labels` are those of the reported runs, by URI.
+    """
+    settings = [_combination(parts[0].score_file, labels) for parts in ensembles]
+    found = [result for parts in ensembles for result in parts]
+    if all(own == settings[0] for own in settings):
+        return found
+    return [result._replace(method=f"{result.method} {result.name}") for result in found]
+
+
+def _combination(about: dict[str, Any], labels: dict[str, str]) -> tuple:
+    members = sorted((member["view"], labels.get(member.get("run"), "")) for member in about["members"])
+    options = about.get("options") or {}
+    return members, [options.get(name) for name in COMBINING]
+
+
+def stale_members(about: dict[str, Any], members: list[Member]) -> list[str]:
+    """Return the reported runs of which an ensemble took another checkpoint than the best of now."""
+    now = {storage.absolute(member.run_uri): member for member in members}
+    known = [(now.get(storage.absolute(taken.get("run", ""))), taken) for taken in about["members"]]
+    return [
+        member.run_uri
+        for member, taken in known
+        if member and storage.join(taken.get("checkpoint", "")).rpartition("/")[2] != _directory(member)
+    ]
+
+
+def _directory(member: Member) -> str:
+    return storage.join(member.checkpoint.uri).rpartition("/")[2]
+
+
 def _read_ensemble(
     uri: str, file: str, method: str, reported: dict[str, Any], *, about: dict[str, Any] | None = None
 ) -> tuple[Result, list[str]]:
@@ -251,10 +292,14 @@ def group_methods(constant: Result, runs: list[Result], ensembles: list[Result])
     labels.sort(key=lambda label: (_place(label), label))
     methods = [Method(CONSTANT, (constant,))]
     methods += [Method(label, tuple(run for run in runs if run.method == label)) for label in labels]
-    for label in (ENSEMBLE, CALIBRATED):
+    for label in dict.fromkeys(result.method for result in sorted(ensembles, key=_is_calibrated)):
         if alike := tuple(result for result in ensembles if result.method == label):
             methods.append(Method(label, alike))
     return methods
+
+
+def _is_calibrated(result: Result) -> bool:
+    return result.method.startswith(CALIBRATED)
 
 
 def _place(label: str) -> int:

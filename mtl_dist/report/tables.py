@@ -9,13 +9,16 @@ from typing import Any, NamedTuple
 
 from mtl_dist.config import flatten
 from mtl_dist.report.intervals import Bootstrap, Interval
-from mtl_dist.report.results import CONSTANT, ENSEMBLE, Method, Result
+from mtl_dist.report.results import CONSTANT, ENSEMBLE, TRAINING_SET, Method, Result
 from mtl_dist.runtime.tracking import SCORE_NAMES
 from mtl_dist.tasks import AUS, EXPRESSIONS, TASKS, LabelCounts
 
 # Tables 1-5 of Haider et al. 2022 (arXiv 2207.10878).
 PAPER_TABLES = {"expr": "EXPR F1", "au": "AU F1", "ccc_v": "CCC valence", "ccc_a": "CCC arousal", "p": "P"}
 NO_LABELS = "no labels"
+MARKED = "Marked: the best of a column, where it is above the constant predictor."
+# P first: it has to be seen on a phone.
+HEADLINE = {"p": SCORE_NAMES["p"]} | SCORE_NAMES
 SHOWN_ELSEWHERE = ("run.name", "run.storage", "data.train", "data.val")
 
 
@@ -24,6 +27,7 @@ class Cell(NamedTuple):
     sort: float | None = None  # of a number: what it is sorted by
     is_best: bool = False
     is_number: bool = False
+    is_apart: bool = False  # of a difference: its interval does not hold 0
     below: str = ""  # on a second line, smaller: a spread or an interval
 
 
@@ -62,27 +66,22 @@ def number(value: float | None, digits: int = 4, *, missing: str = "–", is_bes
 def headline_table(methods: list[Method], drawn: Bootstrap) -> Table:
     """All scores of all methods, P with its interval, the best of every score marked."""
     has_seeds = any(len(method.results) > 1 for method in methods)
-    columns = ("Method", *SCORE_NAMES.values(), "P, 95% interval", *(("seeds",) if has_seeds else ()))
-    best = {key: best_method(methods, key) for key in SCORE_NAMES}
+    of_p, *others = HEADLINE.values()
+    columns = ("Method", of_p, "P, 95% interval", *others, *(("seeds",) if has_seeds else ()))
+    best = {key: marked_method(methods, key) for key in HEADLINE}
     rows = []
     for method in methods:
-        cells = [_score(method, key, is_best=best[key] is method) for key in SCORE_NAMES]
-        rows.append(
-            [
-                text(method.label),
-                *cells,
-                _interval(drawn.interval(method.label, "p")),
-                *([number(len(method.results))] if has_seeds else []),
-            ]
-        )
-    return Table("scores", "All scores on the validation set", columns, rows)
+        p, *cells = [_score(method, key, is_best=best[key] is method) for key in HEADLINE]
+        seeds = [number(len(method.results))] if has_seeds else []
+        rows.append([text(method.label), p, _interval(drawn.interval(method.label, "p")), *cells, *seeds])
+    return Table("scores", "All scores on the validation set", columns, rows, MARKED)
 
 
 def paper_tables(methods: list[Method], drawn: Bootstrap) -> list[Table]:
     """Tables 1-5: one score each."""
     tables = []
     for place, (key, name) in enumerate(PAPER_TABLES.items(), start=1):
-        best = best_method(methods, key)
+        best = marked_method(methods, key)
         rows = [
             [
                 text(method.label),
@@ -100,9 +99,7 @@ def paper_tables(methods: list[Method], drawn: Bootstrap) -> list[Table]:
 
 def differences_table(methods: list[Method], drawn: Bootstrap) -> Table | None:
     """Every method less the ensemble (or, without one, less the best), paired over the draws."""
-    reference = next((method for method in methods if method.label == ENSEMBLE), None)
-    if reference is None:
-        reference = best_method(methods, "p")
+    reference = reference_method(methods)
     others = [method for method in methods if method is not reference]
     if reference is None or not drawn.draws or not others:
         return None
@@ -117,7 +114,10 @@ def differences_table(methods: list[Method], drawn: Bootstrap) -> Table | None:
             else:
                 between_text = f"{between.low:+.4f} to {between.high:+.4f}"
                 is_apart = not between.low <= 0 <= between.high
-                row.append(Cell(f"{mine - theirs:+.4f}", mine - theirs, is_apart, True, between_text))
+                difference = mine - theirs
+                row.append(
+                    Cell(f"{difference:+.4f}", difference, is_number=True, is_apart=is_apart, below=between_text)
+                )
         rows.append(row)
     return Table(
         "differences",
@@ -135,12 +135,17 @@ def runs_table(methods: list[Method]) -> Table:
         for result in method.results:
             checkpoint = result.member.checkpoint if result.member else None
             cells = [number(result.scores[key], missing=NO_LABELS) for key in SCORE_NAMES]
+            step = number(checkpoint.step if checkpoint else None)
+            if result.member and not result.member.is_finished:
+                step = step._replace(
+                    below=f"unfinished, at {result.member.newest_step:,} of {result.member.total_steps:,}"
+                )
             rows.append(
                 [
                     text(result.name),
                     text(method.label),
                     number(result.seed),
-                    number(checkpoint.step if checkpoint else None),
+                    step,
                     *cells,
                 ]
             )
@@ -171,6 +176,18 @@ def best_method(methods: list[Method], key: str) -> Method | None:
     """The method of the highest mean score, the constant predictor aside; None without labels."""
     scored = [method for method in methods if method.label != CONSTANT and method.values(key)]
     return max(scored, key=lambda method: statistics.fmean(method.values(key)), default=None)
+
+
+def marked_method(methods: list[Method], key: str) -> Method | None:
+    """The method whose score is marked: the best, where that is above the constant predictor."""
+    best = best_method(methods, key)
+    floor = _mean(methods[0], key) if methods[0].label == CONSTANT else None
+    return best if best and (floor is None or _mean(best, key) > floor) else None
+
+
+def reference_method(methods: list[Method]) -> Method | None:
+    """The ensemble's plain mean (of several the best), or without one the best method."""
+    return best_method([method for method in methods if method.kind == ENSEMBLE], "p") or best_method(methods, "p")
 
 
 def class_f1(method: Method, key: str, name: str) -> list[float]:
@@ -209,8 +226,11 @@ def _steps_table(name: str, ensembles: list[dict[str, Any]]) -> Table:
 
 def settings_table(results: list[Result]) -> Table | None:
     """The settings in which runs differ; None where there is nothing to tell apart."""
-    trees = [flatten(result.member.config) for result in results]
+    trees = [flatten(r.member.config) | {TRAINING_SET: r.member.train_sha256[:12]} for r in results]
     keys = [key for key in trees[0] if key not in SHOWN_ELSEWHERE and len({str(tree[key]) for tree in trees}) > 1]
+    views = {(r.member.val.view, r.member.train_sha256) for r in results}
+    if len(views) == len({view for view, _ in views}):  # a set a view: nothing to tell apart
+        keys = [key for key in keys if key != TRAINING_SET]
     if not keys:
         return None
     rows = [[text(result.name), *(text(tree[key]) for key in keys)] for result, tree in zip(results, trees)]
@@ -219,9 +239,9 @@ def settings_table(results: list[Result]) -> Table | None:
 
 def _class_cells(methods: list[Method], key: str, name: str) -> list[Cell]:
     means = [statistics.fmean(values) if (values := class_f1(m, key, name)) else None for m in methods]
-    top = max((mean for mean, m in zip(means, methods) if mean is not None and m.label != CONSTANT), default=None)
-    return [
-        number(mean, 3, is_best=bool(mean) and mean == top and method.label != CONSTANT)
+    top = max((mean for mean in means if mean is not None), default=None)
+    return [  # no mark where the constant predictor is best
+        number(mean, 3, is_best=bool(mean) and mean == top and method.label != CONSTANT and means[0] != top)
         for mean, method in zip(means, methods)
     ]
 
@@ -235,7 +255,7 @@ def _score(method: Method, key: str, *, is_best: bool) -> Cell:
     if key == "p" and len(covers) < len(TASKS):
         shown += f" ({', '.join(task.upper() for task in covers) or 'nothing'} only)"
     spread = f"± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return Cell(shown, mean, is_best, True, spread)
+    return Cell(shown, mean, is_best, True, below=spread)
 
 
 def _mean(method: Method, key: str) -> float | None:

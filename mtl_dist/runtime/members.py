@@ -82,6 +82,14 @@ def unique_names(uris: Sequence[str], *, taken: tuple[str, ...] = ()) -> list[st
     return names
 
 
+def check_apart(out: str, runs: Sequence[str]) -> None:
+    """Raise `InputError` where --out would put files among those of a run."""
+    target = storage.join(storage.absolute(out), "")
+    for run in runs:
+        if target.startswith(storage.join(storage.absolute(run), "")):
+            raise InputError(f"--out is {out}, where the run {run} keeps its own files; name another directory")
+
+
 def open_checkpoint(run_uri: str) -> Opened:
     """Find a run's best committed checkpoint and read its state. Raises `InputError`."""
     found, skipped = committed(run_uri)
