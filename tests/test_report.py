@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from sklearn.metrics import confusion_matrix
 
 from mtl_dist.config import build_config
 from mtl_dist.errors import InputError
@@ -16,8 +15,7 @@ from mtl_dist.objective.metrics import Predictions, Targets, constant_scores, me
 from mtl_dist.objective.smoothing import video_names
 from mtl_dist.report.__main__ import main
 from mtl_dist.report.affect import draw_affect
-from mtl_dist.report.attention import _overlay
-from mtl_dist.report.calibration import draw_reliability, reliability, task_reliability
+from mtl_dist.report.calibration import draw_reliability
 from mtl_dist.report.chapters import lead
 from mtl_dist.report.classes import draw_confusion, draw_f1
 from mtl_dist.report.curves import draw_curves
@@ -149,12 +147,6 @@ def test_images_outside_of_videos_are_drawn_each_by_itself():
     assert number_videos(video_names(images)).tolist() == [0, 0, 1, 2, 3, 3]
 
 
-def test_names_with_dollars_are_drawn_as_they_are():
-    methods = make_methods()
-    methods[1] = methods[1]._replace(label="A cropped, $x^$")
-    assert draw_affect(methods[1], 1)
-
-
 def test_one_video_gives_no_interval():
     methods = make_methods()
     drawn = bootstrap(methods, np.zeros(60, int), num_draws=10, seed=0)
@@ -181,55 +173,6 @@ def test_a_mark_is_for_what_is_above_the_constant_predictor():
     assert not row["AU F1"].is_best
     assert row["VA"].is_best
     assert list(row)[:3] == ["Method", "P", "P, 95% interval"]
-
-
-def test_confusion_and_scatter_show_labels_and_predictions_where_they_belong():
-    """Against sklearn and the arrays themselves, on results that are not symmetric."""
-    targets = make_targets(400, 5)
-    result = make_result(targets, 6, "x", skill=0.2)
-    va = result.predicted.predictions.va * [0.3, 1.0]  # valence and arousal not alike
-    predictions = result.predicted.predictions._replace(
-        va=va, expr=np.roll(result.predicted.predictions.expr, 1, axis=1)
-    )
-    result = result._replace(predicted=result.predicted._replace(predictions=predictions))
-    method = Method("x", (result._replace(scores=scores(result.sums())),))
-    known = targets.expr_mask
-    expected = confusion_matrix(targets.expr[known], predictions.expr[known].argmax(-1), labels=range(8))
-    assert not np.array_equal(expected, expected.T)
-    rows = list(csv.reader(io.StringIO(draw_confusion(method, 1).csv.decode())))
-    assert np.array([row[1:] for row in rows[1:]], int).tolist() == expected.tolist()
-    drawn = []
-    with pytest.MonkeyPatch.context() as patch:
-        axes = "matplotlib.axes.Axes"
-        patch.setattr(f"{axes}.imshow", lambda self, data, **options: drawn.append(np.array(data)))
-        draw_confusion(method, 1)
-        patch.setattr(f"{axes}.plot", lambda self, x, y, *style, **options: drawn.append(np.stack([x, y], -1)))
-        figures = draw_affect(method, 1)
-    np.testing.assert_allclose(drawn[0], expected / expected.sum(1, keepdims=True))
-    mask = targets.va_mask
-    labelled, predicted = targets.va[mask], va[mask]
-    points = [data for data in drawn[1:] if len(data) == mask.sum()]
-    for side in (0, 1):  # the scatter's panels, then the circumplex's
-        np.testing.assert_array_equal(points[side], np.stack([labelled[:, side], predicted[:, side]], -1))
-    np.testing.assert_array_equal(points[2], labelled)
-    np.testing.assert_array_equal(points[3], predicted)
-    for figure in figures:
-        found = list(csv.DictReader(io.StringIO(figure.csv.decode())))
-        numbers = [[float(value) for value in list(row.values())[1:]] for row in found]
-        np.testing.assert_allclose(numbers, np.concatenate([labelled, predicted], 1), atol=5e-5)
-        assert list(found[0])[1:] == [
-            f"{of} {what}" for of in ("labelled", "predicted") for what in ("valence", "arousal")
-        ]
-
-
-def test_an_attention_map_lies_upright_over_its_face():
-    face, own = np.full((8, 8, 3), 128, np.uint8), np.zeros((8, 8))
-    own[1, 6] = 1.0
-    shown = []
-    _overlay(SimpleNamespace(imshow=shown.append, axis=lambda what: None), face, own)
-    away = np.abs(shown[0] - 128 / 255).sum(-1)
-    assert np.unravel_index(away.argmax(), away.shape) == (1, 6)
-    assert np.count_nonzero(away > 1e-6) == 1
 
 
 def test_tables_show_mean_and_deviation_over_seeds_and_mark_the_best():
@@ -274,29 +217,6 @@ def test_a_set_without_labels_of_a_task_is_reported_without_it(tasks):
     worst = worst_mistakes(methods[-1].shown, faces, images, video, count=3)
     assert [(m.task, len(m.worst)) for m in worst] == [(tasks[0], 3)]
     assert "no run has records" in " ".join(draw_curves(methods, styles)[1])
-
-
-def test_reliability_equals_a_loop_over_predictions():
-    rng = np.random.default_rng(0)
-    confidence = np.r_[rng.random(300), 0.0, 0.3, 1.0]
-    is_right = rng.random(303) < confidence
-    found, error = reliability(confidence, is_right), 0.0
-    for number in range(10):
-        inside = [
-            i for i, c in enumerate(confidence) if number / 10 < c <= (number + 1) / 10 or (c == 0 and number == 0)
-        ]
-        assert found.count[number] == len(inside)
-        assert found.confidence[number] == pytest.approx(confidence[inside].mean())
-        assert found.observed[number] == pytest.approx(is_right[inside].mean())
-        error += len(inside) / 303 * abs(confidence[inside].mean() - is_right[inside].mean())
-    assert found.error == pytest.approx(error)
-
-
-def test_reliability_leaves_out_what_is_not_labelled():
-    result = make_result(make_targets(200, 2), 1, "x")
-    targets = result.predicted.targets
-    assert task_reliability(result, "expr").count.sum() == targets.expr_mask.sum()
-    assert task_reliability(result, "au").count.sum() == targets.au_mask.sum()
 
 
 def test_the_worst_errors_are_the_worst_of_their_videos():
@@ -364,55 +284,90 @@ def test_runs_that_learnt_from_other_sets_are_no_seeds_of_one_method():
 def make_ensembles(*abouts: dict) -> list[list[Result]]:
     targets = make_targets(20, 0)
     return [
-        [make_result(targets, n, kind)._replace(name=f"e{n}", score_file=about) for kind in (ENSEMBLE, CALIBRATED)]
+        [
+            make_result(targets, n, ENSEMBLE)._replace(name=f"e{n}", score_file=about),
+            make_result(targets, n, CALIBRATED)._replace(name=f"e{n}"),
+        ]
         for n, about in enumerate(abouts)
     ]
 
 
-def test_ensembles_of_other_members_or_steps_are_methods_of_their_own():
-    def about(*runs: str, **options) -> dict:
-        members = [{"view": "cropped", "run": run, "checkpoint": f"{run}/checkpoints/step_9"} for run in runs]
-        return {"members": members, "options": {"steps": ["weights"], "seed": 0, **options}}
+def make_about(*runs: str, step: int = 9, view: str = "cropped", **options) -> dict:
+    """What score.json says of an ensemble."""
+    members = [{"view": view, "run": run, "checkpoint": f"{run}/checkpoints/step_{step}"} for run in runs]
+    options = {"steps": ["weights"], "folds": 5, "half_windows": [0], "seed": 0} | options
+    steps = {name: dict.fromkeys(SCORE_NAMES, 1.0) for name in ("plain mean", *options["steps"])}
+    return {"members": members, "options": options, "steps": steps}
 
-    labels = {"runs/one": "A", "runs/two": "A", "runs/b": "B"}
+
+def test_ensembles_of_other_members_or_options_are_methods_of_their_own():
+    members = [make_member("one"), make_member("two", seed=1), make_member("b", model="b")]
 
     def methods(*abouts: dict) -> list[str]:
-        found = label_ensembles(make_ensembles(*abouts), labels)
+        found = label_ensembles(make_ensembles(*abouts), members, ["A", "A", "B"])
         constant = constant_result(found[0].predicted, count_labels(found[0].predicted.targets))
         grouped = group_methods(constant, [], found)
-        assert [m.kind for m in grouped] == [CONSTANT] + [k for k in (ENSEMBLE, CALIBRATED) for m in grouped[1:]
-                                                          if m.label.startswith(k) and m.kind == k]  # fmt: skip
-        assert len(set(method_styles(grouped).values())) >= len(grouped)
+        kinds = [ENSEMBLE] * (len(grouped) // 2) + [CALIBRATED] * (len(grouped) // 2)
+        assert [method.kind for method in grouped] == [CONSTANT, *kinds]
+        assert len({method_styles(grouped)[method.label] for method in grouped}) == len(grouped)
+        tables = steps_tables([result for method in grouped for result in method.results])
+        assert len({table.caption for table in tables}) == len(tables) == len(grouped) // 2
         return [method.label for method in grouped[1:]]
 
-    assert methods(about("runs/one"), about("runs/two", seed=1)) == [ENSEMBLE, CALIBRATED]
-    apart = ["ensemble e0", "ensemble e1", "ensemble, calibrated e0", "ensemble, calibrated e1"]
-    assert methods(about("runs/one"), about("runs/one", "runs/two")) == apart
-    assert methods(about("runs/one"), about("runs/b")) == apart
-    assert methods(about("runs/one"), about("runs/two", steps=[])) == apart
+    def named(*firsts: str) -> list[str]:
+        return [f"{kind} {first}" for kind in (ENSEMBLE, CALIBRATED) for first in firsts]
+
+    one = make_about("runs/one")
+    assert methods(one) == [ENSEMBLE, CALIBRATED]
+    moved = make_about("s3://old/runs/two/", seed=1, val=["there"], test_list="list.txt", test_root="data")
+    assert methods(one, moved) == [ENSEMBLE, CALIBRATED]
+    assert methods(make_about("runs/x"), make_about("runs/y")) == [ENSEMBLE, CALIBRATED]  # nothing is known of these
+    for other in (
+        make_about("runs/one", "runs/two"), make_about("runs/b"), make_about("runs/unknown"),
+        make_about("runs/two", view="cropped_aligned"), make_about("runs/two", steps=[]),
+        make_about("runs/two", folds=3), make_about("runs/two", half_windows=[0, 5]),
+    ):  # fmt: skip
+        assert methods(one, other) == named("e0", "e1")
+        assert methods(one, other, moved) == named("e0", "e1")  # the third is another of the first
+
+
+def test_the_lead_is_about_the_best_ensemble_and_says_which():
+    targets = make_targets(60, 0)
+    runs = [make_result(targets, 1, "A", skill=0.2)]
+    labelled = [
+        make_result(targets, 5 + place, f"{kind} e{place}", skill=skill + more)
+        for place, skill in enumerate((0.3, 0.6))
+        for kind, more in ((ENSEMBLE, 0), (CALIBRATED, 0.4))
+    ]
+    methods = group_methods(constant_result(runs[0].predicted, count_labels(targets)), runs, labelled)
+    video = np.arange(60) // 10
+    drawn = bootstrap(methods, video, num_draws=10, seed=0)
+    evidence = Evidence(methods, count_labels(targets), [f"v{n}/1.jpg" for n in video], video, drawn, [])
+    assert evidence.best.label == "ensemble e1"
+    sentences = lead(evidence, num_draws=10)
+    assert sentences[0].startswith("Ensemble e1 scores P = ")
+    assert "Ensemble, calibrated e1 has more: " in sentences[0]
+    assert "Of 6 videos they are rough." in " ".join(sentences)
+    assert differences_table(methods, drawn).caption.startswith("Difference to ensemble e1,")
 
 
 def test_what_is_unfinished_or_stale_is_said():
     member = make_member("one")._replace(newest_step=18, total_steps=720)
     member = member._replace(checkpoint=member.checkpoint._replace(uri="runs/one/checkpoints/step_18"))
     run = make_result(make_targets(20, 0), 0, "A cropped")._replace(name="one", member=member)
-    of = {"members": [{"run": "runs/one", "view": "cropped", "checkpoint": "s3://moved/one/checkpoints/step_9"}]}
-    (ensemble,) = make_ensembles(of)
-    unfinished, stale = _warnings([run], [ensemble])
-    assert "one (step 18 of 720)" in unfinished
-    assert "was made of other checkpoints than are best now, of runs/one" in stale
+    for where in ("runs/one", "s3://old/runs/one"):  # and where the storage was moved since
+        (ensemble,) = make_ensembles(make_about(where, step=9))
+        unfinished, stale = _warnings([run], [ensemble])
+        assert "one (step 18 of 720)" in unfinished
+        assert "was made of other checkpoints than are best now, of runs/one" in stale
     methods = group_methods(constant_result(run.predicted, count_labels(run.predicted.targets)), [run], ensemble)
     rows = [dict(zip(table.columns, row)) for table in [runs_table(methods)] for row in table.rows]
-    assert "unfinished, at 18 of 720" in [row["step"].below for row in rows]
-    of["members"][0]["checkpoint"] = "s3://moved/one/checkpoints/step_18"
+    assert "unfinished: step 18 of 720" in [row["step"].below for row in rows]
     done = run._replace(member=member._replace(newest_step=720))
-    assert _warnings([done], [ensemble]) == []
-
-
-def test_from_the_eighth_method_on_lines_look_other_too():
-    methods = make_methods()
-    many = [methods[1]._replace(label=f"m{number}") for number in range(40)]
-    assert len({style for label, style in method_styles(many).items() if label.startswith("m")}) == 40
+    for where, step in (("runs/one", 18), ("s3://old/runs/one", 18), ("runs/other", 9)):
+        assert _warnings([done], make_ensembles(make_about(where, step=step))) == []
+    twin = done._replace(member=member._replace(newest_step=720, run_uri="there/one"))
+    assert _warnings([done, twin], make_ensembles(make_about("s3://old/runs/one"))) == []  # of which one, none can say
 
 
 def test_runs_of_other_data_are_refused_by_name():
@@ -475,7 +430,7 @@ def test_what_calibration_adds_is_the_mean_over_ensembles_of_the_same_steps():
         return make_result(make_targets(20, 0), 0, ENSEMBLE)._replace(score_file=about)
 
     one, other = ensemble(2.0, 2.5), ensemble(2.2, 2.1)
-    shorter = ensemble(1.5, steps=("plain mean",))
+    shorter = ensemble(1.5, steps=("plain mean",))._replace(method=f"{ENSEMBLE} short")
     both, alone = steps_tables([one, other, shorter, make_result(make_targets(20, 0), 0, "A")])
     (plain, weights), place = both.rows, both.columns.index("P")
     assert (plain[place].text, plain[place].below) == ("2.1000", "")

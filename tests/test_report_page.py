@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -27,8 +28,13 @@ from mtl_dist.runtime.members import load_model, open_member
 from mtl_dist.shards import main as make_shards
 from mtl_dist.tasks import AUS, EXPRESSIONS, VIEWS
 from tests.conftest import write_dataset
+from tests.test_report_figures import SMALLEST_DENSE, SMALLEST_PHOTO, SMALLEST_POINTS
 
-SMALLEST_POINTS = {".grid figure:not(.dense)": 9, "figure.dense": 8}  # of the letters in charts
+# Points of the smallest letters of figures (tests/test_report_figures.py), and how many to an inch they have.
+SMALLEST = {
+    ".grid figure:not(.dense)": (SMALLEST_POINTS, DPI), ".wide:not(.photo)": (SMALLEST_POINTS, DPI),
+    ".dense": (SMALLEST_DENSE, DPI), ".photo": (SMALLEST_PHOTO, 130),
+}  # fmt: skip
 OPTIONS = ["--draws", "50", "--faces", "2", "--errors", "3", "--workers", "0", "--device", "cpu"]
 
 
@@ -236,6 +242,11 @@ def test_the_page_loads_by_itself_without_a_fault(tab):
     anchors = tab.eval_on_selector_all("nav a", "links => links.map(link => link.getAttribute('href'))")
     assert len(anchors) == len(chapters)
     assert all(tab.query_selector(anchor) for anchor in anchors)
+    headings = tab.eval_on_selector_all("h1, h2, h3, h4", "all => all.map(h => [Number(h.tagName[1]), h.innerText])")
+    levels = [level for level, _ in headings]
+    assert all(below <= above + 1 for above, below in itertools.pairwise(levels))
+    figures = tab.eval_on_selector_all("#affect figure h3", "all => all.map(h => h.innerText)")
+    assert len(set(figures)) == len(figures) == 2 * 4  # of two runs, and the ensemble plain and calibrated
 
 
 def test_every_picture_is_there_and_has_words(tab):
@@ -294,11 +305,11 @@ def test_the_page_is_readable_on_a_phone(tab, scheme):
         "p, td, th, figcaption", "all => all.map(e => parseFloat(getComputedStyle(e).fontSize))"
     )
     assert min(sizes) >= 12
-    # Letters of charts, where words are 16 pixels high.
-    for chart, points in SMALLEST_POINTS.items():
-        shares = tab.eval_on_selector_all(f"{chart} img", "all => all.map(i => i.clientWidth / i.naturalWidth)")
-        assert len(shares) >= 8
-        assert min(shares) * points / 72 * DPI >= 8
+    # Letters of figures, where words are 16 pixels high; 8 pixels of an image's width are its frame.
+    for figures, (points, dpi) in SMALLEST.items():
+        shares = tab.eval_on_selector_all(f"{figures} img", "all => all.map(i => (i.clientWidth - 8) / i.naturalWidth)")
+        assert len(shares) >= 1
+        assert min(shares) * points / 72 * dpi >= 8.8
     contrast = tab.evaluate(
         "() => [getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
     )

@@ -29,7 +29,7 @@ class ReportCommand:
     out: str
     """Directory or s3:// prefix to write to; what an earlier report wrote there is replaced."""
     ensemble: tuple[str, ...] = ()
-    """What mtl_dist.ensemble wrote with --out; several are taken for repetitions of one method."""
+    """What mtl_dist.ensemble wrote with --out; those of the same methods, combined in the same way, are one."""
     val: tuple[str, ...] = ()
     """Validation sets in the order of the runs, where they have moved since training."""
     title: str = "Valence and arousal, expressions, action units"

@@ -20,7 +20,7 @@ def draw_confusion(method: Method, place: int) -> Figure | None:
         return None
     labelled = counts.sum(1, keepdims=True)
     shares = counts / np.maximum(labelled, 1)
-    with canvas(4.8, 4.6) as figure:
+    with canvas(4.5, 4.4) as figure:
         axes = figure.subplots()
         axes.grid(False)
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -66,7 +66,7 @@ def _bars(name, title, key, classes: list[str], frames: list[str], unit: str, me
     height, places = 0.8 / len(bars), np.arange(len(classes))
     rows: list[tuple] = [("class", unit, "method", "mean F1", "standard deviation over seeds", "n")]
     tops = {}
-    with canvas(5, 1.4 + len(classes) * max(0.36, 0.13 * len(bars))) as figure:
+    with canvas(4.5, 1.4 + len(classes) * max(0.36, 0.13 * len(bars))) as figure:
         axes = figure.subplots()
         axes.grid(False, axis="y")
         for method in methods:

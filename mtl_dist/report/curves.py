@@ -19,6 +19,7 @@ SCORE_FIGURES = {
     "ccc_v": ("fig5_ccc_valence", "Figure 5. CCC valence", "CCC valence"),
 }
 LOSS_POINTS = 40  # of a line: steps are averaged to about so many
+MARK_EVERY = 8  # of these: where a line's marker stands
 LINES = ("-", "--", ":", "-.")
 
 
@@ -57,21 +58,25 @@ def _scores(records: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
 
 
 def _losses(records: list[dict[str, Any]]) -> list[tuple[int, float]]:
-    """The sum of the tasks' losses, means of neighbouring steps.
+    """The sum of the tasks' losses, each the mean of neighbouring steps: those whose batch has labels of it.
 
     Not what was minimised: the weights of balancers differ, and change.
     """
-    losses = [(r["step"], [r["loss"][task] for task in TASKS if task in r["loss"]]) for r in records if "loss" in r]
-    steps = [(step, sum(parts)) for step, parts in losses if parts]
+    steps = [[r["step"], *(r["loss"].get(task, np.nan) for task in TASKS)] for r in records if r.get("kind") == "step"]
     if not steps:
         return []
     parts = np.array_split(np.array(steps, float), min(LOSS_POINTS, len(steps)))
-    return [(round(part[:, 0].mean()), float(part[:, 1].mean())) for part in parts]
+    return [(round(part[:, 0].mean()), sum(map(_mean_known, part[:, 1:].T))) for part in parts]
+
+
+def _mean_known(losses: np.ndarray) -> float:
+    known = losses[np.isfinite(losses)]
+    return float(known.mean()) if len(known) else 0.0
 
 
 def _draw(name, title, label, methods, runs, lines, styles, *, key: str | None = None) -> Figure:
     rows: list[tuple] = [("run", "method", "step", label)]
-    with canvas(5, 3.4) as figure:
+    with canvas(4.5, 3.3) as figure:
         axes = figure.subplots()
         for method in methods:
             style = styles[method.label]
@@ -87,7 +92,8 @@ def _draw(name, title, label, methods, runs, lines, styles, *, key: str | None =
             for place, result in enumerate(shown):
                 steps, values = zip(*lines[id(result)])
                 axes.plot(steps, values, color=style.colour, linestyle=LINES[place % len(LINES)],
-                          marker=style.marker if key else None, markersize=4, alpha=1 if place == 0 else 0.75,
+                          marker=style.marker, markevery=1 if key else MARK_EVERY, markersize=4,
+                          alpha=1 if place == 0 else 0.75,
                           label=method.label if place == 0 else None)  # fmt: skip
                 rows += [(result.name, method.label, step, f"{value:.6f}") for step, value in zip(steps, values)]
         axes.set_xlabel("training step")

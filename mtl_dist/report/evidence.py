@@ -61,7 +61,7 @@ def gather(command: ReportCommand, device: torch.device) -> Evidence:
         [result._replace(name=name) for result in open_ensemble(uri, members, images)]
         for uri, name in zip(command.ensemble, unique_names(list(command.ensemble)))
     ]
-    ensembles = label_ensembles(opened, {member.run_uri: label for member, label in zip(members, labels)})
+    ensembles = label_ensembles(opened, members, labels)
     check_apart(command.out, command.runs)
     storage.check_writable(command.out, flag="--out")
     names = unique_names(list(command.runs))

@@ -25,7 +25,7 @@ def run_block(result: Result) -> str:
         ("weights, sha256", checkpoint.files[MODEL]["sha256"]),
         ("step", f"{checkpoint.step:,}"),
         ("P in training", f"{checkpoint.score:.4f}"),
-        ("training set", member.config.data.train),
+        ("training set", f"{member.config.data.train} (sha256 {member.train_sha256})"),
         ("validation set", f"{member.val_uri} ({index.view}, {index.rows:,} rows, sha256 {index.sha256})"),
     ]
     lives = read_lives(result.uri)

@@ -133,7 +133,7 @@ def _cell(cell: Cell) -> str:
 def figure_block(figure: Figure, *, level: int = 3) -> str:
     """A figure with its heading, of a level below those around it, its caption and links to its files."""
     image = f'<img src="{_embedded(figure)}" alt="{escape(figure.alt)}">'
-    kind = "wide" if figure.is_wide else "dense" if figure.is_dense else ""
+    kind = "photo wide" if figure.is_photo else "wide" if figure.is_wide else "dense" if figure.is_dense else ""
     if kind:
         image = f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(figure.title)}">{image}</div>'
         kind = f' class="{kind}"'

@@ -204,37 +204,49 @@ def open_ensemble(uri: str, members: list[Member], images: list[str]) -> list[Re
     return [result for result, _ in found]
 
 
-def label_ensembles(ensembles: list[list[Result]], labels: dict[str, str]) -> list[Result]:
-    """Name the methods of ensembles: one of all, where they combine members of the same methods in the same way.
+def label_ensembles(ensembles: list[list[Result]], members: list[Member], labels: list[str]) -> list[Result]:
+    """Name the methods of ensembles: those are one that combine members of the same methods in the same way.
 
-    Else each is a method of its own, with its name. `labels` are those of the reported runs, by URI.
+    Where there are several, each is named after its first. `labels` are those of the reported runs, `members`; of runs
+    that are not reported the view is all that is known.
     """
-    settings = [_combination(parts[0].score_file, labels) for parts in ensembles]
-    found = [result for parts in ensembles for result in parts]
+    by_uri = {member.run_uri: label for member, label in zip(members, labels)}
+    settings = [_combination(parts[0].score_file, members, by_uri) for parts in ensembles]
     if all(own == settings[0] for own in settings):
-        return found
-    return [result._replace(method=f"{result.method} {result.name}") for result in found]
+        return [result for parts in ensembles for result in parts]
+    firsts = [ensembles[settings.index(own)][0].name for own in settings]
+    return [r._replace(method=f"{r.method} {first}") for parts, first in zip(ensembles, firsts) for r in parts]
 
 
-def _combination(about: dict[str, Any], labels: dict[str, str]) -> tuple:
-    members = sorted((member["view"], labels.get(member.get("run"), "")) for member in about["members"])
+def _combination(about: dict[str, Any], members: list[Member], labels: dict[str, str]) -> tuple:
+    runs = [(taken["view"], find_run(taken.get("run"), members)) for taken in about["members"]]
     options = about.get("options") or {}
-    return members, [options.get(name) for name in COMBINING]
+    combined = sorted((view, labels[run.run_uri] if run else "") for view, run in runs)
+    return combined, list(about.get("steps") or ()), [options.get(name) for name in COMBINING]
+
+
+def find_run(uri: str | None, members: list[Member]) -> Member | None:
+    """Return the reported run of a URI or, where the storage was moved since, the only one of its name."""
+    if not uri:
+        return None
+    where = storage.join(storage.absolute(uri))
+    same = [member for member in members if storage.join(storage.absolute(member.run_uri)) == where]
+    found = same or [member for member in members if _last_part(member.run_uri) == _last_part(where)]
+    return found[0] if len(found) == 1 else None
 
 
 def stale_members(about: dict[str, Any], members: list[Member]) -> list[str]:
     """Return the reported runs of which an ensemble took another checkpoint than the best of now."""
-    now = {storage.absolute(member.run_uri): member for member in members}
-    known = [(now.get(storage.absolute(taken.get("run", ""))), taken) for taken in about["members"]]
+    taken = [(find_run(of.get("run"), members), of.get("checkpoint")) for of in about["members"]]
     return [
         member.run_uri
-        for member, taken in known
-        if member and storage.join(taken.get("checkpoint", "")).rpartition("/")[2] != _directory(member)
+        for member, uri in taken
+        if member and uri and _last_part(uri) != _last_part(member.checkpoint.uri)
     ]
 
 
-def _directory(member: Member) -> str:
-    return storage.join(member.checkpoint.uri).rpartition("/")[2]
+def _last_part(uri: str) -> str:
+    return storage.join(uri).rpartition("/")[2]
 
 
 def _read_ensemble(

@@ -138,7 +138,7 @@ def runs_table(methods: list[Method]) -> Table:
             step = number(checkpoint.step if checkpoint else None)
             if result.member and not result.member.is_finished:
                 step = step._replace(
-                    below=f"unfinished, at {result.member.newest_step:,} of {result.member.total_steps:,}"
+                    below=f"unfinished: step {result.member.newest_step:,} of {result.member.total_steps:,}"
                 )
             rows.append(
                 [
@@ -196,15 +196,15 @@ def class_f1(method: Method, key: str, name: str) -> list[float]:
 
 
 def steps_tables(results: list[Result]) -> list[Table]:
-    """What every step of calibration adds, as score.json has it: a table for all ensembles of the same steps."""
-    alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    """What every step of calibration adds, as score.json has it: a table for all ensembles of one method."""
+    alike: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         if steps := (result.score_file or {}).get("steps"):
-            alike.setdefault(tuple(steps), []).append(steps)
-    return [_steps_table(f"steps_{place}", steps) for place, steps in enumerate(alike.values(), start=1)]
+            alike.setdefault(result.method, []).append(steps)
+    return [_steps_table(f"steps_{n}", method, steps) for n, (method, steps) in enumerate(alike.items(), start=1)]
 
 
-def _steps_table(name: str, ensembles: list[dict[str, Any]]) -> Table:
+def _steps_table(name: str, method: str, ensembles: list[dict[str, Any]]) -> Table:
     rows, before = [], None
     for step in ensembles[0]:
         values = {key: [steps[step][key] for steps in ensembles] for key in SCORE_NAMES}
@@ -221,7 +221,8 @@ def _steps_table(name: str, ensembles: list[dict[str, Any]]) -> Table:
     note = "Every step is fitted on other videos than it is scored on, on top of those above it."
     if len(ensembles) > 1:
         note += f" Means of {len(ensembles)} ensembles, with the standard deviation of what a step adds."
-    return Table(name, "What each step of calibration adds", ("Step", *SCORE_NAMES.values()), rows, note)
+    caption = "What each step of calibration adds" + ("" if method == ENSEMBLE else f": {method}")
+    return Table(name, caption, ("Step", *SCORE_NAMES.values()), rows, note)
 
 
 def settings_table(results: list[Result]) -> Table | None:
