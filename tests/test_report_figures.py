@@ -220,3 +220,14 @@ def test_from_the_eighth_method_on_lines_look_other_too():
     methods = make_methods()
     many = [methods[1]._replace(label=f"m{number}") for number in range(40)]
     assert len({style for label, style in method_styles(many).items() if label.startswith("m")}) == 40
+
+
+def test_from_the_eighth_method_on_bars_look_other_too(canvases):
+    methods = make_methods()
+    many = [methods[1]._replace(label=f"m{number}") for number in range(12)]
+    draw_f1(many, method_styles(many), count_labels(methods[1].results[0].predicted.targets))
+    for canvas in canvases:
+        (legend,) = canvas.legends
+        handles = legend.legend_handles
+        assert [text.get_text() for text in legend.get_texts()] == [method.label for method in many]
+        assert len({(handle.get_facecolor(), handle.get_hatch()) for handle in handles}) == 12

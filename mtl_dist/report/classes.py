@@ -76,16 +76,17 @@ def _bars(name, title, key, classes: list[str], frames: list[str], unit: str, me
             for each, count, mean, deviation, found in zip(classes, frames, means, spread, values):
                 rows.append((each, count.replace(",", ""), method.label, f"{mean:.6f}",
                              f"{deviation:.6f}", len(found)))  # fmt: skip
-            colour = styles[method.label].colour
+            style = styles[method.label]
             if method.label == CONSTANT:
                 axes.vlines(
-                    means, places - 0.42, places + 0.42, color=colour, linewidth=2, label=method.label, zorder=3
+                    means, places - 0.42, places + 0.42, color=style.colour, linewidth=2, label=method.label, zorder=3
                 )
                 continue
             tops[method.label] = f"{classes[int(means.argmax())]} is best with {means.max():.2f}"
             at = places - 0.4 + height * (bars.index(method) + 0.5)
-            axes.barh(at, means, height * 0.9, color=colour, label=method.label,
-                      xerr=spread if any(spread) else None, error_kw={"elinewidth": 1, "ecolor": INK})  # fmt: skip
+            axes.barh(at, means, height * 0.9, facecolor=style.colour, hatch=style.hatch, edgecolor="white",
+                      linewidth=0, label=method.label, xerr=spread if any(spread) else None,
+                      error_kw={"elinewidth": 1, "ecolor": INK})  # fmt: skip
         axes.set_yticks(places, [f"{each} ({count})" for each, count in zip(classes, frames)], fontsize=9)
         axes.set_ylim(len(classes) - 0.4, -0.6)
         axes.set_xlim(0, 1)

@@ -17,6 +17,7 @@ DPI = 150
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#7F3C00", "#5E4FA2")
 SPECIAL = {CONSTANT: "#777777", ENSEMBLE: "#D55E00", CALIBRATED: "#111111"}
 MARKERS = "osD^vPX"
+HATCHES = ("", "////", "....", "xxxx", "----", "oooo")
 INK, GRID = "#24292f", "#d8dce1"
 
 
@@ -37,16 +38,18 @@ class Figure(NamedTuple):
 class Style(NamedTuple):
     colour: str
     marker: str
+    hatch: str = ""  # of bars, which have no markers
 
 
 def method_styles(methods: list[Method]) -> dict[str, Style]:
-    """A colour and a marker for every method; the constant predictor's and the ensemble's are always the same."""
+    """A colour, a marker and a hatch for every method; the constant predictor's and the ensemble's never change."""
     styles = {label: Style(colour, "*") for label, colour in SPECIAL.items()}
     others = [method.label for method in methods if method.label not in SPECIAL]
     for place, label in enumerate(others):
-        # With each round of colours the markers move on, so that no two methods look the same.
+        # With each round of colours markers and hatches move on, so that no two methods look the same.
         turn, colour = divmod(place, len(COLOURS))
-        styles[label] = Style(COLOURS[colour], MARKERS[(colour + turn) % len(MARKERS)])
+        hatch = HATCHES[turn % len(HATCHES)]
+        styles[label] = Style(COLOURS[colour], MARKERS[(colour + turn) % len(MARKERS)], hatch)
     return styles
 
 
