@@ -35,9 +35,11 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from mtl_dist.runtime.evaluate import Predicted
+    from mtl_dist.runtime.inputs import ImageFiles
     from mtl_dist.runtime.trained import Trained
 
 SUFFIXES = (".csv", ".parquet", ".txt")
+MAX_REASONS = 100  # images that are read again, to say what is wrong with them
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class PredictCommand:
     """Where the paths of a list start; None: beside the list."""
     every_frames: int = 1
     """Of a video take the first of every so many frames."""
+    skip_bad_images: bool = False
+    """Leave out image files that are not there or cannot be decoded, and name them; else the first ends the command."""
     batch: int = 64
     """Images per forward pass."""
     workers: int = 1
@@ -82,6 +86,7 @@ def main(args: list[str] | None = None) -> None:
             command.input,
             images=command.images,
             every=command.every_frames,
+            skip_bad=command.skip_bad_images,
             scratch=Path(scratch),
             cache_dir=command.cache_dir,
         )
@@ -97,10 +102,24 @@ def main(args: list[str] | None = None) -> None:
         processes = _num_processes(command, device, num_batches=-(-frames.num_frames // command.batch))
         with progress_bar("predicting", frames.num_frames * task.num_passes) as advance:
             predicted = predict_frames(task, processes=processes, progress=advance)
+            if command.skip_bad_images:
+                advance((frames.num_frames - len(predicted.rows)) * task.num_passes)
         names = frames.names(predicted.rows)
+    skipped = _skipped(command, frames, predicted) if command.skip_bad_images else []
     check_finite(predicted.predictions, names, source=" or ".join(command.runs))
     _write(command.out, predicted, names)
-    _report(command, predicted, num_expected=frames.num_frames)
+    _report(command, predicted, skipped, num_expected=frames.num_frames)
+
+
+def _skipped(command: PredictCommand, frames: ImageFiles, predicted: Predicted) -> list[str]:
+    """Return a line for every image that was left out, with reasons for the first; raises where that is every one."""
+    bad = frames.skipped(predicted.rows)
+    if len(bad) == frames.num_frames:
+        raise InputError(
+            f"none of the {len(bad)} images of {command.input} can be read; the first: {frames.why_bad(0)}"
+        )
+    lines = [frames.why_bad(row) for row in bad[:MAX_REASONS]]
+    return lines + [f"image {frames.listed[row]}" for row in bad[MAX_REASONS:]]
 
 
 def _check(command: PredictCommand) -> None:
@@ -113,6 +132,11 @@ def _check(command: PredictCommand) -> None:
         raise InputError(f"--out is {command.out}, the --input itself, which it would replace; give another name")
     if Path(command.out).is_dir():
         raise InputError(f"--out is {command.out}, a directory; give a file's name, such as {command.out}/out.csv")
+    if command.skip_bad_images and _is_submission(command.out):
+        raise InputError(
+            f"--skip-bad-images leaves rows out, and {command.out}, the challenge's file, has one for every image; "
+            "write a .csv, or mend the images"
+        )
     for name, least in (("every_frames", 1), ("batch", 1), ("workers", 0), ("processes", 1)):
         value = getattr(command, name)
         if value is not None and value < least:
@@ -171,7 +195,7 @@ def _is_submission(out: str) -> bool:
     return out.lower().endswith(".txt")
 
 
-def _report(command: PredictCommand, predicted: Predicted, *, num_expected: int) -> None:
+def _report(command: PredictCommand, predicted: Predicted, skipped: list[str], *, num_expected: int) -> None:
     from mtl_dist.objective.metrics import constant_scores, metric_sums, scores
     from mtl_dist.runtime.tracking import print_scores
 
@@ -181,9 +205,12 @@ def _report(command: PredictCommand, predicted: Predicted, *, num_expected: int)
         rows = {"constant predictor": constant_scores(read_index(command.input).labels)}
         rows["prediction"] = scores(metric_sums(predicted.predictions, predicted.targets))
         print_scores(rows, title=f"{len(predicted.rows)} rows")
-    if len(predicted.rows) != num_expected:
+    for line in skipped:
+        print(f"left out: {line}")
+    if len(predicted.rows) + len(skipped) != num_expected:
         print(f"note: {command.input} says it has {num_expected} such frames; {len(predicted.rows)} could be decoded")
-    print(f"wrote {command.out}: {len(predicted.rows)} frames, mean of {len(command.runs)} model(s)")
+    without = f", {len(skipped)} left out" if skipped else ""
+    print(f"wrote {command.out}: {len(predicted.rows)} frames{without}, mean of {len(command.runs)} model(s)")
 
 
 def _has_labels(predicted: Predicted) -> bool:

@@ -175,6 +175,8 @@ def test_models_of_two_views_are_refused(run, runs, faces, tmp_path, monkeypatch
 def test_a_shard_set_of_another_view_is_refused(run, runs, tmp_path):
     other = runs / "shards" / "cropped_aligned" / "val"
     pattern = rf"^--input is {other}, of view 'cropped_aligned'; expected 'cropped', that of --runs"
+    with pytest.raises(InputError, match=r"--skip-bad-images is for image files, and .* is a shard set"):
+        run_predict(run, other, tmp_path / "out.csv", "--skip-bad-images")
     with pytest.raises(InputError, match=pattern):
         run_predict(run, other, tmp_path / "out.csv")
     assert not (tmp_path / "out.csv").exists()
@@ -222,6 +224,37 @@ def test_an_image_that_cannot_be_decoded_is_named_by_whichever_process_reads_it(
     with pytest.raises(InputError, match=rf"{broken} cannot be decoded: damaged or truncated"):
         run_predict(run, tmp_path / "faces", tmp_path / "out.csv", "--batch", "4", "--processes", processes)
     assert not list(tmp_path.glob("*out.csv*"))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_bad_images_are_left_out_and_named_and_nothing_else_changes(run, faces, tmp_path, capsys, processes):
+    pictures = sorted(faces.rglob("*.jpg"))
+    lines = [str(picture) for picture in pictures]
+    (tmp_path / "cut.jpg").write_bytes(pictures[3].read_bytes()[:-300])
+    lines[3], lines[8:8] = str(tmp_path / "cut.jpg"), ["gone.jpg"] * 5  # a whole batch of 4, and a part of the next
+    (tmp_path / "list.txt").write_text("\n".join(lines) + "\n")
+    more = ["--skip-bad-images", "--batch", "4", "--workers", str(processes - 1), "--processes", str(processes)]
+    run_predict(run, tmp_path / "list.txt", tmp_path / "some.csv", *more)
+    said = capsys.readouterr().out
+    assert said.count("left out: image") == 6
+    assert "some.csv: 21 frames, 6 left out" in said
+    assert "cut.jpg cannot be decoded" in said
+    assert said.count("gone.jpg does not exist") == 5
+    assert "says it has" not in said
+    run_predict(run, faces, tmp_path / "all.csv")
+    some, every = read_rows(tmp_path / "some.csv"), read_rows(tmp_path / "all.csv")
+    del every[3]
+    good = [row for row in range(27) if row != 3 and row not in range(8, 13)]
+    assert [int(row["row"]) for row in some] == good
+    assert [row["image"] for row in some] == [lines[row] for row in good]
+    np.testing.assert_allclose(numbers(some), numbers(every), atol=1e-5)
+
+
+def test_leaving_out_every_image_is_an_error(run, tmp_path):
+    (tmp_path / "list.txt").write_text("gone.jpg\nlost.jpg\n")
+    with pytest.raises(InputError, match=r"none of the 2 images .* the first: image .*gone\.jpg does not exist"):
+        run_predict(run, tmp_path / "list.txt", tmp_path / "out.csv", "--skip-bad-images")
+    assert not (tmp_path / "out.csv").exists()
 
 
 def test_every_nth_frame_of_a_video_is_predicted_under_its_number(run, tmp_path):
@@ -404,6 +437,8 @@ def test_bad_options_are_refused_before_anything_is_predicted(run, faces, tmp_pa
         ((run, write_video(tmp_path / "a, b.mp4"), tmp_path / "out.txt"), "'a, b' has a comma or newline in its name"),
         ((run, tmp_path / "list.txt", f"{tmp_path}/list.txt"), "the --input itself, which it would replace"),
         ((run, faces, tmp_path / "dir.csv"), r"dir\.csv, a directory; give a file's name"),
+        ((run, faces, "out.txt", "--skip-bad-images"), "the challenge's file, has one for every image"),
+        ((run, tmp_path / "a, b.mp4", "out.csv", "--skip-bad-images"), r"for image files, and .* is a video"),
         ((tmp_path, faces, tmp_path / "out.csv"), "has no committed checkpoint"),
         (
             (run / "checkpoints" / "step_000000099_00000000", faces, tmp_path / "out.csv"),

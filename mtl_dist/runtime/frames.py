@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ PNG_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 STATED_DURATION = ("matroska", "mov")  # formats whose duration is the header's: that of others may be estimated
 MAX_MISSING, MAX_MISSING_S = 0.1, 1.0  # at the end of a whole video, of its duration and in seconds
 MAX_MISSING_FRAMES = 2  # or MAX_MISSING of them: packets that decoders give no picture for
+Picture = TypeVar("Picture", np.ndarray, np.ndarray | None)
 _PNG = b"\x89PNG\r\n\x1a\n"
 _GET_WHOLE = "get the whole file, or write what is left to a new one: ffmpeg -fflags +discardcorrupt -i OLD -c copy NEW"
 
@@ -40,15 +41,18 @@ def image_batches(
     workers: int = 1,
     part: int = 0,
     num_parts: int = 1,
+    skip_bad: bool = False,
 ) -> Iterator[Batch]:
     """Yield image files (local or s3://, JPEG or PNG) as unlabelled batches of `size` pixels a side, in their order.
 
     Rows are places in `paths`. Of several parts, part p has batches p, p + num_parts, ...: the same batches, whatever
-    the number of parts. `workers` threads decode; 0 decodes in this one. Raises `InputError` naming the file.
+    the number of parts. `workers` threads decode; 0 decodes in this one. Raises `InputError` naming the file that is
+    not there or cannot be decoded; with `skip_bad` its row is in no batch.
     """
     rows = [row for row in range(len(paths)) if row // batch % num_parts == part]
-    pictures = _ahead((paths[row] for row in rows), size, workers=workers, ahead=2 * batch)
-    yield from _batched(zip(rows, pictures), batch=batch)
+    read = _read_if_good if skip_bad else read_image
+    pictures = _ahead(read, (paths[row] for row in rows), size, workers=workers, ahead=2 * batch)
+    yield from _batched(((row, pixels) for row, pixels in zip(rows, pictures) if pixels is not None), batch=batch)
 
 
 def video_batches(
@@ -191,16 +195,25 @@ def _decode_png(data: bytes, size: int | None) -> np.ndarray:
     return pixels if not size or pixels.shape[:2] == (size, size) else resize(pixels, size)
 
 
-def _ahead(paths: Iterable[Path | str], size: int, *, workers: int, ahead: int) -> Iterator[np.ndarray]:
-    """Decode in order, at most `ahead` images before they are taken."""
+def _read_if_good(path: Path | str, size: int) -> np.ndarray | None:
+    try:
+        return read_image(path, size)
+    except InputError:
+        return None
+
+
+def _ahead(
+    read: Callable[[Path | str, int], Picture], paths: Iterable[Path | str], size: int, *, workers: int, ahead: int
+) -> Iterator[Picture]:
+    """Read in order, at most `ahead` images before they are taken."""
     if workers == 0:
-        yield from (read_image(path, size) for path in paths)
+        yield from (read(path, size) for path in paths)
         return
-    pending: deque[Future[np.ndarray]] = deque()
+    pending: deque[Future[Picture]] = deque()
     with ThreadPoolExecutor(workers, thread_name_prefix="images") as pool:
         try:
             for path in paths:
-                pending.append(pool.submit(read_image, path, size))
+                pending.append(pool.submit(read, path, size))
                 if len(pending) > ahead:
                     yield pending.popleft().result()
             while pending:

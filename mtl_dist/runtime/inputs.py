@@ -18,7 +18,14 @@ from mtl_dist.data.index import INDEX_NAME, check_stored, index_dir, read_index
 from mtl_dist.data.loader import eval_batches
 from mtl_dist.data.reader import ShardReader
 from mtl_dist.errors import InputError, StorageError
-from mtl_dist.runtime.frames import IMAGE_SUFFIXES, VIDEO_SUFFIXES, count_frames, image_batches, video_batches
+from mtl_dist.runtime.frames import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    count_frames,
+    image_batches,
+    read_image,
+    video_batches,
+)
 from mtl_dist.tasks import Batch
 
 PREFETCH = 3  # batches of a shard set made ahead
@@ -42,6 +49,7 @@ class ImageFiles:
 
     root: str  # what the names are relative to
     listed: tuple[str, ...]
+    skip_bad: bool = False  # what is not there, or cannot be decoded, is in no batch
 
     @property
     def num_frames(self) -> int:
@@ -49,10 +57,23 @@ class ImageFiles:
 
     def batches(self, size: int, *, batch: int, workers: int, part: int, num_parts: int) -> Iterator[Batch]:
         paths = [_image_uri(self.root, name) for name in self.listed]
-        return image_batches(paths, batch=batch, size=size, workers=workers, part=part, num_parts=num_parts)
+        which = {"part": part, "num_parts": num_parts, "skip_bad": self.skip_bad}
+        return image_batches(paths, batch=batch, size=size, workers=workers, **which)
 
     def names(self, rows: np.ndarray) -> list[str]:
         return [self.listed[row] for row in rows]
+
+    def skipped(self, rows: np.ndarray) -> list[int]:
+        """Return the rows that are not among those that were read."""
+        return np.setdiff1d(np.arange(self.num_frames), rows).tolist()
+
+    def why_bad(self, row: int) -> str:
+        """Read an image once more, and return what is wrong with it."""
+        try:
+            read_image(_image_uri(self.root, self.listed[row]))
+        except (InputError, StorageError) as error:
+            return str(error)
+        return f"image {self.listed[row]} could not be read before, and can be now"
 
 
 @dataclass(frozen=True)
@@ -99,7 +120,13 @@ class ShardSet:
 
 
 def open_frames(
-    uri: str, *, images: str | None = None, every: int = 1, scratch: Path, cache_dir: Path | None = None
+    uri: str,
+    *,
+    images: str | None = None,
+    every: int = 1,
+    skip_bad: bool = False,
+    scratch: Path,
+    cache_dir: Path | None = None,
 ) -> Frames:
     """Find out what is at a local path or s3:// URI, and check that it is there. Raises `InputError` that names it.
 
@@ -107,6 +134,7 @@ def open_frames(
         uri: a directory of images, a shard set, a video file, a list of images (.txt) or one image.
         images: where the paths of a list start; None: beside the list.
         every: take every so many frames of a video.
+        skip_bad: leave out image files that are not there or cannot be decoded.
         scratch: where a video from s3:// is downloaded to.
     """
     suffix = _suffix(uri)
@@ -116,21 +144,28 @@ def open_frames(
     if every != 1 and not is_video:
         raise InputError(f"--every-frames is for videos, and {uri} is none ({', '.join(VIDEO_SUFFIXES)}); leave it out")
     if is_list:
-        return _open_list(uri, images if images is not None else parent_uri(uri))
+        return _open_list(uri, images if images is not None else parent_uri(uri), skip_bad)
     if is_video:
+        _refuse_skipping(uri, skip_bad, "a video: what is damaged in one cannot be told frame by frame")
         return _open_video(uri, every, scratch)
     if suffix in IMAGE_SUFFIXES:
         if not storage.exists(uri):
             raise InputError(f"image {uri} does not exist; correct its path")
-        return ImageFiles(parent_uri(uri), _check_text([uri.rpartition("/")[2]]))
+        return ImageFiles(parent_uri(uri), _check_text([uri.rpartition("/")[2]]), skip_bad)
     if uri.endswith(f"/{INDEX_NAME}") or storage.exists(storage.join(uri, INDEX_NAME)):
         index = read_index(uri)
         check_stored(uri, index)
+        _refuse_skipping(uri, skip_bad, "a shard set, whose images were looked at when it was made")
         return ShardSet(index_dir(uri), index.rows, index.view, cache_dir)
-    return _open_directory(uri)
+    return _open_directory(uri, skip_bad)
 
 
-def _open_list(uri: str, root: str) -> ImageFiles:
+def _refuse_skipping(uri: str, skip_bad: bool, what: str) -> None:
+    if skip_bad:
+        raise InputError(f"--skip-bad-images is for image files, and {uri} is {what}; leave it out")
+
+
+def _open_list(uri: str, root: str, skip_bad: bool) -> ImageFiles:
     """A path a line, after a header or without: `image`, or that of the challenge, which has commas."""
     try:
         lines = storage.read_bytes(uri, max_bytes=MAX_LIST_BYTES).decode("utf-8-sig").rstrip().splitlines()
@@ -147,7 +182,8 @@ def _open_list(uri: str, root: str) -> ImageFiles:
             raise InputError(f"{uri}:{number}: {name[:100]!r} is no image path ({', '.join(IMAGE_SUFFIXES)})")
     if not names[header:]:
         raise InputError(f"list {uri} names no image; expected one path a line")
-    return _check_images(ImageFiles(root, tuple(names[header:])), uri)
+    files = ImageFiles(root, tuple(names[header:]), skip_bad)
+    return files if skip_bad else _check_images(files, uri)
 
 
 def _is_header(line: str) -> bool:
@@ -166,7 +202,7 @@ def _check_images(files: ImageFiles, uri: str) -> ImageFiles:
         named = ", ".join(missing[:NUM_NAMED]) + (", ..." if len(missing) > NUM_NAMED else "")
         raise InputError(
             f"{len(missing)} of {len(files.listed)} images of {uri} do not exist below {files.root}: {named}; add "
-            "them, or say with --images DIR where the paths start"
+            "them, say with --images DIR where the paths start, or leave them out with --skip-bad-images"
         )
     return files
 
@@ -185,7 +221,7 @@ def _open_video(uri: str, every: int, scratch: Path) -> VideoFile:
     return VideoFile(path, every, count_frames(path), title)
 
 
-def _open_directory(uri: str) -> ImageFiles:
+def _open_directory(uri: str, skip_bad: bool) -> ImageFiles:
     if not storage.is_s3(uri) and storage.exists(uri):
         raise InputError(
             f"{uri} is no image, video or list by its name; expected {', '.join((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))}, "
@@ -197,7 +233,7 @@ def _open_directory(uri: str) -> ImageFiles:
         raise InputError(
             f"no images at {uri} ({', '.join(IMAGE_SUFFIXES)}) and no shard set ({INDEX_NAME}); correct the path"
         )
-    return ImageFiles(uri, _check_text(names))
+    return ImageFiles(uri, _check_text(names), skip_bad)
 
 
 def _check_text(names: Sequence[str]) -> tuple[str, ...]:
