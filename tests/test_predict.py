@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from mtl_dist import predict, storage
-from mtl_dist.data.decode import decode
+from mtl_dist.data.decode import MAX_IMAGE_BYTES, decode
 from mtl_dist.data.submission import find_images, read_test_list
 from mtl_dist.data.synthetic import write_synthetic
 from mtl_dist.errors import InputError, StorageError
@@ -248,6 +248,18 @@ def test_bad_images_are_left_out_and_named_and_nothing_else_changes(run, faces, 
     assert [int(row["row"]) for row in some] == good
     assert [row["image"] for row in some] == [lines[row] for row in good]
     np.testing.assert_allclose(numbers(some), numbers(every), atol=1e-5)
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_an_image_that_may_not_be_read_is_not_left_out(run, faces, tmp_path, processes):
+    """As where credentials expire: picture after picture that is whole would be lost."""
+    (tmp_path / "huge.jpg").touch()
+    os.truncate(tmp_path / "huge.jpg", MAX_IMAGE_BYTES + 1)
+    (tmp_path / "list.txt").write_text("\n".join([*map(str, sorted(faces.rglob("*.jpg"))), "huge.jpg"]) + "\n")
+    more = ["--skip-bad-images", "--batch", "4", "--processes", processes]
+    with pytest.raises(InputError, match=r"huge\.jpg has \d+ bytes; at most"):
+        run_predict(run, tmp_path / "list.txt", tmp_path / "out.csv", *more)
+    assert not (tmp_path / "out.csv").exists()
 
 
 def test_leaving_out_every_image_is_an_error(run, tmp_path):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,9 +28,12 @@ PNG_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 STATED_DURATION = ("matroska", "mov")  # formats whose duration is the header's: that of others may be estimated
 MAX_MISSING, MAX_MISSING_S = 0.1, 1.0  # at the end of a whole video, of its duration and in seconds
 MAX_MISSING_FRAMES = 2  # or MAX_MISSING of them: packets that decoders give no picture for
-Picture = TypeVar("Picture", np.ndarray, np.ndarray | None)
 _PNG = b"\x89PNG\r\n\x1a\n"
 _GET_WHOLE = "get the whole file, or write what is left to a new one: ffmpeg -fflags +discardcorrupt -i OLD -c copy NEW"
+
+
+class BadImage(InputError):
+    """A picture that is not there or cannot be decoded; not one that a store refuses, or this user may not read."""
 
 
 def image_batches(
@@ -46,8 +49,8 @@ def image_batches(
     """Yield image files (local or s3://, JPEG or PNG) as unlabelled batches of `size` pixels a side, in their order.
 
     Rows are places in `paths`. Of several parts, part p has batches p, p + num_parts, ...: the same batches, whatever
-    the number of parts. `workers` threads decode; 0 decodes in this one. Raises `InputError` naming the file that is
-    not there or cannot be decoded; with `skip_bad` its row is in no batch.
+    the number of parts. `workers` threads decode; 0 decodes in this one. Raises `InputError` naming the file; with
+    `skip_bad` the row of a `BadImage` is in no batch.
     """
     rows = [row for row in range(len(paths)) if row // batch % num_parts == part]
     read = _read_if_good if skip_bad else read_image
@@ -105,17 +108,17 @@ def count_frames(path: Path) -> int:
 def read_image(path: Path | str, size: int | None = None) -> np.ndarray:
     """Read a JPEG or PNG, local or s3://, as (H, W, 3) uint8 RGB, resized where a size is given.
 
-    Pixels are taken as they are stored, as those of shards are: EXIF orientation is not applied. Raises `InputError`
-    naming a file that is not there or cannot be decoded.
+    Pixels are taken as they are stored, as those of shards are: EXIF orientation is not applied. Raises `BadImage`
+    naming a file that is not there or cannot be decoded, `InputError` naming one that may not be read.
     """
     try:
         data = storage.read_bytes(str(path), max_bytes=MAX_IMAGE_BYTES)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise InputError(f"image {path} does not exist; correct its path, or take it out of the list") from None
+        raise BadImage(f"image {path} does not exist; correct its path, or take it out of the list") from None
     try:
         return _decode_png(data, size) if data.startswith(_PNG) else decode(data, size)
     except DecodeError as error:
-        raise InputError(f"image {path} cannot be decoded: {error}; mend it, or leave it out") from None
+        raise BadImage(f"image {path} cannot be decoded: {error}; mend it, or leave it out") from None
 
 
 @contextlib.contextmanager
@@ -198,18 +201,23 @@ def _decode_png(data: bytes, size: int | None) -> np.ndarray:
 def _read_if_good(path: Path | str, size: int) -> np.ndarray | None:
     try:
         return read_image(path, size)
-    except InputError:
+    except BadImage:
         return None
 
 
 def _ahead(
-    read: Callable[[Path | str, int], Picture], paths: Iterable[Path | str], size: int, *, workers: int, ahead: int
-) -> Iterator[Picture]:
+    read: Callable[[Path | str, int], np.ndarray | None],
+    paths: Iterable[Path | str],
+    size: int,
+    *,
+    workers: int,
+    ahead: int,
+) -> Iterator[np.ndarray | None]:
     """Read in order, at most `ahead` images before they are taken."""
     if workers == 0:
         yield from (read(path, size) for path in paths)
         return
-    pending: deque[Future[Picture]] = deque()
+    pending: deque[Future[np.ndarray | None]] = deque()
     with ThreadPoolExecutor(workers, thread_name_prefix="images") as pool:
         try:
             for path in paths:

@@ -125,8 +125,10 @@ def _part_main(sender: Connection, task: Task, part: int, num_parts: int) -> Non
             task, part=part, num_parts=num_parts, progress=lambda count: sender.send(("progress", count))
         )
         sender.send(("done", found))
-    except (InputError, StorageError) as error:
-        sender.send((type(error).__name__, str(error)))
+    except InputError as error:  # or a kind of it
+        sender.send(("InputError", str(error)))
+    except StorageError as error:
+        sender.send(("StorageError", str(error)))
     except Exception:
         sender.send(("crash", traceback.format_exc()))
 
