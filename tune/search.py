@@ -14,9 +14,11 @@ import csv
 import functools
 import io
 import json
+import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
 from pydantic import Field
@@ -140,22 +142,19 @@ def finish_search(config: Config, results, search_uri: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    trials = sorted(
-        (result for result in results if METRIC in (result.metrics or {})),
-        key=lambda r: r.metrics[METRIC],
-        reverse=True,
-    )
+    trials = rank_trials(results)
     if not trials:
         raise InputError(
-            f"none of {len(results)} trials was scored; their errors: {[str(e) for e in results.errors][:1]}"
+            f"none of {len(results)} trials has a score that is a number; their errors: "
+            f"{[str(e) for e in results.errors][:1]}"
         )
-    params = sorted(trials[0].config)
-    header = ["trial", *params, "epochs", "P"]
+    params = sorted(trials[0].result.config)
+    header = ["trial", *params, "epochs", "best P", "last P"]
     rows = [_trial_row(trial, params) for trial in trials]
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     storage.write_bytes(storage.join(search_uri, "trials.csv"), text.getvalue().encode())
-    best = best_yaml(config, trials[0].config)
+    best = best_yaml(config, trials[0].result.config)
     storage.write_bytes(storage.join(search_uri, "best.yaml"), best.encode())
 
     table = Table(*header, title=f"{len(rows)} trials, the best first", title_justify="left")
@@ -174,10 +173,31 @@ def finish_search(config: Config, results, search_uri: str) -> None:
         print(f"{results.num_errors} trial(s) failed; the same command tries them again")
 
 
-def _trial_row(trial, params: list[str]) -> list[str]:
-    values = [trial.config[key] for key in params]
+class RankedTrial(NamedTuple):
+    result: Any  # Ray's
+    best: float  # the highest P of its evaluations: that of the checkpoint that the ensemble and predict would take
+    last: float
+
+
+def rank_trials(results: Iterable[Any]) -> list[RankedTrial]:
+    """Return the trials with a P that is a number, the highest first."""
+    found = []
+    for result in results:
+        last = (result.metrics or {}).get(METRIC)
+        frame = result.metrics_dataframe
+        values = [] if frame is None or METRIC not in frame else frame[METRIC].tolist()
+        finite = [float(value) for value in [*values, last] if value is not None and math.isfinite(value)]
+        if finite:
+            found.append(RankedTrial(result, max(finite), math.nan if last is None else float(last)))
+    return sorted(found, key=lambda trial: trial.best, reverse=True)
+
+
+def _trial_row(trial: RankedTrial, params: list[str]) -> list[str]:
+    result = trial.result
+    values = [result.config[key] for key in params]
     shown = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in values]
-    return [trial.metrics["trial_id"], *shown, str(trial.metrics["epoch"]), f"{trial.metrics[METRIC]:.4f}"]
+    epoch = str(result.metrics["epoch"])
+    return [result.metrics["trial_id"], *shown, epoch, f"{trial.best:.4f}", f"{trial.last:.4f}"]
 
 
 def best_yaml(config: Config, params: dict[str, Any]) -> str:
