@@ -12,6 +12,7 @@ machine was.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -129,7 +130,9 @@ def make_set(root: Path, source: Path, shard_rows: int) -> Path:
     """Write the training rows of `source` as shards below `root`."""
     annotations = read_annotations(source / FILES["train"])
     options = {"view": VIEW, "split": "train", "seed": 0, "frames_per_shard": shard_rows}
-    write_sets([plan_set(annotations, source / VIEW, str(root), **options)], jobs=1, progress=lambda rows: None)
+    with contextlib.ExitStack() as claims:
+        plan = plan_set(annotations, source / VIEW, str(root), claims=claims, **options)
+        write_sets([plan], jobs=1, progress=lambda rows: None)
     return root
 
 

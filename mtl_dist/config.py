@@ -83,7 +83,8 @@ class DataConfig(Section):
     prefetch: int = Field(3, ge=1)
     """Batches kept ready by the loader."""
     cache_dir: Path | None = None
-    """Per-node cache of shards; None: $MTL_CACHE_DIR or ~/.cache/mtl_dist/shards. Local shards are read in place."""
+    """Per-node cache of shards; None: $MTL_CACHE_DIR or ~/.cache/mtl_dist/shards. Local shards are read in place.
+    In a directory of another user it is <cache_dir>/user-<your id>."""
     cache_gib: float = Field(50.0, gt=0)
     """Bound of the cache; shards not in use are evicted, oldest first."""
 

@@ -24,6 +24,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
 
 
+def plain(text: str) -> str:
+    """Return text of others as a terminal may show it: what would move its cursor or set its colours is spelled out."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 def run_command(
     main: Callable[[], None], *, interrupted: str = "the same command continues where this one stopped"
 ) -> None:
@@ -40,7 +45,7 @@ def run_command(
     except (InputError, StorageError) as error:
         if os.environ.get("MTL_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {plain(str(error))}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 3)
     except KeyboardInterrupt:
         print(f"\ninterrupted; {interrupted}", file=sys.stderr)

@@ -14,7 +14,6 @@ and the exit code is 1. `python -m mtl_dist.predict --runs OUT` predicts with wh
 from __future__ import annotations
 
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -67,23 +66,23 @@ def main(args: list[str] | None = None) -> None:
         raise InputError(f"{command.run} is an export already; name the run that it came from")
     _check_apart(command.out, trained)
     _check_out(command.out)
-    with tempfile.TemporaryDirectory(prefix="mtl_dist-export-") as scratch:
+    with storage.scratch_directory("export") as scratch:
         files: dict[str, dict[str, Any]] = {}
         model = load_trained(trained)
         if "safetensors" in command.formats:
-            _write_weights(model, Path(scratch, MODEL))
-            files[MODEL] = _about(Path(scratch, MODEL))
+            _write_weights(model, scratch / MODEL)
+            files[MODEL] = _about(scratch / MODEL)
         checked = None
         if "onnx" in command.formats:
-            faces = _read_faces(command, trained, Path(scratch))
-            checked = _export_onnx(model, trained, faces, Path(scratch, ONNX))
-            files[ONNX] = _about(Path(scratch, ONNX))
+            faces = _read_faces(command, trained, scratch)
+            checked = _export_onnx(model, trained, faces, scratch / ONNX)
+            files[ONNX] = _about(scratch / ONNX)
         card = write_card(trained, files=files, constant=_constant_scores(trained), checked=checked)
         # config.json is what makes it an export: away first, and there again when all else is.
         for name in (EXPORTED_CONFIG, MODEL, ONNX):
             storage.delete(storage.join(command.out, name))
         for name in files:
-            storage.upload(Path(scratch, name), storage.join(command.out, name))
+            storage.upload(scratch / name, storage.join(command.out, name))
         storage.write_bytes(storage.join(command.out, "README.md"), card.encode())
         config = exported_config(trained, files).model_dump_json(indent=1)
         storage.write_bytes(storage.join(command.out, EXPORTED_CONFIG), config.encode() + b"\n")

@@ -20,7 +20,6 @@ p_<class>, p_AU<number>, and labels where there are some), .txt is the file of t
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,13 +80,13 @@ def main(args: list[str] | None = None) -> None:
     models = tuple(open_trained(run) for run in command.runs)
     view = _common_view(command.runs, models)
     device = named_device(command.device).type
-    with tempfile.TemporaryDirectory(prefix="mtl_dist-predict-") as scratch:
+    with storage.scratch_directory("predict") as scratch:
         frames = open_frames(
             command.input,
             images=command.images,
             every=command.every_frames,
             skip_bad=command.skip_bad_images,
-            scratch=Path(scratch),
+            scratch=scratch,
             cache_dir=command.cache_dir,
         )
         if isinstance(frames, ShardSet) and view not in (None, frames.view):

@@ -88,12 +88,13 @@ def create(
         with progress_bar("checking images", len(views) * skipping.count_images(found.splits)) as advance:
             kept = skipping.drop_bad_images(found.splits, images_dirs, dest=dest, jobs=jobs, progress=advance)
     limits = {"frames_per_shard": frames_per_shard, "shard_bytes": shard_bytes}
-    plans = plan_sets(kept.splits, images_dirs, dest, seed=seed, **limits)
-    skipping.write_checked(kept)
-    begun = time.monotonic()
-    with progress_bar("writing shards", sum(plan.index.rows for plan in plans)) as advance:
-        indexes = write_sets(plans, jobs=jobs, progress=advance)
-    seconds = time.monotonic() - begun
+    with contextlib.ExitStack() as claims:
+        plans = plan_sets(kept.splits, images_dirs, dest, seed=seed, claims=claims, **limits)
+        skipping.write_checked(kept)
+        begun = time.monotonic()
+        with progress_bar("writing shards", sum(plan.index.rows for plan in plans)) as advance:
+            indexes = write_sets(plans, jobs=jobs, progress=advance)
+        seconds = time.monotonic() - begun
     if skip_bad_images:
         skipping.write_skipped(dest, [*listed, *kept.skipped])
     written = sum(plan.index.rows - sum(entry.rows for entry in plan.done.values()) for plan in plans)

@@ -13,6 +13,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import secrets
 import shutil
 import socket
 import tempfile
@@ -23,6 +24,7 @@ from typing import NamedTuple
 
 from mtl_dist.errors import InputError
 
+SCRATCH_PREFIX = "mtl_dist-scratch-"  # of a directory in the system's place for temporary ones
 PART_PREFIX = ".part-"  # of a file that is being written; then the host's name and random letters
 ABANDONED_S = 24 * 3600  # of another host: nothing is written for a day
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # deleted meanwhile, or a link that leads nowhere
@@ -106,8 +108,8 @@ def staged(uri: str) -> Iterator[Path]:
         with _local_write_errors(target), atomic_path(target) as part:
             yield part
         return
-    with tempfile.TemporaryDirectory(prefix="mtl_dist-") as scratch:
-        path = Path(scratch) / "object"
+    with scratch_directory("upload") as scratch:
+        path = scratch / "object"
         yield path
         upload(path, uri)
 
@@ -191,21 +193,58 @@ def atomic_path(path: Path) -> Iterator[Path]:
     handle, part = _open_part(path.parent)
     try:
         yield part
-        part.chmod(0o644)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
         os.close(handle)
 
 
+@contextlib.contextmanager
+def scratch_directory(purpose: str) -> Iterator[Path]:
+    """Give a temporary directory on this machine's disk, removed when the block ends.
+
+    A process that is killed in the block leaves it; the next that makes one removes it.
+    """
+    place = Path(tempfile.gettempdir())
+    _remove_abandoned_scratch(place, os.getpid())
+    while True:
+        scratch = Path(tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{purpose}-", dir=place))
+        handle = os.open(scratch, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if scratch.exists():  # else removed by another process before it was locked
+            break
+        os.close(handle)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        os.close(handle)
+
+
+@functools.lru_cache
+def _remove_abandoned_scratch(place: Path, pid: int) -> None:
+    """Remove this user's scratch directories that no process holds; once a process."""
+    for scratch in place.glob(f"{SCRATCH_PREFIX}*"):
+        with contextlib.suppress(OSError):  # another user's, removed meanwhile, or in use
+            handle = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                if os.fstat(handle).st_uid == os.geteuid():
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(scratch, ignore_errors=True)
+            finally:
+                os.close(handle)
+
+
 def _open_part(directory: Path) -> tuple[int, Path]:
     """Create a file that is locked as long as its handle is open: who gets the lock may remove it."""
     while True:
-        handle, name = tempfile.mkstemp(prefix=f"{PART_PREFIX}{socket.gethostname()}-", dir=directory)
+        path = directory / f"{PART_PREFIX}{socket.gethostname()}-{secrets.token_hex(6)}"
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)  # less what the user's umask takes away
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(handle, fcntl.LOCK_EX)
         if os.fstat(handle).st_nlink:  # 0: removed by another process before it was locked
-            return handle, Path(name)
+            return handle, path
         os.close(handle)
 
 

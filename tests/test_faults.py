@@ -637,3 +637,42 @@ def test_what_a_killed_writer_leaves_is_removed_and_what_is_being_written_stays(
     finally:
         alive.kill()
         alive.wait()
+
+
+SCRATCH = """
+import sys, time
+from mtl_dist import storage
+with storage.scratch_directory("test") as scratch:
+    (scratch / "file").write_bytes(b"half")
+    print(scratch, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_scratch_of_a_killed_process_is_removed_and_that_of_a_living_one_stays(tmp_path):
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    options = {"stdout": subprocess.PIPE, "cwd": REPO, "env": env, "text": True}
+    dead, alive = (subprocess.Popen([sys.executable, "-c", SCRATCH], **options) for _ in range(2))
+    places = [Path(process.stdout.readline().strip()) for process in (dead, alive)]
+    dead.send_signal(signal.SIGKILL)
+    dead.wait()
+    try:
+        third = subprocess.Popen([sys.executable, "-c", SCRATCH], **options)
+        places.append(Path(third.stdout.readline().strip()))
+        assert [place.exists() for place in places] == [False, True, True]
+        third.kill()
+        third.wait()
+    finally:
+        alive.kill()
+        alive.wait()
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o600), (0o022, 0o644), (0o002, 0o664)])
+def test_a_file_has_the_permissions_that_the_users_umask_leaves(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        storage.write_bytes(str(tmp_path / "written"), b"x")
+        storage.upload(tmp_path / "written", str(tmp_path / "uploaded"))
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {mode}

@@ -530,6 +530,23 @@ def test_equal_names_and_sets_made_anew_do_not_collide(s3, tmp_path):
     assert len(cached_files(tmp_path / "cache")) == 2
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a directory to another user")
+def test_in_a_cache_of_another_user_one_has_a_directory_of_ones_own(s3, tmp_path):
+    about, theirs = put("s3://mtl/shared", b"x" * 1000), Cache(tmp_path / "cache")
+    planted = theirs.path(about["uri"], about["sha256"])
+    planted.parent.mkdir()
+    planted.write_bytes(b"y" * 1000)  # of the right size: what is already there is believed
+    planted.with_suffix(".lock").write_bytes(b"a dead lock")
+    os.chown(tmp_path / "cache", 65534, 65534)
+    ours = Cache(tmp_path / "cache", max_bytes=1)
+    with ours.open(**about) as file:
+        assert file.read() == b"x" * 1000
+    assert planted.read_bytes() == b"y" * 1000
+    os.chown(tmp_path / "cache", 0, 0)  # and its owner's eviction leaves it alone
+    Cache(tmp_path / "cache", max_bytes=1).open(**put("s3://mtl/shared-2", b"z")).close()
+    assert ours.path(about["uri"], about["sha256"]).exists()
+
+
 def test_a_cache_that_cannot_be_written_is_named(s3, tmp_path):
     (tmp_path / "file").write_bytes(b"")
     about = put("s3://mtl/unwritable", b"x")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -183,6 +184,32 @@ def test_a_rerun_repairs_what_is_lost_or_torn(dataset, shards, copied, lost):
                 (sidecar.parent / INDEX_NAME).unlink()
     create(dataset, str(copied), frames_per_shard=7, jobs=1)
     assert read_tree(copied) == read_tree(shards)
+
+
+def test_two_different_sets_made_at_once_at_one_place_are_not_mixed(dataset, tmp_path):
+    # Both decide what to make before either writes a shard: the moment at which neither sees the other's shards.
+    found = {split: read_annotations(dataset / FILES[split]) for split in SPLITS}
+    dirs = {"cropped": dataset / "cropped"}
+    with contextlib.ExitStack() as claims, contextlib.ExitStack() as others:
+        plans = writer.plan_sets(found, dirs, str(tmp_path), seed=0, claims=claims)
+        with pytest.raises(InputError, match=r"another set is being made at .*/cropped/train, as .*delete that file"):
+            writer.plan_sets(found, dirs, str(tmp_path), seed=1, claims=others)
+        others.close()
+        again = writer.plan_sets(found, dirs, str(tmp_path), seed=0, claims=others)  # the same bytes: allowed
+        for planned in (plans, again):
+            writer.write_sets(planned, jobs=1, progress=lambda rows: None)
+    verify(str(tmp_path / "cropped" / "train"))
+    assert not list(tmp_path.rglob(f"{writer.CLAIM_PREFIX}*"))
+
+
+def test_a_run_that_was_killed_while_it_made_a_set_does_not_keep_itself_out(dataset, tmp_path):
+    found = {split: read_annotations(dataset / FILES[split]) for split in SPLITS}
+    killed = contextlib.ExitStack()
+    writer.plan_sets(found, {"cropped": dataset / "cropped"}, str(tmp_path), seed=0, claims=killed)
+    with contextlib.ExitStack() as claims:
+        plans = writer.plan_sets(found, {"cropped": dataset / "cropped"}, str(tmp_path), seed=0, claims=claims)
+        writer.write_sets(plans, jobs=1, progress=lambda rows: None)
+    verify(str(tmp_path / "cropped" / "val"))
 
 
 @each_set

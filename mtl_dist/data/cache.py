@@ -5,7 +5,8 @@ is downloaded under a lock to a temporary name, checked against the index, then 
 The lock is a file of its own, which its holder removes: who waited for it begins anew.
 Readers hold a shared lock on what they have open, and eviction takes only what nobody holds: jobs with bounds of their
 own can share a directory, and the smallest bound holds for what is not open. Open files can exceed it, as one that is
-larger than the bound does.
+larger than the bound does. Files are one user's: in a directory of another user each has a subdirectory, because files
+that somebody else can replace prove nothing, and theirs may be unreadable.
 
 A disk that fills up before the bound is reached costs the cache everything nobody holds; if that is not enough, the run
 ends with an `InputError`. A download that fails fails for all who wait for it, so their waits do not add up: a store
@@ -37,7 +38,7 @@ class Cache:
 
     def __init__(self, directory: Path | None = None, *, max_bytes: int = 50 * GIB):
         default = os.environ.get("MTL_CACHE_DIR") or "~/.cache/mtl_dist/shards"
-        self.directory = Path(directory or default).expanduser()
+        self.directory = _own_directory(Path(directory or default).expanduser())
         self.max_bytes = max_bytes
 
     def open(self, uri: str, *, sha256: str, size: int) -> BinaryIO:
@@ -83,7 +84,7 @@ class Cache:
                 continue
             found = os.fstat(file.fileno())
             if found.st_nlink and found.st_size == size:  # 0 links: evicted between opening and locking
-                with contextlib.suppress(PermissionError):  # another user's
+                with contextlib.suppress(PermissionError):  # another user's, of an earlier version
                     os.utime(file.fileno())  # eviction goes by it; most mounts do not keep it by themselves
                 return file
             file.close()
@@ -122,16 +123,25 @@ class Cache:
                 if path.suffix in (".part", ".lock"):
                     if not _remove_leftovers(path) and path.suffix == ".part":  # a download under way
                         total += sum(file.stat().st_size for file in path.iterdir())
-                elif not path.suffix:
+                elif path.is_file():
                     found.append((path.stat().st_atime_ns, path.stat().st_size, path))
         total += sum(size for _, size, _ in found)
         for _, size, path in sorted(found):
             if total + room_for <= max_bytes:
                 return
-            with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
+            with contextlib.suppress(FileNotFoundError, BlockingIOError, PermissionError), path.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
                 total -= size
+
+
+def _own_directory(directory: Path) -> Path:
+    """Return this directory, or what is this user's own in it where it is another's."""
+    try:
+        is_ours = directory.stat().st_uid == os.geteuid()
+    except OSError:  # not there yet, or not to be looked at: said where it is used
+        return directory
+    return directory if is_ours else directory / f"user-{os.geteuid()}"
 
 
 def _open_locked(path: Path) -> BinaryIO:
@@ -179,7 +189,7 @@ def _remove_leftovers(path: Path) -> bool:
                 return False
             shutil.rmtree(path.with_suffix(".part"), ignore_errors=True)
             lock_path.unlink()
-    except (BlockingIOError, PermissionError):  # another user's
+    except (BlockingIOError, PermissionError):
         return False
     return True
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import tarfile
-import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,14 +47,14 @@ def verify_shard(uri: str, entry: ShardEntry) -> Findings:
     Raises `StorageError` and `InputError` as storage does: they say nothing of the shard.
     """
     tar_uri, sidecar_uri = (storage.join(uri, f"{entry.name}.{suffix}") for suffix in ("tar", "safetensors"))
-    with tempfile.TemporaryDirectory(prefix="mtl_dist-") as scratch:
+    with storage.scratch_directory("verify") as scratch:
         faults, paths = [], []
         for name, size, sha256 in (
             (sidecar_uri, entry.sidecar_bytes, entry.sidecar_sha256),
             (tar_uri, entry.tar_bytes, entry.tar_sha256),
         ):
             try:
-                paths.append(_local_copy(name, Path(scratch)))
+                paths.append(_local_copy(name, scratch))
                 found = paths[-1].stat().st_size
                 if found != size:
                     faults.append(f"{name} has {found} bytes; the index says {size}")

@@ -9,8 +9,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import json
 import multiprocessing
 import os
+import socket
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from itertools import chain, repeat
@@ -34,6 +37,7 @@ MEMBER_OVERHEAD = 4 * ustar.BLOCK  # of a sample beside its image's bytes: two h
 READ_THREADS = 16
 SCRATCH_BYTES = 512 * 512 * 3  # larger pictures are decoded to memory of their own
 MAX_LISTED = 5  # faults named in one message
+CLAIM_PREFIX = ".being-made-"  # of an object beside the shards while they are made; then what they are made of
 
 
 class ShardJob(NamedTuple):
@@ -61,6 +65,7 @@ def plan_sets(
     dest: str,
     *,
     seed: int,
+    claims: contextlib.ExitStack,
     frames_per_shard: int | None = None,
     shard_bytes: int | None = None,
 ) -> list[SetPlan]:
@@ -73,6 +78,7 @@ def plan_sets(
             view=view,
             split=split,
             seed=seed,
+            claims=claims,
             frames_per_shard=frames_per_shard,
             shard_bytes=shard_bytes,
         )
@@ -89,10 +95,13 @@ def plan_set(
     view: str,
     split: str,
     seed: int,
+    claims: contextlib.ExitStack,
     frames_per_shard: int | None = None,
     shard_bytes: int | None = None,
 ) -> SetPlan:
-    """Decide which shards of one view and split are to be made. Raises `InputError` before anything is written.
+    """Decide which shards of one view and split are to be made. Raises `InputError` before any is written.
+
+    Until `claims` is closed nobody else makes another set there.
 
     Rows are shuffled once, by the seed: training then reads nearby shards in an order unlike the videos'. A shard is
     full at `frames_per_shard` rows or about `shard_bytes` bytes, whichever comes first. By rows, both views get the
@@ -121,6 +130,7 @@ def plan_set(
         key: getattr(index, key)
         for key in ("format", "view", "split", "rows", "frames_per_shard", "shard_bytes", "seed", "source_sha256")
     }
+    claims.enter_context(_claimed(dest, fingerprint, sizes))
     jobs = []
     for begin, end in _cut(sizes[shuffled], frames_per_shard=frames_per_shard, shard_bytes=shard_bytes):
         about = {**fingerprint, "begin": begin, "rows_here": end - begin}
@@ -263,6 +273,30 @@ def _image_sizes(annotations: Annotations, images_dir: Path) -> np.ndarray:
     return sizes
 
 
+@contextlib.contextmanager
+def _claimed(dest: str, fingerprint: dict, sizes: np.ndarray) -> Iterator[None]:
+    """Keep others from making another set at `dest` meanwhile; raise an `InputError` where one is being made.
+
+    Each claims first and looks then, so that of two at once one at least sees the other. The same set may be made
+    twice at once: its bytes are the same.
+    """
+    made_of = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode() + sizes.tobytes()).hexdigest()[:16]
+    own = f"{CLAIM_PREFIX}{made_of}"
+    who = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S %Z')}"
+    storage.write_bytes(storage.join(dest, own), who.encode())
+    try:
+        for name in dict(storage.list_objects(dest)):
+            if name.startswith(CLAIM_PREFIX) and name != own:
+                claim = storage.join(dest, name)
+                raise InputError(
+                    f"another set is being made at {dest}, as {claim} says; choose another destination, wait for its "
+                    "end, or delete that file if what made it is gone"
+                )
+        yield
+    finally:
+        storage.delete(storage.join(dest, own))
+
+
 def _cut(sizes: np.ndarray, *, frames_per_shard: int | None, shard_bytes: int | None) -> list[tuple[int, int]]:
     """Return the [begin, end) of every shard over images of these bytes (N,), in the order they are written."""
     ends = np.cumsum(sizes + MEMBER_OVERHEAD)
@@ -289,7 +323,7 @@ def _find_done(dest: str, fingerprint: dict, jobs: list[ShardJob]) -> dict[str, 
     sidecars = []
     for name in sizes:
         stem, _, suffix = name.rpartition(".")
-        if name == INDEX_NAME or (suffix == "tar" and stem in expected):
+        if name == INDEX_NAME or name.startswith(CLAIM_PREFIX) or (suffix == "tar" and stem in expected):
             continue
         if suffix != "safetensors" or stem not in expected:
             raise InputError(f"{dest} holds '{name}', which is not of this set; choose an empty destination")

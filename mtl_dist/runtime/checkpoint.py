@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -208,8 +206,8 @@ def _say_skipped(skipped: list[str]) -> None:
 def _read_verified(checkpoint: Checkpoint, name: str) -> bytes:
     """Read a checkpoint's file. Raises ValueError where it is not what COMMIT says."""
     about, where = checkpoint.files[name], storage.join(checkpoint.uri, name)
-    with tempfile.TemporaryDirectory(prefix="mtl_dist-read-") as scratch:
-        path = Path(scratch) / "file"
+    with storage.scratch_directory("read") as scratch:
+        path = scratch / "file"
         storage.download(where, path)
         if path.stat().st_size != about["bytes"] or storage.sha256_of(path) != about["sha256"]:
             raise ValueError(f"{where} is damaged: its size or sha256 is not what {COMMIT} says")

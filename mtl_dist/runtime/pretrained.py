@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -38,8 +36,8 @@ def build_pretrained(config: Config) -> nn.Module:
     if weights in ("none", "imagenet") or (not storage.is_s3(weights) and not storage.local_path(weights).is_dir()):
         return build_model(config.model, seed=config.run.seed, input_size=config.input_size)
     uri, sha256 = _agree_on_weights(weights)
-    with tempfile.TemporaryDirectory(prefix="mtl_dist-weights-") as scratch:
-        path = Path(scratch) / uri.rpartition("/")[2]
+    with storage.scratch_directory("weights") as scratch:
+        path = scratch / uri.rpartition("/")[2]
         try:
             storage.download(uri, path)
         except FileNotFoundError:

@@ -12,11 +12,9 @@ from __future__ import annotations
 import json
 import secrets
 import socket
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -122,16 +120,16 @@ class Saver:
 
         begun, step, files = time.monotonic(), state["step"], {}
         uri = storage.join(self.run_uri, "checkpoints", f"step_{step:09d}_{self.life}")
-        with tempfile.TemporaryDirectory(prefix="mtl_dist-save-") as scratch:
+        with storage.scratch_directory("save") as scratch:
             for name, tensors in ((MODEL, model), (TRAIN, train)):
                 try:
-                    save_file(tensors, Path(scratch) / name)
+                    save_file(tensors, scratch / name)
                 except SafetensorError as error:
                     raise OSError(f"{scratch}/{name} cannot be written: {error}") from None
                 tensors.clear()
-            (Path(scratch) / STATE).write_text(json.dumps(state | {"classes": CLASSES}, indent=1))
+            (scratch / STATE).write_text(json.dumps(state | {"classes": CLASSES}, indent=1))
             for name in (MODEL, TRAIN, STATE):
-                path = Path(scratch) / name
+                path = scratch / name
                 files[name] = {"bytes": path.stat().st_size, "sha256": storage.sha256_of(path)}
                 storage.upload(path, storage.join(uri, name))
         for name, data in records.items():

@@ -6,12 +6,13 @@ import time
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mtl_dist import storage
 from mtl_dist.config import build_config, read_config_file
 from mtl_dist.data.index import read_index
-from mtl_dist.errors import InputError
+from mtl_dist.errors import InputError, plain
 from mtl_dist.objective.metrics import constant_scores
 from mtl_dist.progress import progress_bar
 from mtl_dist.runtime.checkpoint import Checkpoint, best, committed, find_damage
@@ -44,7 +45,7 @@ def print_status(run_uri: str) -> None:
     )
     console.print(f"starts       {len(lives)}, so {max(len(lives) - 1, 0)} restarts")
     if lives and lives[-1].get("typed"):
-        console.print(f"command      {lives[-1]['typed']}", markup=False, soft_wrap=True)
+        console.print(f"command      {plain(lives[-1]['typed'])}", markup=False, soft_wrap=True)
     console.print(_lives_table(lives))
 
     top, damage = best(found), {}
@@ -54,7 +55,7 @@ def print_status(run_uri: str) -> None:
             advance(1)
     console.print(_checkpoints_table(found, top, damage))
     for reason in [*filter(None, damage.values()), *torn]:
-        console.print(f"passed over  {reason}", soft_wrap=True)
+        console.print(f"passed over  {plain(reason)}", markup=False, soft_wrap=True)
 
     evaluations = [record for record in records if record["kind"] == "eval"]
     if evaluations:
@@ -67,9 +68,8 @@ def print_status(run_uri: str) -> None:
 def _lives_table(lives: list[dict[str, Any]]) -> Table:
     table = Table("started", "from step", "ranks", "rank 0 on")
     for life in lives:
-        table.add_row(
-            life["started"], "" if life["step"] is None else str(life["step"]), str(life["num_ranks"]), life["host"]
-        )
+        cells = life["started"], "" if life["step"] is None else life["step"], life["num_ranks"], life["host"]
+        table.add_row(*(escape(plain(str(cell))) for cell in cells))
     return table
 
 

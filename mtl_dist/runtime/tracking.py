@@ -15,7 +15,7 @@ from rich.table import Table
 from tensorboardX import SummaryWriter
 
 from mtl_dist import storage
-from mtl_dist.errors import InputError
+from mtl_dist.errors import InputError, plain
 from mtl_dist.tasks import TASKS
 
 METRICS, BOARD = "metrics.jsonl", "tensorboard"
@@ -162,7 +162,7 @@ def _scores_table(rows: dict[str, dict[str, Any]], title: str) -> Table:
     for name, scores in rows.items():
         covered = "" if len(scores["covers"]) == len(TASKS) else f" ({', '.join(scores['covers']) or 'nothing'} only)"
         cells = [_cell(scores[key]) for key in SCORE_NAMES]
-        table.add_row(escape(name), *cells[:-1], cells[-1] + covered)
+        table.add_row(escape(plain(name)), *cells[:-1], cells[-1] + covered)
     return table
 
 
