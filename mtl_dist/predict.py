@@ -6,7 +6,7 @@ Examples:
     python -m mtl_dist.predict --runs s3://bucket/runs/cropped --input DATA_SHARDS/cropped/val --out val.parquet
     python -m mtl_dist.predict --runs exported/ --input test_set.txt --images DATA/cropped --out predictions.txt
 
---input is a directory of images (JPEG or PNG, below it and behind links too, in the order of their names), a list of
+--input is a directory of images (below it and behind links too, in the order of their names), a list of
 images (.txt, a path a line, with or without a header), a video file, or a shard set, whose labels are scored.
 
 The models expect faces: pictures cut to one face as those they were trained on, so several are of one view, and a

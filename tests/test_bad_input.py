@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simplejpeg
+from PIL import Image
 
 from mtl_dist import storage
 from mtl_dist.data.annotations import FILES, read_annotations
@@ -38,14 +40,31 @@ def picture_bomb() -> bytes:
     return bytes(data)
 
 
+def picture(kind: str, image: Image.Image | None = None, **options) -> bytes:
+    file = io.BytesIO()
+    image = image or Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 48, 3), np.uint8))
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
 BAD_IMAGES = {
     "missing": (None, ["do not exist", "restore"]),
     "empty": (b"", ["are empty"]),
     "truncated": (jpeg()[:-400], ["truncated", "whole JPEG"]),
     "cut in its header": (jpeg()[:200], ["expected a whole JPEG"]),
-    "not an image": (b"GIF89a" + bytes(500), ["not a JPEG image"]),
-    "a web page": (b"<html>not found</html>", ["not a JPEG image"]),
+    "a web page": (b"<html>not found</html>", ["no picture (it begins with b'<html>not found"]),
     "a picture bomb": (picture_bomb(), ["60000 x 60000 pixels", "at most 4096"]),
+    "a truncated PNG": (picture("PNG")[:-400], ["damaged or truncated PNG"]),
+    "a PNG without its header": (picture("PNG")[:8] + bytes(99), ["damaged or truncated PNG (its header)"]),
+}
+# Whole pictures that are not taken: never left out as bad ones are.
+FOREIGN_PICTURES = {
+    "a GIF": (picture("GIF"), "a GIF, which is not read; convert it"),
+    "a TIFF": (picture("TIFF"), "a TIFF, which is not read; convert it"),
+    "16 bits": (picture("PNG", Image.fromarray(np.zeros((4, 4), np.uint16))), "PNG of mode I;16; expected 8 bits"),
+    "moving": (picture("WEBP", save_all=True, append_images=[Image.new("RGB", (48, 48))]), "2 moving pictures"),
+    "a bomb": (picture("PNG", Image.new("L", (20_000, 4))), "20000 x 4 pixels; at most 4096"),
+    "a huge bomb": (picture("PNG", Image.new("1", (15_000, 15_000))), "too many pixels"),
 }
 
 
@@ -84,6 +103,18 @@ def test_a_bad_image_is_named_with_its_row_and_no_set_is_written(source, tmp_pat
     for word in (str(path), "row 33", *words):
         assert word in str(error.value)
     assert_whole_shards_only(tmp_path / "dest")
+
+
+@pytest.mark.parametrize("kind", FOREIGN_PICTURES)
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_whole_picture_that_is_not_taken_is_named_and_never_skipped(source, tmp_path, kind, skip):
+    content, words = FOREIGN_PICTURES[kind]
+    path = spoil(source, content)
+    with pytest.raises(InputError) as error:
+        create(source, str(tmp_path / "dest"), jobs=1, skip_bad_images=skip)
+    assert f"image {path}" in str(error.value)
+    assert words in str(error.value)
+    assert not (tmp_path / "dest" / "skipped.csv").exists()
 
 
 def assert_whole_shards_only(root: Path) -> None:

@@ -26,7 +26,7 @@ from mtl_dist.data.synthetic import write_synthetic
 from mtl_dist.errors import InputError, StorageError
 from mtl_dist.runtime import inputs, parts
 from mtl_dist.runtime.checkpoint import COMMIT, best, committed
-from mtl_dist.runtime.frames import count_frames, image_batches, read_image, video_batches
+from mtl_dist.runtime.frames import BadImage, count_frames, image_batches, read_image, video_batches
 from mtl_dist.runtime.inputs import open_frames
 from mtl_dist.runtime.members import open_member, predict_member
 from mtl_dist.runtime.parts import Task, _results, predict_frames
@@ -378,11 +378,13 @@ def test_a_video_may_have_a_colon_in_its_name(tmp_path, monkeypatch):
     assert len(next(video.batches(80, batch=4, workers=0, part=0, num_parts=1)).rows) == 2
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
-def test_a_png_is_read_as_pil_reads_it(tmp_path, mode):
+@pytest.mark.parametrize(
+    ("kind", "mode"), [*(("PNG", m) for m in ("RGB", "L", "P", "RGBA")), ("WEBP", "RGB"), ("BMP", "L")]
+)
+def test_a_picture_is_read_as_pil_reads_it_whatever_its_name(tmp_path, kind, mode):
     pixels = np.random.default_rng(0).integers(0, 255, (30, 30, 3), np.uint8)
     image = Image.fromarray(pixels).convert(mode)
-    image.save(tmp_path / "face.png")
+    image.save(tmp_path / "face.png", kind, **({"lossless": True} if kind == "WEBP" else {}))
     np.testing.assert_array_equal(read_image(tmp_path / "face.png"), np.asarray(image.convert("RGB")))
     assert read_image(tmp_path / "face.png", 16).shape == (16, 16, 3)
 
@@ -397,8 +399,9 @@ def test_files_that_are_no_whole_picture_are_named(tmp_path):
     cases = {"cut": data.getvalue()[:900], "flipped": bytes(flipped), "deep": deep.getvalue(), "text": b"no picture"}
     for name, content in cases.items():
         (tmp_path / f"{name}.png").write_bytes(content)
-        with pytest.raises(InputError, match=rf"{name}\.png cannot be decoded"):
+        with pytest.raises(InputError, match=rf"{name}\.png (cannot be decoded|is not read)") as error:
             read_image(tmp_path / f"{name}.png", 32)
+        assert isinstance(error.value, BadImage) == (name != "deep"), "a whole picture is not left out as a bad one"
     with pytest.raises(InputError, match=r"gone\.png does not exist"):
         read_image(tmp_path / "gone.png")
 

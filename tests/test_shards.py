@@ -511,7 +511,11 @@ def test_a_directory_without_a_validation_part_is_parted_by_video(dataset, tmp_p
     assert not videos[0] & videos[1]
 
 
-BAD_BYTES = {5: None, 12: b"", 33: b"GIF89a"}  # what is in the place of the images of these training rows
+BAD_BYTES = {
+    5: None,
+    12: b"",
+    33: b"<html>not found</html>",
+}  # what is in the place of the images of these training rows
 
 
 @pytest.fixture
@@ -540,9 +544,9 @@ def test_rows_of_bad_images_are_left_out_of_all_views_and_listed(spoilt, tmp_pat
         (12, "train", "cropped_aligned"),
         (33, "train", "cropped"),
     ]
-    assert [line["reason"].partition(" (")[0] for line in listed] == ["missing", "empty", "not a JPEG image"]
+    assert [line["reason"].partition(" (")[0] for line in listed] == ["missing", "empty", "no picture"]
     printed = capsys.readouterr().out
-    assert "skipped: 3 rows for bad images (1 missing, 1 empty, 1 not a JPEG image), listed in" in printed
+    assert "skipped: 3 rows for bad images (1 missing, 1 empty, 1 no picture), listed in" in printed
     create(spoilt, str(dest), frames_per_shard=7, jobs=1, skip_bad_images=True)
     assert "every shard was there already" in capsys.readouterr().out
     with pytest.raises(InputError, match="do not exist"):
@@ -555,6 +559,39 @@ def test_skipping_nothing_gives_the_same_shards(dataset, shards, tmp_path):
     assert tree.pop("skipped.csv") == b"row,split,view,image,reason\n"
     assert all(json.loads(tree.pop(f"{view}/checked.json"))["bad"] == {} for view in VIEWS)
     assert tree == read_tree(shards)
+
+
+def test_pictures_of_other_kinds_are_kept_as_jpeg_and_a_jpeg_byte_for_byte(dataset, tmp_path):
+    source = Path(shutil.copytree(dataset, tmp_path / "source"))
+    paths = [source / "cropped" / name for name in dict.fromkeys(read_annotations(source / FILES["train"]).images)]
+    pixels = {}
+    for path, (kind, mode) in zip(paths, [("PNG", "RGB"), ("PNG", "P"), ("WEBP", "RGB"), ("BMP", "RGB"), ("PNG", "L")]):
+        image = Image.open(path).convert(mode)
+        path.unlink()
+        image.save(path, kind, **({"lossless": True} if kind == "WEBP" else {}))
+        pixels[path] = np.asarray(image.convert("RGB"), np.int16)
+    for dest in ("once", "again"):
+        create(source, str(tmp_path / dest), views=("cropped",), jobs=1, skip_bad_images=True)
+    train = tmp_path / "once" / "cropped" / "train"
+    assert read_tree(train) == read_tree(tmp_path / "again" / "cropped" / "train")
+    assert (tmp_path / "once" / "skipped.csv").read_text() == "row,split,view,image,reason\n"
+    verify(str(train), jobs=1)
+    seen = set()
+    with tarfile.open(train / "shard-000000.tar") as tar:
+        for member in tar.getmembers():
+            data = tar.extractfile(member).read()
+            if member.name.endswith(".json"):
+                path = source / "cropped" / json.loads(data)["image"]
+                seen.add(path)
+                if path not in pixels:
+                    assert image == path.read_bytes()
+                    continue
+                stored = Image.open(io.BytesIO(image))
+                assert stored.format == "JPEG"
+                assert [layer[1:3] for layer in stored.layer] == [(1, 1)] * 3, "colours have all their pixels"
+                assert np.abs(np.asarray(stored, np.int16) - pixels[path]).mean() < 4
+            image = data
+    assert seen == set(paths)
 
 
 def test_a_second_view_keeps_what_the_first_has_listed(spoilt, tmp_path):

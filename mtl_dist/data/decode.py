@@ -1,6 +1,12 @@
-"""Decode JPEG bytes to uint8 pixels, strictly: a damaged, foreign or monstrous file is an error, never a guess."""
+"""Decode pictures to uint8 pixels, strictly: a damaged, foreign or monstrous file is an error, never a guess.
+
+Shards hold JPEG, which `decode` reads. What people have may be PNG, WEBP or BMP too: `decode_picture` reads all four,
+and `as_jpeg` makes of them what a shard holds.
+"""
 
 from __future__ import annotations
+
+import io
 
 import numpy as np
 import simplejpeg
@@ -11,10 +17,21 @@ MAX_SIDE = 4096  # pixels; a header that claims more is a picture bomb (decoded:
 # take hours. Usual are 10 scans. Counting takes a tenth of the decoding, so only what could take seconds is counted.
 MAX_SCANS = 100
 COUNTED_FROM = 10**11  # pixels x bytes: 2 s
+JPEG_QUALITY = 95  # of pictures that are none yet; colours are kept at full resolution (4:4:4)
+
+READ_BY_PILLOW = {b"\x89PNG\r\n\x1a\n": "PNG", b"RIFF....WEBP": "WEBP", b"BM": "BMP"}  # by first bytes, . is any
+NOT_READ = {b"GIF8": "GIF", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"....ftypheic": "HEIC", b"....ftypmif1": "HEIC",
+            b"....ftypavif": "AVIF", b"\0\0\0\x0cjP  ": "JPEG 2000", b"\0\0\0\x0cJXL ": "JPEG XL",
+            b"\xff\x0a": "JPEG XL"}  # fmt: skip
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # of Pillow: 8 bits a channel
 
 
 class DecodeError(ValueError):
-    """Bytes that are not a whole JPEG of sane size; the message says which."""
+    """Bytes that are not a whole picture of sane size; the message says which."""
+
+
+class ForeignPicture(DecodeError):
+    """A picture that may well be whole, of a kind or size that is not decoded."""
 
 
 def decode(data: bytes | memoryview, size: int | None = None) -> np.ndarray:
@@ -24,7 +41,7 @@ def decode(data: bytes | memoryview, size: int | None = None) -> np.ndarray:
     are more than 32 MiB or 100 scans.
     """
     if len(data) > MAX_IMAGE_BYTES:
-        raise DecodeError(f"{len(data)} bytes; at most {MAX_IMAGE_BYTES} are decoded")
+        raise ForeignPicture(f"{len(data)} bytes; at most {MAX_IMAGE_BYTES} are decoded")
     height, width = _read_header(data)
     _check_scans(data, height * width)
     size = size or 0
@@ -46,6 +63,32 @@ def decode_into(data: bytes | memoryview, out: np.ndarray) -> None:
     except ValueError:
         pass
     out[:] = decode(data, out.shape[0])  # resized, or the error in words
+
+
+def decode_picture(data: bytes, size: int | None = None) -> np.ndarray:
+    """Decode a JPEG, PNG, WEBP or BMP as `decode` does: what people give to `create` and `predict`.
+
+    Raises `ForeignPicture` for other kinds and for more pixels or bytes than are decoded, else `DecodeError`.
+    """
+    if _is_jpeg(data):
+        return decode(data, size)
+    pixels = _decode_by_pillow(data)
+    return pixels if not size or pixels.shape[:2] == (size, size) else resize(pixels, size)
+
+
+def as_jpeg(data: bytes, scratch: np.ndarray) -> bytes:
+    """Return what a shard holds of a picture: a JPEG as it is, once checked; else its pixels as JPEG.
+
+    Equal pictures give equal bytes. `scratch` is that of `check`. Raises as `decode_picture` does.
+    """
+    if _is_jpeg(data):
+        check(data, scratch)
+        return data
+    pixels = np.ascontiguousarray(_decode_by_pillow(data))
+    jpeg = simplejpeg.encode_jpeg(pixels, quality=JPEG_QUALITY, colorspace="RGB", colorsubsampling="444")
+    if len(jpeg) > MAX_IMAGE_BYTES:
+        raise ForeignPicture(f"{len(jpeg)} bytes as JPEG; at most {MAX_IMAGE_BYTES} are stored")
+    return jpeg
 
 
 def check(data: bytes, scratch: np.ndarray) -> None:
@@ -75,7 +118,7 @@ def _read_header(data: bytes | memoryview) -> tuple[int, int]:
     except ValueError as error:
         raise DecodeError(f"not a JPEG image ({str(error).strip() or 'no header'})") from None
     if max(height, width) > MAX_SIDE:
-        raise DecodeError(f"{width} x {height} pixels; at most {MAX_SIDE} a side are decoded")
+        raise ForeignPicture(f"{width} x {height} pixels; at most {MAX_SIDE} a side are decoded")
     return height, width
 
 
@@ -90,3 +133,41 @@ def _decode(data: bytes | memoryview, *, out: np.ndarray | None, least: int) -> 
         return simplejpeg.decode_jpeg(data, "RGB", buffer=out, min_height=least, min_width=least, min_factor=1)
     except ValueError as error:
         raise DecodeError(f"damaged or truncated JPEG ({str(error).strip()})") from None
+
+
+def _is_jpeg(data: bytes) -> bool:
+    return data.startswith(b"\xff\xd8")
+
+
+def _kind(data: bytes, kinds: dict[bytes, str]) -> str | None:
+    found = (name for magic, name in kinds.items() if all(m in (b, 0x2E) for m, b in zip(magic, data, strict=False)))
+    return next(found, None) if len(data) >= 16 else None
+
+
+def _decode_by_pillow(data: bytes) -> np.ndarray:
+    """Decode a picture that is no JPEG to (H, W, 3) uint8 RGB."""
+    from PIL import Image, UnidentifiedImageError
+
+    kind = _kind(data, READ_BY_PILLOW)
+    if kind is None:
+        if foreign := _kind(data, NOT_READ):
+            raise ForeignPicture(f"a {foreign}, which is not read; convert it to PNG")
+        raise DecodeError(f"no picture (it begins with {bytes(data[:16])!r})")
+    if len(data) > MAX_IMAGE_BYTES:
+        raise ForeignPicture(f"{len(data)} bytes; at most {MAX_IMAGE_BYTES} are decoded")
+    try:
+        with Image.open(io.BytesIO(data), formats=[kind]) as image:
+            if max(image.size) > MAX_SIDE:
+                raise ForeignPicture(f"{image.width} x {image.height} pixels; at most {MAX_SIDE} a side are decoded")
+            if image.mode not in MODES:
+                raise ForeignPicture(f"{kind} of mode {image.mode}; expected 8 bits a channel")
+            if (frames := getattr(image, "n_frames", 1)) > 1:
+                raise ForeignPicture(f"{kind} of {frames} moving pictures; expected one that stands still")
+            return np.array(image.convert("RGB"))
+    except DecodeError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ForeignPicture(f"too many pixels ({error})") from None
+    except Exception as error:  # Pillow raises a dozen kinds for damaged bytes, and lists none
+        what = "its header" if isinstance(error, UnidentifiedImageError) else error  # whose text is an address
+        raise DecodeError(f"damaged or truncated {kind} ({what})") from None

@@ -22,13 +22,13 @@ import numpy as np
 
 from mtl_dist import storage
 from mtl_dist.data.annotations import Annotations
-from mtl_dist.data.decode import DecodeError, decode
+from mtl_dist.data.decode import DecodeError, ForeignPicture, decode_picture
 from mtl_dist.data.sources import with_choice
 from mtl_dist.errors import InputError
 
 SKIPPED_NAME = "skipped.csv"
 CHECKED_NAME = "checked.json"
-CHECKED_FORMAT = "mtl_dist-checked-1"  # another one where other images are bad
+CHECKED_FORMAT = "mtl_dist-checked-2"  # another one where other images are bad
 UNREADABLE = "cannot be read"
 HEADER = ["row", "split", "view", "image", "reason"]
 CHUNK = 256  # images of one task
@@ -199,20 +199,28 @@ def _map(tasks: list[tuple[Path, list[str]]], jobs: int) -> Iterator[dict[str, s
 
 
 def check_images(task: tuple[Path, list[str]]) -> dict[str, str]:
-    """Decode images of one directory, and return what is wrong with which."""
+    """Decode images of one directory, and return what is wrong with which.
+
+    Raises `InputError` for a whole picture of a kind or size that is not decoded.
+    """
     directory, names = task
     found = {}
     for name in names:
         try:
             data = (directory / name).read_bytes()
             if data:
-                decode(data)
+                decode_picture(data)
             else:
                 found[name] = "empty"
         except FileNotFoundError:
             found[name] = "missing"
         except OSError as error:
             found[name] = f"{UNREADABLE} ({error.strerror})"
+        except ForeignPicture as error:  # whole, as far as one can tell: not left out for being what it is
+            raise InputError(
+                f"image {directory / name}: {error}; expected a JPEG, PNG, WEBP or BMP; --skip-bad-images leaves out "
+                "what is damaged only: convert it, or take its rows out of the source"
+            ) from None
         except DecodeError as error:
             found[name] = str(error)
     return found

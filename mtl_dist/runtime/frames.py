@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 
 from mtl_dist import storage
-from mtl_dist.data.decode import MAX_IMAGE_BYTES, MAX_SIDE, DecodeError, decode, resize
+from mtl_dist.data.decode import MAX_IMAGE_BYTES, MAX_SIDE, DecodeError, ForeignPicture, decode_picture, resize
 from mtl_dist.errors import InputError
 from mtl_dist.tasks import NUM_AUS, Batch, Labels
 
@@ -24,11 +23,9 @@ if TYPE_CHECKING:
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
-PNG_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 STATED_DURATION = ("matroska", "mov")  # formats whose duration is the header's: that of others may be estimated
 MAX_MISSING, MAX_MISSING_S = 0.1, 1.0  # at the end of a whole video, of its duration and in seconds
 MAX_MISSING_FRAMES = 2  # or MAX_MISSING of them: packets that decoders give no picture for
-_PNG = b"\x89PNG\r\n\x1a\n"
 _GET_WHOLE = "get the whole file, or write what is left to a new one: ffmpeg -fflags +discardcorrupt -i OLD -c copy NEW"
 
 
@@ -106,7 +103,7 @@ def count_frames(path: Path) -> int:
 
 
 def read_image(path: Path | str, size: int | None = None) -> np.ndarray:
-    """Read a JPEG or PNG, local or s3://, as (H, W, 3) uint8 RGB, resized where a size is given.
+    """Read a JPEG, PNG, WEBP or BMP, local or s3://, as (H, W, 3) uint8 RGB, resized where a size is given.
 
     Pixels are taken as they are stored, as those of shards are: EXIF orientation is not applied. Raises `BadImage`
     naming a file that is not there or cannot be decoded, `InputError` naming one that may not be read.
@@ -116,7 +113,9 @@ def read_image(path: Path | str, size: int | None = None) -> np.ndarray:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise BadImage(f"image {path} does not exist; correct its path, or take it out of the list") from None
     try:
-        return _decode_png(data, size) if data.startswith(_PNG) else decode(data, size)
+        return decode_picture(data, size)
+    except ForeignPicture as error:  # not left out as bad: it may well be whole
+        raise InputError(f"image {path} is not read: {error}; expected a JPEG, PNG, WEBP or BMP") from None
     except DecodeError as error:
         raise BadImage(f"image {path} cannot be decoded: {error}; mend it, or leave it out") from None
 
@@ -174,28 +173,6 @@ def _square(frame: VideoFrame, size: int) -> np.ndarray:
     top, left = ((length - side) // 2 for length in pixels.shape[:2])
     square = np.ascontiguousarray(pixels[top : top + side, left : left + side])
     return square if side == size else resize(square, size)
-
-
-def _decode_png(data: bytes, size: int | None) -> np.ndarray:
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-            if max(image.size) > MAX_SIDE:
-                raise DecodeError(f"{image.width} x {image.height} pixels; at most {MAX_SIDE} a side are decoded")
-            if image.mode not in PNG_MODES:
-                raise DecodeError(f"PNG of mode {image.mode}; expected 8 bits a channel")
-            pixels = np.array(image.convert("RGB"))
-    except DecodeError:
-        raise
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        Image.DecompressionBombError,
-    ) as error:  # what PIL raises for damaged chunks
-        raise DecodeError(f"damaged or truncated PNG ({error})") from None
-    return pixels if not size or pixels.shape[:2] == (size, size) else resize(pixels, size)
 
 
 def _read_if_good(path: Path | str, size: int) -> np.ndarray | None:
