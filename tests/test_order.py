@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mtl_dist.data.order import EpochPlan, Order, TaskOrders, build_task_orders, eval_range
+from mtl_dist.data.order import VERSIONS, EpochPlan, Order, TaskOrders, build_task_orders, eval_range
 
 fast = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -28,6 +30,7 @@ def orders(draw) -> Order:
         streams=streams,
         block_shards=draw(st.integers(1, 6)),
         seed=draw(st.integers(0, 2**40)),
+        version=draw(st.sampled_from(VERSIONS)),
     )
 
 
@@ -58,19 +61,26 @@ def reference_epoch(order: Order, epoch: int) -> list[list[list[int]]]:
     for position, shard in enumerate(philox(order.seed, epoch, 1).permutation(len(first_of_shard)).tolist()):
         for row in range(int(order.shard_rows[shard])):
             line.append((position // order.block_shards, first_of_shard[shard] + row))
+
+    def shuffled_blocks(part, begin, *key):
+        found = []
+        for group in sorted({group for group, _ in part}):
+            block = [sample for g, sample in part if g == group]
+            philox(order.seed, epoch, 2, *key, begin + len(found)).shuffle(block)
+            found += block
+        return found
+
     steps = total // order.global_batch
     share = order.global_batch // order.streams
-    of_streams = []
-    for stream in range(order.streams):
-        begin = stream * steps * share
-        mine = line[begin : begin + steps * share]
-        shuffled, here = [], begin
-        for group in sorted({group for group, _ in mine}):
-            block = [sample for g, sample in mine if g == group]
-            philox(order.seed, epoch, 2, stream, here).shuffle(block)
-            here += len(block)
-            shuffled += block
-        of_streams.append(shuffled)
+    length = steps * share
+    begins = [stream * length for stream in range(order.streams)]
+    if order.version == 1:  # streams are cut first, and shuffled each for itself
+        of_streams = [shuffled_blocks(line[b : b + length], b, s) for s, b in enumerate(begins)]
+    else:
+        circle = shuffled_blocks(line, 0)
+        first = int(philox(order.seed, epoch, 3).integers(total))
+        circle = circle[first:] + circle[:first]
+        of_streams = [circle[b : b + length] for b in begins]
     return [[samples[step * share : (step + 1) * share] for samples in of_streams] for step in range(steps)]
 
 
@@ -152,7 +162,7 @@ def test_a_step_does_not_depend_on_what_was_asked_before(order, epoch, data):
 @fast
 @given(orders(), epochs)
 def test_the_same_seed_and_epoch_repeat(order, epoch):
-    again = Order(order.shard_rows.copy(), order.global_batch, order.streams, order.block_shards, order.seed)
+    again = replace(order, shard_rows=order.shard_rows.copy())
     for step in range(order.num_steps):
         assert step_of_all(plans(order, epoch, 1), step) == step_of_all(plans(again, epoch, 1), step)
 
@@ -161,7 +171,7 @@ def test_the_same_seed_and_epoch_repeat(order, epoch):
 @given(orders(), epochs)
 def test_epochs_and_seeds_differ(order, epoch):
     assume(order.num_rows > 15 and order.rows_per_stream > 7)  # smaller ones can be equal by chance
-    other_seed = Order(order.shard_rows, order.global_batch, order.streams, order.block_shards, order.seed + 1)
+    other_seed = replace(order, seed=order.seed + 1)
 
     def line(order, epoch):
         return [sample for step in range(order.num_steps) for sample in step_of_all(plans(order, epoch, 1), step)]
@@ -170,16 +180,54 @@ def test_epochs_and_seeds_differ(order, epoch):
     assert line(order, epoch) != line(other_seed, epoch)
 
 
-def test_what_an_epoch_leaves_out_changes_from_epoch_to_epoch():
-    order = Order(np.full(10, 13), 24, 8, 2, seed=0)
-    left_out = Counter()
-    for epoch in range(40):
-        (plan,) = plans(order, epoch, 1)
-        seen = {sample for step in range(order.num_steps) for sample in plan.samples(step).tolist()}
-        left_out.update(set(range(130)) - seen)
-    assert sum(left_out.values()) == 40 * (130 % 24)
-    assert len(left_out) > 50
-    assert max(left_out.values()) < 15
+def epoch_of(order: Order, epoch: int) -> np.ndarray:
+    """(steps, global_batch) samples."""
+    return order.plan(epoch=epoch, rank=0, num_ranks=1).samples_of(0, order.num_steps)
+
+
+@pytest.mark.parametrize(("sizes", "streams"), [([130], 6), ([13] * 10, 8), ([100, 30], 4), ([1, 60, 69], 1)])
+def test_every_sample_is_as_likely_to_be_left_out_of_an_epoch_as_any_other(sizes, streams):
+    """10 of 130 in each of 650 epochs: 50 times each, give or take 6.8."""
+    order, left_out = Order(np.array(sizes), 24, streams, 2, seed=0), np.zeros(130)
+    for epoch in range(650):
+        left_out[np.setdiff1d(np.arange(130), epoch_of(order, epoch))] += 1
+    assert left_out.sum() == 650 * (130 % 24)
+    assert 25 < left_out.min() <= left_out.max() < 80
+
+
+def test_all_pairs_of_a_set_of_one_shard_share_a_batch_equally_often():
+    """Of 100 samples, 24 a batch, two share one with probability 4 batches x (24 x 23) / (100 x 99): 0.223."""
+    order, together = Order(np.array([100]), 24, 24, 4, seed=1), np.zeros((100, 100))
+    for epoch in range(400):
+        for batch in epoch_of(order, epoch):
+            together[np.ix_(batch, batch)] += 1
+    pairs = together[np.triu_indices(100, 1)]
+    assert pairs.mean() == pytest.approx(400 * 0.223, rel=1e-3)
+    assert 50 < pairs.min() <= pairs.max() < 130  # 8.3 is one standard deviation
+    neighbours = np.diag(together, 1)
+    assert neighbours.mean() == pytest.approx(pairs.mean(), rel=0.05)
+
+
+def test_the_first_version_is_what_runs_were_begun_with():
+    """Sums over samples of several epochs, ranks and worlds, as the code that had no other version gave them."""
+    sizes = np.array([13, 40, 1, 22, 17, 30, 9])
+    labelled = {"va": np.arange(0, 132, 2), "au": np.arange(132)}
+    of_tasks = build_task_orders(
+        labelled, sizes, global_batch=12, streams=4, block_shards=2, seed=3, epoch_steps=5
+    ).of_version(1)
+    worlds = {
+        "f61693744e3dc34f": Order(sizes, 24, 8, 2, 5, version=1),
+        "d13b72b0abfa06e2": Order(np.array([100]), 24, 24, 4, 0, version=1),
+        "ae81f2e2e096e6ed": Order(sizes, 12, 4, 2, 5, epoch_steps=6, version=1),
+        "4a05efc885c9b2b2": of_tasks,
+    }
+    for expected, order in worlds.items():
+        digest = hashlib.sha256()
+        for epoch in (0, 1, 7):
+            for rank, num_ranks in ((0, 1), (0, 3), (1, 3), (2, 3)):
+                plan = order.plan(epoch=epoch, rank=rank, num_ranks=num_ranks)
+                digest.update(plan.samples_of(0, order.num_steps).astype("<i8").tobytes())
+        assert digest.hexdigest()[:16] == expected
 
 
 @fast
@@ -237,7 +285,7 @@ def partial_orders(draw) -> Order:
     bounds = np.concatenate([[0], np.cumsum(order.shard_rows)])
     steps = draw(st.integers(1, len(samples) // order.global_batch))
     rows = np.histogram(samples, bounds)[0]
-    return Order(rows, order.global_batch, order.streams, order.block_shards, order.seed, steps, samples)
+    return replace(order, shard_rows=rows, epoch_steps=steps, samples=samples)
 
 
 @fast

@@ -2,30 +2,39 @@
 
 No torch, no files, no clock. How it works:
 
-    epoch     a seeded permutation of the shards, laid end to end: a line of N samples
-    streams   the line's first steps * global_batch samples, cut into C canonical streams of equal length
-    blocks    a stream is cut at every few shard boundaries; samples are shuffled within each block
+    epoch     a seeded permutation of the shards, laid end to end: a circle of N samples
+    blocks    the circle is cut at every few shard boundaries; samples are shuffled within each block
+    streams   from anywhere in the circle on, steps * global_batch samples are cut into C canonical streams, all as long
     step      takes the next global_batch / C samples of every stream
     rank      r of R reads the streams c with c = r (mod R)
 
 So the set of rows of a step does not depend on R (a stream belongs to exactly one rank), every rank has the same number
 of steps, and the state to resume is (epoch, step): whole blocks before it are skipped unopened. At most
-global_batch - 1 samples of an epoch are left out, others each epoch. Samples are numbered by their place in the index.
+global_batch - 1 samples of an epoch are left out, or all but what `epoch_steps` reads; every sample is as likely to be
+left out as any other. Samples are numbered by their place in the index.
 
-An epoch may read a part of the samples (`epoch_steps`): its line is a circle then and begins anywhere in it, so that
-every sample is as likely to be in the part as any other. `TaskOrders` are several orders side by side, one a task, each
-over the samples that carry its labels: a step takes a batch of each.
+A set of up to `block_shards` shards is one block: any two samples of it share a batch as often as if all were shuffled.
+In a set of many shards a step takes from as many places far apart as there are streams: two samples of one block share
+a batch only where a stream gives a step more than one sample, or is not longer than the block.
+
+Runs continue with the order they were begun with. In the first `VERSIONS` a block ended where its stream did, and the
+circle was a line, whose end was always left out, unless `epoch_steps` was given.
+
+`TaskOrders` are several orders side by side, one a task, each over the samples that carry its labels: a step takes a
+batch of each.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 
 import numpy as np
 
 # Keys that keep the random draws of different purposes apart.
 _SHARDS, _BLOCK, _BEGIN, _TASK = 1, 2, 3, 4
+VERSIONS = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -39,10 +48,12 @@ class Order:
     seed: int
     epoch_steps: int | None = None  # None: as many as there are whole batches
     samples: np.ndarray | None = None  # (n,) ascending sample numbers that this order is over; None: all of the index
+    version: int = VERSIONS[-1]
 
     def __post_init__(self):
         assert self.global_batch % self.streams == 0, (self.global_batch, self.streams)
         assert 0 < self.num_steps <= self.num_rows // self.global_batch, "a set smaller than what an epoch reads"
+        assert self.version in VERSIONS, self.version
         assert self.samples is None or len(self.samples) == self.num_rows, (len(self.samples), self.num_rows)
 
     @property
@@ -62,6 +73,9 @@ class Order:
     def tasks(self) -> tuple[str, ...]:
         """Tasks that a step reads a batch of each; none: one batch with the labels of all."""
         return ()
+
+    def of_version(self, version: int) -> Order:
+        return replace(self, version=version)
 
     def plan(self, *, epoch: int, rank: int, num_ranks: int) -> EpochPlan:
         return EpochPlan(self, epoch=epoch, rank=rank, num_ranks=num_ranks)
@@ -83,6 +97,13 @@ class TaskOrders:
     @property
     def tasks(self) -> tuple[str, ...]:
         return tuple(self.orders)
+
+    @property
+    def version(self) -> int:
+        return next(iter(self.orders.values())).version
+
+    def of_version(self, version: int) -> TaskOrders:
+        return TaskOrders({task: order.of_version(version) for task, order in self.orders.items()})
 
     def plan(self, *, epoch: int, rank: int, num_ranks: int) -> TaskPlans:
         plans = [order.plan(epoch=epoch, rank=rank, num_ranks=num_ranks) for order in self.orders.values()]
@@ -117,15 +138,15 @@ class EpochPlan:
         assert 0 <= rank < num_ranks <= order.streams, (rank, num_ranks, order.streams)
         self.order, self.epoch = order, epoch
         self.streams = range(rank, order.streams, num_ranks)
-        # The line: shard s of the epoch's permutation covers places [starts[i], starts[i + 1]).
-        self._shards = _rng(order.seed, epoch, _SHARDS).permutation(len(order.shard_rows))
-        self._begin = 0  # the first place that is read
-        if order.epoch_steps:
-            self._shards = np.tile(self._shards, 2)  # a circle, unrolled: no sample comes twice in one round of it
-            self._begin = int(_rng(order.seed, epoch, _BEGIN).integers(order.num_rows))
+        self._shards, self._begin = _rng(order.seed, epoch, _SHARDS).permutation(len(order.shard_rows)), 0
+        if order.version > 1 or order.epoch_steps:
+            self._begin = int(_rng(order.seed, epoch, _BEGIN).integers(order.num_rows))  # the first place that is read
+            if order.version == 1:
+                self._shards = np.tile(self._shards, 2)  # unrolled: its blocks may lie over the circle's seam
+        # Shard i of these covers places [starts[i], starts[i + 1]) of the circle.
         self._starts = np.concatenate([[0], np.cumsum(order.shard_rows[self._shards])])
         self._index_starts = np.concatenate([[0], np.cumsum(order.shard_rows)[:-1]])
-        self._shuffled: dict[int, tuple[int, int, np.ndarray]] = {}  # stream -> its block: start, stop, samples
+        self._shuffled: dict[int, tuple[int, int, np.ndarray]] = {}  # stream -> its latest block: start, stop, samples
 
     def samples(self, step: int) -> np.ndarray:
         """Return (n,) int64 sample numbers this rank reads at `step`, ordered by stream."""
@@ -143,15 +164,9 @@ class EpochPlan:
 
         They count the rows of `order.shard_rows`: its `samples` are not looked up.
         """
-        share = self.order.global_batch // self.order.streams
-        begin = self._begin + stream * self.order.rows_per_stream
-        at, end = begin + step * share, begin + (step + num_steps) * share
         parts = []
-        while at < end:
-            start, stop, samples = self._block(stream, at)
-            upto = min(end, stop)
-            parts.append(samples[at - start : upto - start])
-            at = upto
+        for start, stop, place, count in self._pieces(stream, step, num_steps):
+            parts.append(self._shuffle(stream, start, stop)[place - start : place - start + count])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def shards_ahead(self, step: int, num_steps: int = 1) -> list[int]:
@@ -159,42 +174,45 @@ class EpochPlan:
 
         In the order of need: the first shards of all streams come before the later ones of any.
         """
-        share = self.order.global_batch // self.order.streams
         found = []
         for stream in self.streams:
-            begin = self._begin + stream * self.order.rows_per_stream
-            first = self._block_around(stream, begin + step * share)[0]
-            last_place = min((step + num_steps) * share, self.order.rows_per_stream) - 1
-            stop = self._block_around(stream, begin + last_place)[1]
-            low, high = np.searchsorted(self._starts, [first, stop - 1], side="right") - 1
-            found.append(self._shards[low : high + 1].tolist())
+            of_stream = []
+            for start, stop, *_ in self._pieces(stream, step, min(num_steps, self.order.num_steps - step)):
+                low, high = np.searchsorted(self._starts, [start, stop - 1], side="right") - 1
+                of_stream += self._shards[low : high + 1].tolist()
+            found.append(of_stream)
         return [shard for shard in _in_turn(found) if self.order.shard_rows[shard]]
 
-    def _block_around(self, stream: int, place: int) -> tuple[int, int]:
-        """Return the places [start, stop) of the block of `stream` that holds `place`.
+    def _pieces(self, stream: int, step: int, num_steps: int) -> Iterator[tuple[int, int, int, int]]:
+        """Yield (start, stop, place, count): `count` samples from `place` on are read, of the block [start, stop)."""
+        order, circle = self.order, int(self._starts[-1])
+        share = order.global_batch // order.streams
+        begin = self._begin + stream * order.rows_per_stream
+        at, end = begin + step * share, begin + (step + num_steps) * share
+        while at < end:
+            place = at % circle
+            shard = int(np.searchsorted(self._starts, place, side="right")) - 1
+            low = shard // order.block_shards * order.block_shards
+            high = min(low + order.block_shards, len(self._shards))
+            start, stop = int(self._starts[low]), int(self._starts[high])
+            if order.version == 1:
+                start, stop = max(start, begin), min(stop, begin + order.rows_per_stream)
+            count = min(end - at, stop - place)
+            yield start, stop, place, count
+            at += count
 
-        Blocks are cut at every `block_shards`-th shard boundary of the line, and at the stream's own ends.
-        """
-        length = self.order.rows_per_stream
-        begin, end = self._begin + stream * length, self._begin + (stream + 1) * length
-        size = self.order.block_shards
-        shard = int(np.searchsorted(self._starts, place, side="right")) - 1
-        low = shard // size * size
-        high = min(low + size, len(self._starts) - 1)
-        return max(begin, int(self._starts[low])), min(end, int(self._starts[high]))
-
-    def _block(self, stream: int, place: int) -> tuple[int, int, np.ndarray]:
-        """Return the block of `stream` that holds `place`, and its samples shuffled; the stream's latest is kept."""
+    def _shuffle(self, stream: int, start: int, stop: int) -> np.ndarray:
+        """Return the samples of the block at places [start, stop), shuffled; the latest of every stream is kept."""
         kept = self._shuffled.get(stream)
-        if kept is None or not kept[0] <= place < kept[1]:
-            start, stop = self._block_around(stream, place)
+        if kept is None or kept[:2] != (start, stop):
             places = np.arange(start, stop)
             shards = np.searchsorted(self._starts, places, side="right") - 1
             samples = self._index_starts[self._shards[shards]] + places - self._starts[shards]
-            # Keyed by the stream too: a shard that two streams share is shuffled on its own in each.
-            _rng(self.order.seed, self.epoch, _BLOCK, stream, start).shuffle(samples)
+            # In version 1 a block belongs to a stream: a shard that two share is shuffled on its own in each.
+            key = (stream, start) if self.order.version == 1 else (start,)
+            _rng(self.order.seed, self.epoch, _BLOCK, *key).shuffle(samples)
             kept = self._shuffled[stream] = (start, stop, samples)
-        return kept
+        return kept[2]
 
 
 class TaskPlans:

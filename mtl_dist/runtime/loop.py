@@ -60,7 +60,7 @@ def _fit(config: Config, context: RunContext, watchdog: Watchdog) -> dict[str, A
     setup = set_up(config, context, watchdog)
     # The life first: from here on no earlier one commits, or deletes what is being read.
     life = begin_life(config.run.uri, command=context.command, num_ranks=context.num_ranks, typed=context.typed)
-    trained, step, last_scores = restore(setup)
+    setup, trained, step, last_scores = restore(setup)
     with contextlib.ExitStack() as records:
         tracker, audit = _open_records(setup, records, life=life, step=step, scores=last_scores)
         with Saver(config.run.uri, config.checkpoint, life=life) as saver:

@@ -115,13 +115,18 @@ def set_up(config: Config, context: RunContext, watchdog: Watchdog) -> Setup:
     return Setup(config, context, watchdog, device, data, order, train_reader, val_reader)
 
 
-def restore(setup: Setup) -> tuple[Trained, int, dict[str, Any]]:
-    """Build what is trained, with its newest checkpoint; return it, the steps it has had, and its last scores."""
+def restore(setup: Setup) -> tuple[Setup, Trained, int, dict[str, Any]]:
+    """Build what is trained, with its newest checkpoint; return it, the steps it has had, and its last scores.
+
+    The setup comes back with the order that the run was begun with.
+    """
     config, watchdog, num_ranks = setup.config, setup.watchdog, setup.context.num_ranks
     watchdog.moved(0, 1, "reading the checkpoint")
     restored = load_checkpoint(config.run.uri, config, setup.data.identity())
     watchdog.moved(0, 2, "building the model")
     step, scores = (restored.state["step"], restored.state["scores"]) if restored else (0, {})
+    if restored:
+        setup = setup._replace(order=setup.order.of_version(restored.state.get("order", 1)))
     model = _build_model(config, pretrained=restored is None)
     module = ObjectiveModule(model, config.loss, setup.data.train.labels, passes=max(len(setup.data.tasks), 1))
     average = WeightAverage(module.model, config.train.ema) if config.train.ema else None
@@ -135,7 +140,7 @@ def restore(setup: Setup) -> tuple[Trained, int, dict[str, Any]]:
     if average:
         average.model.to(setup.device)
     restore_optimizer(engine, config, _part(restored.train, OPTIMIZER) if restored else {}, steps=step)
-    return Trained(engine, average), step, scores
+    return setup, Trained(engine, average), step, scores
 
 
 def _build_model(config: Config, *, pretrained: bool) -> nn.Module:
@@ -186,6 +191,7 @@ def save_checkpoint(
     state = state | {
         "config": flatten(config),
         "identity": setup.data.identity(),
+        "order": setup.order.version,
         "view": setup.data.train.view,
         "total_steps": setup.total_steps,
     }
