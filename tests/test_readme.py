@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -53,3 +54,21 @@ def test_the_file_map_names_every_module():
 def test_every_target_of_the_makefile_that_the_readme_names_exists():
     targets = set(re.findall(r"^([a-z-]+):", (REPO / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"make ([a-z]+)\b", (REPO / "README.md").read_text())) - {"is"} <= targets
+
+
+# What README starts, and the package that brings it; the rest is a shell's, or python -m.
+PROGRAMS = {"torchrun": "torch", "ray": "ray", "tensorboard": "tensorboard"}
+OF_A_MACHINE = {"python", "make", "for", "done", "export", "source"}
+
+
+def test_every_program_that_the_readme_starts_comes_with_make_install():
+    blocks = re.findall(r"^```\n(.*?)^```", (REPO / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    started = {match[1] for line in lines if (match := re.match(r" *([a-z]+) [^ ]", line)) and " -" in line}
+    assert PROGRAMS.keys() <= started
+    assert started <= PROGRAMS.keys() | OF_A_MACHINE
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    needed = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    installed = {re.match(r"[\w-]+", package)[0] for package in needed}
+    pinned = {line.split("==")[0] for line in (REPO / "constraints.txt").read_text().splitlines()}
+    assert set(PROGRAMS.values()) <= installed & pinned

@@ -44,6 +44,7 @@ class _Progress(NamedTuple):
     lr: float
     loss: StepLoss
     rows: np.ndarray
+    took_s: float  # since the step before was done, the wait for data included
     waited_s: float
 
 
@@ -95,7 +96,7 @@ def _train(
             freeze_batchnorm(engine.module)
         batches = _open_batches(setup, epoch, start_step=step % steps_per_epoch)
         unseen: _Progress | None = None
-        asked = time.monotonic()
+        asked = ended = time.monotonic()
         watchdog.moved(step + 1, 0, f"waiting for the data of step {step + 1}")
         for batch in batches:
             waited_s = time.monotonic() - asked
@@ -113,13 +114,13 @@ def _train(
                 audit.finished(step, epoch, rows, setup.data.tasks)
 
             # ---------------------------------------------------------------------------------------- log
-            took_s = time.monotonic() - asked
+            took_s, ended = time.monotonic() - ended, time.monotonic()
             context.observe(step_s=took_s, data_wait_s=waited_s, images_per_s=len(rows) / took_s)
             if saver.saved:
                 context.observe(checkpoint_step=saver.saved.step)
             if unseen:  # the step before, whose loss is there by now: this one is under way meanwhile
                 _look_at(unseen, setup, tracker, saver)
-            unseen = _Progress(step, epoch, lr, loss, rows, waited_s)
+            unseen = _Progress(step, epoch, lr, loss, rows, took_s, waited_s)
 
             # -------------------------------------------------------- once in a while: save in mid-epoch, stop
             if step % steps_per_epoch:  # what is due at an epoch's end comes after its evaluation
@@ -247,6 +248,7 @@ def _look_at(progress: _Progress, setup: Setup, tracker: Tracker | None, saver: 
             shown,
             weights=weights,
             images=setup.config.train.global_batch * max(len(setup.data.tasks), 1),
+            took_s=progress.took_s,
             waited_s=progress.waited_s,
             saved_step=saver.saved.step if saver.saved else None,
         )

@@ -31,7 +31,7 @@ class Tracker:
         # Steps after the checkpoint that a run continues from are done again: their old records go.
         self._lines = [_line(record) for record in read_records(run_uri) if record["step"] <= resumed_at]
         self.console = Console(highlight=False)
-        self._window = _Window()
+        self._window, self._saved_step = _Window(), resumed_at or None
         self._last_line = time.monotonic()
         self._board_dir = tempfile.TemporaryDirectory(prefix="mtl_dist-tensorboard-")
         # A file of its own for every start; what earlier ones wrote beyond the step we continue from is not shown.
@@ -47,13 +47,18 @@ class Tracker:
         *,
         weights: dict[str, float],
         images: int,
+        took_s: float,
         waited_s: float,
         saved_step: int | None,
     ) -> None:
-        """Take note of a finished step; print a line now and then. `weights` of the task losses, where they change."""
+        """Take note of a finished step; print a line now and then.
+
+        `weights` are those of the task losses, where they change; `took_s` counts from the end of the step before.
+        """
         record = {"kind": "step", "step": step, "epoch": epoch, "lr": lr, "loss": losses}
         self._lines.append(_line(record | ({"weights": weights} if weights else {})))
-        self._window.add(images, waited_s)
+        self._window.add(images, took_s, waited_s)
+        self._saved_step = self._saved_step if saved_step is None else saved_step
         self._board.add_scalar("lr", lr, step)
         for name, loss in losses.items():
             self._board.add_scalar(f"loss/{name}", loss, step)
@@ -70,7 +75,7 @@ class Tracker:
         shown = "  ".join(f"{task} {losses[task]:.3f}" for task in (*TASKS, "total") if task in losses)
         line = (
             f"epoch {epoch + 1}  step {step}/{total}  loss {shown}  {speed:.0f} images/s  "
-            f"waiting for data {waiting:.0%}  checkpoint {'none yet' if saved_step is None else saved_step}  "
+            f"waiting for data {waiting:.0%}  checkpoint {self._saved_step or 'none yet'}  "
             f"{self.num_ranks} rank{'s' * (self.num_ranks > 1)}  {left:.0f} s left"
         )
         self.console.print(line, end="\r" if self.console.is_terminal else "\n", soft_wrap=True)
@@ -88,7 +93,6 @@ class Tracker:
         self.console.print(
             f"epoch {epoch + 1} scores  {parts}  (constant predictor: P {constant['p']:.4f})", soft_wrap=True
         )
-        self._window = _Window()  # the time of an evaluation is not the steps'
 
     def files(self) -> dict[str, bytes | list[bytes]]:
         """Return the files to store in the run: name -> content, or its lines."""
@@ -106,17 +110,14 @@ def _line(record: dict[str, Any]) -> bytes:
 
 
 class _Window:
-    """Images, steps and waiting since the last line."""
+    """Images, steps, and the time of steps since the last line. A step is told of after it: no clock of ours counts."""
 
     def __init__(self):
-        self.begun, self.images, self.steps, self.waited_s = time.monotonic(), 0, 0, 0.0
+        self.images, self.steps, self.seconds, self.waited_s = 0, 0, 1e-9, 0.0
 
-    def add(self, images: int, waited_s: float) -> None:
-        self.images, self.steps, self.waited_s = self.images + images, self.steps + 1, self.waited_s + waited_s
-
-    @property
-    def seconds(self) -> float:
-        return max(time.monotonic() - self.begun, 1e-9)
+    def add(self, images: int, took_s: float, waited_s: float) -> None:
+        self.images, self.steps = self.images + images, self.steps + 1
+        self.seconds, self.waited_s = self.seconds + took_s, self.waited_s + waited_s
 
     def rates(self) -> tuple[float, float]:
         """Images a second, and the share of time spent waiting for data."""
