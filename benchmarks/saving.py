@@ -25,7 +25,8 @@ from mtl_dist.config import CheckpointConfig, build_config
 from mtl_dist.models import build_model
 from mtl_dist.presets import load_preset
 from mtl_dist.runtime.checkpoint import COMMIT, committed
-from mtl_dist.runtime.saving import Saver, begin_life
+from mtl_dist.runtime.lives import begin_life
+from mtl_dist.runtime.saving import Saver
 from tests.s3_server import BUCKET, S3Server
 
 

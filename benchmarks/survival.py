@@ -28,7 +28,7 @@ from cluster.local import LocalCluster
 from cluster.processes import find_processes
 from cluster.state import ClusterState
 from mtl_dist.runtime.audit import read_audit
-from mtl_dist.runtime.saving import read_lives
+from mtl_dist.runtime.lives import read_lives
 from mtl_dist.runtime.tracking import read_records
 
 HOSTS = 3

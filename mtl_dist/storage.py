@@ -137,6 +137,15 @@ def list_objects(uri: str, *, follow_links: bool = False) -> list[StoredObject]:
     return sorted(StoredObject(name, size) for name, (size, _) in list_versions(uri).items())
 
 
+def list_directories(uri: str) -> list[str]:
+    """Name what is directly below a prefix and holds something, sorted; on local storage every directory, also one in
+    which a killed process left nothing but what it was writing."""
+    names = {name.partition("/")[0] for name, _ in list_objects(uri) if "/" in name}
+    if not is_s3(uri) and (path := local_path(uri)).is_dir():
+        names |= {entry.name for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False)}
+    return sorted(names)
+
+
 def list_versions(uri: str) -> dict[str, tuple[int, str]]:
     """Return {name: (size, ETag)} of every object below an s3:// prefix: what changes when an object is replaced."""
     key = _s3().split(uri)[1]

@@ -19,6 +19,7 @@ from mtl_dist.runtime.checkpoint import (
     best,
     check_same_run,
     committed,
+    newness,
     read_model,
     read_state,
 )
@@ -109,9 +110,10 @@ def saved_checkpoints(draw) -> list[Checkpoint]:
     """Checkpoints of several lives, some of the same step, each with some of the scores or none."""
     steps = draw(st.lists(st.integers(0, 30), max_size=20))
     scores = st.dictionaries(st.sampled_from(SCORES), st.floats(-1, 3), max_size=4)
-    hours = st.floats(0, 100)
+    hours, starts = st.floats(0, 100), st.integers(0, 3)
     return [
-        Checkpoint(f"run/{place}", step, draw(scores), draw(hours) * HOUR_S, {}) for place, step in enumerate(steps)
+        Checkpoint(f"run/{place}", step, draw(scores), draw(hours) * HOUR_S, {}, draw(starts))
+        for place, step in enumerate(steps)
     ]
 
 
@@ -126,8 +128,8 @@ def test_retention_keeps_the_last_and_the_best_of_each_score_and_no_more(saved, 
     steps = sorted({checkpoint.step for checkpoint in saved})
     assert {checkpoint.step for checkpoint in kept} >= set(steps[-keep_last:])
     assert len({checkpoint.step for checkpoint in kept}) == len(kept), "two of one step"
-    # Of one step and moment it is the one that comes later in the list.
-    latest = [max((c for c in reversed(saved) if c.step == step), key=lambda c: c.saved_at) for step in steps]
+    # Of one step, start and moment it is the one that comes later in the list.
+    latest = [max((c for c in reversed(saved) if c.step == step), key=newness) for step in steps]
     for name in SCORES:
         scored = sorted((c for c in latest if name in c.scores), key=lambda c: (c.scores[name], c.step), reverse=True)
         assert {c.uri for c in scored[:keep_best]} <= {c.uri for c in kept}
@@ -146,6 +148,14 @@ def test_retention_keeps_one_of_every_so_many_hours_for_good(gaps, every):
         deleted = plan_retention(kept, retention(keep_last=1, keep_every_hours=every))
         kept = [checkpoint for checkpoint in kept if checkpoint not in deleted]
         assert {c.saved_at for c in kept} == {*milestones, now}
+
+
+def test_retention_by_the_hour_survives_a_clock_that_is_set_back():
+    """Kept for good: also what was saved before, and a start on a host that is behind begins its own hours."""
+    hours = [0, 1, 12, 13, 2, 3, 13, 25]
+    saved = [Checkpoint(f"run/{step}", step, {}, hour * HOUR_S, {}) for step, hour in enumerate(hours)]
+    deleted = plan_retention(saved, retention(keep_last=1, keep_every_hours=10))
+    assert [hours[c.step] for c in saved if c not in deleted] == [0, 12, 2, 13, 25]
 
 
 def test_a_checkpoint_fits_its_own_configuration_and_free_settings_may_change():

@@ -28,9 +28,9 @@ from mtl_dist.objective.module import ObjectiveModule
 from mtl_dist.presets import load_preset
 from mtl_dist.runtime.audit import read_audit
 from mtl_dist.runtime.engine import learning_rate
+from mtl_dist.runtime.lives import read_lives
 from mtl_dist.runtime.loop import fit
 from mtl_dist.runtime.plan import open_data, plan_run
-from mtl_dist.runtime.saving import read_lives
 from mtl_dist.runtime.step import draw_passes, seed_dropout, split_batch, train_step
 from mtl_dist.runtime.tracking import read_records
 from mtl_dist.tasks import TASKS, Batch, Labels, Outputs
@@ -86,7 +86,7 @@ def rank_main(rank: int, num_ranks: int, init_file: str, jobs: list) -> None:
             shutil.copytree(storage.parent / name, storage / name)
             cut_back(storage, name, cut_at)
         dist.barrier()
-        fit(config, Context(rank, num_ranks, command=f"job {number}"))
+        fit(config, Context(rank, num_ranks, command=f"job-{number}"))
     dist.destroy_process_group()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,11 +16,13 @@ import torch
 import torch.distributed as dist
 from safetensors.numpy import load_file
 
+from mtl_dist import storage
 from mtl_dist.config import CheckpointConfig
 from mtl_dist.errors import InputError
 from mtl_dist.runtime.audit import read_audit
-from mtl_dist.runtime.checkpoint import committed
-from mtl_dist.runtime.saving import Saver, Stale, Superseded, begin_life, read_lives
+from mtl_dist.runtime.checkpoint import committed, find_damage
+from mtl_dist.runtime.lives import Stale, Superseded, begin_life, read_lives
+from mtl_dist.runtime.saving import Saver
 from mtl_dist.runtime.watchdog import EXIT_CODE
 from tests.conftest import REPO, run_module
 from tests.dying import PHASES
@@ -108,6 +112,26 @@ def test_a_rank_that_hangs_is_named_and_ended(shards, tmp_path):
     assert "rank 0 has not moved for" in printed
     assert "Stopped or gone: rank 1" in printed
     assert f"exitcode  : {EXIT_CODE}" in printed
+
+
+def test_torchrun_is_one_command_through_restarts_and_another_at_every_launch(alone, tmp_path):
+    """With static rendezvous: id, address and port are the same each time."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    run, damaged = tmp_path / "run", tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "lives.json").write_text('{"life": 1}')
+    args = ["--master-addr=127.0.0.1", f"--master-port={port}", "--nproc-per-node=2", "--max-restarts=1"]
+    args += ["--monitor-interval=0.1", "-m", "tests.starting", str(run), str(damaged), str(tmp_path / "failed")]
+    printed = run_module("torch.distributed.run", *args).stdout
+    first, again = read_lives(str(run))
+    assert first["command"] == again["command"]
+    for rank in (0, 1):
+        assert printed.count(f"rank {rank}: {damaged}/lives.json is damaged") == 2, "every rank learns of it"
+    begin_life(str(run), command="another", num_ranks=1)
+    assert "taken over" not in run_module("torch.distributed.run", *args).stdout
+    *_, another, later = read_lives(str(run))
+    assert len({first["command"], another["command"], later["command"]}) == 3
 
 
 # ------------------------------------------------------------------------------------------------------------ the saver
@@ -201,3 +225,98 @@ def test_two_lives_that_save_one_step_do_not_share_a_file(alone, tmp_path):
             save(saver, 7)
     found, _ = committed(str(tmp_path))
     assert [checkpoint.step for checkpoint in found] == [7], "the older of the two is given up"
+
+
+LISTS = {
+    "deleted": None,
+    "cut": '[{"life": "',
+    "an object": '{"life": 1}',
+    "a word": '"x"',
+    "nothing": "null",
+    "numbers": "[1]",
+    "starts without a host": '[{"life": "00000000", "started": "", "step": 0, "num_ranks": 1, "command": ""}]',
+    "too deep": "[" * 10**5,
+}
+
+
+def damage_lives(run: Path, text: str | None) -> None:
+    (run / "lives.json").unlink(missing_ok=True)
+    if text is not None:
+        (run / "lives.json").write_text(text)
+
+
+@pytest.mark.parametrize("text", LISTS.values(), ids=LISTS)
+def test_a_run_under_way_writes_a_damaged_list_of_starts_again(text, alone, tmp_path, capsys):
+    open_saver(tmp_path)
+    with open_saver(tmp_path, keep_last=1) as saver:
+        before = read_lives(str(tmp_path))
+        for step in (1, 2):
+            damage_lives(tmp_path, text)
+            save(saver, step)
+            saver.wait()
+        assert [checkpoint.step for checkpoint in committed(str(tmp_path))[0]] == [2]
+        assert read_lives(str(tmp_path)) == before
+        damage_lives(tmp_path, text)
+        saver.life.note_step(3)
+        assert [life["step"] for life in read_lives(str(tmp_path))] == [None, 3]
+        assert "was deleted or damaged: written again" in capsys.readouterr().out
+        damage_lives(tmp_path, None)
+        open_saver(tmp_path, "another")
+        save(saver, 4)
+        with pytest.raises(Superseded):
+            saver.wait()
+
+
+@pytest.mark.parametrize("text", [text for text in LISTS.values() if text], ids=[name for name in LISTS if LISTS[name]])
+def test_a_start_with_a_damaged_list_of_starts_is_one_message(text, alone, tmp_path):
+    damage_lives(tmp_path, text)
+    with pytest.raises(InputError, match=r"lives\.json is damaged .*delete it: only the list of starts is lost"):
+        open_saver(tmp_path)
+    damage_lives(tmp_path, None)
+    open_saver(tmp_path)
+
+
+def test_a_checkpoint_that_may_not_be_deleted_is_named_once_and_the_run_goes_on(alone, tmp_path, monkeypatch, capsys):
+    unlink = os.unlink
+
+    def refuse(path, *args, **options):
+        if "step_000000001_" in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        unlink(path, *args, **options)
+
+    with open_saver(tmp_path, keep_last=1) as saver:
+        save(saver, 1)
+        saver.wait()
+        monkeypatch.setattr(os, "unlink", refuse)
+        for step in (2, 3, 4):
+            save(saver, step)
+    assert [checkpoint.step for checkpoint in committed(str(tmp_path))[0]] == [1, 4]
+    printed = capsys.readouterr().out
+    assert "not stored" not in printed
+    assert printed.count("not deleted, and kept") == 1
+
+
+def test_the_checkpoint_of_the_later_start_counts_whatever_the_clocks_say(alone, tmp_path):
+    """The first one's host is a day ahead, its checkpoint was damaged, and the list of starts was deleted."""
+    ahead = open_saver(tmp_path)
+    ahead.clock = lambda: time.time() + 24 * 3600
+    with ahead:
+        save(ahead, 7)
+    (damaged,), _ = committed(str(tmp_path))
+    Path(damaged.uri, "model.safetensors").write_bytes(bytes(Path(damaged.uri, "model.safetensors").stat().st_size))
+    damage_lives(tmp_path, None)
+    with open_saver(tmp_path, keep_last=1) as saver:
+        save(saver, 7)
+        saver.wait()
+        assert committed(str(tmp_path))[0] == [saver.saved]
+        assert find_damage(saver.saved) is None
+
+
+def test_what_was_killed_in_the_first_file_of_a_save_is_removed(alone, tmp_path):
+    with open_saver(tmp_path) as killed:
+        torn = tmp_path / "checkpoints" / f"step_000000001_{killed.life.name}"
+        torn.mkdir(parents=True)
+        (torn / f"{storage.PART_PREFIX}host-abc").write_bytes(b"half")
+    with open_saver(tmp_path) as saver:
+        save(saver, 2)
+    assert [path.name[:14] for path in (tmp_path / "checkpoints").iterdir()] == ["step_000000002"]

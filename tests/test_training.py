@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from mtl_dist.config import build_config
 from mtl_dist.runtime.checkpoint import best, committed, find_damage
-from mtl_dist.runtime.saving import read_lives
+from mtl_dist.runtime.lives import read_lives
 from mtl_dist.runtime.tracking import read_records
 from tests.conftest import REPO, assert_one_message, run_module
 

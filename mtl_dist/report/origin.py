@@ -11,7 +11,7 @@ from mtl_dist.report.page import definitions, folded, paragraph, preformatted, t
 from mtl_dist.report.results import Result
 from mtl_dist.report.tables import Table, number, text
 from mtl_dist.runtime.checkpoint import MODEL
-from mtl_dist.runtime.saving import read_lives
+from mtl_dist.runtime.lives import read_lives
 
 
 def run_block(result: Result) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -47,6 +48,7 @@ class Checkpoint(NamedTuple):
     scores: dict[str, float]  # of its evaluation; empty where it was not evaluated
     saved_at: float  # Unix time
     files: dict[str, dict[str, Any]]  # name -> {"bytes", "sha256"}
+    start: int = 0  # which one of the run saved it: a later one's is the newer of one step, whatever its clock said
 
     @property
     def score(self) -> float | None:
@@ -68,16 +70,26 @@ def load_checkpoint(run_uri: str, config: Config, identity: dict[str, str]) -> R
     Rank 0 chooses and says which it skipped and why. Raises `InputError` naming the field where the checkpoint belongs
     to another configuration or other data.
     """
-    chosen: list[Any] = [None]
-    if dist.get_rank() == 0:
-        chosen[0] = _choose(run_uri, config, identity)
-    dist.broadcast_object_list(chosen, src=0)
-    if isinstance(chosen[0], Exception):
-        raise chosen[0]
-    if chosen[0] is None:
+    chosen = on_rank_0(lambda: _choose(run_uri, config, identity))
+    if chosen is None:
         return None
-    checkpoint, state = chosen[0]
+    checkpoint, state = chosen
     return Restored(state, read_tensors(checkpoint, MODEL), read_tensors(checkpoint, TRAIN))
+
+
+def on_rank_0(call: Callable[[], Any]) -> Any:
+    """Return on every rank what `call` returns on rank 0. What it raises is raised on every rank."""
+    answer: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer = [call(), None]
+        except (InputError, OSError, RuntimeError) as error:
+            answer = [None, error]
+    dist.broadcast_object_list(answer, src=0)
+    result, error = answer
+    if error:
+        raise error
+    return result
 
 
 def committed(run_uri: str) -> tuple[list[Checkpoint], list[str]]:
@@ -105,7 +117,7 @@ def committed(run_uri: str) -> tuple[list[Checkpoint], list[str]]:
             skipped.append(f"{uri}: {wrong[0]} is missing or has another size than {COMMIT} says")
         else:
             found.append(checkpoint)
-    return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.saved_at)), skipped
+    return sorted(found, key=lambda checkpoint: (checkpoint.step, *newness(checkpoint))), skipped
 
 
 def read_commit(uri: str) -> Checkpoint:
@@ -115,7 +127,9 @@ def read_commit(uri: str) -> Checkpoint:
         raise ValueError(f"format '{commit['format']}'; this version reads '{FORMAT}'")
     if commit["step"] != int(DIRECTORY.fullmatch(uri.rpartition("/")[2])[1]):
         raise ValueError(f"it is of step {commit['step']}")
-    return Checkpoint(uri, commit["step"], commit["scores"], commit["saved_at"], commit["files"])
+    return Checkpoint(
+        uri, commit["step"], commit["scores"], commit["saved_at"], commit["files"], commit.get("start", 0)
+    )
 
 
 def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -151,10 +165,15 @@ def read_tensors(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
         raise ValueError(f"{storage.join(checkpoint.uri, name)} is not a safetensors file ({error})") from None
 
 
+def newness(checkpoint: Checkpoint) -> tuple[int, float]:
+    """Order checkpoints of one step. The clock of a host decides between two of one start only, or of old runs."""
+    return checkpoint.start, checkpoint.saved_at
+
+
 def best(checkpoints: list[Checkpoint]) -> Checkpoint | None:
     """Return the checkpoint of the highest score, the later of equals; None where none is scored."""
     scored = [checkpoint for checkpoint in checkpoints if checkpoint.score is not None]
-    return max(scored, key=lambda checkpoint: (checkpoint.score, checkpoint.step), default=None)
+    return max(scored, key=lambda c: (c.score, c.step, *newness(c)), default=None)
 
 
 def check_same_run(state: dict[str, Any], config: Config, identity: dict[str, str], where: str) -> None:
@@ -179,23 +198,20 @@ def check_same_run(state: dict[str, Any], config: Config, identity: dict[str, st
             )
 
 
-def _choose(run_uri: str, config: Config, identity: dict[str, str]):
-    """Return (checkpoint, state) of the newest that verifies; an error where it is of another run."""
-    try:
-        found, skipped = committed(run_uri)
-        for checkpoint in reversed(found):
-            if damage := find_damage(checkpoint):
-                skipped.append(f"{checkpoint.uri}: {damage}")
-                continue
-            state = read_state(checkpoint)
-            check_same_run(state, config, identity, checkpoint.uri)
-            _say_skipped(skipped)
-            print(f"continuing from {checkpoint.uri}", flush=True)
-            return checkpoint, state
+def _choose(run_uri: str, config: Config, identity: dict[str, str]) -> tuple[Checkpoint, dict[str, Any]] | None:
+    """Return (checkpoint, state) of the newest that verifies. Raises `InputError` where it is of another run."""
+    found, skipped = committed(run_uri)
+    for checkpoint in reversed(found):
+        if damage := find_damage(checkpoint):
+            skipped.append(f"{checkpoint.uri}: {damage}")
+            continue
+        state = read_state(checkpoint)
+        check_same_run(state, config, identity, checkpoint.uri)
         _say_skipped(skipped)
-        return None
-    except (InputError, OSError) as error:  # for every rank to raise
-        return error
+        print(f"continuing from {checkpoint.uri}", flush=True)
+        return checkpoint, state
+    _say_skipped(skipped)
+    return None
 
 
 def _say_skipped(skipped: list[str]) -> None:

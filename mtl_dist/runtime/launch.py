@@ -3,6 +3,7 @@ importer of ray."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -57,9 +58,7 @@ class LocalContext:
     def __init__(self):
         self.rank = int(os.environ.get("RANK", 0))
         self.num_ranks = int(os.environ.get("WORLD_SIZE", 1))
-        # A run id of torchrun may be a word that is used again; its store's port is not.
-        parts = (os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"))
-        self.command = "-".join(parts) if is_torchrun() else uuid.uuid4().hex
+        self.command = uuid.uuid4().hex  # under torchrun `run_local` puts the launchers' names in its place
         self.typed = typed_command()
         self.num_cpus = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         self.has_gpu = torch.cuda.is_available()
@@ -98,7 +97,7 @@ class RayContext:
             logging.getLogger(name).setLevel(logging.WARNING)
         context = ray.train.get_context()
         self.rank, self.num_ranks = context.get_world_rank(), context.get_world_size()
-        self.command, self.typed = command, typed
+        self.command, self.typed = command.rpartition("/")[2], typed
         self._stop = StopFlag(_stop_name(command))
         self.num_cpus = max(1, int(config.ray.cpus_per_rank))  # the machine's other cores may be another rank's
         self.has_gpu = config.ray.gpus_per_rank > 0  # Ray hides no GPU from a worker that asked for none
@@ -148,7 +147,7 @@ def run_local(config: Config) -> None:
     backend = "nccl" if use_cuda else "gloo"
     timeout = collective_timeout(config)
     if is_torchrun():
-        _join_torchrun(backend, timeout)
+        context.command = join_torchrun(backend, timeout)
     else:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -165,8 +164,8 @@ def run_local(config: Config) -> None:
         sys.exit(status)
 
 
-def _join_torchrun(backend: str, timeout: timedelta) -> None:
-    """Meet the other ranks of torchrun.
+def join_torchrun(backend: str, timeout: timedelta) -> str:
+    """Meet the other ranks of torchrun; return the names of all their launchers, one a node.
 
     Ranks that torchrun starts again meet in the store of the first ones, among the keys those left, and wait for ever.
     A prefix for every attempt mends it on one node. Several nodes count attempts each for itself: there torchrun
@@ -174,13 +173,25 @@ def _join_torchrun(backend: str, timeout: timedelta) -> None:
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("GROUP_WORLD_SIZE") != "1":
         dist.init_process_group(backend, timeout=timeout)
-        return
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
-    store = dist.PrefixStore(f"attempt-{attempt}", dist.TCPStore(address, port, is_master=False))
-    dist.init_process_group(
-        backend, store=store, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]), timeout=timeout
-    )
+    else:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+        store = dist.PrefixStore(f"attempt-{attempt}", dist.TCPStore(address, port, is_master=False))
+        rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=timeout)
+    launchers: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(launchers, _launcher())
+    return " ".join(sorted(set(launchers)))
+
+
+def _launcher() -> str:
+    """Name this node's torchrun: a name that no other one has, and that its restarted ranks find again.
+
+    Run id, address and port can be the same at every launch. The directory that torchrun makes for its ranks' errors
+    is drawn at random, once; without one every start counts as another command.
+    """
+    drawn, _, _ = os.environ.get("TORCHELASTIC_ERROR_FILE", "").rpartition("/attempt_")
+    return hashlib.sha256((drawn or uuid.uuid4().hex).encode()).hexdigest()[:16]
 
 
 def typed_command() -> str:

@@ -23,9 +23,11 @@ from mtl_dist.objective.metrics import constant_scores, scores
 from mtl_dist.objective.module import StepLoss
 from mtl_dist.runtime.audit import Audit
 from mtl_dist.runtime.averaging import average_batchnorm, freeze_batchnorm
+from mtl_dist.runtime.checkpoint import on_rank_0
 from mtl_dist.runtime.engine import learning_rate, set_learning_rate
 from mtl_dist.runtime.evaluate import predict, total_sums
-from mtl_dist.runtime.saving import Saver, begin_life, note_step, read_lives
+from mtl_dist.runtime.lives import Life, begin_life
+from mtl_dist.runtime.saving import Saver
 from mtl_dist.runtime.setup import RunContext, Setup, Trained, restore, save_checkpoint, set_up
 from mtl_dist.runtime.step import NonFiniteLoss, train_step
 from mtl_dist.runtime.tracking import Tracker
@@ -162,17 +164,21 @@ def _train(
 
 
 def _open_records(
-    setup: Setup, records: contextlib.ExitStack, *, life: str, step: int, scores: dict[str, Any]
+    setup: Setup, records: contextlib.ExitStack, *, life: Life, step: int, scores: dict[str, Any]
 ) -> tuple[Tracker | None, Audit | None]:
     """Open what this rank writes of the run, closed with `records`, and say where the run stands."""
     config, context = setup.config, setup.context
     tracker = audit = None
-    if context.rank == 0:
-        note_step(config.run.uri, life, step)
+
+    def open_tracker() -> None:
+        nonlocal tracker
+        life.note_step(step)
         tracker = Tracker(config.run.uri, resumed_at=step, num_ranks=context.num_ranks)
         records.callback(tracker.close)
         storage.write_bytes(storage.join(config.run.uri, CONFIG_NAME), dump_yaml(config).encode())
-        context.observe(restarts=len(read_lives(config.run.uri)) - 1)
+        context.observe(restarts=len(life.known) - 1)
+
+    on_rank_0(open_tracker)
     if step >= setup.total_steps:
         context.publish({"step": step, "epoch": config.train.epochs, **_flat_scores(scores)})
         if tracker:
@@ -181,7 +187,7 @@ def _open_records(
                 flush=True,
             )
     if config.run.audit_dir:
-        audit = Audit(config.run.audit_dir, config.run.name, life=life, rank=context.rank)
+        audit = Audit(config.run.audit_dir, config.run.name, life=life.name, rank=context.rank)
         records.callback(audit.close)
     return tracker, audit
 

@@ -16,9 +16,9 @@ from mtl_dist.errors import InputError, plain
 from mtl_dist.objective.metrics import constant_scores
 from mtl_dist.progress import progress_bar
 from mtl_dist.runtime.checkpoint import Checkpoint, best, committed, find_damage
+from mtl_dist.runtime.lives import read_lives
 from mtl_dist.runtime.loop import CONFIG_NAME
 from mtl_dist.runtime.plan import open_data
-from mtl_dist.runtime.saving import read_lives
 from mtl_dist.runtime.tracking import print_scores, read_records
 
 
