@@ -22,6 +22,7 @@ import tyro
 
 from mtl_dist import storage
 from mtl_dist.errors import InputError, run_command
+from mtl_dist.sealed import seal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,8 +85,8 @@ def main(args: list[str] | None = None) -> None:
         for name in files:
             storage.upload(scratch / name, storage.join(command.out, name))
         storage.write_bytes(storage.join(command.out, "README.md"), card.encode())
-        config = exported_config(trained, files).model_dump_json(indent=1)
-        storage.write_bytes(storage.join(command.out, EXPORTED_CONFIG), config.encode() + b"\n")
+        config = exported_config(trained, files).model_dump(mode="json")
+        storage.write_bytes(storage.join(command.out, EXPORTED_CONFIG), seal(config))
     print(f"exported {trained.uri} to {command.out}: {', '.join((*files, 'README.md', EXPORTED_CONFIG))}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,20 +20,23 @@ from mtl_dist.runtime.checkpoint import (
     best,
     check_same_run,
     committed,
+    find_damage,
     newness,
     read_model,
     read_state,
 )
 from mtl_dist.runtime.saving import HOUR_S, SCORES, plan_retention
+from mtl_dist.sealed import seal
 
 IDENTITY = {"training set": "a" * 64, "validation set": "b" * 64}
 
 
 def write_checkpoint(run: Path, step: int, score: float | None = None, *, life: str = "00000000") -> Path:
-    """Write the files of a checkpoint as `saving.py` lays them out."""
+    """Write the files of a checkpoint as `saving.py` laid them out before COMMITs were sealed."""
     directory = run / "checkpoints" / f"step_{step:09d}_{life}"
     files = {}
-    for name, data in {"state.json": b'{"step": %d}' % step, "train.safetensors": bytes(100)}.items():
+    contents = {"state.json": b'{"step": %d}' % step, "train.safetensors": bytes(100), "model.safetensors": b""}
+    for name, data in contents.items():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_bytes(data)
         files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -55,6 +59,41 @@ def test_a_run_that_does_not_exist_has_none(tmp_path):
     assert committed(str(tmp_path / "nothing")) == ([], [])
 
 
+def flips(data: bytes) -> Iterator[bytes]:
+    """Every way to flip one bit."""
+    for place in range(8 * len(data)):
+        flipped = bytearray(data)
+        flipped[place // 8] ^= 1 << place % 8
+        yield bytes(flipped)
+
+
+def test_every_flipped_bit_of_a_commit_is_found_or_changes_nothing(tmp_path):
+    commit = write_checkpoint(tmp_path, 5, 0.699) / "COMMIT.json"
+    commit.write_bytes(seal(json.loads(commit.read_text())))
+    (whole,), _ = committed(str(tmp_path))
+    assert whole.scores == {"p": 0.699}
+    num_found = 0
+    for data in flips(commit.read_bytes()):
+        commit.write_bytes(data)
+        found, skipped = committed(str(tmp_path))
+        if found:
+            assert found == [whole], data
+        else:
+            assert skipped[0].startswith(f"{commit.parent}: damaged COMMIT.json ("), skipped
+            num_found += 1
+    assert num_found > 4000
+
+
+def test_a_flipped_bit_of_a_commit_without_checksum_ends_in_no_traceback(tmp_path):
+    """Of before COMMITs were sealed: those flips cannot all be found, but what opens can be read."""
+    commit = write_checkpoint(tmp_path, 5, 0.699) / "COMMIT.json"
+    for data in flips(commit.read_bytes()):
+        commit.write_bytes(data)
+        for checkpoint in committed(str(tmp_path))[0]:
+            find_damage(checkpoint)
+            best([checkpoint])
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
@@ -62,6 +101,8 @@ def test_a_run_that_does_not_exist_has_none(tmp_path):
         (lambda d: (d / "COMMIT.json").write_text("{"), "damaged COMMIT.json"),
         (lambda d: (d / "COMMIT.json").write_text("[]"), "damaged COMMIT.json"),
         (lambda d: (d / "COMMIT.json").write_text('{"format": "other"}'), "format 'other'"),
+        (lambda d: (d / "COMMIT.json").write_text("[" * 5000), "damaged COMMIT.json"),
+        (lambda d: (d / "COMMIT.json").write_bytes(bytes(2 << 20)), "more than 1048576 bytes"),
         (lambda d: (d / "train.safetensors").unlink(), "train.safetensors is missing"),
         (lambda d: (d / "train.safetensors").write_bytes(bytes(99)), "another size"),
     ],

@@ -28,6 +28,7 @@ from mtl_dist.runtime.evaluate import Predicted
 from mtl_dist.runtime.launch import TaskFailed
 from mtl_dist.runtime.members import load_model, open_member, predict_member
 from mtl_dist.runtime.predictions import PredictionTable, read_predictions
+from mtl_dist.sealed import seal, unseal
 from mtl_dist.shards import create
 from mtl_dist.tasks import AUS, EXPRESSIONS, VIEWS
 from tests.conftest import assert_one_message, run_here, run_module, write_dataset
@@ -71,9 +72,9 @@ def rewrite(run: Path, name: str, content: bytes) -> None:
     """Replace a file of a run's best checkpoint, as if training had written it."""
     uri = Path(best(committed(str(run))[0]).uri)
     (uri / name).write_bytes(content)
-    commit = json.loads((uri / "COMMIT.json").read_text())
+    commit = unseal((uri / "COMMIT.json").read_bytes())
     commit["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (uri / "COMMIT.json").write_text(json.dumps(commit))
+    (uri / "COMMIT.json").write_bytes(seal(commit))
 
 
 def rewrite_state(run: Path, **changes) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import re
 import shutil
@@ -31,7 +33,9 @@ from mtl_dist.runtime.evaluate import predict as predict_batches
 from mtl_dist.runtime.frames import unlabelled
 from mtl_dist.runtime.graph import PixelModel, largest_difference, resize_matrix, run_onnx, write_onnx
 from mtl_dist.runtime.trained import load_trained, open_trained
+from mtl_dist.sealed import seal, unseal
 from tests.conftest import LONDON
+from tests.test_checkpoint import flips
 from tests.test_predict import read_rows
 
 SIZE = 80  # of the images that the run was trained at
@@ -113,7 +117,7 @@ def test_an_export_tells_its_view_and_one_of_before_opens_without(exported, run,
     assert "view `cropped_aligned` are: the face alone" in (aligned / "README.md").read_text()
     with pytest.raises(InputError, match=rf"--runs names {exported}, of view 'cropped', and {aligned}, of view"):
         predict.main(["--runs", str(exported), str(aligned), "--input", "x", "--out", str(tmp_path / "out.csv")])
-    del about["view"]
+    del about["view"], about["sha256"]
     (aligned / "config.json").write_text(json.dumps(about))
     assert open_trained(str(aligned)).view is None
     older = open_trained(str(run))._replace(view=None)
@@ -258,7 +262,7 @@ def test_an_export_into_the_run_itself_is_refused(run):
 
 
 def test_exports_of_other_classes_or_damaged_are_refused_by_name(exported, faces, tmp_path):
-    about = json.loads((exported / "config.json").read_text())
+    about = unseal((exported / "config.json").read_bytes())
     weights = (exported / "model.safetensors").read_bytes()
     flipped = bytearray(weights)
     flipped[-1] ^= 1
@@ -274,10 +278,27 @@ def test_exports_of_other_classes_or_damaged_are_refused_by_name(exported, faces
     }
     for name, (config, content, pattern) in cases.items():
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        (tmp_path / name / "config.json").write_bytes(seal(config))
         if content:
             (tmp_path / name / "model.safetensors").write_bytes(content)
         args = ["--input", str(faces), "--out", str(tmp_path / "out.csv")]
         with pytest.raises(InputError, match=pattern):
             predict.main(["--runs", str(exported), str(tmp_path / name), *args])
     assert not (tmp_path / "out.csv").exists()
+
+
+def test_every_flipped_bit_of_an_exports_config_is_found_or_changes_nothing(exported, tmp_path):
+    sealed = (exported / "config.json").read_bytes()
+    content = unseal(sealed)
+    for flipped in flips(sealed):
+        with contextlib.suppress(ValueError):
+            assert unseal(flipped, unsealed=content) == content, flipped
+    (tmp_path / "model.safetensors").symlink_to(exported / "model.safetensors")
+    unsealed = json.dumps(content).encode()  # of before they were sealed: no traceback, but not all are found
+    for data in (sealed, unsealed):
+        (tmp_path / "config.json").write_bytes(data)
+        whole = open_trained(str(tmp_path))
+        for flipped in itertools.islice(flips(data), 0, None, 37):
+            (tmp_path / "config.json").write_bytes(flipped)
+            with contextlib.suppress(InputError):
+                assert open_trained(str(tmp_path)) == whole or data == unsealed, flipped

@@ -25,6 +25,7 @@ from mtl_dist.report.drawing import DPI
 from mtl_dist.report.pictures import Pictures
 from mtl_dist.runtime.checkpoint import best, committed
 from mtl_dist.runtime.members import load_model, open_member
+from mtl_dist.sealed import seal, unseal
 from mtl_dist.shards import main as make_shards
 from mtl_dist.tasks import AUS, EXPRESSIONS, VIEWS
 from tests.conftest import write_dataset
@@ -179,10 +180,10 @@ def test_runs_and_ensembles_of_other_data_are_refused_and_nothing_is_written(run
     state = json.loads(state_path.read_text())
     state["identity"]["validation set"] = index
     state_path.write_text(json.dumps(state))
-    commit = json.loads(commit_path.read_text())
+    commit = unseal(commit_path.read_bytes())
     data = state_path.read_bytes()
     commit["files"]["state.json"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    commit_path.write_text(json.dumps(commit))
+    commit_path.write_bytes(seal(commit))
     strange, here = str(tmp_path / "strange"), f"{runs}/cropped"
     sets = [state["config"]["data.val"], f"{tmp_path}/shards/cropped/val"]
     with pytest.raises(InputError) as caught:

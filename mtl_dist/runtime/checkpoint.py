@@ -4,7 +4,7 @@
     train.safetensors    what continuing needs beside them: the optimizer's state, learned loss weights, raw weights
                          where the model's are averages; whole tensors, for any number of ranks and ZeRO stage
     state.json           where the run stands, its configuration and data, its scores
-    COMMIT.json          every file with its size and sha256
+    COMMIT.json          every file with its size and sha256, and a sha256 of itself
 
 Nothing in it can run. Without a COMMIT whose every file is there and whole, a directory is no checkpoint. The newest
 valid one wins. Each start of a run (a life, the hex digits) writes to directories of its own, so that a process
@@ -18,17 +18,22 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pydantic
 import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from mtl_dist import storage
-from mtl_dist.config import Config, flatten
+from mtl_dist.config import Config, explain_validation, flatten
 from mtl_dist.errors import InputError
+from mtl_dist.sealed import unseal
 from mtl_dist.tasks import AUS, EXPRESSIONS
 
 FORMAT = "mtl_dist-checkpoint-2"
 COMMIT, STATE, MODEL, TRAIN = "COMMIT.json", "state.json", "model.safetensors", "train.safetensors"
 CLASSES = {"expressions": list(EXPRESSIONS), "aus": list(AUS)}  # the order of a model's outputs, in state.json
+MAX_COMMIT_BYTES = 1 << 20
+MAX_MESSAGE = 1000  # characters
 DIRECTORY = re.compile(r"step_(\d{9})_([0-9a-f]{8})")
 # Settings that may change between parts of a run: they move or time the work, and leave its result.
 FREE = (
@@ -54,6 +59,30 @@ class Checkpoint(NamedTuple):
     def score(self) -> float | None:
         """P on the validation split."""
         return self.scores.get("p")
+
+
+class CommittedFile(BaseModel):
+    """A file of a checkpoint, as its COMMIT has it."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Commit(BaseModel):
+    """COMMIT.json."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    format: str
+    step: int
+    scores: dict[str, float]
+    saved_at: float  # Unix time
+    blocked_s: float = 0  # what the loop waited, and what all of it took
+    save_s: float = 0
+    start: int = 0  # of the run, which saved it
+    files: dict[str, CommittedFile]
 
 
 class Restored(NamedTuple):
@@ -106,11 +135,13 @@ def committed(run_uri: str) -> tuple[list[Checkpoint], list[str]]:
             skipped.append(f"{uri}: no {COMMIT} (its save did not finish)")
             continue
         try:
+            if stored[f"{directory}/{COMMIT}"] > MAX_COMMIT_BYTES:
+                raise ValueError(f"it has more than {MAX_COMMIT_BYTES} bytes")
             checkpoint = read_commit(uri)
             wrong = [n for n, about in checkpoint.files.items() if stored.get(f"{directory}/{n}") != about["bytes"]]
         except InputError:  # the store refuses or is away: that says nothing of the checkpoint
             raise
-        except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
+        except (ValueError, FileNotFoundError) as error:
             skipped.append(f"{uri}: damaged {COMMIT} ({error})")
             continue
         if wrong:
@@ -121,15 +152,22 @@ def committed(run_uri: str) -> tuple[list[Checkpoint], list[str]]:
 
 
 def read_commit(uri: str) -> Checkpoint:
-    """Read what a checkpoint's COMMIT says. Raises ValueError, KeyError, TypeError or AttributeError if damaged."""
-    commit = json.loads(storage.read_bytes(storage.join(uri, COMMIT)))
-    if commit["format"] != FORMAT:
-        raise ValueError(f"format '{commit['format']}'; this version reads '{FORMAT}'")
-    if commit["step"] != int(DIRECTORY.fullmatch(uri.rpartition("/")[2])[1]):
-        raise ValueError(f"it is of step {commit['step']}")
-    return Checkpoint(
-        uri, commit["step"], commit["scores"], commit["saved_at"], commit["files"], commit.get("start", 0)
+    """Read what a checkpoint's COMMIT says. Raises ValueError if it is damaged."""
+    content = unseal(
+        storage.read_bytes(storage.join(uri, COMMIT), max_bytes=MAX_COMMIT_BYTES), unsealed=Commit.model_fields
     )
+    if content.get("format") != FORMAT:
+        raise ValueError(f"format '{content.get('format')}'; this version reads '{FORMAT}'")
+    try:
+        commit = Commit.model_validate(content)
+    except pydantic.ValidationError as error:
+        raise ValueError(explain_validation(error)[:MAX_MESSAGE]) from None
+    if commit.step != int(DIRECTORY.fullmatch(uri.rpartition("/")[2])[1]):
+        raise ValueError(f"it is of step {commit.step}")
+    if absent := {MODEL, TRAIN, STATE} - commit.files.keys():
+        raise ValueError(f"it names no {min(absent)}")
+    files = {name: file.model_dump() for name, file in commit.files.items()}
+    return Checkpoint(uri, commit.step, commit.scores, commit.saved_at, files, commit.start)
 
 
 def read_state(checkpoint: Checkpoint) -> dict[str, Any]:

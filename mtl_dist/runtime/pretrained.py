@@ -79,9 +79,9 @@ def _open_directory(uri: str) -> Checkpoint:
         return read_commit(uri)
     except FileNotFoundError:
         raise InputError(f"model.weights {uri} has no {COMMIT}: its save did not finish; give another one") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except ValueError as error:
         raise InputError(f"model.weights {uri} has a damaged {COMMIT} ({error}); give another one") from None
 
 

@@ -34,6 +34,7 @@ from mtl_dist.runtime.checkpoint import (
     newness,
 )
 from mtl_dist.runtime.lives import Life, Superseded
+from mtl_dist.sealed import seal
 
 SCORES = ("p", "va", "expr", "au")  # the best checkpoint of each is kept
 HOUR_S = 3600.0
@@ -148,7 +149,7 @@ class Saver:
             "save_s": round(blocked_s + time.monotonic() - begun, 4),
             "files": files,
         }
-        storage.write_bytes(storage.join(uri, COMMIT), json.dumps(commit, indent=1).encode())
+        storage.write_bytes(storage.join(uri, COMMIT), seal(commit))
         self.saved = checkpoint
         self._apply_retention(checkpoint)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from typing import Any, NamedTuple
 
 import pydantic
@@ -14,8 +13,9 @@ from mtl_dist import storage
 from mtl_dist.config import Config, build_config, explain_validation, flatten, unflatten
 from mtl_dist.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from mtl_dist.errors import InputError
-from mtl_dist.runtime.checkpoint import DIRECTORY, MODEL, Checkpoint, committed, read_state
+from mtl_dist.runtime.checkpoint import DIRECTORY, MODEL, Checkpoint, CommittedFile, committed, read_state
 from mtl_dist.runtime.members import check_classes, deleted, load_model, open_checkpoint
+from mtl_dist.sealed import unseal
 from mtl_dist.tasks import AUS, EXPRESSIONS
 
 EXPORT_FORMAT = "mtl_dist-export-1"
@@ -57,7 +57,7 @@ class ExportedConfig(BaseModel):
     step: int
     scores: dict[str, float]  # of the checkpoint on its validation set
     saved_at: float  # Unix time
-    files: dict[str, dict[str, Any]]  # name -> {"bytes", "sha256"}
+    files: dict[str, CommittedFile]
     data: dict[str, str]  # identity of the sets: {"training set": sha256, "validation set": sha256}
 
 
@@ -120,13 +120,14 @@ def _open_directory(uri: str, parent: str) -> tuple[Checkpoint, dict[str, Any]]:
 def _open_exported(uri: str) -> Trained:
     where = storage.join(uri, EXPORTED_CONFIG)
     try:
-        exported = ExportedConfig.model_validate(json.loads(storage.read_bytes(where, max_bytes=MAX_CONFIG_BYTES)))
+        data = storage.read_bytes(where, max_bytes=MAX_CONFIG_BYTES)
+        exported = ExportedConfig.model_validate(unseal(data, unsealed=ExportedConfig.model_fields))
     except pydantic.ValidationError as error:
         raise InputError(f"{where} is not what mtl_dist.export writes: {explain_validation(error)[:1000]}") from None
     except InputError:
         raise
     except ValueError as error:
-        raise InputError(f"{where} is damaged: not JSON ({error}); export the run again") from None
+        raise InputError(f"{where} is damaged ({error}); export the run again") from None
     if exported.format != EXPORT_FORMAT:
         raise InputError(f"{where} has format '{exported.format}'; this version reads '{EXPORT_FORMAT}'")
     if exported.expressions != EXPRESSIONS or exported.aus != AUS:
@@ -138,11 +139,12 @@ def _open_exported(uri: str) -> Trained:
         raise InputError(f"{where} asks for another normalisation than ImageNet's, which this version has no other of")
     if MODEL not in exported.files or not storage.exists(storage.join(uri, MODEL)):
         raise InputError(f"{uri} holds no {MODEL}; export the run with --formats safetensors")
-    checkpoint = Checkpoint(uri, exported.step, exported.scores, exported.saved_at, exported.files)
+    files = {name: file.model_dump() for name, file in exported.files.items()}
+    checkpoint = Checkpoint(uri, exported.step, exported.scores, exported.saved_at, files)
     return Trained(checkpoint, build_config(unflatten(exported.config)), {}, exported.view)
 
 
 def _check_weights(checkpoint: Checkpoint) -> None:
     where = storage.join(checkpoint.uri, MODEL)
-    if hashlib.sha256(storage.read_bytes(where)).hexdigest() != checkpoint.files[MODEL].get("sha256"):
+    if hashlib.sha256(storage.read_bytes(where)).hexdigest() != checkpoint.files[MODEL]["sha256"]:
         raise InputError(f"{where} is damaged: its sha256 is not what {EXPORTED_CONFIG} says; export the run again")
