@@ -1,8 +1,10 @@
 """One URI, a local path or s3://bucket/key: read, write, list, delete.
 
-Writes are atomic: a temporary name and a rename; S3 puts are atomic by themselves. What a user can mend (credentials,
-bucket, server, path) is an `InputError` with the URI, a store that does not answer a `StorageError`: how often and how
-long it is asked is said in `s3.py`, which is imported when the first s3:// URI is met.
+Writes are atomic: a temporary name and a rename; S3 puts are atomic by themselves. What is written is on the disk when
+the call returns, so a file that vouches for others, written after them, outlives no power cut that they do not.
+
+What a user can mend (credentials, bucket, server, path) is an `InputError` with the URI, a store that does not answer a
+`StorageError`: how often and how long it is asked is said in `s3.py`, which the first s3:// URI imports.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import errno
 import fcntl
 import functools
 import hashlib
+import itertools
 import os
 import secrets
 import shutil
@@ -27,6 +30,7 @@ from mtl_dist.errors import InputError
 SCRATCH_PREFIX = "mtl_dist-scratch-"  # of a directory in the system's place for temporary ones
 PART_PREFIX = ".part-"  # of a file that is being written; then the host's name and random letters
 ABANDONED_S = 24 * 3600  # of another host: nothing is written for a day
+UNSYNCABLE = (errno.EINVAL, errno.ENOTSUP)  # a file system that does not know how, of directories above all
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # deleted meanwhile, or a link that leads nowhere
 
 
@@ -86,7 +90,7 @@ def write_bytes(uri: str, data: bytes) -> None:
         _s3().write_bytes(uri, data)
         return
     path = local_path(uri)
-    with _local_write_errors(path), atomic_path(path) as part:
+    with _local_write_errors(path), atomic_path(path, durable=True) as part:
         part.write_bytes(data)
 
 
@@ -96,7 +100,7 @@ def upload(path: Path, uri: str) -> None:
         _s3().upload(path, uri)
         return
     target = local_path(uri)
-    with _local_write_errors(target), atomic_path(target) as part:
+    with _local_write_errors(target), atomic_path(target, durable=True) as part:
         shutil.copyfile(path, part)
 
 
@@ -105,7 +109,7 @@ def staged(uri: str) -> Iterator[Path]:
     """Give a local path to write to; when the block ends well, the file is at `uri`, atomically."""
     if not is_s3(uri):
         target = local_path(uri)
-        with _local_write_errors(target), atomic_path(target) as part:
+        with _local_write_errors(target), atomic_path(target, durable=True) as part:
             yield part
         return
     with scratch_directory("upload") as scratch:
@@ -192,19 +196,38 @@ def sha256_of(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """Give a temporary path beside `path`, renamed onto it when the block ends well and removed when it does not.
 
-    A process that is killed in the block leaves a file; the next that writes into this directory removes it.
+    With `durable` the file and its name, and those of the directories made for it, are on the disk by then. A process
+    that is killed in the block leaves a file; the next that writes into this directory removes it.
     """
+    new = list(itertools.takewhile(lambda directory: not directory.exists(), path.parents))
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path.parent, os.getpid())
     handle, part = _open_part(path.parent)
     try:
         yield part
+        if durable:
+            _sync(part)
         part.replace(path)
+        if durable:
+            for directory in (path.parent, *(directory.parent for directory in new)):
+                _sync(directory)
     finally:
         part.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's bytes, or a directory's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in UNSYNCABLE:
+            raise
+    finally:
         os.close(handle)
 
 

@@ -320,3 +320,50 @@ def test_what_was_killed_in_the_first_file_of_a_save_is_removed(alone, tmp_path)
     with open_saver(tmp_path) as saver:
         save(saver, 2)
     assert [path.name[:14] for path in (tmp_path / "checkpoints").iterdir()] == ["step_000000002"]
+
+
+def test_files_reach_the_disk_before_their_commit_and_the_commit_before_anything_is_deleted(
+    alone, tmp_path, monkeypatch
+):
+    """What is asked of the operating system, in its order: nothing else decides what a power cut leaves."""
+    with open_saver(tmp_path, keep_last=1) as saver:
+        save(saver, 1)
+        saver.wait()
+        calls, known = [], {name: getattr(os, name) for name in ("fsync", "replace", "unlink")}
+
+        def note(name: str, path: Path) -> None:
+            path = path.relative_to(tmp_path) if path.is_relative_to(tmp_path) else path
+            calls.append((name, str(path)))
+
+        def fsync(handle: int) -> None:
+            note("fsync", Path(f"/proc/self/fd/{handle}").readlink())
+            known["fsync"](handle)
+
+        def replace(source, target) -> None:
+            note(f"{Path(source).relative_to(tmp_path)} becomes", Path(target))
+            known["replace"](source, target)
+
+        def unlink(path, *args, **options) -> None:
+            note("unlink", Path(path))
+            known["unlink"](path, *args, **options)
+
+        for name, noting in (("fsync", fsync), ("replace", replace), ("unlink", unlink)):
+            monkeypatch.setattr(os, name, noting)
+        save(saver, 2)
+        saver.wait()
+        monkeypatch.undo()
+    directory = f"checkpoints/step_000000002_{saver.life.name}"
+    files = [f"{directory}/{name}" for name in ("model.safetensors", "train.safetensors", "state.json", "COMMIT.json")]
+    named = [next(place for place, (what, path) in enumerate(calls) if path == file) for file in files]
+    synced = [place for place, call in enumerate(calls) if call == ("fsync", directory)]
+    assert named == sorted(named)
+    for place in named:
+        part = calls[place][0].removesuffix(" becomes")
+        assert ("fsync", part) in calls[:place], "the bytes first, and then their name"
+    last = next(place for place in synced if place > named[-1])
+    assert any(named[-2] < place < named[-1] for place in synced), "the names of the files, before their COMMIT"
+    assert ("fsync", "checkpoints") in calls[: named[-1]], "and that of their directory"
+    deleted = [place for place, (what, path) in enumerate(calls) if what == "unlink" and "/step_000000001_" in path]
+    assert deleted
+    assert min(deleted) > last
+    assert calls[deleted[0]][1].endswith("COMMIT.json")
