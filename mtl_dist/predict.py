@@ -7,7 +7,8 @@ Examples:
     python -m mtl_dist.predict --runs exported/ --input test_set.txt --images DATA/cropped --out predictions.txt
 
 --input is a directory of images (below it and behind links too, in the order of their names), a list of
-images (.txt, a path a line, with or without a header), a video file, or a shard set, whose labels are scored.
+images (.txt, a path a line, with or without a header), a video file, or a shard set, whose labels are scored. Images
+are JPEG, PNG, WEBP, BMP, GIF or TIFF; what is transparent is seen on black.
 
 The models expect faces: pictures cut to one face as those they were trained on, so several are of one view, and a
 shard set is of theirs (mtl_dist.ensemble combines views). No face detector is included. Of a video every frame's

@@ -59,8 +59,9 @@ BAD_IMAGES = {
 }
 # Whole pictures that are not taken: never left out as bad ones are.
 FOREIGN_PICTURES = {
-    "a GIF": (picture("GIF"), "a GIF, which is not read; convert it"),
-    "a TIFF": (picture("TIFF"), "a TIFF, which is not read; convert it"),
+    "a HEIC": (b"\0\0\0\x18ftypheic" + bytes(99), "a HEIC, which is not read; convert it"),
+    "a JPEG XL": (b"\xff\x0a" + bytes(99), "a JPEG XL, which is not read; convert it"),
+    "two pages": (picture("TIFF", save_all=True, append_images=[Image.new("RGB", (48, 48))]), "2 moving pictures"),
     "16 bits": (picture("PNG", Image.fromarray(np.zeros((4, 4), np.uint16))), "PNG of mode I;16; expected 8 bits"),
     "moving": (picture("WEBP", save_all=True, append_images=[Image.new("RGB", (48, 48))]), "2 moving pictures"),
     "a bomb": (picture("PNG", Image.new("L", (20_000, 4))), "20000 x 4 pixels; at most 4096"),

@@ -379,7 +379,8 @@ def test_a_video_may_have_a_colon_in_its_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("kind", "mode"), [*(("PNG", m) for m in ("RGB", "L", "P", "RGBA")), ("WEBP", "RGB"), ("BMP", "L")]
+    ("kind", "mode"),
+    [*(("PNG", m) for m in ("RGB", "L", "P", "RGBA")), ("WEBP", "RGB"), ("BMP", "L"), ("GIF", "P"), ("TIFF", "RGB")],
 )
 def test_a_picture_is_read_as_pil_reads_it_whatever_its_name(tmp_path, kind, mode):
     pixels = np.random.default_rng(0).integers(0, 255, (30, 30, 3), np.uint8)
@@ -413,7 +414,7 @@ def make_bad_inputs(root: Path) -> dict[str, tuple[Path, str]]:
     (root / "cut.mp4").write_bytes(whole.read_bytes()[:-400])  # the table of frames is at its end
     (root / "list.txt").write_text("a/1.jpg\nb/2.jpg\n")
     (root / "words.txt").write_text("image\na/1.jpg\nsome words\n")
-    (root / "bitmap.txt").write_text("a/1.bmp\na/2.jpg\n")
+    (root / "heic.txt").write_text("a/1.heic\na/2.jpg\n")
     (root / "empty.txt").write_text("image\n")
     (root / "notes.md").write_text("image\n")
     (root / "nothing").mkdir()
@@ -423,7 +424,7 @@ def make_bad_inputs(root: Path) -> dict[str, tuple[Path, str]]:
         "no video": (root / "gone.mp4", r"video .*gone\.mp4 does not exist"),
         "missing images": (root / "list.txt", r"2 of 2 images of .*list\.txt do not exist below .*: a/1.jpg, b/2.jpg"),
         "words in a list": (root / "words.txt", r"words\.txt:3: 'some words' is no image path"),
-        "a first line that is no header": (root / "bitmap.txt", r"bitmap\.txt:1: 'a/1\.bmp' is no image path"),
+        "a first line that is no header": (root / "heic.txt", r"heic\.txt:1: 'a/1\.heic' is no image path"),
         "empty list": (root / "empty.txt", r"empty\.txt names no image"),
         "no list": (root / "gone.txt", r"gone\.txt cannot be read"),
         "foreign file": (root / "notes.md", r"notes\.md is no image, video or list by its name"),

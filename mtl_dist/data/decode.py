@@ -1,15 +1,20 @@
 """Decode pictures to uint8 pixels, strictly: a damaged, foreign or monstrous file is an error, never a guess.
 
-Shards hold JPEG, which `decode` reads. What people have may be PNG, WEBP or BMP too: `decode_picture` reads all four,
-and `as_jpeg` makes of them what a shard holds.
+Shards hold JPEG, which `decode` reads. What people have may be of other kinds, transparent, or stored lying on its
+side: `decode_picture` shows it on `BACKGROUND` and turned as its EXIF says, and `as_jpeg` makes of it what a shard
+holds.
 """
 
 from __future__ import annotations
 
 import io
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 MAX_IMAGE_BYTES = 32 << 20
 MAX_SIDE = 4096  # pixels; a header that claims more is a picture bomb (decoded: over 48 MB)
@@ -17,13 +22,31 @@ MAX_SIDE = 4096  # pixels; a header that claims more is a picture bomb (decoded:
 # take hours. Usual are 10 scans. Counting takes a tenth of the decoding, so only what could take seconds is counted.
 MAX_SCANS = 100
 COUNTED_FROM = 10**11  # pixels x bytes: 2 s
-JPEG_QUALITY = 95  # of pictures that are none yet; colours are kept at full resolution (4:4:4)
+JPEG_QUALITY = 95  # of pictures that are none yet, or are turned; colours are kept at full resolution (4:4:4)
+BACKGROUND = (0, 0, 0)  # black, as what face cutters leave around a face; colours below alpha 0 are arbitrary
 
-READ_BY_PILLOW = {b"\x89PNG\r\n\x1a\n": "PNG", b"RIFF....WEBP": "WEBP", b"BM": "BMP"}  # by first bytes, . is any
-NOT_READ = {b"GIF8": "GIF", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"....ftypheic": "HEIC", b"....ftypmif1": "HEIC",
-            b"....ftypavif": "AVIF", b"\0\0\0\x0cjP  ": "JPEG 2000", b"\0\0\0\x0cJXL ": "JPEG XL",
-            b"\xff\x0a": "JPEG XL"}  # fmt: skip
+# By their first bytes; . is any.
+READ_BY_PILLOW = {b"\x89PNG\r\n\x1a\n": "PNG", b"RIFF....WEBP": "WEBP", b"BM": "BMP", b"GIF8": "GIF",
+                  b"II*\0": "TIFF", b"MM\0*": "TIFF"}  # fmt: skip
+NOT_READ = {b"....ftypheic": "HEIC", b"....ftypmif1": "HEIC", b"....ftypavif": "AVIF",
+            b"\0\0\0\x0cjP  ": "JPEG 2000", b"\0\0\0\x0cJXL ": "JPEG XL", b"\xff\x0a": "JPEG XL"}  # fmt: skip
+KINDS = "JPEG, PNG, WEBP, BMP, GIF or TIFF"  # what is read
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # of Pillow: 8 bits a channel
+
+Exif = Literal["apply", "ignore"]  # the orientation that EXIF tells: a switch of `create` and `predict`
+_EXIF = b"Exif\0\0"
+_ORIENTATION = 0x0112
+# What turns stored pixels upright, by EXIF orientation: swap the axes, then mirror left and right, and up and down.
+_TURNS = {
+    1: (False, False, False),
+    2: (False, True, False),
+    3: (False, True, True),
+    4: (False, False, True),
+    5: (True, False, False),
+    6: (True, True, False),
+    7: (True, True, True),
+    8: (True, False, True),
+}
 
 
 class DecodeError(ValueError):
@@ -65,30 +88,69 @@ def decode_into(data: bytes | memoryview, out: np.ndarray) -> None:
     out[:] = decode(data, out.shape[0])  # resized, or the error in words
 
 
-def decode_picture(data: bytes, size: int | None = None) -> np.ndarray:
-    """Decode a JPEG, PNG, WEBP or BMP as `decode` does: what people give to `create` and `predict`.
+class Picture(NamedTuple):
+    """A decoded picture, and what its file says of it."""
+
+    pixels: np.ndarray  # (H, W, 3) uint8 RGB
+    width: int  # as stored: not turned, not resized
+    height: int
+    orientation: int  # EXIF's, 1 (stored upright, or nothing said) to 8
+
+
+def decode_picture(data: bytes, size: int | None = None, *, exif: Exif = "apply") -> Picture:
+    """Decode a picture of `KINDS` as `decode` does, upright by its EXIF: for `create` and `predict`.
 
     Raises `ForeignPicture` for other kinds and for more pixels or bytes than are decoded, else `DecodeError`.
     """
     if _is_jpeg(data):
-        return decode(data, size)
-    pixels = _decode_by_pillow(data)
-    return pixels if not size or pixels.shape[:2] == (size, size) else resize(pixels, size)
+        pixels, orientation = decode(data, size), _jpeg_orientation(data)
+        height, width = _read_header(data)
+    else:
+        pixels, orientation = _decode_by_pillow(data)
+        height, width = pixels.shape[:2]
+        if size and (height, width) != (size, size):
+            pixels = resize(pixels, size)
+    if exif == "apply" and orientation != 1:
+        pixels = np.ascontiguousarray(turn(pixels, *_TURNS[orientation]))
+    return Picture(pixels, width, height, orientation)
 
 
-def as_jpeg(data: bytes, scratch: np.ndarray) -> bytes:
-    """Return what a shard holds of a picture: a JPEG as it is, once checked; else its pixels as JPEG.
+class StoredPicture(NamedTuple):
+    """What a shard holds of a picture."""
+
+    jpeg: bytes
+    orientation: int  # EXIF's, of the source
+
+
+def as_jpeg(data: bytes, scratch: np.ndarray, *, exif: Exif = "apply") -> StoredPicture:
+    """Return what a shard holds of a picture: a JPEG that is upright as it is, once checked; else its pixels as JPEG.
 
     Equal pictures give equal bytes. `scratch` is that of `check`. Raises as `decode_picture` does.
     """
     if _is_jpeg(data):
-        check(data, scratch)
-        return data
-    pixels = np.ascontiguousarray(_decode_by_pillow(data))
-    jpeg = simplejpeg.encode_jpeg(pixels, quality=JPEG_QUALITY, colorspace="RGB", colorsubsampling="444")
+        orientation = _jpeg_orientation(data)
+        if orientation == 1 or exif == "ignore":
+            check(data, scratch)
+            return StoredPicture(data, orientation)
+    picture = decode_picture(data, exif=exif)
+    jpeg = simplejpeg.encode_jpeg(picture.pixels, quality=JPEG_QUALITY, colorspace="RGB", colorsubsampling="444")
     if len(jpeg) > MAX_IMAGE_BYTES:
         raise ForeignPicture(f"{len(jpeg)} bytes as JPEG; at most {MAX_IMAGE_BYTES} are stored")
-    return jpeg
+    return StoredPicture(jpeg, picture.orientation)
+
+
+def turn(pixels: np.ndarray, swap: bool, mirror_x: bool, mirror_y: bool) -> np.ndarray:
+    """Return a view of (H, W, ...) pixels: axes swapped, then mirrored left and right, and up and down."""
+    if swap:
+        pixels = pixels.swapaxes(0, 1)
+    return pixels[:: -1 if mirror_y else 1, :: -1 if mirror_x else 1]
+
+
+def flatten(pixels: np.ndarray) -> np.ndarray:
+    """Lay (H, W, 4) uint8 RGBA, colours not multiplied by alpha, on `BACKGROUND`: (H, W, 3)."""
+    colours, alpha = pixels[..., :3].astype(np.uint16), pixels[..., 3:].astype(np.uint16)
+    background = np.array(BACKGROUND, np.uint16)
+    return ((colours * alpha + background * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
 def check(data: bytes, scratch: np.ndarray) -> None:
@@ -144,8 +206,25 @@ def _kind(data: bytes, kinds: dict[bytes, str]) -> str | None:
     return next(found, None) if len(data) >= 16 else None
 
 
-def _decode_by_pillow(data: bytes) -> np.ndarray:
-    """Decode a picture that is no JPEG to (H, W, 3) uint8 RGB."""
+def _jpeg_orientation(data: bytes) -> int:
+    if _EXIF not in data:  # 0.1 us where Pillow takes 100
+        return 1
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+            return _orientation(image)
+    except Exception:  # whatever Pillow makes of what `decode` can read
+        return 1
+
+
+def _orientation(image: Image.Image) -> int:
+    found = image.getexif().get(_ORIENTATION, 1)
+    return found if found in _TURNS else 1
+
+
+def _decode_by_pillow(data: bytes) -> tuple[np.ndarray, int]:
+    """Decode a picture that is no JPEG to (H, W, 3) uint8 RGB as it is stored; and its EXIF orientation."""
     from PIL import Image, UnidentifiedImageError
 
     kind = _kind(data, READ_BY_PILLOW)
@@ -163,7 +242,10 @@ def _decode_by_pillow(data: bytes) -> np.ndarray:
                 raise ForeignPicture(f"{kind} of mode {image.mode}; expected 8 bits a channel")
             if (frames := getattr(image, "n_frames", 1)) > 1:
                 raise ForeignPicture(f"{kind} of {frames} moving pictures; expected one that stands still")
-            return np.array(image.convert("RGB"))
+            orientation = 1 if kind == "TIFF" else _orientation(image)  # Pillow turns a TIFF itself
+            if image.has_transparency_data:
+                return flatten(np.asarray(image.convert("RGBA"))), orientation
+            return np.array(image.convert("RGB")), orientation
     except DecodeError:
         raise
     except Image.DecompressionBombError as error:

@@ -22,7 +22,7 @@ import numpy as np
 
 from mtl_dist import storage
 from mtl_dist.data.annotations import Annotations
-from mtl_dist.data.decode import DecodeError, ForeignPicture, decode_picture
+from mtl_dist.data.decode import KINDS, DecodeError, ForeignPicture, decode_picture
 from mtl_dist.data.sources import with_choice
 from mtl_dist.errors import InputError
 
@@ -218,7 +218,7 @@ def check_images(task: tuple[Path, list[str]]) -> dict[str, str]:
             found[name] = f"{UNREADABLE} ({error.strerror})"
         except ForeignPicture as error:  # whole, as far as one can tell: not left out for being what it is
             raise InputError(
-                f"image {directory / name}: {error}; expected a JPEG, PNG, WEBP or BMP; --skip-bad-images leaves out "
+                f"image {directory / name}: {error}; expected a {KINDS}; --skip-bad-images leaves out "
                 "what is damaged only: convert it, or take its rows out of the source"
             ) from None
         except DecodeError as error:

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 
 from mtl_dist import storage
-from mtl_dist.data.decode import MAX_IMAGE_BYTES, MAX_SIDE, DecodeError, ForeignPicture, decode_picture, resize
+from mtl_dist.data.decode import KINDS, MAX_IMAGE_BYTES, MAX_SIDE, DecodeError, ForeignPicture, decode_picture, resize
 from mtl_dist.errors import InputError
 from mtl_dist.tasks import NUM_AUS, Batch, Labels
 
 if TYPE_CHECKING:
     from av import VideoFrame
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 STATED_DURATION = ("matroska", "mov")  # formats whose duration is the header's: that of others may be estimated
 MAX_MISSING, MAX_MISSING_S = 0.1, 1.0  # at the end of a whole video, of its duration and in seconds
@@ -43,7 +43,7 @@ def image_batches(
     num_parts: int = 1,
     skip_bad: bool = False,
 ) -> Iterator[Batch]:
-    """Yield image files (local or s3://, JPEG or PNG) as unlabelled batches of `size` pixels a side, in their order.
+    """Yield image files (local or s3://) as unlabelled batches of `size` pixels a side, in their order.
 
     Rows are places in `paths`. Of several parts, part p has batches p, p + num_parts, ...: the same batches, whatever
     the number of parts. `workers` threads decode; 0 decodes in this one. Raises `InputError` naming the file; with
@@ -103,7 +103,7 @@ def count_frames(path: Path) -> int:
 
 
 def read_image(path: Path | str, size: int | None = None) -> np.ndarray:
-    """Read a JPEG, PNG, WEBP or BMP, local or s3://, as (H, W, 3) uint8 RGB, resized where a size is given.
+    """Read a picture file, local or s3://, as (H, W, 3) uint8 RGB, resized where a size is given.
 
     Pixels are taken as they are stored, as those of shards are: EXIF orientation is not applied. Raises `BadImage`
     naming a file that is not there or cannot be decoded, `InputError` naming one that may not be read.
@@ -113,9 +113,9 @@ def read_image(path: Path | str, size: int | None = None) -> np.ndarray:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise BadImage(f"image {path} does not exist; correct its path, or take it out of the list") from None
     try:
-        return decode_picture(data, size)
+        return decode_picture(data, size, exif="ignore").pixels
     except ForeignPicture as error:  # not left out as bad: it may well be whole
-        raise InputError(f"image {path} is not read: {error}; expected a JPEG, PNG, WEBP or BMP") from None
+        raise InputError(f"image {path} is not read: {error}; expected a {KINDS}") from None
     except DecodeError as error:
         raise BadImage(f"image {path} cannot be decoded: {error}; mend it, or leave it out") from None
 
