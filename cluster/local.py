@@ -50,7 +50,8 @@ from cluster.state import (
     write_private,
 )
 
-MAX_HOSTS = 32
+MAX_HOSTS, MAX_CPUS = 32, 1024
+MAX_TIMEOUT_S = 86_400
 NETWORKS = ("auto", "namespaces", "loopback")
 
 
@@ -91,12 +92,12 @@ def up(
     """
     if not 1 <= hosts <= MAX_HOSTS:
         raise ValueError(f"hosts is {hosts}, expected 1 to {MAX_HOSTS}")
-    if cpus_per_host < 1:
-        raise ValueError(f"cpus per host is {cpus_per_host}, expected 1 or more")
+    if not 1 <= cpus_per_host <= MAX_CPUS:
+        raise ValueError(f"cpus per host is {cpus_per_host}, expected 1 to {MAX_CPUS}")
     if network not in NETWORKS:
         raise ValueError(f"network is {network!r}, expected one of {', '.join(NETWORKS)}")
-    if not timeout_s > 0:
-        raise ValueError(f"timeout is {timeout_s} s, expected more than 0")
+    if not 0 < timeout_s <= MAX_TIMEOUT_S:
+        raise ValueError(f"timeout is {timeout_s} s, expected more than 0 and at most {MAX_TIMEOUT_S}")
     dir = Path(dir).expanduser().resolve()
     try:
         dir.mkdir(parents=True, exist_ok=True)

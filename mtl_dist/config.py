@@ -15,10 +15,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from mtl_dist import storage
-from mtl_dist.errors import InputError, StorageError, nearest
+from mtl_dist.errors import MAX_SEED, InputError, StorageError, nearest
 from mtl_dist.tasks import TASKS
 
 MAX_AUTO_STREAMS = 64
+# The most of what is counted (steps, epochs, files), of a time, of a batch and of a side in pixels.
+MAX_COUNT, MAX_SECONDS, MAX_BATCH, MAX_SIDE = 10**9, 10**7, 2**20, 2048
 # Pixels: below it InceptionV3 has nothing left to pool. `small` stands for it: what runs with it runs with both.
 MIN_INPUT_SIZE = {"inception_v3": 75, "small": 75}
 BACKBONES = ("inception_v3", "vgg16", "small", "vgg_small")
@@ -26,7 +28,16 @@ LIBRARIES = ("torchvision", "timm")
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    # Every number has a least and a most: what is beyond is a slip, and what is no number is compared with nothing.
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_no_boolean(cls, value: Any, about: pydantic.ValidationInfo) -> Any:
+        values = value if isinstance(value, list | tuple) else [value]
+        if cls.model_fields[about.field_name].annotation is not bool and any(isinstance(v, bool) for v in values):
+            raise ValueError("expected no yes or no here")  # pydantic takes true for 1
+        return value
 
     def __init__(self, **values: Any):
         try:
@@ -41,7 +52,7 @@ class RunConfig(Section):
     """The run's name. A run is its name: the same command continues it."""
     storage: str = "runs"
     """Where runs live: a directory or s3://bucket/prefix. This run's files go to <storage>/<name>/."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, le=MAX_SEED)
     """Seeds the order, augmentation, initialisation and dropout."""
     audit_dir: Path | None = None
     """Also write the rows of every step here, a file a process: what a failure lost or repeated can be counted."""
@@ -67,10 +78,10 @@ class DataConfig(Section):
     image_size: int = Field(112, ge=32, le=1024)
     """Side in pixels that the loader resizes every image to (images of this size are not touched). The challenge's
     cropped_aligned has 112; its cropped has larger images too, which lose detail."""
-    streams: int | None = Field(None, ge=1)
+    streams: int | None = Field(None, ge=1, le=MAX_BATCH)
     """Canonical streams of the order; must divide train.global_batch and be at least the number of ranks.
     None: the largest divisor of the global batch up to 64."""
-    block_shards: int = Field(4, ge=1)
+    block_shards: int = Field(4, ge=1, le=MAX_COUNT)
     """Shuffle within blocks of about this many shards."""
     sampling: Literal["masked", "per_task"] = "masked"
     """masked: a step is one batch of rows of whatever labels. per_task: a step is a batch for every task, each of
@@ -78,21 +89,21 @@ class DataConfig(Section):
     as many steps as the task with the fewest labels gives; the others read a part, another one each epoch."""
     epoch_fraction: float = Field(1.0, gt=0, le=1)
     """Share of the training rows that an epoch reads: a random part, another one each epoch."""
-    workers: int = Field(1, ge=0)
+    workers: int = Field(1, ge=0, le=1024)
     """Loader threads of a rank; 0 loads in the training thread."""
-    prefetch: int = Field(3, ge=1)
+    prefetch: int = Field(3, ge=1, le=1024)
     """Batches kept ready by the loader."""
     cache_dir: Path | None = None
     """Per-node cache of shards; None: $MTL_CACHE_DIR or ~/.cache/mtl_dist/shards. Local shards are read in place.
     In a directory of another user it is <cache_dir>/user-<your id>."""
-    cache_gib: float = Field(50.0, gt=0)
+    cache_gib: float = Field(50.0, gt=0, le=10**9)
     """Bound of the cache; shards not in use are evicted, oldest first."""
 
 
 class AugmentConfig(Section):
     crop_scale: tuple[float, float] = (0.8, 1.0)
     """Random crop: share of the side kept, drawn uniformly. (1, 1) keeps the image."""
-    resize: int | None = Field(None, ge=32)
+    resize: int | None = Field(None, ge=32, le=MAX_SIDE)
     """Instead of crop_scale: resize the image to this side and cut out the model's input at a random place, in whole
     pixels. At least the model's input; images larger than it should be made smaller by data.image_size."""
     flip: bool = True
@@ -109,6 +120,14 @@ class AugmentConfig(Section):
     erase: float = Field(0.0, ge=0, le=1)
     """Probability of erasing one random rectangle."""
 
+    @field_validator("crop_scale")
+    @classmethod
+    def _is_a_share(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        low, high = scale
+        if not 0 < low <= high <= 1:
+            raise ValueError("expected LOW HIGH with 0 < LOW <= HIGH <= 1, shares of the side")
+        return scale
+
 
 class ModelConfig(Section):
     name: Literal["a", "b", "baseline"] = "a"
@@ -122,9 +141,9 @@ class ModelConfig(Section):
     backbone is taken, or none: random initialisation."""
     freeze_backbone: bool = False
     """Train what comes after the backbone only; its weights and BatchNorm statistics stay as they are."""
-    image_size: int | None = Field(None, ge=32)
+    image_size: int | None = Field(None, ge=32, le=MAX_SIDE)
     """Side of the model's input after cropping on the device; None: data.image_size."""
-    hidden: int = Field(4096, ge=1)
+    hidden: int = Field(4096, ge=1, le=2**16)
     """Width of the baseline's two fully connected layers."""
     dropout: float = Field(0.3, ge=0, lt=1)
 
@@ -140,9 +159,9 @@ class ModelConfig(Section):
 
 
 class LossConfig(Section):
-    va: float = Field(1.0, ge=0)
-    expr: float = Field(1.0, ge=0)
-    au: float = Field(1.0, ge=0)
+    va: float = Field(1.0, ge=0, le=1e6)
+    expr: float = Field(1.0, ge=0, le=1e6)
+    au: float = Field(1.0, ge=0, le=1e6)
     balancing: Literal["fixed", "uncertainty", "dwa", "famo"] = "fixed"
     """What is multiplied with the weights above. fixed: nothing. uncertainty: learned precisions (Kendall et al. 2018).
     dwa: from how the mean losses of the last two epochs compare (Liu et al. 2019). famo: so that all losses fall at
@@ -166,19 +185,19 @@ class LossConfig(Section):
 
 class OptimConfig(Section):
     name: Literal["sgd", "adamw"] = "sgd"
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(1e-3, gt=0, le=1e3)
     """Peak learning rate, for the global batch as it is: no scaling by ranks."""
     momentum: float = Field(0.9, ge=0, lt=1)
     nesterov: bool = True
     """Nesterov's form of SGD's momentum."""
-    weight_decay: float = Field(5e-4, ge=0)
-    warmup_steps: int = Field(100, ge=0)
+    weight_decay: float = Field(5e-4, ge=0, le=100)
+    warmup_steps: int = Field(100, ge=0, le=MAX_COUNT)
     final_lr: float = Field(0.01, ge=0, le=1)
     """Share of the peak the cosine ends at."""
-    cosine_steps: int | None = Field(None, ge=1)
+    cosine_steps: int | None = Field(None, ge=1, le=MAX_COUNT)
     """Steps from the peak to the cosine's end; None: the rest of training. A longer run goes up again, and down,
     as torch's CosineAnnealingLR does."""
-    clip_norm: float | None = Field(1.0, gt=0)
+    clip_norm: float | None = Field(1.0, gt=0, le=1e30)
     """Gradient norm above which gradients are scaled down; None: never."""
 
 
@@ -191,10 +210,10 @@ class EngineConfig(Section):
     """local: statistics of the rank's batch, the running ones averaged over ranks before evaluation; sync: over all
     ranks (GPU only); frozen: running statistics."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    hang_s: float = Field(900.0, gt=0)
+    hang_s: float = Field(900.0, gt=0, le=MAX_SECONDS)
     """Seconds without a step after which a rank is taken to hang, named and ended, to be started again. More than the
     store may take to answer (5 minutes) and than the slowest step."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, le=4096)
     """CPU threads of a rank for torch; None: ray.cpus_per_rank under Ray, else the machine's cores over its ranks."""
 
     @field_validator("zero_stage")
@@ -211,46 +230,46 @@ class EngineConfig(Section):
 
 
 class TrainConfig(Section):
-    global_batch: int = Field(24, ge=1)
+    global_batch: int = Field(24, ge=1, le=MAX_BATCH)
     """Samples of an optimizer step over all ranks, whatever their number. Losses are those of this batch; only
     BatchNorm's statistics (engine.batchnorm) and dropout depend on how it is split."""
-    epochs: int = Field(50, ge=1)
-    accumulation: int = Field(1, ge=1)
+    epochs: int = Field(50, ge=1, le=10**6)
+    accumulation: int = Field(1, ge=1, le=MAX_BATCH)
     """Micro-batches a rank splits its part of the global batch into. Losses stay those of the whole batch, at the
     price of one more forward pass."""
-    eval_batch: int = Field(64, ge=1)
+    eval_batch: int = Field(64, ge=1, le=2**16)
     """Images per rank and forward pass in evaluation."""
-    eval_every: int = Field(1, ge=1)
+    eval_every: int = Field(1, ge=1, le=MAX_COUNT)
     """Evaluate every so many epochs, and after the last."""
     ema: float = Field(0.0, ge=0, lt=1)
     """Evaluate and save an exponential moving average of the weights with this decay (0.999); 0: the last weights."""
 
 
 class CheckpointConfig(Section):
-    every_steps: int | None = Field(None, ge=1)
+    every_steps: int | None = Field(None, ge=1, le=MAX_COUNT)
     """Also save every so many steps; None: after every evaluation only."""
-    every_minutes: float | None = Field(None, gt=0)
+    every_minutes: float | None = Field(None, gt=0, le=MAX_SECONDS)
     """Also save when the last save is so long ago."""
-    keep_last: int = Field(2, ge=1)
-    keep_best: int = Field(1, ge=1)
+    keep_last: int = Field(2, ge=1, le=MAX_COUNT)
+    keep_best: int = Field(1, ge=1, le=MAX_COUNT)
     """The best of each score are kept: P, VA, EXPR and AU."""
-    keep_every_hours: float | None = Field(None, gt=0)
+    keep_every_hours: float | None = Field(None, gt=0, le=MAX_SECONDS)
     """Also keep one of every so many hours, for good."""
 
 
 class RayConfig(Section):
     num_ranks: Annotated[tuple[int, int], "MIN MAX"] = (1, 1)
     """Elastic number of training processes: training runs with as many as the cluster has, from MIN to MAX."""
-    cpus_per_rank: float = Field(1.0, gt=0)
-    gpus_per_rank: float = Field(0.0, ge=0)
+    cpus_per_rank: float = Field(1.0, gt=0, le=4096)
+    gpus_per_rank: float = Field(0.0, ge=0, le=64)
     """0, or 1: a rank computes on one GPU."""
     placement: Literal["PACK", "SPREAD"] = "PACK"
     """PACK ranks on few nodes (less network), or SPREAD them over many."""
     autoscaling: bool = False
     """The cluster adds nodes when ranks wait for them: do not refuse what it has no room for yet."""
-    resize_every_s: float = Field(60.0, gt=0)
+    resize_every_s: float = Field(60.0, gt=0, le=MAX_SECONDS)
     """How often ranks are added where the cluster has room for more, up to MAX."""
-    max_failures: int = Field(3, ge=-1)
+    max_failures: int = Field(3, ge=-1, le=MAX_COUNT)
     """Restarts after failures before the run gives up; -1: without end."""
 
     @field_validator("num_ranks", mode="before")

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import tyro
 
 from mtl_dist import storage
-from mtl_dist.errors import InputError, run_command
+from mtl_dist.errors import OPTION_BOUNDS, InputError, check_numbers, run_command
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,6 +49,9 @@ RESERVED = ("constant predictor", "ensemble")  # rows of the scores that are no 
 WRITTEN = (
     "predictions.parquet", "calibrated.parquet", "table.txt", "test_predictions.parquet", "submission.txt"
 )  # fmt: skip
+BOUNDS = OPTION_BOUNDS | {
+    "folds": (2, 10_000), "retries": (0, 1000), "cpus_per_member": (0, 4096), "gpus_per_member": (0, 64)
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -165,10 +168,7 @@ def _check_command(command: EnsembleCommand) -> None:
         raise InputError(f"--val names {len(command.val)} sets for {len(command.runs)} runs; expected one each")
     if (command.test_list is None) != (command.test_root is None):
         raise InputError("--test-list and --test-root belong together: which frames to submit, and their images")
-    least = {"folds": 2, "batch": 1, "workers": 0, "retries": 0, "cpus_per_member": 0, "gpus_per_member": 0, "seed": 0}
-    for name, bound in least.items():
-        if (value := getattr(command, name)) < bound:
-            raise InputError(f"--{name.replace('_', '-')} is {value:g}; expected {bound} or more")
+    check_numbers(BOUNDS, **vars(command))
     if not command.half_windows or not 0 <= min(command.half_windows) <= max(command.half_windows) < 10**6:
         raise InputError(f"--half-windows is {list(command.half_windows)}; expected numbers from 0, such as 0 5 10")
     for name in ("runs", "steps", "half_windows"):

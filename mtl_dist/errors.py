@@ -6,7 +6,8 @@ import difflib
 import faulthandler
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 
 class InputError(ValueError):
@@ -15,6 +16,20 @@ class InputError(ValueError):
 
 class StorageError(OSError):
     """The store did not answer as it should after every retry; carries the URI and the store's own words."""
+
+
+# What options of several commands may be: (least, most).
+MAX_SEED = 2**63 - 1  # of what numpy and torch take
+OPTION_BOUNDS = {"seed": (0, MAX_SEED), "batch": (1, 2**16), "workers": (0, 1024), "jobs": (1, 1024)}
+
+
+def check_numbers(bounds: Mapping[str, tuple[float, float]], **options: Any) -> None:
+    """Raise `InputError` for an option that is not within its (least, most), or no number; None is one not given."""
+    for name, (least, most) in bounds.items():
+        value = options.get(name)
+        if value is not None and not least <= value <= most:
+            expected = f"{most} or less" if value > most else f"{least} or more"
+            raise InputError(f"--{name.replace('_', '-')} is {value}; expected {expected}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from mtl_dist import storage
-from mtl_dist.errors import InputError, run_command
+from mtl_dist.errors import OPTION_BOUNDS, InputError, check_numbers, run_command
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from mtl_dist.runtime.trained import Trained
 
 SUFFIXES = (".csv", ".parquet", ".txt")
+BOUNDS = OPTION_BOUNDS | {"every_frames": (1, 10**9), "processes": (1, 1024)}
 MAX_REASONS = 100  # images that are read again, to say what is wrong with them
 
 
@@ -137,10 +138,7 @@ def _check(command: PredictCommand) -> None:
             f"--skip-bad-images leaves rows out, and {command.out}, the challenge's file, has one for every image; "
             "write a .csv, or mend the images"
         )
-    for name, least in (("every_frames", 1), ("batch", 1), ("workers", 0), ("processes", 1)):
-        value = getattr(command, name)
-        if value is not None and value < least:
-            raise InputError(f"--{name.replace('_', '-')} is {value}; expected {least} or more")
+    check_numbers(BOUNDS, **vars(command))
 
 
 def _common_view(runs: Sequence[str], models: Sequence[Trained]) -> str | None:

@@ -23,7 +23,7 @@ import tyro
 
 from mtl_dist import storage
 from mtl_dist.data.columns import NO_OPTIONS, TableOptions
-from mtl_dist.errors import InputError, run_command
+from mtl_dist.errors import OPTION_BOUNDS, InputError, check_numbers, run_command
 from mtl_dist.progress import progress_bar
 from mtl_dist.tasks import AUS, EXPRESSIONS, VIEWS
 
@@ -31,6 +31,15 @@ View = Literal["cropped", "cropped_aligned"]
 Jobs = Annotated[int, tyro.conf.arg(help="Processes.")]
 CORES = os.cpu_count() or 1
 FRAMES_PER_SHARD = 1000
+ROWS = (1, 10**9)
+BOUNDS = OPTION_BOUNDS | {
+    "frames_per_shard": ROWS,
+    "shard_bytes": (1, 10**12),
+    "val_fraction": (0, 1),
+    "num_images": (1, 10_000),
+    "num_train": ROWS,
+    "num_val": ROWS,
+}
 
 
 def create(
@@ -78,7 +87,8 @@ def create(
 
     if frames_per_shard is None and shard_bytes is None:
         frames_per_shard = FRAMES_PER_SHARD
-    _check_positive(frames_per_shard=frames_per_shard, shard_bytes=shard_bytes, jobs=jobs)
+    limits = {"frames_per_shard": frames_per_shard, "shard_bytes": shard_bytes}
+    check_numbers(BOUNDS, **limits, val_fraction=val_fraction, seed=seed, jobs=jobs)
     images_dirs = find_images(source, views, table)
     storage.check_writable(dest)
     found = read_source(source, table, val_fraction=val_fraction, seed=seed)
@@ -87,7 +97,6 @@ def create(
         listed = skipping.read_skipped(dest, but=views)
         with progress_bar("checking images", len(views) * skipping.count_images(found.splits)) as advance:
             kept = skipping.drop_bad_images(found.splits, images_dirs, dest=dest, jobs=jobs, progress=advance)
-    limits = {"frames_per_shard": frames_per_shard, "shard_bytes": shard_bytes}
     with contextlib.ExitStack() as claims:
         plans = plan_sets(kept.splits, images_dirs, dest, seed=seed, claims=claims, **limits)
         skipping.write_checked(kept)
@@ -112,7 +121,7 @@ def verify(uri: Annotated[str, tyro.conf.Positional], *, jobs: Jobs = CORES) -> 
     from mtl_dist.data.index import index_dir, read_index
     from mtl_dist.data.verify import find_set_faults
 
-    _check_positive(jobs=jobs)
+    check_numbers(BOUNDS, jobs=jobs)
     index, shards = read_index(uri), []
     with progress_bar("verifying", index.rows) as advance, contextlib.ExitStack() as stack:
         run = map if jobs == 1 else stack.enter_context(_pool(jobs)).map
@@ -149,7 +158,7 @@ def inspect(
 
     from mtl_dist.data.index import read_index
 
-    _check_positive(num_images=num_images)
+    check_numbers(BOUNDS, num_images=num_images, seed=seed)
     if sheet is not None and sheet.suffix.lower() != ".png":
         raise InputError(f"--sheet is {sheet}; expected a file whose name ends with .png")
     index = read_index(uri)
@@ -202,7 +211,7 @@ def synth(
     """
     from mtl_dist.data.synthetic import write_synthetic
 
-    _check_positive(num_train=num_train, num_val=num_val, jobs=jobs)
+    check_numbers(BOUNDS, num_train=num_train, num_val=num_val, seed=seed, jobs=jobs)
     storage.check_writable(str(dest))
     with progress_bar("rendering faces", 2 * (num_train + num_val)) as advance:
         summary = write_synthetic(dest, num_train=num_train, num_val=num_val, seed=seed, jobs=jobs, progress=advance)
@@ -218,12 +227,6 @@ def _verify_shard(task: tuple[str, dict]):
 
 def _pool(jobs: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
-
-
-def _check_positive(**values: int | None) -> None:
-    for name, value in values.items():
-        if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {value}; expected at least 1")
 
 
 def main(args: list[str] | None = None) -> None:

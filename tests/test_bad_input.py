@@ -255,7 +255,7 @@ def test_a_destination_with_other_files_is_left_alone(dataset, tmp_path):
 
 @pytest.mark.parametrize("flag", ["frames_per_shard", "jobs"])
 def test_counts_below_one_are_refused(dataset, tmp_path, flag):
-    with pytest.raises(InputError, match=f"--{flag.replace('_', '-')} is 0; expected at least 1"):
+    with pytest.raises(InputError, match=f"--{flag.replace('_', '-')} is 0; expected 1 or more"):
         create(dataset, str(tmp_path), **{flag: 0})
 
 

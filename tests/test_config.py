@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
 import yaml
 
-from mtl_dist.config import Config, build_config, dump_yaml, flatten, read_config_file, unflatten
+from mtl_dist.config import Config, Section, build_config, dump_yaml, flatten, read_config_file, unflatten
 from mtl_dist.data.augment import augment, make_draws, normalise
+from mtl_dist.ensemble import EnsembleCommand
 from mtl_dist.errors import InputError, nearest
+from mtl_dist.predict import PredictCommand
 from mtl_dist.presets import PRESETS, CommandConfig, config_of, load_preset, parse_command, with_absolute_paths
-from tests.conftest import REPO
+from mtl_dist.report.__main__ import ReportCommand
+from mtl_dist.shards import create, inspect, synth, verify
+from tests.conftest import REPO, assert_one_message, run_here
+from tune.search import SearchConfig
 
 
 def parse(*args: str) -> Config:
@@ -163,6 +170,74 @@ def test_a_mistake_names_key_value_and_remedy_in_one_line(layer, words):
         build_config(layer)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def numbers_of(section: type[Section]) -> list[tuple[str, type]]:
+    """(name, int or float) of every setting that is a number or a pair of them."""
+    found = []
+    for name, field in section.model_fields.items():
+        kinds = {field.annotation, *get_args(field.annotation)} & {int, float}
+        found += [(name, kind) for kind in kinds if get_origin(field.annotation) is not Literal]
+    return found
+
+
+SECTIONS = {key: field.annotation for key, field in Config.model_fields.items()} | {"search": SearchConfig}
+NUMBERS = [(section, name, kind) for section, of in SECTIONS.items() for name, kind in numbers_of(of)]
+
+
+def test_the_settings_that_are_numbers_are_found():
+    assert len(NUMBERS) > 50
+    assert {
+        ("run", "seed", int),
+        ("optim", "lr", float),
+        ("ray", "num_ranks", int),
+        ("augment", "crop_scale", float),
+    } <= {*NUMBERS}
+
+
+@pytest.mark.parametrize(("section", "name", "kind"), NUMBERS)
+def test_every_number_has_a_least_and_a_most_and_is_no_infinity_nan_or_boolean(section, name, kind):
+    """Far beyond what anyone could mean, in a pair of numbers in either place."""
+    wrong = [True] + ([1e300, -1e300, math.inf, -math.inf, math.nan] if kind is float else [10**30, -(10**30)])
+    is_pair = get_origin(SECTIONS[section].model_fields[name].annotation) is tuple
+    for value in [v for w in wrong for v in ([[w, 1], [1, w]] if is_pair and w is not True else [w])]:
+        with pytest.raises(InputError, match=f"{name}.*"):
+            SearchConfig(**{name: value}) if section == "search" else build_config({section: {name: value}})
+
+
+@pytest.mark.parametrize("scale", [[80, 100], [-1, 0], [0, 1], [1, 0.8], [0.8, 1.01], [math.nan, 1]])
+def test_a_crop_is_a_share_of_the_side(scale):
+    with pytest.raises(InputError, match=r"augment\.crop_scale"):
+        build_config({"augment": {"crop_scale": scale}})
+    for fine in ([0.8, 1], [1, 1], [0.5, 0.5]):
+        build_config({"augment": {"crop_scale": fine}})
+
+
+OPTIONS = {  # command -> what it must be given, and what it is told of numbers
+    "mtl_dist.ensemble": (["--runs", "r", "--out", "o"], EnsembleCommand),
+    "mtl_dist.predict": (["--runs", "r", "--input", "i", "--out", "o.csv"], PredictCommand),
+    "mtl_dist.report": (["r", "--out", "o"], ReportCommand),
+    "mtl_dist.shards create": (["s", "d"], create),
+    "mtl_dist.shards verify": (["u"], verify),
+    "mtl_dist.shards inspect": (["u"], inspect),
+    "mtl_dist.shards synth": (["d"], synth),
+}
+OPTION_NUMBERS = [
+    (command, name, kind)
+    for command, (_, of) in OPTIONS.items()
+    for name, hint in get_type_hints(of).items()
+    for kind in {hint, *get_args(hint)} & {int, float}
+]
+
+
+@pytest.mark.parametrize(("command", "name", "kind"), OPTION_NUMBERS)
+def test_every_number_a_command_takes_has_a_least_and_a_most(command, name, kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module, *verb = command.split()
+    flag = f"--{name.replace('_', '-')}"
+    for value in [10**30, -(10**30)] + ([math.inf, math.nan] if kind is float else []):
+        assert_one_message(run_here(module, *verb, *OPTIONS[command][0], f"{flag}={value}"), flag)
+    assert not list(tmp_path.iterdir())
 
 
 def test_several_mistakes_are_told_at_once():

@@ -317,7 +317,7 @@ def test_micro_batches_hold_every_row_once_and_each_task_in_its_part(rows, parts
 
 
 def test_the_order_of_a_whole_epoch_is_that_without_the_setting(shards, tmp_path):
-    """epoch_fraction 1 and masked sampling are the defaults, and the order that earlier versions had."""
+    """epoch_fraction 1 and masked sampling are the defaults."""
     from mtl_dist.data.order import Order
     from mtl_dist.runtime.plan import build_order
 

@@ -24,7 +24,7 @@ import yaml
 from pydantic import Field
 
 from mtl_dist import storage
-from mtl_dist.config import Config, Section, flatten
+from mtl_dist.config import MAX_COUNT, Config, Section, flatten
 from mtl_dist.errors import InputError, run_command
 from mtl_dist.presets import CommandConfig, config_of, parse_command
 from tune.space import build_param_space, default_space, read_space
@@ -47,17 +47,17 @@ OWN_SETTINGS = (
 class SearchConfig(Section):
     name: str = "search"
     """The search's name; its files go to <run.storage>/<name>/."""
-    trials: int = Field(20, ge=1)
+    trials: int = Field(20, ge=1, le=100_000)
     """Trials to run."""
     space: Path | None = None
     """YAML such as 'optim.lr: {loguniform: [1.0e-4, 1.0e-2]}'. None: the loss weights and the learning rate."""
     algorithm: Literal["random", "optuna"] = "random"
     """optuna: TPE (needs the extra 'search')."""
-    concurrent: int | None = Field(None, ge=1)
+    concurrent: int | None = Field(None, ge=1, le=100_000)
     """Trials at a time; None: as many as the cluster has room for."""
-    grace_epochs: int = Field(1, ge=1)
+    grace_epochs: int = Field(1, ge=1, le=MAX_COUNT)
     """ASHA stops no trial before this many epochs."""
-    reduction: int = Field(3, ge=2)
+    reduction: int = Field(3, ge=2, le=1000)
     """ASHA keeps one in so many trials at each rung."""
 
 

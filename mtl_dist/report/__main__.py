@@ -19,7 +19,9 @@ from typing import Literal
 
 import tyro
 
-from mtl_dist.errors import InputError, run_command
+from mtl_dist.errors import OPTION_BOUNDS, InputError, check_numbers, run_command
+
+BOUNDS = OPTION_BOUNDS | {"draws": (1, 10**6), "faces": (0, 100), "errors": (0, 1000)}
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,7 @@ def _check(command: ReportCommand) -> None:
         plain = [uri.rstrip("/") for uri in uris]
         if repeated := next((uri for uri in plain if plain.count(uri) > 1), None):
             raise InputError(f"{what} {repeated} is named twice; name it once")
-    for flag, value, least in (("draws", command.draws, 1), ("faces", command.faces, 0), ("errors", command.errors, 0),
-                               ("batch", command.batch, 1), ("workers", command.workers, 0)):  # fmt: skip
-        if value < least:
-            raise InputError(f"--{flag} is {value}; expected {least} at least")
+    check_numbers(BOUNDS, **vars(command))
 
 
 if __name__ == "__main__":
