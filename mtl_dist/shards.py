@@ -92,6 +92,8 @@ def create(
     images_dirs = find_images(source, views, table)
     storage.check_writable(dest)
     found = read_source(source, table, val_fraction=val_fraction, seed=seed)
+    for note in found.notes:
+        print(note, flush=True)
     kept = skipping.Kept(found.splits, [], {})
     if skip_bad_images:
         listed = skipping.read_skipped(dest, but=views)
@@ -182,7 +184,10 @@ def inspect(
     table = Table("label", "rows", "share of rows", "")
     rows = [("valence, arousal", counts.va), ("expression", counts.expr), ("any action unit", max(counts.au))]
     rows += [(f"  {name}", count) for name, count in zip(EXPRESSIONS, counts.expr_classes)]
-    rows += [(f"  AU{number} on", count) for number, count in zip(AUS, counts.au_positives)]
+    rows += [
+        (f"  AU{number} on" + (f", of {of} labelled" if of else ", not labelled"), count)
+        for number, count, of in zip(AUS, counts.au_positives, counts.au)
+    ]
     for name, count in [*rows, ("no label at all", counts.unlabelled)]:
         share = count / index.rows
         table.add_row(name, str(count), f"{share:.1%}", "█" * round(30 * share))

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -429,7 +430,8 @@ def test_inspect_prints_one_json_object_for_programs_and_a_table_for_people(shar
     assert done.returncode == 0, done.stderr
     cells = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in done.stdout.splitlines() if "│" in line}
     assert cells["valence, arousal"] == str(index.labels.va)
-    assert {f"AU{number} on" for number in AUS} | set(EXPRESSIONS) <= set(cells)
+    units = {f"AU{number} on, of {of} labelled" for number, of in zip(AUS, index.labels.au)}
+    assert units | set(EXPRESSIONS) <= set(cells)
 
 
 def test_a_sidecar_of_other_arrays_is_refused():
@@ -703,18 +705,36 @@ def test_create_ends_with_what_there_is_what_was_left_out_and_what_is_next(datas
     done = run_here("mtl_dist.shards", "create", str(dataset), str(dest), "--jobs", "1")
     assert done.returncode == 0, done.stderr
     index = read_index(str(dest / "cropped" / "train"))
-    lines = [line.rsplit(maxsplit=2) for line in done.stdout.splitlines()]
-    cells = {line[0].strip(): line[1] for line in lines if len(line) == 3}
+    lines = [re.split(r"\s{2,}", line.strip()) for line in done.stdout.splitlines()]
+    cells = {line[0]: line[1] for line in lines if len(line) == 3}
     assert cells["rows"] == "40"
     assert cells["videos"] == "5"
     assert cells["Neutral"] == str(index.labels.expr_classes[0])
-    assert cells["AU26 on"] == str(index.labels.au_positives[-1])
+    assert cells["AU26 on, of labelled"] == f"{index.labels.au_positives[-1]} of {index.labels.au[-1]}"
     for words in ("skipped: nothing", "wrote 120 images in ", " images/s"):
         assert words in done.stdout
     command = shlex.split(done.stdout.splitlines()[-1].removeprefix("next: python -m "))
     done = run_here(*command, "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "40 rows of cropped" in done.stdout
+
+
+def test_an_action_unit_that_is_always_off_is_told_from_one_that_nobody_labelled(dataset, tmp_path, capsys):
+    rows = [f"{row['image']},,,,0,{number % 2}" for number, row in enumerate(read_rows(dataset, "train"))]
+    (tmp_path / "t.csv").write_text("\n".join(["image,valence,arousal,expression,AU1,AU2", *rows]) + "\n")
+    options = TableOptions(images=dataset / "cropped")
+    dest = tmp_path / "dest"
+    create(tmp_path / "t.csv", str(dest), views=("cropped",), val_fraction=0.2, table=options, jobs=1)
+    lines = [re.split(r"\s{2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    cells = {line[0]: line[1:] for line in lines}
+    assert cells["AU1 on, of labelled"] == ["0 of 32", "0 of 8"]
+    assert cells["AU2 on, of labelled"] == ["16 of 32", "4 of 8"]
+    assert cells["AU26 on, of labelled"] == ["not labelled", "not labelled"]
+    assert any("no labels at all for va, expr, AU4, AU6" in line[0] for line in lines)
+    inspect(str(dest / "cropped" / "train"))
+    printed = capsys.readouterr().out
+    assert "AU1 on, of 32 labelled" in printed
+    assert "AU26 on, not labelled" in printed
 
 
 # ------------------------------------------------------------------------------------------------------ contact sheets

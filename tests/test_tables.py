@@ -142,6 +142,30 @@ def test_a_task_without_columns_has_no_labels(tmp_path, header, tasks):
     assert (table.va_mask.any(), table.expr_mask.any(), table.au_mask.any()) == tasks
 
 
+@pytest.mark.parametrize("au", ["AU{:02}", "au{}", "Au_{:02}", "AU {}"])
+def test_columns_that_differ_in_case_padding_or_separators_are_found_and_told(tmp_path, au):
+    header = ["Image", "Valence", "AROUSAL", "expression", *map(au.format, AUS), "Person", "Split", "face_x"]
+    rows = [["a/1.jpg", "0.5", "-0.25", "3", *ON, "ann", "train", "7"], ["b/1.jpg", "", "", "", *ON, "bob", "val", "7"]]
+    table = read(write(tmp_path / "t.csv", *rows, header=header))
+    assert table.annotations.va.tolist() == [[0.5, -0.25], [0, 0]]
+    assert table.annotations.au.tolist() == [[int(value) for value in ON]] * 2
+    assert table.annotations.au_mask.all()
+    assert table.persons.to_pylist() == ["ann", "bob"]
+    assert table.is_val.tolist() == [False, True]
+    for words in ("'Valence' as valence", f"'{au.format(1)}' as AU1,", "'Person' as person", "; not read: face_x"):
+        assert words in table.about_columns
+    assert split(tmp_path / "t.csv").notes == [table.about_columns]
+
+
+def test_the_usual_names_go_before_names_like_them_and_a_pattern_that_is_given_leaves_others_out(tmp_path):
+    header = ["image", "Valence", "valence", "arousal", *AU_NAMES[:-1], "AU26_r", "AU01"]
+    row = ["a/1.jpg", "9", "0.5", "-0.25", *ON[:-1], "2.7", "0"]
+    table = read(write(tmp_path / "t.csv", row, header=header), columns=Columns(au="AU{}"))
+    assert table.annotations.va.tolist() == [[0.5, -0.25]]
+    assert table.annotations.au_mask.tolist() == [[True] * 11 + [False]]
+    assert table.about_columns.endswith("; not read: Valence, AU26_r, AU01")
+
+
 def test_an_empty_name_leaves_a_column_out(tmp_path):
     path = write(tmp_path / "t.csv", changed(3, "who knows"))
     assert not read(path, columns=Columns(expression="")).annotations.expr_mask.any()
@@ -300,7 +324,14 @@ def test_a_bad_row_is_refused_with_file_row_value_and_expectation(tmp_path, row,
         (HEADER, {"split": "part"}, ["no column 'part' (--columns.split)", "known: AU1"]),
         (HEADER, {"person": "x"}, ["--columns.person"]),
         (["path", *HEADER[1:]], {}, ["no column 'image' in its first line", "known:", "path", "--columns.image"]),
-        (["Image", *HEADER[1:]], {}, ["did you mean 'Image'?"]),
+        (["imagee", *HEADER[1:]], {}, ["did you mean 'imagee'?"]),
+        (["image", "Valence", "VALENCE", "arousal"], {}, ["'Valence', 'VALENCE'", "--columns.valence"]),
+        (["image", "valance", "arousal", "expression"], {}, ["would be dropped", "--columns.valence 'valance'"]),
+        ([*HEADER, "person_id"], {}, ["'person_id', which would be dropped", "--columns.person ''"]),
+        ([*HEADER, "videos"], {}, ["'videos', which would be dropped", "if not --columns.video ''"]),
+        ([*HEADER[:-1], "AU26_c"], {}, ["'AU26_c'", "AU{:02}_c", "leave out what is not named so"]),
+        (["image", *(f"AU{n:02}" for n in AUS)], {"au": "AU{}"}, ["'AU01', 'AU02', 'AU04'", "would be dropped"]),
+        (["image", "AU01", "au1", "AU_1"], {}, ["'AU01', 'au1', 'AU_1'", "--columns.au"]),
         (["image", "valence"], {}, ["has valence (column 'valence') and no arousal", "--columns.arousal"]),
         (["image", "v"], {}, ["has no labels", "known: image, v", "--columns.valence"]),
         (["image", "v"], {"valence": "v"}, ["has valence (column 'v') and no arousal"]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -11,10 +13,14 @@ from mtl_dist.tasks import AUS, EXPRESSIONS, MISSING_EXPR, MISSING_VA
 
 MAX_LISTED_CHARS = 600  # of column names in one message
 UNLABELLED = "-"  # in `--expressions NAME=-`
+NEAR = 0.8  # likeness of two names (difflib) from which one is probably meant by the other
 
 
 class Columns(Section):
-    """Columns by their names in the table's header. A column that is named and not there is an error; '' is none."""
+    """Columns by their names in the table's header. A column that is named and not there is an error; '' is none.
+
+    A usual name (None) is found in any case, and AU1 as AU01, au_1 too, where one column only has it; said aloud.
+    """
 
     image: str | None = None
     """Path of the image below --images. None: image (affectnet: subDirectory_filePath)."""
@@ -118,7 +124,10 @@ class FoundColumns(NamedTuple):
 
 
 def find_columns(options: TableOptions, available: list[str], path: Path) -> FoundColumns:
-    """Return which column of `available` serves what. Raises `InputError` for a named one that is not there."""
+    """Return which column of `available` serves what.
+
+    Raises `InputError` for a named one that is not there, and for one that probably was meant and would be dropped.
+    """
     usual = FORMATS[options.table_format].columns
     given = options.columns.model_dump()
     found: dict[str, str | None] = {}
@@ -127,7 +136,7 @@ def find_columns(options: TableOptions, available: list[str], path: Path) -> Fou
             continue
         if name and name not in available:
             raise InputError(f"{path} has no column '{name}' (--columns.{role}); {_nearest(name, available)}")
-        found[role] = name or None if name is not None else usual[role] if usual[role] in available else None
+        found[role] = name or None if name is not None else _find_alike(usual[role], available, path, role)
     if found["image"] is None:
         other = ", or say --table-format affectnet" if FORMATS["affectnet"].columns["image"] in available else ""
         raise InputError(
@@ -135,6 +144,7 @@ def find_columns(options: TableOptions, available: list[str], path: Path) -> Fou
             f"the column of image paths with --columns.image{other}"
         )
     columns = FoundColumns(**found, aus=_find_aus(given["au"], usual["au"], available, path))
+    _refuse_near_misses(columns, options, available, path)
     if (columns.valence is None) != (columns.arousal is None):
         there, gone = ("valence", "arousal") if columns.valence else ("arousal", "valence")
         raise InputError(
@@ -165,11 +175,86 @@ def _find_aus(given: str | None, usual: str, available: list[str], path: Path) -
             f"{path} has no column '{names[1]}', '{names[2]}', ... (--columns.au {given}); "
             f"{_nearest(names[1], available)}"
         )
+    if given is None:
+        alike = {number: _find_alike(name, available, path, "au") for number, name in names.items()}
+        found = {number: name for number, name in alike.items() if name}
+    left = {number: name for number, name in names.items() if number not in found}
+    missed = [
+        name
+        for name in available
+        if (_au_number(name) in left if given is None else _plain(name) in map(_plain, left.values()))
+    ]
+    if missed:
+        raise InputError(
+            f"{path} has the column(s) {_listed(missed)}, which '{pattern}' does not name, so these labels would be "
+            "dropped; name them with --columns.au, such as AU{:02} for AU01 or AU{:02}_c for AU01_c, or leave out what "
+            f"is not named so with --columns.au '{usual}' (all action units: '')"
+        )
     return found
 
 
+def _au_number(name: str) -> int | None:
+    """Return the number of a column that looks like an action unit's (AU01, au_1, AU01_c), else None."""
+    found = re.match(r"au[\s_-]*0*(\d+)(?!\d)", name.casefold())
+    return int(found[1]) if found else None
+
+
+def _find_alike(name: str, available: list[str], path: Path, role: str) -> str | None:
+    """Return the column of this name, or the only one whose name differs in case, padding or separators alone."""
+    if not name or name in available:
+        return name or None
+    alike = [other for other in available if _plain(other) == _plain(name)]
+    if len(alike) > 1:
+        raise InputError(
+            f"{path} has the columns {_listed(alike)}, each as much '{name}' as the other; say which with "
+            f"--columns.{role}"
+        )
+    return alike[0] if alike else None
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"(?<!\d)0+(?=\d)", "", re.sub(r"[\s_-]", "", name.casefold()))
+
+
+def _refuse_near_misses(columns: FoundColumns, options: TableOptions, available: list[str], path: Path) -> None:
+    """Raise where a column that nothing reads has nearly the name of one that is not there."""
+    unread = [name for name in available if name not in columns.names()]
+    usual = FORMATS[options.table_format].columns
+    for role, given in options.columns.model_dump().items():
+        if role == "au" or given is not None or getattr(columns, role) is not None:
+            continue
+        near = [name for name in unread if _likeness(name, usual[role]) >= NEAR]
+        if near:
+            raise InputError(
+                f"{path} has no column '{usual[role]}', and a column '{near[0]}', which would be dropped; if it is the "
+                f"{role}, say --columns.{role} '{near[0]}', if not --columns.{role} ''"
+            )
+
+
+def _likeness(name: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, _plain(name), _plain(other)).ratio()
+
+
+def describe_columns(columns: FoundColumns, options: TableOptions, available: list[str]) -> str:
+    """Say which columns are read as what, and which are not."""
+    usual = FORMATS[options.table_format].columns
+    read = {role: getattr(columns, role) for role in usual if role != "au"}
+    read |= {f"AU{number}": name for number, name in columns.aus.items()}
+    same = [name for role, name in read.items() if name and name in (role, usual.get(role))]
+    other = [f"'{name}' as {role}" for role, name in read.items() if name and name not in (role, usual.get(role))]
+    unread = [name or "''" for name in available if name not in columns.names()]
+    return f"columns: {', '.join([*same, *other])}" + (f"; not read: {_cut(', '.join(unread))}" if unread else "")
+
+
+def _listed(names: list[str]) -> str:
+    return _cut(", ".join(f"'{name}'" for name in names))
+
+
 def _nearest(name: str, available: list[str]) -> str:
-    text = nearest(name, available)
+    return _cut(nearest(name, available))
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= MAX_LISTED_CHARS else f"{text[:MAX_LISTED_CHARS]} ..."  # some tables have 700 columns
 
 

@@ -27,6 +27,7 @@ class Source(NamedTuple):
     num_videos: dict[str, int]  # of each split
     left_out: dict[str, int]  # rows that are in neither split, by why
     unlabelled: dict[str, int]  # rows whose expression is there and is none of our classes, by why
+    notes: list[str]  # what a user should know before it is written
 
 
 class _Rows(NamedTuple):
@@ -61,7 +62,7 @@ def read_source(path: Path, options: TableOptions, *, val_fraction: float | None
         rows["val"] = _rows_of_text(read_annotations(val_path))
     else:
         rows = _split(rows["train"], val_fraction, seed)
-    return _source(rows, {}, {})
+    return _source(rows, {}, {}, [])
 
 
 def find_images(path: Path, views: tuple[str, ...], options: TableOptions) -> dict[str, Path]:
@@ -120,7 +121,7 @@ def _read_table_source(path: Path, options: TableOptions, val_fraction: float | 
         parts = {"train": _take(rows, np.flatnonzero(~is_val)), "val": _take(rows, np.flatnonzero(is_val))}
     else:
         parts = _split(rows, val_fraction, seed)
-    return _source(parts, table.left_out, table.unlabelled)
+    return _source(parts, table.left_out, table.unlabelled, [table.about_columns])
 
 
 def _join_tables(path: Path, train: Table, options: TableOptions) -> Source:
@@ -136,7 +137,8 @@ def _join_tables(path: Path, train: Table, options: TableOptions) -> Source:
     is_val = np.repeat([False, True], [len(train.videos), len(val.videos)])
     _check_apart(both, is_val, f"{path} and {options.val_table}")
     unlabelled = dict(Counter(train.unlabelled) + Counter(val.unlabelled))
-    return _source({"train": _rows_of(train), "val": _rows_of(val)}, {}, unlabelled)
+    notes = list(dict.fromkeys(table.about_columns for table in (train, val)))
+    return _source({"train": _rows_of(train), "val": _rows_of(val)}, {}, unlabelled, notes)
 
 
 def _check_apart(table: Table, is_val: np.ndarray, where: str) -> None:
@@ -167,10 +169,11 @@ def _take(rows: _Rows, places: np.ndarray) -> _Rows:
     return _Rows(rows.annotations.take(places), rows.videos.take(index), persons)
 
 
-def _source(rows: dict[str, _Rows], left_out: dict[str, int], unlabelled: dict[str, int]) -> Source:
+def _source(rows: dict[str, _Rows], left_out: dict[str, int], unlabelled: dict[str, int], notes: list[str]) -> Source:
     return Source(
         splits={split: part.annotations for split, part in rows.items()},
         num_videos={split: len(part.videos.unique()) for split, part in rows.items()},
         left_out=left_out,
         unlabelled=unlabelled,
+        notes=notes,
     )

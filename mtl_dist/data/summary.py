@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
@@ -12,7 +13,7 @@ from mtl_dist import storage
 from mtl_dist.data.index import Index
 from mtl_dist.data.skipping import SKIPPED_NAME, Skipped, count_reasons
 from mtl_dist.data.sources import Source
-from mtl_dist.tasks import AUS, EXPRESSIONS, SPLITS
+from mtl_dist.tasks import AUS, EXPRESSIONS, SPLITS, LabelCounts
 
 
 def print_summary(
@@ -24,6 +25,8 @@ def print_summary(
         size = sum(shard.tar_bytes for shard in index.shards)
         where = storage.join(dest, index.view, index.split)
         without = index.labels.missing_tasks()
+        if "au" not in without:
+            without += [f"AU{number}" for number, count in zip(AUS, index.labels.au) if not count]
         note = f"; no labels at all for {', '.join(without)}" if without else ""
         print(f"{where}: {index.rows:,} rows in {len(index.shards):,} shards, {size / 1e6:,.1f} MB{note}")
     print()
@@ -44,7 +47,8 @@ def _label_table(by_split: dict[str, Index], num_videos: dict[str, int]) -> Tabl
     for split in by_split:
         table.add_column(split, justify="right", no_wrap=True)
     labels = [index.labels for index in by_split.values()]
-    rows = [("rows", [counts.rows for counts in labels]), ("videos", [num_videos[split] for split in by_split])]
+    rows: list[tuple[str, Sequence[int | str]]] = [("rows", [counts.rows for counts in labels])]
+    rows += [("videos", [num_videos[split] for split in by_split])]
     rows += [("valence, arousal", [counts.va for counts in labels])]
     rows += [("expression", [counts.expr for counts in labels])]
     if any(counts.expr for counts in labels):
@@ -52,11 +56,16 @@ def _label_table(by_split: dict[str, Index], num_videos: dict[str, int]) -> Tabl
         rows += [(f"  {name}", counts) for name, counts in classes]
     rows += [("any action unit", [max(counts.au) for counts in labels])]
     if any(max(counts.au) for counts in labels):
-        units = zip(AUS, zip(*(counts.au_positives for counts in labels)))
-        rows += [(f"  AU{number} on", counts) for number, counts in units]
+        units = zip(AUS, zip(*(_on_of_labelled(counts) for counts in labels)))
+        rows += [(f"  AU{number} on, of labelled", counts) for number, counts in units]
     for name, counts in [*rows, ("no label at all", [counts.unlabelled for counts in labels])]:
-        table.add_row(name, *(f"{count:,}" for count in counts))
+        table.add_row(name, *(count if isinstance(count, str) else f"{count:,}" for count in counts))
     return table
+
+
+def _on_of_labelled(counts: LabelCounts) -> list[str]:
+    """A unit that is off in every row is another thing than one that nobody labelled."""
+    return [f"{on:,} of {of:,}" if of else "not labelled" for on, of in zip(counts.au_positives, counts.au)]
 
 
 def _left_out(dest: str, source: Source, skipped: list[Skipped]) -> list[str]:

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from pyarrow import csv, parquet
 
 from mtl_dist.data.annotations import MAX_NAME_BYTES, Annotations, find_bad_name
-from mtl_dist.data.columns import FORMATS, ExpressionCodes, FoundColumns, TableOptions, find_columns
+from mtl_dist.data.columns import FORMATS, ExpressionCodes, FoundColumns, TableOptions, describe_columns, find_columns
 from mtl_dist.data.splits import video_of
 from mtl_dist.errors import InputError
 from mtl_dist.tasks import AUS, MISSING_AU, MISSING_EXPR
@@ -40,6 +40,7 @@ class Table(NamedTuple):
     persons: pa.Array | None  # (N,) names, null where unknown
     left_out: dict[str, int]  # rows of other splits, by why
     unlabelled: dict[str, int]  # rows whose expression is there and is no label, by why
+    about_columns: str  # which are read, and which are not
 
 
 def read_table(path: Path, options: TableOptions) -> Table:
@@ -80,7 +81,8 @@ def read_table(path: Path, options: TableOptions) -> Table:
         videos=named,
     )
     persons = texts[columns.person] if columns.person else None
-    return Table(annotations, columns, is_val, videos, persons, left_out, unlabelled)
+    about_columns = describe_columns(columns, options, list(header.written))
+    return Table(annotations, columns, is_val, videos, persons, left_out, unlabelled, about_columns)
 
 
 class _Reader(NamedTuple):
