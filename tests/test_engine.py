@@ -15,9 +15,10 @@ from mtl_dist.data.index import read_index
 from mtl_dist.data.reader import ShardReader
 from mtl_dist.runtime.checkpoint import MODEL, TRAIN, committed, read_state, read_tensors
 from mtl_dist.runtime.engine import build_engine
+from mtl_dist.runtime.lives import begin_life, read_lives
 from mtl_dist.runtime.loop import fit
 from mtl_dist.runtime.plan import build_order, open_data
-from mtl_dist.runtime.saving import Saver, begin_life, read_lives
+from mtl_dist.runtime.saving import Saver
 from tests.test_recipes import EVERY_STEP, PER_TASK, Context, config_of
 from tests.test_training import cut_back
 

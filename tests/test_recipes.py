@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,12 @@ from mtl_dist.runtime.engine import learning_rate
 from mtl_dist.runtime.lives import read_lives
 from mtl_dist.runtime.loop import fit
 from mtl_dist.runtime.plan import open_data, plan_run
+from mtl_dist.runtime.setup import check_ranks_agree
 from mtl_dist.runtime.step import draw_passes, seed_dropout, split_batch, train_step
 from mtl_dist.runtime.tracking import read_records
+from mtl_dist.shards import create
 from mtl_dist.tasks import TASKS, Batch, Labels, Outputs
+from tests.conftest import write_dataset
 from tests.test_training import cut_back, final_weights, losses
 
 PER_TASK = {"data": {"sampling": "per_task"}}
@@ -110,6 +114,38 @@ def assert_same_run(one: tuple[Path, str], other: tuple[Path, str]) -> None:
 
 def weights_of(storage: Path, name: str) -> list[dict[str, float]]:
     return [r["weights"] for r in read_records(f"{storage}/{name}") if r["kind"] == "step" and "weights" in r]
+
+
+def disagreeing_rank(rank: int, init_file: str, runs: list, messages) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=2)
+    for config, *of_ranks in runs:
+        mine = build_config(config.model_dump(mode="json"), of_ranks[rank])
+        try:
+            check_ranks_agree(mine, open_data(mine))
+            messages.put((rank, "agreed"))
+        except InputError as error:
+            messages.put((rank, str(error)))
+    dist.destroy_process_group()
+
+
+def test_ranks_of_other_settings_or_other_data_are_refused_on_every_rank(shards, tmp_path):
+    other = tmp_path / "other"  # the same address could hold it on another node
+    create(write_dataset(tmp_path / "images", seed=1), str(other), frames_per_shard=7, jobs=1)
+    config, moved = config_of(shards, tmp_path, "run"), tmp_path / "moved"
+    shutil.copytree(shards, moved)
+    runs = [
+        (config, {"optim": {"lr": 0.1}}, {"optim": {"lr": 0.2}}),
+        (config, {}, {"data": {"train": f"{other}/cropped/train"}}),
+        (config, {}, {"data": {"train": f"{moved}/cropped/train", "workers": 2}, "engine": {"threads": 1}}),
+    ]
+    messages = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(disagreeing_rank, (str(tmp_path / "store"), runs, messages), nprocs=2)
+    said = [messages.get() for _ in range(2 * len(runs))]
+    for rank in (0, 1):
+        lr, data, agreed = [text for of, text in said if of == rank]
+        assert "rank 1 has optim.lr 0.2, and rank 0 has 0.1" in lr
+        assert re.search("rank 1 has training set '[0-9a-f]{64}', and rank 0 has '", data)
+        assert agreed == "agreed"
 
 
 BALANCERS = {

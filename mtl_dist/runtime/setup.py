@@ -7,6 +7,7 @@ import time
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from mtl_dist.config import Config, flatten
@@ -28,6 +29,11 @@ from mtl_dist.runtime.step import check_finite
 from mtl_dist.runtime.tracking import Tracker
 from mtl_dist.runtime.watchdog import Watchdog
 
+# Settings that may differ between ranks: where a node has what it reads, and how it reads.
+OF_A_NODE = (
+    "run.audit_dir", "data.train", "data.val", "data.workers", "data.prefetch", "data.cache_dir", "data.cache_gib",
+    "engine.threads",
+)  # fmt: skip
 MODULE, OPTIMIZER, BATCHNORM = "module/", "optimizer/", "batchnorm"  # of a checkpoint's train.safetensors
 
 
@@ -89,6 +95,7 @@ def set_up(config: Config, context: RunContext, watchdog: Watchdog) -> Setup:
     if device.type == "cpu":
         keep_freed_memory()
     data = open_data(config)
+    check_ranks_agree(config, data)
     if context.num_ranks > config.num_streams:
         raise InputError(
             f"{context.num_ranks} ranks for {config.num_streams} streams: a rank reads one at least; start "
@@ -113,6 +120,23 @@ def set_up(config: Config, context: RunContext, watchdog: Watchdog) -> Setup:
 
         order = build_order(config, data, train_reader, moved)
     return Setup(config, context, watchdog, device, data, order, train_reader, val_reader)
+
+
+def check_ranks_agree(config: Config, data: Data) -> None:
+    """Raise on every rank unless all have the same settings and the same data. Every rank calls it.
+
+    Launchers of several nodes each read a command line and, where data is local, files of their own.
+    """
+    mine = {name: value for name, value in flatten(config).items() if name not in OF_A_NODE} | data.identity()
+    of_ranks: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(of_ranks, mine)
+    for rank, theirs in enumerate(of_ranks):
+        for name, value in of_ranks[0].items():
+            if theirs.get(name) != value:
+                raise InputError(
+                    f"rank {rank} has {name} {theirs.get(name)!r}, and rank 0 has {value!r}: all ranks train one model "
+                    "on one set; start every node with the same command, and give every node the same data"
+                )
 
 
 def restore(setup: Setup) -> tuple[Setup, Trained, int, dict[str, Any]]:
