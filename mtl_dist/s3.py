@@ -1,11 +1,12 @@
 """Requests to an S3 server: every retry, the renewal of credentials, every error in words. The only importer of boto3.
 
-A request is tried 6 times (`AWS_MAX_ATTEMPTS`), with waits of 1, 2, 4, 8 and 16 s between: when the server says that it
-is busy or broken, when nothing answers, when the connection breaks or stalls, in the middle of a body too. A try waits
-10 s to connect and 30 s (`MTL_S3_TIMEOUT_S`) for the next byte, and none begins later than 3 minutes after the first:
-a request ends within 5 minutes, whatever the server does; where nothing listens, after about 25 s. Reads are whole or
-again: an object over 8 MiB is read in parts, each a request. Only an upload over 8 MiB can take twice as long: boto3
-tries its parts by itself, and then takes them back.
+A request is tried again with waits of 1, 2, 4, 8, 16, 16, ... s between: when the server says that it is busy or
+broken, when nothing answers, when the connection breaks or stalls, in the middle of a body too. A try waits 10 s to
+connect and 30 s (`MTL_S3_TIMEOUT_S`) for the next byte, and none begins later than 3 minutes after the first: a request
+ends within 5 minutes, whatever the server does. Two end sooner: where nothing has ever listened, after 6 tries, about
+25 s; and after `AWS_MAX_ATTEMPTS` tries, where that is set. Reads are whole or again: they ask for parts of 8 MiB, and
+the answer names the object's size, so that an answer that is cut short and says so of itself is no whole object. Only
+an upload over 8 MiB can take twice as long: boto3 tries its parts by itself, and then takes them back.
 
 Credentials that the server refuses are asked for anew from boto3's own chain, once a request: they may have expired
 before their time. What a user can mend is an `InputError`, the rest a `StorageError`; both name the URI.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -32,7 +34,8 @@ from botocore.parsers import ResponseParserError
 from mtl_dist.errors import InputError, StorageError
 from mtl_dist.threads import DaemonThreads
 
-MAX_ATTEMPTS = 6
+UNHEARD_ATTEMPTS = 6  # where nothing has ever listened: the endpoint is mistyped, probably
+PART_ATTEMPTS = 6  # of boto3 for a part of an upload
 CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 30  # without a byte
 LAST_TRY_S = 180  # after the first: no try begins later
@@ -44,6 +47,8 @@ PARTS_AT_ONCE = 8
 
 # The server has answered, and will not be pleased by trying again. 400 is what HEAD, without a body, says of a token.
 REFUSALS = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired", "400"}
+AGAIN = {"SlowDown", "RequestTimeout", "NoSuchUpload"}  # the last: an upload in parts that the server forgot
+UPLOAD_KEY = "mtl-upload"  # metadata: tells an upload from others of the same file
 NO_CREDENTIALS = (
     boto.NoCredentialsError,
     boto.PartialCredentialsError,
@@ -84,15 +89,26 @@ def exists(uri: str) -> bool:
 
 def read_bytes(uri: str, *, max_bytes: int | None = None) -> bytes:
     """Read a whole object. Raises `InputError` before reading where it is larger than `max_bytes`."""
-    return _read(uri, max_bytes=max_bytes).data
+    parts: dict[int, bytes] = {}
+
+    def keep(begin: int, data: bytes) -> None:
+        if not begin:  # of another version, perhaps
+            parts.clear()
+        parts[begin] = data
+
+    _read_parts(uri, keep, max_bytes=max_bytes)
+    return b"".join(parts[begin] for begin in sorted(parts))
 
 
 def download(uri: str, path: Path) -> None:
     """Copy an object to `path`, all bytes from one version of it."""
-    for _ in range(2):
-        if _download_parts(uri, path):
-            return
-    raise InputError(f"{uri} is being replaced while it is read; start again when nobody writes it")
+
+    def write(begin: int, data: bytes) -> None:
+        with path.open("r+b" if begin else "wb") as file:
+            file.seek(begin)
+            file.write(data)
+
+    _read_parts(uri, write)
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -101,8 +117,18 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 def upload(path: Path, uri: str) -> None:
     """Copy a file to an object; one over 8 MiB in parts that boto3 sends side by side and tries again by itself."""
-    attempts = _max_attempts()
-    _request(uri, lambda client, Bucket, Key: client.upload_file(str(path), Bucket, Key), boto_attempts=attempts)
+    name = secrets.token_hex(8)
+
+    def send(client, **where: str) -> None:
+        try:
+            client.upload_file(str(path), *where.values(), ExtraArgs={"Metadata": {UPLOAD_KEY: name}})
+        except S3UploadFailedError as error:
+            # The answer to the completion was lost, boto3 asked again, and some servers forget an upload at once.
+            is_lost = isinstance(error.__context__, boto.ClientError) and _code(error.__context__) == "NoSuchUpload"
+            if not is_lost or _upload_key(client, **where) != name:
+                raise
+
+    _request(uri, send, boto_attempts=min(_max_attempts(), PART_ATTEMPTS))
 
 
 def list_objects(uri: str, prefix: str) -> list[tuple[str, int, str]]:
@@ -127,39 +153,52 @@ def split(uri: str) -> tuple[str, str]:
     return bucket, key
 
 
-def _download_parts(uri: str, path: Path) -> bool:
-    """Write an object's parts to `path`; False where it was replaced meanwhile."""
-    first = _read(uri, begin=0)
-    path.write_bytes(first.data)
-
-    def copy(begin: int) -> bool:
-        part = _read(uri, begin=begin)
-        with path.open("r+b") as file:
-            file.seek(begin)
-            file.write(part.data)
-        return (part.etag, part.total) == (first.etag, first.total)
-
-    with DaemonThreads(PARTS_AT_ONCE, "s3-part") as pool:  # each writes to `path`: all are waited for
-        return all(pool.map(copy, range(len(first.data), first.total, PART_BYTES)))
+def _upload_key(client, **where: str) -> str | None:
+    """Return what tells the upload that is there from others; None where nothing is there."""
+    try:
+        return client.head_object(**where)["Metadata"].get(UPLOAD_KEY)
+    except boto.ClientError as error:
+        if _status(error) == 404:
+            return None
+        raise
 
 
-def _read(uri: str, *, begin: int | None = None, max_bytes: int | None = None) -> _Part:
-    """Read an object, or PART_BYTES of it from `begin` on (fewer at its end, none beyond it)."""
+def _read_parts(uri: str, store: Callable[[int, bytes], Any], *, max_bytes: int | None = None) -> None:
+    """Call `store(begin, data)` of every part of an object, the first part first, all of one version of it."""
+    for _ in range(2):
+        first = _read(uri, begin=0)
+        if max_bytes is not None and first.total > max_bytes:
+            raise InputError(f"{uri} has {first.total} bytes; at most {max_bytes} are read")
+        store(0, first.data)
+
+        def copy(begin: int, first: _Part = first) -> bool:
+            part = _read(uri, begin=begin)
+            store(begin, part.data)
+            return (part.etag, part.total) == (first.etag, first.total)
+
+        begins = range(len(first.data), first.total, PART_BYTES)
+        if not begins:
+            return
+        with DaemonThreads(min(PARTS_AT_ONCE, len(begins)), "s3-part") as pool:  # all are waited for: each stores
+            if all(pool.map(copy, begins)):
+                return
+    raise InputError(f"{uri} is being replaced while it is read; start again when nobody writes it")
+
+
+def _read(uri: str, *, begin: int) -> _Part:
+    """Read PART_BYTES of an object from `begin` on (fewer at its end, none beyond it)."""
     give_up = time.monotonic() + SLOWEST_S
-    part = {} if begin is None else {"Range": f"bytes={begin}-{begin + PART_BYTES - 1}"}
 
     def read(client, **where: str) -> _Part:
         try:
-            response = client.get_object(**where, **part)
+            response = client.get_object(**where, Range=f"bytes={begin}-{begin + PART_BYTES - 1}")
         except boto.ClientError as error:
-            if part and _status(error) == 416:  # an empty object has no first byte
+            if _status(error) == 416:  # an empty object has no first byte
                 return _Part(b"", 0, None)
             raise
         size = response["ContentLength"]
         total = int(response["ContentRange"].rpartition("/")[2]) if "ContentRange" in response else size
         with contextlib.closing(response["Body"]) as body:
-            if max_bytes is not None and size > max_bytes:
-                raise InputError(f"{uri} has {size} bytes; at most {max_bytes} are read")
             chunks = []
             for chunk in body.iter_chunks(CHUNK_BYTES):
                 chunks.append(chunk)
@@ -167,7 +206,7 @@ def _read(uri: str, *, begin: int | None = None, max_bytes: int | None = None) -
                     got = sum(map(len, chunks))
                     raise StorageError(f"{uri}: the store sent {got} of {size} bytes in {SLOWEST_S} s: given up")
         data = b"".join(chunks)
-        expected = total if begin is None or "ContentRange" not in response else min(PART_BYTES, total - begin)
+        expected = min(PART_BYTES, total - begin) if "ContentRange" in response else total
         if len(data) != expected:  # less than was asked for, honestly declared: a hole in the file
             raise boto.IncompleteReadError(actual_bytes=len(data), expected_bytes=expected)
         return _Part(data, total, response.get("ETag"))
@@ -178,12 +217,12 @@ def _read(uri: str, *, begin: int | None = None, max_bytes: int | None = None) -
 def _request(uri: str, call: Callable[..., Any], *, boto_attempts: int = 1) -> Any:
     """Return `call(client, Bucket=, Key=)`, tried again as the module says; raise what is wrong in our words.
 
-    Where boto3 itself tries again (`boto_attempts`), only refused credentials are tried a second time here: retries
-    within retries multiply.
+    Where boto3 itself tries again (`boto_attempts`), the 3 minutes begin when it first gave up: a large file takes
+    its time.
     """
     bucket, key = split(uri)
-    began, tries, refused = time.monotonic(), 0, False
-    max_tries = _max_attempts() if boto_attempts == 1 else 1
+    began, tries, refused = None if boto_attempts > 1 else time.monotonic(), 0, False
+    most = _max_attempts()
     while True:
         client = _client(uri, boto_attempts)
         try:
@@ -199,9 +238,12 @@ def _request(uri: str, call: Callable[..., Any], *, boto_attempts: int = 1) -> A
             _forget(client)
             continue
         tries += 1
-        wait = min(FIRST_WAIT_S * 2 ** (tries - 1), LONGEST_WAIT_S) * random.uniform(0.75, 1)
+        began = time.monotonic() if began is None else began
+        wait = min(FIRST_WAIT_S * 2 ** min(tries - 1, 10), LONGEST_WAIT_S) * random.uniform(0.75, 1)
         waited = time.monotonic() - began
-        if not _is_transient(error) or tries >= max_tries or waited + wait > LAST_TRY_S:
+        is_unheard = isinstance(error, UNREACHABLE) and client.meta.endpoint_url not in _answered
+        is_last = tries >= (min(UNHEARD_ATTEMPTS, most) if is_unheard else most)
+        if not _is_transient(error) or is_last or waited + wait > LAST_TRY_S:
             effort = f"{tries} {'try' if tries == 1 else 'tries'} in {waited:.0f} s"
             raise _in_words(uri, error, client.meta.endpoint_url, effort) from error
         time.sleep(wait)
@@ -213,7 +255,7 @@ def _is_refused(error: BaseException) -> bool:
 
 def _is_transient(error: BaseException) -> bool:
     if isinstance(error, boto.ClientError):
-        return (_status(error) or 0) >= 500 or _status(error) == 429 or _code(error) in ("SlowDown", "RequestTimeout")
+        return (_status(error) or 0) >= 500 or _status(error) == 429 or _code(error) in AGAIN
     return isinstance(error, TRANSIENT)
 
 
@@ -284,8 +326,8 @@ def _forget(client: Any) -> None:
             del _clients[slot]
 
 
-def _max_attempts() -> int:
-    return max(1, int(_number("AWS_MAX_ATTEMPTS", MAX_ATTEMPTS)))
+def _max_attempts() -> float:
+    return max(1, int(_number("AWS_MAX_ATTEMPTS", 10**6)))
 
 
 def _number(name: str, default: float) -> float:
