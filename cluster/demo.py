@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,8 +30,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cluster.local import ClusterState, LocalCluster, down
+from cluster.processes import ClusterError
 from mtl_dist.data.annotations import FILES, read_annotations
-from mtl_dist.errors import run_command
+from mtl_dist.errors import PlainParser, run_command
 from mtl_dist.tasks import VIEWS
 
 DEMO_DIR = Path("demo")
@@ -44,6 +46,19 @@ RAY_SPEAKS = (
     "core_worker.cc", "Setting up process group", "Reporting training result", "Found credentials", "Found endpoint",
     "(raylet",
 )  # fmt: skip
+
+
+JOB_FAILED = re.compile(r"Job '\S+' failed")  # of `ray job submit`, at its end
+REASON = re.compile(r"^(?:\([^)]*\) )?((?:error: |[\w.]*(?:Error|Exception|Killed|Died)\b[^:]{0,40}: ).+?)\s*$")
+
+
+class StepFailed(Exception):
+    """A command of the demo failed; the message says which, why, and where its output is."""
+
+    def __init__(self, title: str, code: int, log: Path):
+        reason = find_reason(log.read_text(errors="replace").splitlines())
+        super().__init__(f"'{title}' failed with exit code {code}{reason and f' ({reason})'}; its output is in {log}")
+        self.code = code
 
 
 class Step(NamedTuple):
@@ -78,7 +93,7 @@ def plan_recipe(data: Path | None) -> Recipe:
 
 def main(args: list[str] | None = None) -> None:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m cluster.demo", description=__doc__, formatter_class=formatter)
+    parser = PlainParser(prog="python -m cluster.demo", description=__doc__, formatter_class=formatter)
     parser.add_argument("--data", type=Path, help="data set in the s-Aff-Wild2 layout; default: rendered faces")
     command = parser.parse_args(args)
     recipe = plan_recipe(command.data)
@@ -87,8 +102,17 @@ def main(args: list[str] | None = None) -> None:
     source = command.data or demo / "faces"
     console = Console(highlight=False)
     begun = time.monotonic()
+    try:
+        run_steps(console, demo, plan_steps(source, recipe, render=command.data is None))
+    except (StepFailed, ClusterError) as error:
+        print(f"error: {error}\nWhat is finished is kept: the same command continues.", file=sys.stderr)
+        sys.exit(error.code if isinstance(error, StepFailed) else 1)
+    finish(console, demo, command.data, time.monotonic() - begun)
+
+
+def run_steps(console: Console, demo: Path, steps: list[Step]) -> None:
+    """Run the steps on a cluster of their own, which is ended in any case."""
     cluster_dir = demo / "cluster"
-    steps = plan_steps(source, recipe, render=command.data is None)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("starting", total=sum(step.seconds for step in steps) + 10, left="")
@@ -105,7 +129,6 @@ def main(args: list[str] | None = None) -> None:
             show.begin("stopping the cluster", 2, [])
             down(cluster_dir)
         progress.update(bar, completed=progress.tasks[0].total, left="")
-    finish(console, demo, command.data, time.monotonic() - begun)
 
 
 def begin(demo: Path) -> None:
@@ -189,7 +212,7 @@ class Display:
 
 
 def run_step(step: Step, cluster: ClusterState, show: Display, log: Path) -> None:
-    """Run one command, showing and keeping what it prints. Raises SystemExit with its exit code where it fails."""
+    """Run one command, showing and keeping what it prints. Raises `StepFailed` where it fails."""
     command = step.command
     if step.is_job:
         submit = [
@@ -214,18 +237,23 @@ def run_step(step: Step, cluster: ClusterState, show: Display, log: Path) -> Non
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True
     ) as process:  # fmt: skip
         try:
+            is_over = False
             for text in process.stdout:
                 file.write(text)
-                if shown := readable(text):
+                is_over |= JOB_FAILED.match(text) is not None  # what follows repeats the last lines
+                if not is_over and (shown := readable(text)):
                     show.line(shown)
         except KeyboardInterrupt:
             process.terminate()
             raise
     if process.returncode:
-        print(
-            f"error: '{step.title}' failed with exit code {process.returncode}; its output is in {log}", file=sys.stderr
-        )
-        raise SystemExit(process.returncode)
+        raise StepFailed(step.title, process.returncode, log)
+
+
+def find_reason(lines: Iterable[str]) -> str:
+    """Return the last line that names an error, without Ray's prefix; empty where none does."""
+    reasons = [match[1] for line in lines if (match := REASON.search(re.sub(r"\x1b\[[0-9;]*m", "", line)))]
+    return reasons[-1][:300] if reasons else ""
 
 
 def readable(text: str) -> str | None:

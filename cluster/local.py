@@ -49,6 +49,7 @@ from cluster.state import (
     write_env_file,
     write_private,
 )
+from mtl_dist.errors import PlainParser
 
 MAX_HOSTS, MAX_CPUS = 32, 1024
 MAX_TIMEOUT_S = 86_400
@@ -99,6 +100,7 @@ def up(
     if not 0 < timeout_s <= MAX_TIMEOUT_S:
         raise ValueError(f"timeout is {timeout_s} s, expected more than 0 and at most {MAX_TIMEOUT_S}")
     dir = Path(dir).expanduser().resolve()
+    is_new = not is_cluster_dir(dir)
     try:
         dir.mkdir(parents=True, exist_ok=True)
         if not is_cluster_dir(dir) and any(dir.iterdir()):
@@ -126,6 +128,8 @@ def up(
             return start(dir, hosts, cpus_per_host, network, timeout_s=timeout_s, progress=progress)
         except BaseException:  # KeyboardInterrupt included: half a cluster is of no use
             clear(dir)
+            if is_new:
+                remove_objects(dir)
             raise
 
 
@@ -139,10 +143,15 @@ def down(dir: Path | str, *, purge: bool = False) -> int:
         was_cluster = is_cluster_dir(dir)
         num_ended = clear(dir)
         if purge and was_cluster:
-            shutil.rmtree(dir / "s3", ignore_errors=True)
-            with contextlib.suppress(OSError):
-                dir.rmdir()  # only if nothing of others is in it
+            remove_objects(dir)
     return num_ended
+
+
+def remove_objects(dir: Path) -> None:
+    """Remove what the S3 server stores, and the directory where nothing of others is in it."""
+    shutil.rmtree(dir / "s3", ignore_errors=True)
+    with contextlib.suppress(OSError):
+        dir.rmdir()
 
 
 def clear(dir: Path) -> int:
@@ -201,22 +210,22 @@ def start_network(id: str, hosts: int, wanted: str, say: parts.Progress) -> tupl
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
     try:
+        args = build_parser().parse_args(argv)
         return args.command(args)
     except ValueError as error:
-        print(f"cluster.local {args.verb}: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except ClusterError as error:
-        print(f"cluster.local {args.verb}: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"cluster.local {args.verb}: interrupted", file=sys.stderr)
+        print("\ninterrupted", file=sys.stderr)
         return 130
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = PlainParser(
         prog="python -m cluster.local",
         description="A small real cluster on this machine: an S3 server and several hosts, each with a Ray node.",
         epilog=EXAMPLES["all"],

@@ -3,6 +3,8 @@
 import contextlib
 import http.client
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -151,11 +153,26 @@ def wait_until(
                 )
         if time.monotonic() > deadline:
             waiting = [name for name, process in started.items() if process.poll() is None] or list(started)
-            raise ClusterError(f"{what} did not answer in time\n{read_log_tails(state, waiting)}")
+            raise ClusterError(_too_slow(state, waiting, what))
         time.sleep(POLL_S)
 
 
-def read_log_tails(state: ClusterState, names: list[str], num_lines: int = 15) -> str:
+def _too_slow(state: ClusterState, waiting: list[str], what: str) -> str:
+    """Say what was waited for, how busy the machine is, and what to do; of the logs only what sounds like a fault."""
+    free = [line.split()[1] for line in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in line]
+    memory = f" and {int(free[0]) / 1e6:.1f} GB of free memory" if free else ""
+    faults = read_log_tails(state, waiting, 5, only=re.compile("error|exception|traceback|fatal", re.IGNORECASE))
+    return (
+        f"{what} did not answer in time. This machine has a load of {os.getloadavg()[0]:.0f} on {os.cpu_count()} "
+        f"cores{memory}: end other work or wait for it, then start again; `up` takes --timeout 300 for a slow machine, "
+        f"and fewer --hosts need less{faults and f'{chr(10)}{faults}'}"
+    )
+
+
+def read_log_tails(
+    state: ClusterState, names: list[str], num_lines: int = 15, *, only: re.Pattern[str] | None = None
+) -> str:
+    """Return the last lines of the logs of these parts, or of those of their lines that hold `only`."""
     paths = []
     for name in names:
         paths.append(state.dir / "logs" / f"{name}.log")
@@ -165,9 +182,10 @@ def read_log_tails(state: ClusterState, names: list[str], num_lines: int = 15) -
     tails = []
     for path in paths:
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        lines = [line for line in lines if only is None or only.search(line)]
         if lines:
             tails += [f"--- {path}", *lines[-num_lines:]]
-    return "\n".join(tails) or "(its logs are empty)"
+    return "\n".join(tails) or ("" if only else "(its logs are empty)")
 
 
 def create_bucket(state: ClusterState) -> None:

@@ -152,7 +152,11 @@ class ModelConfig(Section):
     def _is_a_name(cls, name: str) -> str:
         library, colon, variant = name.partition(":")
         if not colon and library not in BACKBONES:
-            raise ValueError(f"{nearest(name, BACKBONES)}; or torchvision:NAME, timm:NAME")
+            raise ValueError(
+                f"{nearest(name, BACKBONES)}; is it a library's? then timm:{name} or torchvision:{name}"
+                if re.fullmatch(r"[\w.\-]+", name)
+                else f"{nearest(name, BACKBONES)}; or torchvision:NAME, timm:NAME"
+            )
         if colon and (library not in LIBRARIES or not re.fullmatch(r"[\w.\-]+", variant)):
             raise ValueError("expected torchvision:NAME or timm:NAME, such as timm:convnext_tiny")
         return name

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import tyro
 
 from mtl_dist import storage
-from mtl_dist.errors import OPTION_BOUNDS, InputError, check_numbers, run_command
+from mtl_dist.errors import OPTION_BOUNDS, InputError, check_numbers, plain_refusals, run_command
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,6 +52,8 @@ WRITTEN = (
 BOUNDS = OPTION_BOUNDS | {
     "folds": (2, 10_000), "retries": (0, 1000), "cpus_per_member": (0, 4096), "gpus_per_member": (0, 64)
 }  # fmt: skip
+
+PROG = "python -m mtl_dist.ensemble"
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ class Fitted(NamedTuple):
 
 
 def main(args: list[str] | None = None) -> None:
-    command = tyro.cli(EnsembleCommand, args=args, prog="python -m mtl_dist.ensemble", description=__doc__)
+    with plain_refusals(PROG):
+        command = tyro.cli(EnsembleCommand, args=args, prog=PROG, description=__doc__)
     _check_command(command)
     from mtl_dist.data.submission import find_images, read_test_list
     from mtl_dist.objective.metrics import constant_scores, metric_sums, scores

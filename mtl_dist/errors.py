@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import difflib
 import faulthandler
+import io
 import os
+import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NoReturn
 
 
 class InputError(ValueError):
@@ -30,6 +34,38 @@ def check_numbers(bounds: Mapping[str, tuple[float, float]], **options: Any) -> 
         if value is not None and not least <= value <= most:
             expected = f"{most} or less" if value > most else f"{least} or more"
             raise InputError(f"--{name.replace('_', '-')} is {value}; expected {expected}")
+
+
+class PlainParser(argparse.ArgumentParser):
+    """Its refusals are `InputError`s, as those of all commands are."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+@contextlib.contextmanager
+def plain_refusals(prog: str) -> Iterator[None]:
+    """Turn what tyro refuses in this block, which it says in a box, into an `InputError`."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            yield
+    except SystemExit as ended:
+        if ended.code != 2:  # 0: --help
+            raise
+        raise InputError(_unbox(said.getvalue(), prog)) from None
+
+
+def _unbox(box: str, prog: str) -> str:
+    """Return the text of a box of tyro's, without frame, title and rules, and with our names for settings."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:-1]
+    rows = [line[2:].rstrip("│ ") if line.strip("│─- ") else "\f" for line in lines]  # \f: a rule
+    parts = [part.strip("\n") for part in "\n".join(rows).split("\f")]
+    text = "\n".join(re.sub(r"(?<=\S)\n(?=\S)", " ", part) for part in parts if part)  # wrapped sentences
+    text = re.sub(r"^Error parsing (?:[A-Z]\w*: |(?=--))", "", text)  # of the command as a whole, or of a flag
+    text = re.sub(r"^Error parsing (\w+): (?=\w+ is )", r"\1.", text)  # of a section: optim: lr is
+    text = re.sub(r"\bin python (?=\w+ --help)", f"in {prog} ", text)  # tyro takes the first word for the program
+    return text[:1].lower() + text[1:]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

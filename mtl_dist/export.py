@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from mtl_dist import storage
-from mtl_dist.errors import InputError, run_command
+from mtl_dist.errors import InputError, plain_refusals, run_command
 from mtl_dist.sealed import seal
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ TOLERANCE = 1e-4
 NUM_FACES = 64
 NUM_RANDOM = 8
 CHECK_BATCH = 16
+
+PROG = "python -m mtl_dist.export"
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class ExportCommand:
 
 
 def main(args: list[str] | None = None) -> None:
-    command = tyro.cli(ExportCommand, args=args, prog="python -m mtl_dist.export", description=__doc__)
+    with plain_refusals(PROG):
+        command = tyro.cli(ExportCommand, args=args, prog=PROG, description=__doc__)
     if not command.formats:
         raise InputError("--formats is empty; expected safetensors, onnx or both")
     from mtl_dist.runtime.card import ONNX, write_card

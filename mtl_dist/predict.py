@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from mtl_dist import storage
-from mtl_dist.errors import OPTION_BOUNDS, InputError, check_numbers, run_command
+from mtl_dist.errors import OPTION_BOUNDS, InputError, check_numbers, plain_refusals, run_command
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 SUFFIXES = (".csv", ".parquet", ".txt")
 BOUNDS = OPTION_BOUNDS | {"every_frames": (1, 10**9), "processes": (1, 1024)}
 MAX_REASONS = 100  # images that are read again, to say what is wrong with them
+
+PROG = "python -m mtl_dist.predict"
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ class PredictCommand:
 
 
 def main(args: list[str] | None = None) -> None:
-    command = tyro.cli(PredictCommand, args=args, prog="python -m mtl_dist.predict", description=__doc__)
+    with plain_refusals(PROG):
+        command = tyro.cli(PredictCommand, args=args, prog=PROG, description=__doc__)
     _check(command)
     from mtl_dist.progress import progress_bar
     from mtl_dist.runtime.device import named_device

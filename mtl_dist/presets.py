@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from typing import Any, TypeVar
 
@@ -10,7 +9,7 @@ import tyro
 
 from mtl_dist import storage
 from mtl_dist.config import Config, Section, build_config, read_config_file
-from mtl_dist.errors import InputError, nearest
+from mtl_dist.errors import InputError, PlainParser, nearest, plain_refusals
 
 # What the systems have in common on a laptop: random initialisation, for synthetic faces and first tries.
 LAPTOP: dict[str, Any] = {
@@ -93,17 +92,15 @@ class CommandConfig(Config):
 def parse_command(command: type[Command], args: list[str] | None, *, prog: str, description: str) -> Command:
     """Build a command's configuration: preset < --config FILE < flags. A wrong flag or value ends with exit code 2."""
     args = sys.argv[1:] if args is None else args
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    early = PlainParser(add_help=False, allow_abbrev=False, prog=prog)
     early.add_argument("--preset", default="a")
     early.add_argument("--config")
-    try:
-        known, _ = early.parse_known_args([part for part in args if part not in ("-h", "--help")])
-    except argparse.ArgumentError as error:
-        raise InputError(f"{error}; see {prog} --help") from None
+    known, _ = early.parse_known_args([part for part in args if part not in ("-h", "--help")])
     resolved = build_config(load_preset(known.preset), read_config_file(known.config) if known.config else {})
     sections = {name: getattr(resolved, name) for name in Config.model_fields}
     default = command(**sections, preset=known.preset, config=known.config)
-    return tyro.cli(command, default=default, args=args, prog=prog, description=description)
+    with plain_refusals(prog):
+        return tyro.cli(command, default=default, args=args, prog=prog, description=description)
 
 
 def config_of(command: CommandConfig) -> Config:

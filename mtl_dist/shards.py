@@ -11,10 +11,12 @@ Examples:
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,7 +25,7 @@ import tyro
 
 from mtl_dist import storage
 from mtl_dist.data.columns import NO_OPTIONS, TableOptions
-from mtl_dist.errors import OPTION_BOUNDS, InputError, check_numbers, run_command
+from mtl_dist.errors import OPTION_BOUNDS, InputError, check_numbers, plain_refusals, run_command
 from mtl_dist.progress import progress_bar
 from mtl_dist.tasks import AUS, EXPRESSIONS, VIEWS
 
@@ -234,9 +236,25 @@ def _pool(jobs: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
 
 
+COMMANDS = {"create": create, "verify": verify, "inspect": inspect, "synth": synth}
+PROG = "python -m mtl_dist.shards"
+
+
 def main(args: list[str] | None = None) -> None:
-    commands = {"create": create, "verify": verify, "inspect": inspect, "synth": synth}
-    tyro.extras.subcommand_cli_from_dict(commands, args=args, prog="python -m mtl_dist.shards", description=__doc__)
+    commands = {name: _later(command) for name, command in COMMANDS.items()}
+    with plain_refusals(PROG):
+        chosen = tyro.extras.subcommand_cli_from_dict(commands, args=args, prog=PROG, description=__doc__)
+    chosen()
+
+
+def _later(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    """Give a function with the same flags that only remembers them: what the command says is no refusal of a flag."""
+
+    @functools.wraps(command)
+    def remember(*args, **flags):
+        return functools.partial(command, *args, **flags)
+
+    return remember
 
 
 if __name__ == "__main__":

@@ -178,16 +178,23 @@ def delete_all(uri: str, *, first: str | None = None) -> None:
 
 
 def check_writable(uri: str, *, flag: str = "") -> None:
-    """Raise an `InputError` unless objects can be written below this prefix (a probe is written and removed).
+    """Raise an `InputError` unless objects can be written below this prefix. Nothing of the probe is left.
 
     `flag` is the option that names it.
     """
-    if not is_s3(uri) and exists(uri):
+    if is_s3(uri):
+        probe = join(uri, f".probe-{os.getpid()}")
+        write_bytes(probe, b"")
+        delete(probe)
+        return
+    if exists(uri):
         what = f"{flag} is {uri}, which is a file" if flag else f"{uri} cannot be written to: it is a file"
         raise InputError(f"{what}; expected a directory, which may be there already or not")
-    probe = join(uri, f".probe-{os.getpid()}")
-    write_bytes(probe, b"")
-    delete(probe)
+    path = local_path(uri)
+    with _local_write_errors(path):
+        nearest = next(directory for directory in (path.absolute(), *path.absolute().parents) if directory.exists())
+        with tempfile.TemporaryFile(dir=nearest):  # what starts may fail yet: no directory is made for it
+            pass
 
 
 def sha256_of(path: Path) -> str:

@@ -19,9 +19,11 @@ from typing import Literal
 
 import tyro
 
-from mtl_dist.errors import OPTION_BOUNDS, InputError, check_numbers, run_command
+from mtl_dist.errors import OPTION_BOUNDS, InputError, check_numbers, plain_refusals, run_command
 
 BOUNDS = OPTION_BOUNDS | {"draws": (1, 10**6), "faces": (0, 100), "errors": (0, 1000)}
+
+PROG = "python -m mtl_dist.report"
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class ReportCommand:
 
 
 def main(args: list[str] | None = None) -> None:
-    command = tyro.cli(ReportCommand, args=args, prog="python -m mtl_dist.report", description=__doc__)
+    with plain_refusals(PROG):
+        command = tyro.cli(ReportCommand, args=args, prog=PROG, description=__doc__)
     _check(command)
     from mtl_dist.report.writing import write_report
 
