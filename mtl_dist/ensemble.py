@@ -151,7 +151,7 @@ def main(args: list[str] | None = None) -> None:
     if test_names:
         predictions = [tables[name][TEST].predicted.predictions for name in members]
         files |= _render_test(test_names, predictions, fitted.final if fitted else None)
-    _write(command.out, files | {"score.json": json.dumps(report, indent=1).encode()})
+    _write(command.out, files | {"score.json": json.dumps(report, indent=1, allow_nan=False).encode()})
     print_scores(results, title=f"{report['rows']} validation rows")
     if steps:
         num_folds = len(fitted.crossfit.calibrations)

@@ -73,6 +73,7 @@ def main(args: list[str] | None = None) -> None:
     with storage.scratch_directory("export") as scratch:
         files: dict[str, dict[str, Any]] = {}
         model = load_trained(trained)
+        _check_weights(model, trained.uri)
         if "safetensors" in command.formats:
             _write_weights(model, scratch / MODEL)
             files[MODEL] = _about(scratch / MODEL)
@@ -114,6 +115,13 @@ def _check_out(out: str) -> None:
     storage.check_writable(out if storage.local_path(out).is_dir() else parent_uri(out.rstrip("/")))
 
 
+def _check_weights(model: nn.Module, uri: str) -> None:
+    from mtl_dist.runtime.step import non_finite
+
+    if wrong := non_finite(model):
+        raise InputError(f"{uri} has weights that are not finite ({', '.join(wrong[:3])}); train it again")
+
+
 def _write_weights(model: nn.Module, path: Path) -> None:
     from safetensors.torch import save_file
 
@@ -127,6 +135,7 @@ def _export_onnx(model: nn.Module, trained: Trained, faces: np.ndarray, path: Pa
 
     from mtl_dist.runtime.card import Checked
     from mtl_dist.runtime.graph import largest_difference, run_onnx, write_onnx
+    from mtl_dist.runtime.predictions import check_finite
 
     config = trained.config
     size = config.data.image_size
@@ -135,9 +144,10 @@ def _export_onnx(model: nn.Module, trained: Trained, faces: np.ndarray, path: Pa
     noise = np.random.default_rng(0).integers(0, 256, (NUM_RANDOM, 3, size, size), np.uint8)
     differences = {}
     for name, images in (("faces", faces), ("pictures of noise", noise)):
-        found = largest_difference(
-            run_onnx(path, images, batch=CHECK_BATCH), _run_torch(model, images, config.input_size)
-        )
+        answers = _run_torch(model, images, config.input_size)
+        numbers = range(1, len(images) + 1)
+        check_finite(answers, [f"number {number} of the {name}" for number in numbers], source=trained.uri)
+        found = largest_difference(run_onnx(path, images, batch=CHECK_BATCH), answers)
         differences[name] = found
         print(f"onnxruntime and torch differ by {found:.1e} at most on {len(images)} {name} (at most {TOLERANCE:.0e})")
         if not found <= TOLERANCE:  # NaN neither

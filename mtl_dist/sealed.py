@@ -17,7 +17,8 @@ SEAL = "sha256"  # the key
 def seal(content: dict[str, Any]) -> bytes:
     """Serialise with a checksum of the content."""
     assert SEAL not in content
-    return json.dumps({**content, SEAL: _digest(json.loads(json.dumps(content)))}, indent=1).encode() + b"\n"
+    digest = _digest(json.loads(json.dumps(content, allow_nan=False)))
+    return json.dumps({**content, SEAL: digest}, indent=1).encode() + b"\n"
 
 
 def unseal(data: bytes, *, unsealed: Iterable[str] = ()) -> dict[str, Any]:

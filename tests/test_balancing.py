@@ -61,6 +61,14 @@ def test_dwa_is_the_formula_written_out():
         means.append(steps.mean(0).tolist())
 
 
+def test_dwa_stays_finite_where_a_loss_rises_without_bound():
+    balancer = build_balancer(LossConfig(balancing="dwa"))
+    for scale in (1e-6, 1.0):  # a ratio of a million, whose exponential is none of float64
+        balancer.stepped(losses_of(scale, 1, 1), ALL, None)
+        balancer.finished_epoch()
+    assert balancer.weights(losses_of(1, 1, 1), ALL).tolist() == pytest.approx([3, 0, 0], abs=1e-12)
+
+
 def test_dwa_takes_means_over_the_steps_that_have_labels_and_leaves_out_tasks_without_any():
     balancer = build_balancer(LossConfig(balancing="dwa"))
     for va, au in ((1.0, 0.8), (0.5, 0.8)):

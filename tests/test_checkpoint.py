@@ -146,6 +146,20 @@ def test_the_best_is_the_highest_score_and_the_later_of_equals(tmp_path):
     assert best([]) is None
 
 
+def test_a_score_that_is_not_a_number_is_neither_the_best_nor_kept_for_it(tmp_path):
+    nan = float("nan")
+    saved = [Checkpoint(f"run/{n}", n, {"p": p}, float(n), {}) for n, p in enumerate((0.9, 0.5, 0.6, nan, 0.1))]
+    kept = [c for c in saved if c not in plan_retention(saved, retention(keep_last=1, keep_best=1))]
+    assert [c.step for c in kept] == [0, 4]
+    assert best(saved[3:4]) is None
+    assert best([saved[3], saved[1]]).step == best([saved[1], saved[3]]).step == 1
+    for step, score in ((1, nan), (2, 1.9), (3, nan)):  # as written before evaluations refused them
+        write_checkpoint(tmp_path, step, score)
+    found, skipped = committed(str(tmp_path))
+    assert ([c.score for c in found], skipped) == ([None, 1.9, None], [])
+    assert best(found).step == 2
+
+
 @st.composite
 def saved_checkpoints(draw) -> list[Checkpoint]:
     """Checkpoints of several lives, some of the same step, each with some of the scores or none."""

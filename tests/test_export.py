@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save
 
 from mtl_dist import export, predict, storage
 from mtl_dist.config import ModelConfig
@@ -36,6 +36,7 @@ from mtl_dist.runtime.trained import load_trained, open_trained
 from mtl_dist.sealed import seal, unseal
 from tests.conftest import LONDON
 from tests.test_checkpoint import flips
+from tests.test_ensemble import rewrite
 from tests.test_predict import read_rows
 
 SIZE = 80  # of the images that the run was trained at
@@ -302,3 +303,20 @@ def test_every_flipped_bit_of_an_exports_config_is_found_or_changes_nothing(expo
             (tmp_path / "config.json").write_bytes(flipped)
             with contextlib.suppress(InputError):
                 assert open_trained(str(tmp_path)) == whole or data == unsealed, flipped
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (np.nan, r"has weights that are not finite \("),
+        (1e38, r"gives values that are not finite for \d+ of \d+ images, such as number \d+ of the faces"),
+    ],
+)
+def test_a_model_that_overflows_is_no_export(value, words, run, tmp_path):
+    broken = Path(shutil.copytree(run, tmp_path / "broken"))
+    weights = load_file(f"{best(committed(str(broken))[0]).uri}/model.safetensors")
+    spoilt = {n: np.full_like(v, value) if v.dtype == np.float32 and v.ndim > 1 else v for n, v in weights.items()}
+    rewrite(broken, "model.safetensors", save(spoilt))
+    with pytest.raises(InputError, match=words):
+        export.main([str(broken), "--out", f"{tmp_path}/out"])
+    assert not list(Path(tmp_path).glob("out/*"))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from mtl_dist.errors import InputError
 from mtl_dist.objective.metrics import Predictions, Targets
-from mtl_dist.runtime.evaluate import Predicted
+from mtl_dist.runtime.evaluate import Predicted, check_predictions
 from mtl_dist.runtime.predictions import prediction_table, read_key, read_predictions, write_parquet
+from mtl_dist.runtime.step import NonFiniteLoss
 
 
 def make_predicted(num_rows: int, seed: int = 0) -> Predicted:
@@ -75,3 +78,35 @@ def test_a_foreign_table_is_refused(tmp_path):
     write_parquet(f"{tmp_path}/other.parquet", pa.table({"row": [1]}))
     with pytest.raises(InputError, match="not a table of predictions"):
         read_predictions(f"{tmp_path}/other.parquet")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_table_with_a_prediction_that_is_not_finite_is_refused_by_its_image(value, tmp_path):
+    predicted = make_predicted(50)
+    predicted.predictions.au[7, 3] = value
+    images = [f"video/{number:05d}.jpg" for number in range(50)]
+    write_parquet(f"{tmp_path}/predictions.parquet", prediction_table(predicted, images, labels=True))
+    with pytest.raises(InputError, match=r"predictions\.parquet .* not finite for 1 of 50 images, such as .*/00007"):
+        read_predictions(f"{tmp_path}/predictions.parquet")
+
+
+def rank_main(rank: int, store: str, out: str) -> None:
+    """One of two ranks, of which the second alone predicts what is not finite."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    predicted = make_predicted(10)
+    check_predictions(predicted, 4)
+    if rank:
+        predicted.predictions.va[3] = np.nan
+        predicted.predictions.expr[[1, 3]] = np.inf
+    try:
+        check_predictions(predicted, 5)
+    except NonFiniteLoss as error:
+        with open(f"{out}/{rank}", "w") as file:
+            file.write(str(error))
+    dist.destroy_process_group()
+
+
+def test_all_ranks_end_alike_where_one_predicts_what_is_not_finite(tmp_path):
+    mp.spawn(rank_main, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    said = [(tmp_path / name).read_text() for name in "01"]
+    assert said == ["evaluation after step 5: predictions of 2 row(s) are not finite: 3, 9"] * 2

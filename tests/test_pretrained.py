@@ -91,6 +91,14 @@ def test_what_is_no_weights_is_refused_with_what_would_be(runs, s3, tmp_path):
         build_pretrained(config_from(f"{runs}/faces", backbone="vgg16", hidden=8))
 
 
+def test_weights_that_are_not_finite_are_refused_before_training_seems_to_diverge(runs, tmp_path):
+    weights = last_weights(runs, "faces")
+    wrong = "backbone.features.0.weight"
+    save_file(weights | {wrong: weights[wrong] * float("nan")}, tmp_path / "faces.safetensors")
+    with pytest.raises(InputError, match=rf"faces\.safetensors holds what is not finite \({wrong}\)"):
+        build_pretrained(config_from(tmp_path / "faces.safetensors"))
+
+
 def test_a_run_in_the_store_may_have_a_dot_in_its_name(runs, s3):
     for name, _ in storage.list_objects(f"{runs}/faces/checkpoints"):
         storage.upload(runs / "faces" / "checkpoints" / name, f"s3://mtl/pretrained/faces-0.1/checkpoints/{name}")

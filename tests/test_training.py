@@ -251,14 +251,22 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkp
         "1",
     )
     done = run_module(*train_args(shards, tmp_path, "run", *diverging, "--train.epochs", "20"))
-    assert done.returncode == 1
-    assert "NonFiniteLoss" in done.stderr
-    step = int(re.search(r"NonFiniteLoss: step (\d+)", done.stderr)[1])
+    step = int(re.search(r"error: step (\d+): the loss is not finite", done.stderr)[1])
     found, _ = committed(str(tmp_path / "run"))
-    assert found
+    last = f"The last checkpoint is of step {found[-1].step} ({found[-1].uri}): its weights are finite, but may have"
+    assert_one_message(done, last, "lower optim.lr", "under another --run.name")
     assert 1 <= found[-1].step < step
     assert find_damage(found[-1]) is None
     assert all(np.isfinite(tensor).all() for tensor in final_weights(tmp_path, "run").values())
+
+
+def test_predictions_that_are_not_finite_end_the_evaluation_and_nothing_is_stored(shards, tmp_path):
+    """One step makes weights whose loss nobody has seen yet, and the scores of NaN are those of 'always Neutral'."""
+    diverging = ("--optim.lr", "1000", "--optim.warmup-steps", "0", "--train.global-batch", "40")
+    done = run_module(*train_args(shards, tmp_path, "run", *diverging))
+    words = ("evaluation after step 1: predictions of 20 row(s) are not finite: 0, 1, 2, 3,", "has no checkpoint")
+    assert_one_message(done, *words, "lower optim.lr")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "lives.json"}
 
 
 def test_the_status_of_a_run_is_told_from_its_storage(shards, tmp_path):

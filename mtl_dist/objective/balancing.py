@@ -72,6 +72,7 @@ class DynamicWeightAverage(Balancer):
     """
 
     TEMPERATURE = 2.0
+    MAX_RATIO = 1000.0  # no weight is left for another task long before, and exp overflows at 1420
 
     def __init__(self, config: LossConfig):
         super().__init__(config)
@@ -96,7 +97,7 @@ class DynamicWeightAverage(Balancer):
         self.last.copy_(torch.where(seen, self.sums / self.counts.clamp_min(1), self.last))
         ratio = torch.where(self.before > 0, self.last / self.before.clamp_min(TINY), 1.0)
         taking_part = (self.last > 0) & (self.fixed > 0)
-        shares = torch.where(taking_part, torch.exp(ratio / self.TEMPERATURE), 0.0)
+        shares = torch.where(taking_part, torch.exp(ratio.clamp_max(self.MAX_RATIO) / self.TEMPERATURE), 0.0)
         found = taking_part.sum() * shares / shares.sum().clamp_min(TINY)
         self.found.copy_(torch.where(taking_part, found, self.found))
         self.sums.zero_()

@@ -66,5 +66,5 @@ def ensemble_block(result: Result) -> str:
         f"{result.name}: ensemble of {len(runs)}",
         paragraph("The command that makes it:"),
         preformatted(shlex.join(command)),
-        folded("members and calibration, as in score.json", preformatted(json.dumps(rest, indent=1))),
+        folded("members and calibration, as in score.json", preformatted(json.dumps(rest, indent=1, allow_nan=False))),
     )

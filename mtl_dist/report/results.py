@@ -258,7 +258,7 @@ def _read_ensemble(
     if method == CALIBRATED:
         result = result._replace(decided=read_decisions(where))
     own = scores(result.sums())
-    if abs(own["p"] - reported["p"]) > TOLERANCE:
+    if not abs(own["p"] - reported["p"]) <= TOLERANCE:  # NaN neither
         raise InputError(
             f"{where} scores P {own['p']:.4f}, but score.json beside it says {reported['p']:.4f}: they are of "
             "different ensembles; run mtl_dist.ensemble again"

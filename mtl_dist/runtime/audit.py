@@ -41,7 +41,7 @@ class Audit:
             "rows": {name: batch.tolist() for name, batch in zip(tasks or ("all",), batches)},
             "at": time.time(),
         }
-        self._file.write(json.dumps(line).encode() + b"\n")
+        self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
 
     def close(self) -> None:
         self._file.close()

@@ -14,6 +14,7 @@ believed dead that wakes up cannot spoil what its successor saved. `saving.py` w
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -58,7 +59,12 @@ class Checkpoint(NamedTuple):
     @property
     def score(self) -> float | None:
         """P on the validation split."""
-        return self.scores.get("p")
+        return self.finite_score("p")
+
+    def finite_score(self, name: str) -> float | None:
+        """A score; None where it has none, or one that is not a number, as evaluations once let through."""
+        value = self.scores.get(name)
+        return value if value is not None and math.isfinite(value) else None
 
 
 class CommittedFile(BaseModel):
@@ -167,12 +173,15 @@ def read_commit(uri: str) -> Checkpoint:
     if absent := {MODEL, TRAIN, STATE} - commit.files.keys():
         raise ValueError(f"it names no {min(absent)}")
     files = {name: file.model_dump() for name, file in commit.files.items()}
-    return Checkpoint(uri, commit.step, commit.scores, commit.saved_at, files, commit.start)
+    scores = {name: score for name, score in commit.scores.items() if math.isfinite(score)}
+    return Checkpoint(uri, commit.step, scores, commit.saved_at, files, commit.start)
 
 
 def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
     """Read and verify state.json. Raises ValueError where it is damaged."""
-    return json.loads(_read_verified(checkpoint, STATE))
+    state = json.loads(_read_verified(checkpoint, STATE))
+    wrong = {n: None for n, v in state.get("scores", {}).items() if isinstance(v, float) and not math.isfinite(v)}
+    return state | ({"scores": state["scores"] | wrong} if wrong else {})
 
 
 def find_damage(checkpoint: Checkpoint) -> str | None:

@@ -12,7 +12,11 @@ from torch import nn
 
 from mtl_dist.data.augment import normalise
 from mtl_dist.objective.metrics import MetricSums, Predictions, Targets, metric_sums
+from mtl_dist.runtime.ranks import gather_lists
+from mtl_dist.runtime.step import NonFiniteLoss
 from mtl_dist.tasks import Batch
+
+MAX_LISTED = 32  # rows in one message
 
 
 class Predicted(NamedTuple):
@@ -53,6 +57,28 @@ def predict(
         return _nothing()
     rows, va, expr, au, *labels = (np.concatenate(column) for column in zip(*parts))
     return Predicted(rows, Predictions(va, expr, au), Targets(*labels))
+
+
+def finite_rows(predictions: Predictions) -> np.ndarray:
+    """(n,) bool: whether all that is predicted of a frame is finite."""
+    return np.logical_and.reduce([np.isfinite(values).all(-1) for values in predictions])
+
+
+def check_predictions(predicted: Predicted, step: int) -> None:
+    """Raise on all ranks where any rank predicted what is not finite: NaN is scored as Neutral, without a unit on.
+
+    Every rank calls it.
+    """
+    if bad := gather_lists(predicted.rows[~finite_rows(predicted.predictions)].tolist()):
+        raise NonFiniteLoss(
+            f"evaluation after step {step}: predictions of {len(bad)} row(s) are not finite: {list_rows(bad)}"
+        )
+
+
+def list_rows(rows: list[int]) -> str:
+    """Name rows in ascending order, the first of many."""
+    more = f" and {len(rows) - MAX_LISTED} more" if len(rows) > MAX_LISTED else ""
+    return f"{', '.join(map(str, sorted(rows)[:MAX_LISTED]))}{more}"
 
 
 def total_sums(predicted: Predicted) -> MetricSums:

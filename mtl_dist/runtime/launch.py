@@ -138,7 +138,7 @@ class RayContext:
 
 def run_local(config: Config) -> None:
     """Train in this process: alone, or as one rank of torchrun. Exits with 128 + signal where one stopped it."""
-    from mtl_dist.runtime.loop import fit
+    from mtl_dist.runtime.loop import NonFiniteLoss, fit
 
     context = LocalContext()
     use_cuda = context.has_gpu and config.engine.device != "cpu"
@@ -151,7 +151,12 @@ def run_local(config: Config) -> None:
     else:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    fit(config, context)
+    try:
+        fit(config, context)
+    except NonFiniteLoss:
+        if context.rank:
+            sys.exit(2)  # all ranks raise it, and rank 0 says it
+        raise
     status = 128 + context.signal if context.signal else 0
     if is_torchrun():
         # Rank 0 comes when all is stored. Gloo's threads abort a process now and then while it tears them down
@@ -207,8 +212,8 @@ def is_torchrun() -> bool:
 def run_ray(config: Config, *, callbacks: list | None = None) -> None:
     """Train under Ray Train on the cluster this process is connected to. Exits with 128 + signal where one stopped it.
 
-    Ray restarts ranks after any error. After an `InputError` or a loss that is not finite that would only repeat it:
-    the rank leaves a note for the restarted ranks, which end at once, and for us, who raise it again.
+    Ray restarts ranks after any error. After an `InputError` that would only repeat it: the rank leaves a note for the
+    restarted ranks, which end at once, and for us, who raise it again.
     """
     for name, value in RAY_TIMEOUTS.items():
         os.environ.setdefault(name, value)
@@ -406,8 +411,8 @@ def _rank_main(task: dict[str, Any]) -> None:
     config = Config(**task["config"])
     try:
         fit(config, RayContext(config, command=task["note"], typed=task["typed"]))
-    except (InputError, NonFiniteLoss) as error:
-        kind = InputError if isinstance(error, InputError) else NonFiniteLoss
+    except InputError as error:
+        kind = NonFiniteLoss if isinstance(error, NonFiniteLoss) else InputError
         about = {"kind": kind.__name__, "message": str(error)}
         storage.write_bytes(task["note"], json.dumps(about).encode())
         raise

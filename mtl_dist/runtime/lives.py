@@ -80,7 +80,9 @@ class Life:
         self._write()
 
     def _write(self) -> None:
-        storage.write_bytes(storage.join(self.run_uri, LIVES), json.dumps(self.known, indent=1).encode())
+        storage.write_bytes(
+            storage.join(self.run_uri, LIVES), json.dumps(self.known, indent=1, allow_nan=False).encode()
+        )
 
 
 def begin_life(run_uri: str, *, command: str, num_ranks: int, typed: str = "") -> Life:

@@ -25,8 +25,9 @@ from mtl_dist.runtime.audit import Audit
 from mtl_dist.runtime.averaging import average_batchnorm, freeze_batchnorm
 from mtl_dist.runtime.checkpoint import on_rank_0
 from mtl_dist.runtime.engine import learning_rate, set_learning_rate
-from mtl_dist.runtime.evaluate import predict, total_sums
+from mtl_dist.runtime.evaluate import check_predictions, list_rows, predict, total_sums
 from mtl_dist.runtime.lives import Life, begin_life
+from mtl_dist.runtime.ranks import gather_lists
 from mtl_dist.runtime.saving import Saver
 from mtl_dist.runtime.setup import RunContext, Setup, Trained, restore, save_checkpoint, set_up
 from mtl_dist.runtime.step import NonFiniteLoss, train_step
@@ -67,7 +68,10 @@ def _fit(config: Config, context: RunContext, watchdog: Watchdog) -> dict[str, A
     with contextlib.ExitStack() as records:
         tracker, audit = _open_records(setup, records, life=life, step=step, scores=last_scores)
         with Saver(config.run.uri, config.checkpoint, life=life) as saver:
-            return _train(setup, trained, step, last_scores, tracker=tracker, audit=audit, saver=saver)
+            try:
+                return _train(setup, trained, step, last_scores, tracker=tracker, audit=audit, saver=saver)
+            except NonFiniteLoss as error:
+                raise NonFiniteLoss(f"{error}. {_what_is_left(saver, begun_at=step)}") from None
 
 
 def _train(
@@ -163,6 +167,23 @@ def _train(
     return last_scores
 
 
+def _what_is_left(saver: Saver, *, begun_at: int) -> str:
+    """Say what checkpoint a run that diverged has, and what to do; every rank calls it."""
+
+    def look() -> str:
+        saver.wait()  # one may be on its way
+        remedy = "lower optim.lr, or set a lower optim.clip_norm"
+        if not saver.saved and not begun_at:
+            return f"The run has no checkpoint: {remedy}; --run.name may stay"
+        last = f"of step {saver.saved.step} ({saver.saved.uri})" if saver.saved else f"of step {begun_at}"
+        return (
+            f"The last checkpoint is {last}: its weights are finite, but may have been diverging already. The same "
+            f"command comes to the same end: {remedy}, under another --run.name"
+        )
+
+    return on_rank_0(look)
+
+
 def _open_records(
     setup: Setup, records: contextlib.ExitStack, *, life: Life, step: int, scores: dict[str, Any]
 ) -> tuple[Tracker | None, Audit | None]:
@@ -229,18 +250,19 @@ def _evaluate(setup: Setup, trained: Trained, step: int) -> dict[str, Any]:
         bf16=config.engine.autocast == "bf16",
         progress=lambda count: watchdog.moved(step, 2, f"the evaluation after step {step}"),
     )
+    check_predictions(predicted, step)
     return scores(total_sums(predicted))
 
 
 def _look_at(progress: _Progress, setup: Setup, tracker: Tracker | None, saver: Saver) -> None:
     """Record a step's losses; stop the run where they are not finite. All ranks hold the same values."""
     losses = {task: float(loss) for task, loss in progress.loss.tasks.items()} | {"total": float(progress.loss.total)}
-    if not all(math.isfinite(value) for value in losses.values()):
-        rows = ", ".join(map(str, progress.rows))
-        raise NonFiniteLoss(
-            f"step {progress.step}: the loss is not finite ({losses}); this rank's rows: {rows}. The last "
-            "checkpoint is intact; lower optim.lr, or set a lower optim.clip_norm, under another --run.name"
-        )
+    weights = {f"weight of {task}": float(weight) for task, weight in zip(TASKS, progress.loss.weights)}
+    wrong = {name: value for name, value in weights.items() if not math.isfinite(value)}
+    if wrong or not all(map(math.isfinite, losses.values())):
+        shown = ", ".join(f"{name} {value:g}" for name, value in (losses | wrong).items())
+        rows = list_rows(gather_lists(progress.rows.tolist()))
+        raise NonFiniteLoss(f"step {progress.step}: the loss is not finite ({shown}); its rows: {rows}")
     if tracker:
         present = {task for task in TASKS if bool(progress.loss.present[task])}
         shown = {name: value for name, value in losses.items() if name == "total" or name in present}

@@ -16,7 +16,7 @@ from mtl_dist import storage
 from mtl_dist.errors import InputError
 from mtl_dist.objective.metrics import Predictions, Targets
 from mtl_dist.objective.smoothing import video_names
-from mtl_dist.runtime.evaluate import Predicted
+from mtl_dist.runtime.evaluate import Predicted, finite_rows
 from mtl_dist.tasks import AUS, EXPRESSIONS
 
 _VA = ("valence", "arousal")
@@ -34,7 +34,7 @@ class PredictionTable(NamedTuple):
 
 def check_finite(predictions: Predictions, images: list[str], *, source: str) -> None:
     """Raise `InputError` naming `source` and an image where a prediction is not finite: no score would show it."""
-    is_finite = np.logical_and.reduce([np.isfinite(values).all(-1) for values in predictions])
+    is_finite = finite_rows(predictions)
     if not is_finite.all():
         raise InputError(
             f"{source} gives values that are not finite for {np.sum(~is_finite)} of {len(images)} images, such as "
@@ -102,6 +102,7 @@ def read_predictions(uri: str) -> PredictionTable:
         raise InputError(f"{uri} does not exist; it is what mtl_dist.ensemble writes") from None
     except (pa.ArrowException, KeyError, ValueError) as error:
         raise InputError(f"{uri} is not a table of predictions with labels ({error})") from None
+    check_finite(predictions, images, source=uri)
     targets = Targets(va, expr[:, 0].astype(np.int64), au, ~missing_va[:, 0], ~missing_expr[:, 0], ~missing_au)
     return PredictionTable(Predicted(rows, predictions, targets), images, videos)
 

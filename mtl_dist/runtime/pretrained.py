@@ -14,6 +14,7 @@ from mtl_dist.models import build_model
 from mtl_dist.models.backbones import check_backbone
 from mtl_dist.runtime.checkpoint import COMMIT, DIRECTORY, MODEL, Checkpoint, read_commit
 from mtl_dist.runtime.members import open_checkpoint
+from mtl_dist.runtime.step import non_finite
 
 FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")  # a run's name may hold dots too
 
@@ -32,6 +33,15 @@ def check_pretrained(config: Config) -> None:
 
 def build_pretrained(config: Config) -> nn.Module:
     """Build the configured model with the weights that it names. Raises `InputError`."""
+    model = _build(config)
+    if wrong := non_finite(model):
+        raise InputError(
+            f"model.weights {config.model.weights} holds what is not finite ({', '.join(wrong[:3])}); give others"
+        )
+    return model
+
+
+def _build(config: Config) -> nn.Module:
     weights = config.model.weights
     if weights in ("none", "imagenet") or (not storage.is_s3(weights) and not storage.local_path(weights).is_dir()):
         return build_model(config.model, seed=config.run.seed, input_size=config.input_size)

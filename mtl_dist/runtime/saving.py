@@ -129,7 +129,7 @@ class Saver:
                 except SafetensorError as error:
                     raise OSError(f"{scratch}/{name} cannot be written: {error}") from None
                 tensors.clear()
-            (scratch / STATE).write_text(json.dumps(state | {"classes": CLASSES}, indent=1))
+            (scratch / STATE).write_text(json.dumps(state | {"classes": CLASSES}, indent=1, allow_nan=False))
             for name in (MODEL, TRAIN, STATE):
                 path = scratch / name
                 files[name] = {"bytes": path.stat().st_size, "sha256": storage.sha256_of(path)}
@@ -198,8 +198,8 @@ def plan_retention(saved: list[Checkpoint], config: CheckpointConfig) -> list[Ch
     newest_first = sorted(by_step.values(), key=lambda c: c.step, reverse=True)
     keep = {checkpoint.uri for checkpoint in newest_first[: config.keep_last]}
     for name in SCORES:
-        scored = [checkpoint for checkpoint in newest_first if name in checkpoint.scores]
-        keep |= {c.uri for c in sorted(scored, key=lambda c: c.scores[name], reverse=True)[: config.keep_best]}
+        scored = [checkpoint for checkpoint in newest_first if checkpoint.finite_score(name) is not None]
+        keep |= {c.uri for c in sorted(scored, key=lambda c: c.finite_score(name), reverse=True)[: config.keep_best]}
     if config.keep_every_hours:
         milestone = float("-inf")
         for checkpoint in reversed(newest_first):

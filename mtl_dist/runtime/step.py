@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 from mtl_dist.config import Config
 from mtl_dist.data.augment import augment, make_draws
+from mtl_dist.errors import InputError
 from mtl_dist.objective.losses import TaskSums, global_losses
 from mtl_dist.objective.module import ObjectiveModule, StepLoss
+from mtl_dist.runtime.ranks import gather_lists
 from mtl_dist.tasks import Batch, Labels
 
 
-class NonFiniteLoss(RuntimeError):
-    """The loss of a step, or what a step made of the weights, is not a number or infinite."""
+class NonFiniteLoss(InputError):
+    """Training diverged: the loss of a step, its weights or what they predict are not finite. All ranks raise it."""
 
 
 class MicroBatch(NamedTuple):
@@ -87,10 +89,14 @@ def seed_dropout(seed: int, step: int, rank: int, part: int) -> None:
 
 
 def check_finite(module: nn.Module, step: int) -> None:
-    """Raise before weights are saved that are no numbers: a finite loss can have gradients that are not."""
-    wrong = [name for name, tensor in module.state_dict().items() if not bool(torch.isfinite(tensor).all())]
-    if wrong:
-        raise NonFiniteLoss(
-            f"step {step}: weights are not finite ({', '.join(wrong[:3])}). The last checkpoint is intact; lower "
-            "optim.lr, or set a lower optim.clip_norm, under another --run.name"
-        )
+    """Raise before weights are saved that are no numbers: a finite loss can have gradients that are not.
+
+    Every rank calls it: BatchNorm's statistics are each rank's own.
+    """
+    if wrong := list(dict.fromkeys(gather_lists(non_finite(module)))):
+        raise NonFiniteLoss(f"step {step}: weights are not finite ({', '.join(wrong[:3])})")
+
+
+def non_finite(module: nn.Module) -> list[str]:
+    """Return the names of the parameters and buffers that hold what is not a number or infinite."""
+    return [name for name, tensor in module.state_dict().items() if not bool(torch.isfinite(tensor).all())]

@@ -106,7 +106,7 @@ class Tracker:
 
 
 def _line(record: dict[str, Any]) -> bytes:
-    return json.dumps(record).encode() + b"\n"
+    return json.dumps(record, allow_nan=False).encode() + b"\n"
 
 
 class _Window:
@@ -125,13 +125,13 @@ class _Window:
 
 
 def read_records(run_uri: str) -> list[dict[str, Any]]:
-    """Read a run's metrics.jsonl; empty where there is none."""
+    """Read a run's metrics.jsonl; empty where there is none. A NaN, as older runs have, is None."""
     try:
         lines = storage.read_bytes(storage.join(run_uri, METRICS)).splitlines()
     except FileNotFoundError:
         return []
     try:
-        return [json.loads(line) for line in lines]
+        return [json.loads(line, parse_constant=lambda name: None) for line in lines]
     except ValueError as error:
         raise InputError(
             f"{storage.join(run_uri, METRICS)} is damaged ({error}); delete it: only the records of the run are lost"
