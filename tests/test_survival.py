@@ -145,10 +145,10 @@ def alone():
     dist.destroy_process_group()
 
 
-def save(saver: Saver, step: int, **scores: float) -> None:
+def save(saver: Saver, step: int, records: dict[str, list[bytes]] | None = None, **scores: float) -> None:
     tensors = {"weight": torch.full((4,), float(step))}
     state = {"step": step, "scores": {}}
-    saver.save(tensors, {}, begun=time.monotonic(), state=state, scores=scores, records={})
+    saver.save(tensors, {}, begun=time.monotonic(), state=state, scores=scores, records=records or {})
 
 
 def open_saver(run: Path, command: str = "one", **settings) -> Saver:
@@ -170,13 +170,14 @@ def test_a_store_that_fails_costs_the_checkpoint_and_not_the_run(alone, tmp_path
         saver.wait()
         (tmp_path / "checkpoints").rename(tmp_path / "away")
         (tmp_path / "checkpoints").write_text("in the way")
-        save(saver, 2)
+        save(saver, 2, records={"notes": [b"of ", b"step 2"]})
         saver.wait()
         assert "checkpoint of step 2 was not stored" in capsys.readouterr().out
         (tmp_path / "checkpoints").unlink()
         (tmp_path / "away").rename(tmp_path / "checkpoints")
         save(saver, 3)
     assert [checkpoint.step for checkpoint in committed(str(tmp_path))[0]] == [1, 3]
+    assert (tmp_path / "notes").read_bytes() == b"of step 2", "records are handed over once, and stored"
 
 
 def test_the_last_checkpoint_must_be_stored(alone, tmp_path):

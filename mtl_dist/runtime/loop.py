@@ -195,7 +195,6 @@ def _open_records(
         nonlocal tracker
         life.note_step(step)
         tracker = Tracker(config.run.uri, resumed_at=step, num_ranks=context.num_ranks)
-        records.callback(tracker.close)
         storage.write_bytes(storage.join(config.run.uri, CONFIG_NAME), dump_yaml(config).encode())
         context.observe(restarts=len(life.known) - 1)
 

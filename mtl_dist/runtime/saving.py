@@ -53,6 +53,7 @@ class Saver:
         self._pending: Future[None] | None = None
         self._pending_step = 0
         self._failed: Exception | None = None
+        self._records: dict[str, list[bytes]] = {}  # not written yet; the thread's while a save is under way
         self._said: set[str] = set()  # what could not be deleted
 
     def save(
@@ -63,13 +64,13 @@ class Saver:
         begun: float,
         state: dict[str, Any],
         scores: dict[str, Any],
-        records: dict[str, bytes | list[bytes]],
+        records: dict[str, list[bytes]],
     ) -> None:
         """Copy the tensors and store them in the background; `begun` (monotonic) is when training stopped for it.
 
-        Waits for the checkpoint before, where it is not stored yet. `records`, files of the run as bytes or lines, are
-        written before the COMMIT: what is beyond the step that a run continues from is dropped, what is missing would
-        stay missing.
+        Waits for the checkpoint before, where it is not stored yet. `records`, files of the run in pieces, are written
+        before the COMMIT: what is beyond the step that a run continues from is dropped, what is missing would stay
+        missing. Those of a save that fails are written with the next one.
         """
         if not self.is_writer:
             return
@@ -77,7 +78,8 @@ class Saver:
         copies = [{name: _copy(tensor) for name, tensor in tensors.items()} for tensors in (model, train)]
         kept = {name: scores[name] for name in SCORES if scores.get(name) is not None}
         self._pending_step = state["step"]
-        self._pending = self._pool.submit(self._store, *copies, state, kept, records, time.monotonic() - begun)
+        self._records |= records
+        self._pending = self._pool.submit(self._store, *copies, state, kept, time.monotonic() - begun)
 
     def is_idle(self) -> bool:
         """Whether no save is under way."""
@@ -116,7 +118,7 @@ class Saver:
         if self._failed and error is None:
             raise self._failed
 
-    def _store(self, model, train, state: dict, scores: dict, records: dict, blocked_s: float) -> None:
+    def _store(self, model, train, state: dict, scores: dict, blocked_s: float) -> None:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
@@ -134,9 +136,10 @@ class Saver:
                 path = scratch / name
                 files[name] = {"bytes": path.stat().st_size, "sha256": storage.sha256_of(path)}
                 storage.upload(path, storage.join(uri, name))
-        for name, data in records.items():
+        for name in list(self._records):
             self.life.check_current()
-            storage.write_bytes(storage.join(self.run_uri, name), data if isinstance(data, bytes) else b"".join(data))
+            storage.write_bytes(storage.join(self.run_uri, name), b"".join(self._records[name]))
+            del self._records[name]
         self.life.check_current()
         checkpoint = Checkpoint(uri, step, scores, self.clock(), files, self.life.number)
         commit = {

@@ -1,24 +1,35 @@
-"""What a run tells: metrics.jsonl in its storage is the truth, console and TensorBoard are views of it. Rank 0 only."""
+"""What a run tells: metrics.jsonl in its storage is the truth, console and TensorBoard are views of it. Rank 0 only.
+
+Both are stored with every checkpoint, in parts of about 1 MiB: metrics.jsonl goes on in metrics/000001.jsonl, and an
+event file in another one. A part that is full is not written again, so that saves cost what is new, however long the
+run; object stores cannot append.
+"""
 
 from __future__ import annotations
 
 import io
 import json
-import tempfile
+import re
+import socket
+import struct
 import time
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
 
 from mtl_dist import storage
 from mtl_dist.errors import InputError, plain
 from mtl_dist.tasks import TASKS
 
 METRICS, BOARD = "metrics.jsonl", "tensorboard"
+MORE_METRICS = re.compile(r"\d{6}\.jsonl")  # in metrics/, the parts after the first
+PART_BYTES = 1 << 20
 LINE_EVERY_S = 10.0
 SCORE_NAMES = {"ccc_v": "CCC V", "ccc_a": "CCC A", "va": "VA", "expr": "EXPR F1", "au": "AU F1", "p": "P"}
 
@@ -28,14 +39,11 @@ class Tracker:
 
     def __init__(self, run_uri: str, *, resumed_at: int, num_ranks: int):
         self.num_ranks = num_ranks
-        # Steps after the checkpoint that a run continues from are done again: their old records go.
-        self._lines = [_line(record) for record in read_records(run_uri) if record["step"] <= resumed_at]
+        self._lines = _open_metrics(run_uri, resumed_at)
         self.console = Console(highlight=False)
         self._window, self._saved_step = _Window(), resumed_at or None
         self._last_line = time.monotonic()
-        self._board_dir = tempfile.TemporaryDirectory(prefix="mtl_dist-tensorboard-")
-        # A file of its own for every start; what earlier ones wrote beyond the step we continue from is not shown.
-        self._board = SummaryWriter(self._board_dir.name, purge_step=resumed_at + 1)
+        self._board = _Board(purge_step=resumed_at + 1)
 
     def step(
         self,
@@ -59,18 +67,14 @@ class Tracker:
         self._lines.append(_line(record | ({"weights": weights} if weights else {})))
         self._window.add(images, took_s, waited_s)
         self._saved_step = self._saved_step if saved_step is None else saved_step
-        self._board.add_scalar("lr", lr, step)
-        for name, loss in losses.items():
-            self._board.add_scalar(f"loss/{name}", loss, step)
-        for task, weight in weights.items():
-            self._board.add_scalar(f"weight/{task}", weight, step)
+        drawn = {f"loss/{name}": loss for name, loss in losses.items()}
+        self._board.add(step, {"lr": lr} | drawn | {f"weight/{task}": weight for task, weight in weights.items()})
         now = time.monotonic()
         if now - self._last_line < (1.0 if self.console.is_terminal else LINE_EVERY_S) and step < total:
             return
         self._last_line = now
         speed, waiting = self._window.rates()
-        self._board.add_scalar("speed/images_per_s", speed, step)
-        self._board.add_scalar("speed/waiting_for_data", waiting, step)
+        self._board.add(step, {"speed/images_per_s": speed, "speed/waiting_for_data": waiting})
         left = (total - step) * self._window.seconds / max(self._window.steps, 1)
         shown = "  ".join(f"{task} {losses[task]:.3f}" for task in (*TASKS, "total") if task in losses)
         line = (
@@ -84,9 +88,7 @@ class Tracker:
     def evaluated(self, step: int, epoch: int, scores: dict[str, Any], constant: dict[str, Any]) -> None:
         """Take note of an evaluation and print its scores beside the constant predictor's."""
         self._lines.append(_line({"kind": "eval", "step": step, "epoch": epoch, "scores": scores}))
-        for key in SCORE_NAMES:
-            if scores[key] is not None:
-                self._board.add_scalar(f"score/{key}", scores[key], step)
+        self._board.add(step, {f"score/{key}": scores[key] for key in SCORE_NAMES if scores[key] is not None})
         parts = "  ".join(
             f"{name} {_cell(scores[key])}" for key, name in SCORE_NAMES.items() if scores[key] is not None
         )
@@ -94,15 +96,71 @@ class Tracker:
             f"epoch {epoch + 1} scores  {parts}  (constant predictor: P {constant['p']:.4f})", soft_wrap=True
         )
 
-    def files(self) -> dict[str, bytes | list[bytes]]:
-        """Return the files to store in the run: name -> content, or its lines."""
-        self._board.flush()
-        boards = {f"{BOARD}/{path.name}": path.read_bytes() for path in Path(self._board_dir.name).iterdir()}
-        return {METRICS: list(self._lines), **boards}
+    def files(self) -> dict[str, list[bytes]]:
+        """Return what to store in the run: name -> content in pieces, of what has changed since the last call."""
+        return self._lines.take_changed() | self._board.parts.take_changed()
 
-    def close(self) -> None:
-        self._board.close()
-        self._board_dir.cleanup()
+
+class _Parts:
+    """A growing file, in parts: `name` gives the name of each by its number, `content` is that of the last."""
+
+    def __init__(self, name: Callable[[int], str], *, number: int = 0, content: Iterable[bytes] = ()):
+        self._name, self._number, self._content = name, number, list(content)
+        self._bytes = sum(map(len, self._content))
+        self._changed: dict[str, list[bytes]] = {}
+
+    def append(self, piece: bytes) -> None:
+        if self._bytes >= PART_BYTES:
+            self._number, self._content, self._bytes = self._number + 1, [], 0
+        self._content.append(piece)
+        self._bytes += len(piece)
+        self._changed[self._name(self._number)] = self._content
+
+    def replace(self, number: int, content: list[bytes]) -> None:
+        self._changed[self._name(number)] = content
+
+    def take_changed(self) -> dict[str, list[bytes]]:
+        """Return the parts that have changed since the last call, in an order of writing that never leaves a gap."""
+        changed, self._changed = self._changed, {}
+        return {name: list(changed[name]) for name in sorted(changed, key=lambda name: (len(changed[name]) > 0, name))}
+
+
+class _Board:
+    """Event files of TensorBoard, of their own for every start of the run."""
+
+    def __init__(self, *, purge_step: int):
+        begun = f"{BOARD}/events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}"
+        # TensorBoard reads files in the order of their names, and drops what earlier ones have from this step on.
+        self.parts = _Parts(lambda number: f"{begun}.{number:06d}" if number else begun)
+        self._write(Event(file_version="brain.Event:2"))
+        self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._write(Event(step=step, summary=Summary(value=scalars)))
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        data = event.SerializeToString()
+        length = struct.pack("<Q", len(data))
+        checks = (struct.pack("<I", masked_crc32c(part)) for part in (length, data))
+        self.parts.append(length + next(checks) + data + next(checks))
+
+
+def _open_metrics(run_uri: str, resumed_at: int) -> _Parts:
+    """Open a run's records to go on after `resumed_at`: later steps are done again, and their old records go."""
+    parts = _read_parts(run_uri)
+    kept = [[record for record in records if record["step"] <= resumed_at] for records in parts]
+    last = max((number for number, records in enumerate(kept) if records), default=0)
+    lines = _Parts(_part_name, number=last, content=map(_line, kept[last] if kept else ()))
+    for number, (left, records) in enumerate(zip(kept, parts)):
+        if len(left) < len(records):
+            lines.replace(number, [_line(record) for record in left])
+    return lines
+
+
+def _part_name(number: int) -> str:
+    return f"metrics/{number:06d}.jsonl" if number else METRICS
 
 
 def _line(record: dict[str, Any]) -> bytes:
@@ -125,17 +183,33 @@ class _Window:
 
 
 def read_records(run_uri: str) -> list[dict[str, Any]]:
-    """Read a run's metrics.jsonl; empty where there is none. A NaN, as older runs have, is None."""
+    """Read a run's records, from metrics.jsonl and its parts; none where it has none. A NaN of older runs is None."""
+    return [record for records in _read_parts(run_uri) for record in records]
+
+
+def _read_parts(run_uri: str) -> list[list[dict[str, Any]]]:
+    """Return the records of every part, by its number; none for a part that is not there."""
+    more = [found.name for found in storage.list_objects(storage.join(run_uri, "metrics"))]
+    last = max((int(name.partition(".")[0]) for name in more if MORE_METRICS.fullmatch(name)), default=0)
+    return [_read_part(storage.join(run_uri, _part_name(number))) for number in range(last + 1)]
+
+
+def _read_part(uri: str) -> list[dict[str, Any]]:
     try:
-        lines = storage.read_bytes(storage.join(run_uri, METRICS)).splitlines()
+        lines = storage.read_bytes(uri).splitlines()
     except FileNotFoundError:
         return []
+    records, reason = [], ""
     try:
-        return [json.loads(line, parse_constant=lambda name: None) for line in lines]
-    except ValueError as error:
-        raise InputError(
-            f"{storage.join(run_uri, METRICS)} is damaged ({error}); delete it: only the records of the run are lost"
-        ) from None
+        records = [json.loads(line, parse_constant=lambda name: None) for line in lines]
+    except (ValueError, RecursionError) as error:
+        reason = str(error)
+    for record in records:
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int) or "kind" not in record:
+            reason = f"{str(record)[:80]!r} is no record"
+    if reason:
+        raise InputError(f"{uri} is damaged ({reason}); delete it: only its records of the run are lost")
+    return records
 
 
 def print_scores(rows: dict[str, dict[str, Any]], *, title: str = "") -> None:
