@@ -40,7 +40,7 @@ ONLY_IMPORTERS = {
     "boto3": ("mtl_dist.s3", "cluster", "benchmarks"),
     "botocore": ("mtl_dist.s3", "cluster", "benchmarks"),
     "deepspeed": ("mtl_dist.runtime.engine",),
-    "ray": ("mtl_dist.runtime.launch", "mtl_dist.runtime.stopping", "tune", "cluster"),
+    "ray": ("mtl_dist.runtime.launch", "mtl_dist.runtime.joining", "mtl_dist.runtime.stopping", "tune", "cluster"),
     "pickle": ("mtl_dist.models.backbones",),  # for the name of an exception: torch.load(weights_only=True) raises it
     "subprocess": ("cluster", "benchmarks"),
 }

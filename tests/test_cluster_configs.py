@@ -15,6 +15,8 @@ import jsonschema
 import pytest
 import yaml
 
+from cluster.demo import readable
+
 ROOT = Path(__file__).parents[1]
 KUBERAY = sorted((ROOT / "cluster/kuberay").glob("*.yaml"))
 RAY_UP = sorted((ROOT / "cluster/ray-up").glob("*.yaml"))
@@ -388,3 +390,10 @@ def test_the_image_runs_as_a_user_and_names_no_index():
     text = (ROOT / "Dockerfile").read_text()
     assert re.findall(r"^USER (.*)", text, re.MULTILINE)[-1].split(":")[0] not in {"root", "0"}
     assert not re.search(r"index-url|--find-links|--trusted-host|https?://", text)
+
+
+def test_the_demo_shows_warnings_of_ray_and_not_what_it_says_of_itself():
+    ignored = "2026-11-29 15:50:47,088\tWARNING tune.py:819 -- `max_concurrent_trials` will be ignored.\n"
+    assert readable(ignored) == ignored.rstrip()
+    assert readable("(TrainController pid=7) a worker failed\n") == "a worker failed"
+    assert readable("2026-11-29 15:50:47,088\tINFO worker.py:1 -- Connecting to existing Ray cluster\n") is None

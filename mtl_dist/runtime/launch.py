@@ -23,19 +23,8 @@ from mtl_dist import storage
 from mtl_dist.config import Config
 from mtl_dist.errors import InputError
 from mtl_dist.runtime.engine import collective_timeout
+from mtl_dist.runtime.joining import join_cluster
 from mtl_dist.runtime.stopping import StopFlag, driver_signals
-
-# Environment that ranks need and a cluster's nodes may lack: the driver's own is handed on, by name.
-HANDED_ON = (
-    "AWS_ENDPOINT_URL",
-    "AWS_ENDPOINT_URL_S3",
-    "AWS_REGION",
-    "AWS_DEFAULT_REGION",
-    "AWS_MAX_ATTEMPTS",
-    "MTL_CACHE_DIR",
-    "MTL_S3_TIMEOUT_S",
-    "RAY_ADDRESS",
-)
 
 # What a rank shows to Prometheus, each as mtl_dist_<name>{run, rank}.
 MEASUREMENTS = {
@@ -92,8 +81,8 @@ class RayContext:
         import ray.train
         from ray.util.metrics import Gauge
 
-        # What Ray and botocore tell of themselves at INFO, per rank, would bury the run's own lines.
-        for name in ("ray.train", "botocore", "aiobotocore"):
+        # What botocore tells of itself at INFO, per rank, would bury the run's own lines.
+        for name in ("botocore", "aiobotocore"):
             logging.getLogger(name).setLevel(logging.WARNING)
         context = ray.train.get_context()
         self.rank, self.num_ranks = context.get_world_rank(), context.get_world_size()
@@ -238,7 +227,7 @@ def _stop_name(note: str) -> str:
 
 def build_trainer(config: Config, *, note: str, callbacks: list | None = None):
     """Build the TorchTrainer of a run; its ranks restart and resize as `config.ray` says."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     low, high = config.ray.num_ranks
@@ -260,8 +249,9 @@ def build_trainer(config: Config, *, note: str, callbacks: list | None = None):
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=config.ray.max_failures),
-            worker_runtime_env={"env_vars": {name: os.environ[name] for name in HANDED_ON if name in os.environ}},
             callbacks=callbacks,
+            # Every step of its own at INFO, several lines a run and evaluation, buries the run's lines.
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
 
@@ -270,7 +260,7 @@ def connect(config: Config) -> None:
     """Connect to the cluster and check that it has room for the run's ranks. Raises `InputError`."""
     import ray
 
-    _join_cluster("train in this process with --local")
+    join_cluster("train in this process with --local")
     if config.engine.device == "auto" and not config.ray.gpus_per_rank:
         _note_idle_gpus("training", "--ray.gpus-per-rank 1")
     if config.ray.autoscaling:
@@ -285,20 +275,6 @@ def connect(config: Config) -> None:
                 f"has {total:g} on {len(nodes)} node(s), room for {room}: lower ray.num_ranks or "
                 f"ray.{resource.lower()}s_per_rank, or add nodes (--ray.autoscaling where they come by themselves)"
             )
-
-
-def _join_cluster(alone: str) -> None:
-    """Connect this process; `alone` is what to do where no cluster answers."""
-    import ray
-
-    if not ray.is_initialized():
-        try:
-            ray.init(log_to_driver=True, logging_level="warning")
-        except ConnectionError as error:
-            raise InputError(
-                f"no Ray cluster answers: {error}; start one (python -m cluster.local up), submit with `ray job "
-                f"submit`, or {alone}"
-            ) from None
 
 
 def _note_idle_gpus(what: str, remedy: str) -> None:
@@ -339,7 +315,7 @@ def map_over_cluster(
     import ray
     from ray.exceptions import RayError
 
-    _join_cluster("predict in this process with --local")
+    join_cluster("predict in this process with --local")
     if not gpus:
         _note_idle_gpus("prediction", "--gpus-per-member 1")
     if not autoscaling and (lack := _lack_of_room(cpus, gpus)):
@@ -348,7 +324,6 @@ def map_over_cluster(
             "themselves)"
         )
     options = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": retries, "retry_exceptions": True}
-    options["runtime_env"] = {"env_vars": {name: os.environ[name] for name in HANDED_ON if name in os.environ}}
     # A worker that has used one GPU stays on it: Ray starts another for the next task only where it is told here.
     task = ray.remote(max_calls=1)(_answer) if gpus else ray.remote(_answer)
     names = {task.options(name=name, **options).remote(function, item): name for name, item in items.items()}

@@ -1,0 +1,58 @@
+"""Join a Ray cluster, so that every process of this job there has the environment it needs and knows its own cluster.
+
+Ray hands on neither by itself. Where several Rays run on a machine and RAY_ADDRESS is not set, Ray Train's actors ask
+the wrong one whether a run is alive, hear that it is not, and take its resources away: the next waits for ever.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from mtl_dist.errors import InputError
+
+# Environment that processes need and a cluster's nodes may lack: the driver's own is handed on, by name.
+HANDED_ON = (
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_MAX_ATTEMPTS",
+    "MTL_CACHE_DIR",
+    "MTL_S3_TIMEOUT_S",
+)
+
+
+def join_cluster(alone: str) -> None:
+    """Connect this process to its cluster; `alone` is what to do where none answers."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    # What `ray job submit --runtime-env-json` set is in our environment too: the same value is no conflict.
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
+    try:
+        ray.init(log_to_driver=True, logging_level="warning", runtime_env=runtime_env())
+    except ConnectionError as error:
+        raise InputError(
+            f"no Ray cluster answers: {error}; start one (python -m cluster.local up), submit with `ray job submit`, "
+            f"or {alone}"
+        ) from None
+
+
+def runtime_env() -> dict[str, object]:
+    """Return what Ray sets in every process of the job."""
+    return {
+        "env_vars": {name: os.environ[name] for name in HANDED_ON if name in os.environ},
+        "worker_process_setup_hook": f"{__name__}.{begin_process.__name__}",
+    }
+
+
+def begin_process() -> None:
+    """Set RAY_ADDRESS to the cluster of this process; Ray calls it at the start of each."""
+    import ray
+
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    # It takes every trial that has ended for one that died, and warns.
+    cleaner = "ray.train.v2._internal.execution.controller.placement_group_cleaner"
+    logging.getLogger(cleaner).setLevel(logging.ERROR)
