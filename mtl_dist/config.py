@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from mtl_dist import storage
 from mtl_dist.errors import MAX_SEED, InputError, StorageError, nearest
@@ -47,8 +47,17 @@ class Section(BaseModel):
             raise InputError(explain_validation(error)) from None
 
 
+def _check_name(name: str) -> str:
+    if not name or name in (".", "..") or not all(c.isalnum() or c in "-_." for c in name):
+        raise ValueError("a name is letters, digits, '-', '_' and '.'")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_check_name)]  # that becomes one part of a path
+
+
 class RunConfig(Section):
-    name: str = "run"
+    name: Name = "run"
     """The run's name. A run is its name: the same command continues it."""
     storage: str = "runs"
     """Where runs live: a directory or s3://bucket/prefix. This run's files go to <storage>/<name>/."""
@@ -56,13 +65,6 @@ class RunConfig(Section):
     """Seeds the order, augmentation, initialisation and dropout."""
     audit_dir: Path | None = None
     """Also write the rows of every step here, a file a process: what a failure lost or repeated can be counted."""
-
-    @field_validator("name")
-    @classmethod
-    def _is_one_path_part(cls, name: str) -> str:
-        if not name or name in (".", "..") or not all(c.isalnum() or c in "-_." for c in name):
-            raise ValueError("a run name is letters, digits, '-', '_' and '.'")
-        return name
 
     @property
     def uri(self) -> str:

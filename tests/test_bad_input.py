@@ -356,7 +356,7 @@ def test_an_unknown_flag_names_the_nearest():
         ("optim: {lr: -1}", "lr is -1"),
         ("optim: {name: adam}", "name is 'adam'"),
         ("data: {cache_gib: lots}", "cache_gib is 'lots'"),
-        ("run: {name: ../../etc}", "a run name is letters"),
+        ("run: {name: ../../etc}", "a name is letters"),
     ],
 )
 def test_a_wrong_file_is_refused_with_key_value_and_expectation(tmp_path, text, words):
@@ -394,7 +394,7 @@ def test_a_flag_without_its_value_is_named(flag):
         (["--optim.lr", "fast"], ["--optim.lr", "fast"]),
         (["--optim.lr=-1"], ["lr is -1", "greater than 0"]),
         (["--data.image-size", "0"], ["image_size is 0"]),
-        (["--run.name", "a/b"], ["a run name is letters"]),
+        (["--run.name", "a/b"], ["a name is letters"]),
     ],
 )
 def test_wrong_flags_are_refused_with_value_and_expectation(shards, tmp_path, args, words):

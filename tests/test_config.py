@@ -162,7 +162,7 @@ def test_building_leaves_its_layers_and_the_presets_as_they_were():
         ({"data": {"streams": 5}}, "data.streams 5 does not divide train.global_batch 24"),
         ({"ray": {"num_ranks": [1, 30]}}, "ray.num_ranks goes up to 30 but there are 24 streams"),
         ({"ray": {"gpus_per_rank": 2}}, "ray.gpus_per_rank is 2; a rank computes on one GPU: 0 or 1"),
-        ({"run": {"name": "../x"}}, "run.name is '../x': a run name is letters"),
+        ({"run": {"name": "../x"}}, "run.name is '../x': a name is letters"),
     ],
 )
 def test_a_mistake_names_key_value_and_remedy_in_one_line(layer, words):

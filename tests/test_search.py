@@ -1,18 +1,26 @@
-"""The search: which trial is the best."""
+"""The search: its space, what Ray is handed, which trial is the best, how trials end."""
 
 from __future__ import annotations
 
 import csv
+import json
 import math
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import yaml
+from ray import cloudpickle, tune
+from ray.exceptions import ActorDiedError, RayTaskError
 from ray.tune import Result
 
 from mtl_dist.config import Config
-from mtl_dist.errors import InputError
-from tune.search import finish_search
+from mtl_dist.errors import InputError, StorageError
+from tests.conftest import assert_one_message, run_here
+from tune.experiment import Asha, RandomSearch, Reporter, build_searcher
+from tune.search import SearchConfig, best_yaml, check_same_search, finish_search
+from tune.space import build_param_space, read_space
+from tune.trial import DIVERGED, LOWEST_P
 
 
 class Results(list):
@@ -53,3 +61,230 @@ def test_a_search_without_any_score_that_is_a_number_has_no_best_configuration(t
     with pytest.raises(InputError, match="none of 2 trials has a score that is a number"):
         finish_search(Config(), Results([trial("a", 0.1, math.nan), trial("b", 0.2, math.nan)]), str(tmp_path))
     assert not list(tmp_path.iterdir())
+
+
+# ----------------------------------------------------------------------------------------------------------- the space
+
+
+def write_space(tmp_path, text: str):
+    path = tmp_path / "space.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("optim.warmup_steps: {uniform: [0, 500]}", "whole numbers.*'optim.warmup_steps: {integer: .0, 500.}'"),
+        ("train.epochs: {loguniform: [1, 50]}", "whole numbers"),
+        ("optim.warmup_steps: {integer: [0, 2.5]}", "expected two whole numbers"),
+        ("optim.lr: {uniform: [false, true]}", "expected two numbers"),
+        ("optim.warmup_steps: {integer: [false, true]}", "expected two whole numbers"),
+        ("optim.lr: {choice: [0.1, true]}", "choice has True: .*expected no yes or no"),
+        ("optim.nesterov: {uniform: [0, 1]}", "optim.nesterov: .*boolean"),
+        ("loss.va: {uniform: [1.0, .inf]}", "expected finite values"),
+        ("loss.va: {choice: [1.0, .nan]}", "expected finite values"),
+        ("augment.crop_scale: {choice: [[0.8, 1.0], [.nan, 1.0]]}", "expected finite values"),
+        ("run.seed: {integer: [0, 9]}", "run.seed is a run's own setting, which best.yaml leaves out"),
+        ("run.name: {choice: [a, b]}", "a run's own setting"),
+        ("ray.cpus_per_rank: {choice: [1, 2]}", "a run's own setting"),
+        ("data.train: {choice: [a, b]}", "a run's own setting"),
+        ("engine.device: {choice: [cpu, cuda]}", "a run's own setting"),
+        # Each value alone is valid.
+        (
+            "data.streams: {choice: [24, 12]}\ntrain.global_batch: {choice: [24, 12]}",
+            "drawn configurations are invalid",
+        ),
+        ("data.streams: {integer: [1, 24]}", "drawn configurations are invalid, such as data.streams"),
+    ],
+)
+def test_a_space_that_cannot_work_is_refused_before_anything_starts(text, words, tmp_path):
+    with pytest.raises(InputError, match=words):
+        read_space(write_space(tmp_path, text), Config())
+
+
+def test_a_space_of_every_kind_is_taken_and_both_ends_of_integer_are_drawn(tmp_path):
+    text = """
+    optim.lr: {loguniform: [1.0e-4, 1.0e-2]}
+    loss.va: {uniform: [0, 2]}
+    optim.warmup_steps: {integer: [3, 5]}
+    optim.nesterov: {choice: [true, false]}
+    optim.clip_norm: {choice: [null, 1.0]}
+    data.image_size: {choice: [112, 224]}
+    """
+    space = build_param_space(read_space(write_space(tmp_path, text), Config()))
+    drawn = {space["optim.warmup_steps"].sample() for _ in range(100)}
+    assert drawn == {3, 4, 5}
+    assert all(type(value) is int for value in drawn)
+
+
+@pytest.mark.parametrize("name", ["../../up", "a/b", "..", ""])
+def test_the_name_of_a_search_is_one_part_of_a_path(name, shards, tmp_path):
+    args = ["--run.storage", str(tmp_path / "in" / "runs"), "--search.name", name, "--preset", "small", "--dry-run"]
+    args += ["--data.train", str(shards / "cropped" / "train"), "--data.val", str(shards / "cropped" / "val")]
+    assert_one_message(run_here("tune.search", *args), f"name is '{name}': a name is letters")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_best_configuration_holds_nothing_of_the_run_the_cluster_and_the_machine():
+    best = yaml.safe_load(best_yaml(Config(), {"optim.lr": 0.5}))
+    assert best["optim"]["lr"] == 0.5
+    assert not {"run", "ray"} & best.keys()
+    assert not {"train", "val", "cache_dir"} & best["data"].keys()
+    assert not {"device", "threads"} & best["engine"].keys()
+
+
+# --------------------------------------------------------------------------------------------- what Ray Tune is handed
+
+
+def some_trial(config):
+    pass
+
+
+def random_search(limit: int | None) -> RandomSearch:
+    searcher = build_searcher("random", seed=0, limit=limit)
+    searcher.add_configurations({"search": {"run": some_trial, "num_samples": 5, "config": {"x": tune.uniform(0, 1)}}})
+    return searcher
+
+
+def test_random_search_draws_no_more_trials_than_may_run_at_once():
+    searcher = random_search(2)
+    running = [searcher.next_trial(), searcher.next_trial()]
+    assert searcher.next_trial() is None
+    searcher.on_trial_complete(running[0].trial_id)
+    assert searcher.next_trial() is not None
+    assert searcher.next_trial() is None
+
+
+def test_a_search_that_continues_takes_the_new_limit(tmp_path):
+    first = random_search(1)
+    first.next_trial()
+    first.save_to_dir(tmp_path, "one")
+    again = random_search(3)
+    again.restore_from_dir(tmp_path)
+    assert [again.next_trial() is not None for _ in range(3)] == [True, True, False]  # one of three runs already
+
+
+def optuna_search(limit: int):
+    pytest.importorskip("optuna")
+    searcher = build_searcher("optuna", seed=0, limit=limit)
+    searcher.set_search_properties("p", "max", {"x": tune.uniform(0, 1)})
+    return searcher
+
+
+def test_optuna_draws_no_more_trials_than_may_run_at_once_and_learns_how_earlier_ones_end(tmp_path):
+    searcher = optuna_search(2)
+    assert [searcher.suggest(name) is not None for name in "abc"] == [True, True, False]
+    searcher.save(str(tmp_path / "state"))
+    again = optuna_search(1)
+    again.restore(str(tmp_path / "state"))
+    again.on_trial_complete("a", {"p": 1.5})
+    assert [trial.value for trial in again.searcher._ot_study.trials] == [1.5, None]
+
+
+def asha(earlier=None, *names: str) -> Asha:
+    scheduler = Asha(epochs=9, grace_epochs=1, reduction=3, earlier=earlier or {})
+    scheduler.set_search_properties("p", "max")
+    for name in names:
+        scheduler.on_trial_add(None, SimpleNamespace(trial_id=name))
+    return scheduler
+
+
+def decide(scheduler: Asha, name: str, epoch: int, p: float) -> str:
+    return scheduler.on_trial_result(None, SimpleNamespace(trial_id=name), {"epoch": epoch, "p": p})
+
+
+def test_a_weak_trial_is_stopped_but_not_at_its_last_evaluation_whose_checkpoint_is_being_stored():
+    scheduler = asha(None, "good", "weak", "late")
+    assert [decide(scheduler, "good", epoch, 1.0) for epoch in (1, 3, 9)] == ["CONTINUE"] * 3
+    assert decide(scheduler, "weak", 1, 0.5) == "STOP"
+    assert decide(scheduler, "late", 9, 0.5) == "CONTINUE"
+
+
+def test_a_search_that_continues_stops_trials_by_what_earlier_ones_scored():
+    assert decide(asha(None, "new"), "new", 1, 0.1) == "CONTINUE"  # nothing to compare with
+    earlier = {"a": [(1, 0.9), (2, 1.0), (3, 1.1)], "b": [(1, 0.8)], "c": []}
+    scheduler = asha(earlier, "a", "b", "c", "new")
+    assert decide(scheduler, "new", 1, 0.1) == "STOP"
+    assert decide(scheduler, "c", 1, 0.95) == "CONTINUE"
+    assert decide(scheduler, "c", 3, 1.0) == "STOP"
+
+
+def test_a_search_whose_state_ray_could_not_read_ends_and_does_not_begin_anew():
+    with pytest.raises(StorageError, match="could not be continued"):
+        asha({"a": []}, "new")
+
+
+def failed_trial(tmp_path, error: Exception, *, num_failures: int) -> SimpleNamespace:
+    path = tmp_path / "error.pkl"
+    path.write_bytes(cloudpickle.dumps(error))
+    return SimpleNamespace(
+        trial_id="t", pickled_error_file=str(path), error_file=None, num_failures=num_failures, max_failures=3
+    )
+
+
+def test_a_driver_that_died_with_its_node_is_started_again_several_times_and_an_error_once(tmp_path, capsys):
+    reporter = Reporter(num_trials=3, num_ended=1)
+    trial = failed_trial(tmp_path, ActorDiedError(), num_failures=1)
+    reporter.on_trial_recover(1, [], trial)
+    assert trial.max_failures == 3
+    error = RayTaskError("run_trial", "Traceback ...", InputError("shard 3 is damaged"))
+    trial = failed_trial(tmp_path, error, num_failures=1)
+    reporter.on_trial_recover(1, [], trial)
+    assert trial.max_failures == 1  # which the next failure passes
+    reporter.on_trial_error(1, [], trial)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-3:-1] == [
+        "trial t failed and is started again: shard 3 is damaged",
+        "trial t failed: shard 3 is damaged",
+    ]
+    assert printed[-1].startswith("2 of 3 trials, about")
+
+
+# ------------------------------------------------------------------------------------------------------ how trials end
+
+
+def test_a_trial_that_diverged_is_never_the_best_and_is_shown(tmp_path, capsys):
+    why = "step 9: the loss is not finite"
+    diverged = trial("b", 30.0, 0.9)
+    diverged.metrics |= {"p": LOWEST_P, "epoch": 1, DIVERGED: why}
+    diverged.metrics_dataframe.loc[1] = [LOWEST_P]
+    diverged.metrics_dataframe[DIVERGED] = [None, why]
+    never = trial("c", 99.0, LOWEST_P)
+    never.metrics |= {"epoch": 0, DIVERGED: why}
+    never.metrics_dataframe[DIVERGED] = why
+    finish_search(Config(), Results([diverged, never, trial("a", 0.1, 0.2)]), str(tmp_path))
+    assert yaml.safe_load((tmp_path / "best.yaml").read_text())["optim"]["lr"] == 0.1
+    rows = list(csv.DictReader((tmp_path / "trials.csv").open()))
+    assert [(row["trial"], row["best P"], row["last P"]) for row in rows] == [
+        ("a", "0.2000", "0.2000"), ("b", "0.9000", "0.9000"), ("c", "nan", "nan")
+    ]  # fmt: skip
+    assert [row["end"] for row in rows] == ["stopped early", "diverged", "diverged"]
+    assert f"b, c: {why}" in capsys.readouterr().out
+
+
+def test_a_search_without_any_score_says_every_reason_in_full(tmp_path):
+    long = "x" * 500
+    results = Results([Result({"trial_id": name}, None, error, "", None) for name, error in [
+        ("a", RayTaskError("run_trial", "Traceback ...", InputError(f"one\n{long}"))), ("b", ActorDiedError()),
+        ("c", RayTaskError("run_trial", "Traceback ...", InputError(f"one\n{long}"))),
+    ]])  # fmt: skip
+    with pytest.raises(InputError) as raised:
+        finish_search(Config(), results, str(tmp_path))
+    assert f"a, c: one\n{long}\n" in str(raised.value)
+    assert "b: ActorDiedError: The actor died" in str(raised.value)
+
+
+def test_a_search_begun_before_a_setting_existed_continues(tmp_path):
+    config, search, space = Config(), SearchConfig(), {"optim.lr": {"choice": [0.1]}}
+    check_same_search(str(tmp_path), config, search, space)
+    path = tmp_path / "search.json"
+    stored = json.loads(path.read_text())
+    del stored["optim.nesterov"]
+    path.write_text(json.dumps(stored))
+    check_same_search(str(tmp_path), config, search, space)
+    with pytest.raises(InputError, match=r"was begun with search\.trials 20, not 7"):
+        check_same_search(str(tmp_path), config, SearchConfig(trials=7), space)
+    path.write_text("{")
+    with pytest.raises(InputError, match=r"search\.json is damaged"):
+        check_same_search(str(tmp_path), config, search, space)

@@ -5,7 +5,8 @@ Examples:
         --run.storage s3://bucket/runs --data.train s3://bucket/faces/cropped/train --data.val s3://bucket/faces/cropped/val
     python -m mtl_dist.train --config s3://bucket/runs/weights/best.yaml --run.name cropped ...
 
-The same command continues an interrupted search. It writes best.yaml and trials.csv to <run.storage>/<search.name>/.
+The same command continues an interrupted search, and tries trials that failed again. It writes best.yaml and trials.csv
+to <run.storage>/<search.name>/.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import functools
 import io
 import json
 import math
-import time
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,37 +25,36 @@ import yaml
 from pydantic import Field
 
 from mtl_dist import storage
-from mtl_dist.config import MAX_COUNT, Config, Section, flatten
+from mtl_dist.config import MAX_COUNT, Config, Name, Section, flatten
 from mtl_dist.errors import InputError, run_command
 from mtl_dist.presets import CommandConfig, config_of, parse_command
-from tune.space import build_param_space, default_space, read_space
-from tune.trial import run_trial, trial_config
+from tune.space import Space, build_param_space, default_space, is_own, read_space
+from tune.trial import DIVERGED, EPOCH, METRIC, run_trial, trial_config
 
-METRIC = "p"
+EXPERIMENT = "tune"  # where Ray Tune keeps what it needs to continue, in the search's storage
 DRIVER_CPUS = 0.1  # of a trial's driver, which only waits for its ranks
-# What best.yaml leaves to the run that uses it.
-OWN_SETTINGS = (
-    "run.name",
-    "run.storage",
-    "data.train",
-    "data.val",
-    "data.cache_dir",
-    "engine.device",
-    "engine.threads",
-)
+DRIVER_RESTARTS = 3  # of a trial whose driver dies with its node
+# Ray's own tables and lines would bury ours; its warnings stay, and what trials die of is in our lines. The files for
+# TensorBoard are ours, not Ray's: trials/trial-<id>/tensorboard.
+TUNE_SETTINGS = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+}
 
 
 class SearchConfig(Section):
-    name: str = "search"
+    name: Name = "search"
     """The search's name; its files go to <run.storage>/<name>/."""
     trials: int = Field(20, ge=1, le=100_000)
     """Trials to run."""
     space: Path | None = None
-    """YAML such as 'optim.lr: {loguniform: [1.0e-4, 1.0e-2]}'. None: the loss weights and the learning rate."""
+    """YAML such as 'optim.lr: {loguniform: [1.0e-4, 1.0e-2]}'; kinds are uniform, loguniform, integer (both ends may
+    come) and choice. None: the loss weights and the learning rate."""
     algorithm: Literal["random", "optuna"] = "random"
     """optuna: TPE (needs the extra 'search')."""
     concurrent: int | None = Field(None, ge=1, le=100_000)
-    """Trials at a time; None: as many as the cluster has room for."""
+    """Trials at a time; None: as many as the cluster has room for, or all where it adds nodes (ray.autoscaling)."""
     grace_epochs: int = Field(1, ge=1, le=MAX_COUNT)
     """ASHA stops no trial before this many epochs."""
     reduction: int = Field(3, ge=2, le=1000)
@@ -80,61 +80,78 @@ def main(args: list[str] | None = None) -> None:
     if command.dry_run:
         print(plan)
         return
-    _check_same_search(search_uri, config, search, space)
-    results = run_search(config, search, build_param_space(space), search_uri)
+    check_same_search(search_uri, config, search, space)
+    results = run_search(config, search, space, search_uri)
     finish_search(config, results, search_uri)
 
 
-def run_search(config: Config, search: SearchConfig, param_space: dict[str, Any], search_uri: str):
+def run_search(config: Config, search: SearchConfig, space: Space, search_uri: str):
     """Run the trials, or those that an interrupted search has left. Returns Ray Tune's results."""
+    for name, value in TUNE_SETTINGS.items():
+        os.environ.setdefault(name, value)
     from ray import tune
-    from ray.tune.schedulers import ASHAScheduler
+    from ray.tune.logger import JsonLoggerCallback
 
     from mtl_dist.runtime.launch import connect, ray_storage
+    from tune.experiment import Asha, Reporter, build_searcher
 
     connect(config)
+    room = _room_for_trials(config)
     trainable = tune.with_resources(
         functools.partial(run_trial, base=json.loads(config.model_dump_json()), search_uri=search_uri),
         {"CPU": DRIVER_CPUS},
     )
     path, filesystem = ray_storage(search_uri)
-    experiment = f"{path}/tune"
-    if tune.Tuner.can_restore(experiment, storage_filesystem=filesystem):
+    earlier, num_ended = _read_earlier(search_uri)
+    if earlier:
         print(f"continuing the search at {search_uri}", flush=True)
-        return tune.Tuner.restore(
-            experiment,
-            trainable=trainable,
-            storage_filesystem=filesystem,
-            resume_unfinished=True,
-            restart_errored=True,
-            param_space=param_space,
-        ).fit()
-    epochs = config.train.epochs
-    tuner = tune.Tuner(
+    reporter = Reporter(num_trials=search.trials, num_ended=num_ended)
+    kept = tune.ResumeConfig.ResumeType.RESUME  # under their ids, so that their runs continue
+    analysis = tune.run(
         trainable,
-        param_space=param_space,
-        tune_config=tune.TuneConfig(
-            metric=METRIC,
-            mode="max",
-            num_samples=search.trials,
-            search_alg=_build_searcher(search, config.run.seed),
-            scheduler=ASHAScheduler(
-                time_attr="epoch",
-                max_t=max(epochs, search.grace_epochs),
-                grace_period=min(search.grace_epochs, epochs),
-                reduction_factor=search.reduction,
-            ),
-            max_concurrent_trials=search.concurrent or _room_for_trials(config),
+        name=EXPERIMENT,
+        storage_path=path,
+        storage_filesystem=filesystem,
+        config=build_param_space(space),
+        num_samples=search.trials,
+        metric=METRIC,
+        mode="max",
+        search_alg=build_searcher(search.algorithm, seed=config.run.seed, limit=search.concurrent or room),
+        scheduler=Asha(
+            epochs=config.train.epochs, grace_epochs=search.grace_epochs, reduction=search.reduction, earlier=earlier
         ),
-        run_config=tune.RunConfig(
-            name="tune",
-            storage_path=path,
-            storage_filesystem=filesystem,
-            verbose=0,
-            callbacks=[build_reporter(search.trials)],
-        ),
+        max_failures=DRIVER_RESTARTS,
+        raise_on_failed_trial=False,
+        resume_config=tune.ResumeConfig(unfinished=kept, errored=kept) if earlier else None,
+        callbacks=[reporter, JsonLoggerCallback()],
+        verbose=0,
     )
-    return tuner.fit()
+    if reporter.num_ended < search.trials:  # Ctrl-C: Ray stores where the search is, and returns
+        raise KeyboardInterrupt
+    return tune.ResultGrid(analysis)
+
+
+def _read_earlier(search_uri: str) -> tuple[dict[str, list[tuple[int, float]]], int]:
+    """Return what the trials of an interrupted search scored, by their ids, and how many of them have ended well."""
+    from ray import tune
+
+    from mtl_dist.runtime.launch import ray_storage
+    from tune.experiment import evaluations
+
+    where = storage.join(search_uri, EXPERIMENT)
+    if not any(found.name.startswith("experiment_state-") for found in storage.list_objects(where)):
+        return {}, 0
+    path, filesystem = ray_storage(where)
+    try:
+        analysis = tune.ExperimentAnalysis(path, storage_filesystem=filesystem)
+        frames = analysis.trial_dataframes
+        ended = [trial for trial in analysis.trials if trial.status == trial.TERMINATED]
+        return {trial.trial_id: evaluations(frames.get(trial.trial_id)) for trial in analysis.trials}, len(ended)
+    except (ValueError, LookupError, TypeError, AttributeError, EOFError) as error:
+        raise InputError(
+            f"{where}, which the search needs to continue, cannot be read ({type(error).__name__}: {error}); "
+            "delete it to run all trials again, or give another --search.name"
+        ) from None
 
 
 def finish_search(config: Config, results, search_uri: str) -> None:
@@ -143,14 +160,14 @@ def finish_search(config: Config, results, search_uri: str) -> None:
     from rich.table import Table
 
     trials = rank_trials(results)
+    reasons = _reasons(results)
     if not trials:
-        raise InputError(
-            f"none of {len(results)} trials has a score that is a number; their errors: "
-            f"{[str(e) for e in results.errors][:1]}"
-        )
+        raise InputError("\n".join([f"none of {len(results)} trials has a score that is a number", *reasons]))
     params = sorted(trials[0].result.config)
-    header = ["trial", *params, "epochs", "best P", "last P"]
-    rows = [_trial_row(trial, params) for trial in trials]
+    header = ["trial", *params, "epochs", "best P", "last P", "end"]
+    ranked = {id(trial.result) for trial in trials}
+    rows = [_trial_row(trial, params, config) for trial in trials]
+    rows += [_trial_row(_score(result), params, config) for result in results if id(result) not in ranked]
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     storage.write_bytes(storage.join(search_uri, "trials.csv"), text.getvalue().encode())
@@ -171,6 +188,8 @@ def finish_search(config: Config, results, search_uri: str) -> None:
     )
     if results.num_errors:
         print(f"{results.num_errors} trial(s) failed; the same command tries them again")
+    for reason in reasons:
+        print(reason)
 
 
 class RankedTrial(NamedTuple):
@@ -180,24 +199,49 @@ class RankedTrial(NamedTuple):
 
 
 def rank_trials(results: Iterable[Any]) -> list[RankedTrial]:
-    """Return the trials with a P that is a number, the highest first."""
-    found = []
-    for result in results:
-        last = (result.metrics or {}).get(METRIC)
-        frame = result.metrics_dataframe
-        values = [] if frame is None or METRIC not in frame else frame[METRIC].tolist()
-        finite = [float(value) for value in [*values, last] if value is not None and math.isfinite(value)]
-        if finite:
-            found.append(RankedTrial(result, max(finite), math.nan if last is None else float(last)))
-    return sorted(found, key=lambda trial: trial.best, reverse=True)
+    """Return the trials with a P that is a number, the highest first, without those that diverged: they would again."""
+    found = [_score(result) for result in results if not (result.metrics or {}).get(DIVERGED)]
+    scored = [trial for trial in found if math.isfinite(trial.best)]
+    return sorted(scored, key=lambda trial: (-trial.best, trial.result.metrics["trial_id"]))
 
 
-def _trial_row(trial: RankedTrial, params: list[str]) -> list[str]:
-    result = trial.result
-    values = [result.config[key] for key in params]
+def _score(result: Any) -> RankedTrial:
+    """Return a trial with its scores, NaN where it has none."""
+    metrics, frame = result.metrics or {}, result.metrics_dataframe
+    if frame is not None and METRIC in frame:
+        values = (frame if DIVERGED not in frame else frame[frame[DIVERGED].isna()])[METRIC].tolist()
+    else:
+        values = []
+    if METRIC in metrics and not metrics.get(DIVERGED):
+        values.append(metrics[METRIC])
+    finite = [float(value) for value in values if value is not None and math.isfinite(value)]
+    return RankedTrial(result, max(finite, default=math.nan), float(values[-1]) if values else math.nan)
+
+
+def _trial_row(trial: RankedTrial, params: list[str], config: Config) -> list[str]:
+    metrics, own = trial.result.metrics or {}, trial.result.config or {}
+    values = [own.get(key, "") for key in params]
     shown = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in values]
-    epoch = str(result.metrics["epoch"])
-    return [result.metrics["trial_id"], *shown, epoch, f"{trial.best:.4f}", f"{trial.last:.4f}"]
+    epochs = metrics.get(EPOCH, 0)
+    if metrics.get(DIVERGED):
+        end = "diverged"
+    elif trial.result.error:
+        end = "failed"
+    else:
+        end = "finished" if epochs >= config.train.epochs else "stopped early"
+    return [metrics.get("trial_id", ""), *shown, str(epochs), f"{trial.best:.4f}", f"{trial.last:.4f}", end]
+
+
+def _reasons(results: Iterable[Any]) -> list[str]:
+    """Say in full why trials failed or diverged, each reason once."""
+    from tune.experiment import explain
+
+    found: dict[str, list[str]] = {}
+    for result in results:
+        metrics = result.metrics or {}
+        if why := explain(result.error) if result.error else metrics.get(DIVERGED):
+            found.setdefault(why, []).append(metrics.get("trial_id", "?"))
+    return [f"{', '.join(names)}: {why}" for why, names in found.items()]
 
 
 def best_yaml(config: Config, params: dict[str, Any]) -> str:
@@ -205,74 +249,47 @@ def best_yaml(config: Config, params: dict[str, Any]) -> str:
     merged = flatten(trial_config(json.loads(config.model_dump_json()), params, "best", config.run.storage))
     nested: dict[str, dict[str, Any]] = {}
     for path, value in merged.items():
-        if path not in OWN_SETTINGS and not path.startswith("ray."):
+        if not is_own(path):
             section, key = path.split(".")
             nested.setdefault(section, {})[key] = value
     return yaml.safe_dump(nested, sort_keys=False)
 
 
-def build_reporter(num_trials: int):
-    """A callback that prints a line at each evaluation of a trial, with the time left."""
-    from ray.tune import Callback
+def _room_for_trials(config: Config) -> int | None:
+    """Return how many trials' ranks the cluster has room for; None where it makes room.
 
-    class Reporter(Callback):
-        def __init__(self):
-            self.begun, self.finished = time.monotonic(), set()
-
-        def on_trial_result(self, iteration, trials, trial, result, **info):
-            if METRIC in result:
-                print(f"trial {trial.trial_id}  epoch {result['epoch']}  P {result[METRIC]:.4f}", flush=True)
-
-        def on_trial_complete(self, iteration, trials, trial, **info):
-            self._line(trial, "finished")
-
-        def on_trial_error(self, iteration, trials, trial, **info):
-            self._line(trial, "failed")
-
-        def _line(self, trial, what: str) -> None:
-            self.finished.add(trial.trial_id)
-            done, seconds = len(self.finished), time.monotonic() - self.begun
-            left = seconds / done * (num_trials - done)
-            print(f"trial {trial.trial_id} {what}: {done} of {num_trials} trials, about {left:.0f} s left", flush=True)
-
-    return Reporter()
-
-
-def _room_for_trials(config: Config) -> int:
-    """How many trials' ranks the cluster has room for. Tune itself would count drivers only and start all at once."""
+    Tune itself would count drivers only and start all at once.
+    """
     import ray
 
-    total, least = ray.cluster_resources(), config.ray.num_ranks[0]
-    rooms = [int(total.get("CPU", 0) / (least * config.ray.cpus_per_rank + DRIVER_CPUS))]
-    if config.ray.gpus_per_rank:
-        rooms.append(int(total.get("GPU", 0) / (least * config.ray.gpus_per_rank)))
-    return max(1, min(rooms))
-
-
-def _build_searcher(search: SearchConfig, seed: int):
-    if search.algorithm == "random":
-        from ray.tune.search.basic_variant import BasicVariantGenerator
-
-        return BasicVariantGenerator(random_state=seed)
-    try:
-        import optuna  # noqa: F401  Ray asserts where it is missing
-        from ray.tune.search.optuna import OptunaSearch
-
-        return OptunaSearch(seed=seed)
-    except ImportError:
+    if config.ray.autoscaling:
+        return None
+    nodes, least = [node["Resources"] for node in ray.nodes() if node["Alive"]], config.ray.num_ranks[0]
+    each = {"CPU": config.ray.cpus_per_rank, "GPU": config.ray.gpus_per_rank}
+    num_ranks = sum(min(int(node.get(name, 0) / share) for name, share in each.items() if share) for node in nodes)
+    total_cpus, cpus = sum(node.get("CPU", 0) for node in nodes), least * config.ray.cpus_per_rank + DRIVER_CPUS
+    room = min(num_ranks // least, int(total_cpus / cpus))
+    if not room:
         raise InputError(
-            "search.algorithm is optuna, which is not installed; pip install 'mtl_dist[search]' on every node"
-        ) from None
+            f"a trial needs {cpus:g} CPU, {DRIVER_CPUS} of them for its driver; the cluster has {total_cpus:g}: lower "
+            "ray.num_ranks or ray.cpus_per_rank, or add nodes (--ray.autoscaling where they come by themselves)"
+        )
+    return room
 
 
-def _check_same_search(search_uri: str, config: Config, search: SearchConfig, space: dict[str, Any]) -> None:
+def check_same_search(search_uri: str, config: Config, search: SearchConfig, space: Space) -> None:
     """Raise where this name belongs to a search of other settings; a restored search would mix the two."""
     uri = storage.join(search_uri, "search.json")
-    settings = {key: value for key, value in flatten(config).items() if not key.startswith(("run.name", "ray."))}
-    own = search.model_dump(include={"trials", "algorithm", "grace_epochs", "reduction"})
-    wanted = {**settings, **{f"search.{key}": value for key, value in own.items()}, "space": space}
+    wanted = _settings(config, search) | {"space": space}
     if storage.exists(uri):
-        stored = json.loads(storage.read_bytes(uri))
+        try:
+            stored = json.loads(storage.read_bytes(uri))
+            # A setting that was unknown then was what its default is.
+            stored = _settings(Config(), SearchConfig()) | stored
+        except (ValueError, TypeError) as error:
+            raise InputError(
+                f"{uri} is damaged ({error}); restore it, or give this search another --search.name"
+            ) from None
         for key in sorted(stored.keys() | wanted.keys()):
             if stored.get(key) != wanted.get(key):
                 raise InputError(
@@ -280,6 +297,12 @@ def _check_same_search(search_uri: str, config: Config, search: SearchConfig, sp
                     "one another --search.name"
                 )
     storage.write_bytes(uri, json.dumps(wanted, indent=1).encode())
+
+
+def _settings(config: Config, search: SearchConfig) -> dict[str, Any]:
+    settings = {key: value for key, value in flatten(config).items() if not key.startswith(("run.name", "ray."))}
+    own = search.model_dump(include={"trials", "algorithm", "grace_epochs", "reduction"})
+    return settings | {f"search.{key}": value for key, value in own.items()}
 
 
 if __name__ == "__main__":

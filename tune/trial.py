@@ -7,6 +7,12 @@ from typing import Any
 from mtl_dist import storage
 from mtl_dist.config import Config, build_config, unflatten
 
+# What a trial reports to Ray Tune.
+METRIC = "p"
+EPOCH = "epoch"
+DIVERGED = "diverged"  # why it ended, where its loss was no longer finite
+LOWEST_P = -1.0  # of a trial that diverged, for Ray's scheduler and searcher only: CCC is at least -1, F1 0
+
 
 def trial_config(base: dict[str, Any], params: dict[str, Any], trial_id: str, trials_uri: str) -> Config:
     """Return the configuration of a trial: the search's, with the sampled settings, as a run of its own."""
@@ -15,11 +21,25 @@ def trial_config(base: dict[str, Any], params: dict[str, Any], trial_id: str, tr
 
 
 def run_trial(params: dict[str, Any], *, base: dict[str, Any], search_uri: str) -> None:
-    """Train one trial and report its evaluations to Tune. Runs in a process of Tune's that needs next to no CPU."""
+    """Train one trial and report its evaluations to Tune. Runs in a process of Tune's that needs next to no CPU.
+
+    That a trial diverged is a result: the same again would only diverge again.
+    """
     from ray import tune
     from ray.tune.integration.ray_train import TuneReportCallback
 
     from mtl_dist.runtime.launch import run_ray
+    from mtl_dist.runtime.loop import NonFiniteLoss
 
     config = trial_config(base, params, tune.get_context().get_trial_id(), storage.join(search_uri, "trials"))
-    run_ray(config, callbacks=[TuneReportCallback()])
+    try:
+        run_ray(config, callbacks=[TuneReportCallback()])
+    except NonFiniteLoss as error:
+        tune.report({METRIC: LOWEST_P, EPOCH: num_epochs(config.run.uri), DIVERGED: str(error)})
+
+
+def num_epochs(run_uri: str) -> int:
+    """Return after how many epochs a run was last evaluated."""
+    from mtl_dist.runtime.tracking import read_records
+
+    return max((record["epoch"] + 1 for record in read_records(run_uri) if record["kind"] == "eval"), default=0)
