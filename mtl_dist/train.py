@@ -11,6 +11,8 @@ Examples:
 
 from __future__ import annotations
 
+import os
+
 from mtl_dist import storage
 from mtl_dist.config import Config, dump_yaml
 from mtl_dist.errors import run_command
@@ -44,6 +46,8 @@ def main(args: list[str] | None = None) -> None:
     from mtl_dist.runtime.launch import connect, is_torchrun, run_local, run_ray
 
     if command.local or is_torchrun():
+        if os.environ.get("RANK", "0") == "0":
+            print(plan, flush=True)
         run_local(config)
     else:
         connect(config)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from cluster.local import main as cluster_main
 from mtl_dist import storage
+from mtl_dist.config import Config
 from mtl_dist.data.annotations import FILES, read_annotations
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.columns import Columns, TableOptions
@@ -21,6 +22,7 @@ from mtl_dist.data.index import INDEX_NAME, read_index
 from mtl_dist.data.reader import ShardReader
 from mtl_dist.data.sidecar import parse_sidecar
 from mtl_dist.errors import InputError
+from mtl_dist.runtime.plan import Data, note_labels
 from mtl_dist.shards import create, synth, verify
 from mtl_dist.train import main as train_main
 from tests.conftest import assert_one_message, run_here, run_module
@@ -438,6 +440,82 @@ def test_a_batch_larger_than_the_set_is_refused(shards, tmp_path):
 
 @pytest.mark.parametrize("suffix", ["tar", "safetensors"])
 @pytest.mark.parametrize("split", ["train", "val"])
+def make_sets(dest: Path, *, train: str = "a", val: str = "a", shared: int = 0) -> list[str]:
+    """Write shards of a table; return the arguments of a dry run with them.
+
+    Its parts have labels of all tasks (a), one (v, e, u) or none; `shared` of 10 validation pictures are training
+    pictures.
+    """
+    labels = {"a": "0.1,0.2,3,1", "v": "0.1,0.2,,", "e": ",,3,", "u": ",,,0", "": ",,,"}
+    rng = np.random.default_rng(0)
+    pictures = [simplejpeg.encode_jpeg(rng.integers(0, 255, (32, 32, 3), np.uint8)) for _ in range(30)]
+    parts = {"train": pictures[:20], "val": pictures[20 - shared : 30 - shared]}
+    lines = ["image,valence,arousal,expression,AU1,split"]
+    for split, kind in (("train", train), ("val", val)):
+        (dest / split).mkdir(parents=True)
+        for number, data in enumerate(parts[split]):
+            (dest / split / f"{number}.jpg").write_bytes(data)
+            lines.append(f"{split}/{number}.jpg,{labels[kind]},{split}")
+    (dest / "t.csv").write_text("\n".join(lines) + "\n")
+    create(dest / "t.csv", str(dest / "set"), views=("cropped",), jobs=1)
+    sets = ["--data.train", f"{dest}/set/cropped/train", "--data.val", f"{dest}/set/cropped/val"]
+    return ["--dry-run", "--preset=small", "--train.global-batch=8", f"--run.storage={dest}", *sets]
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "flags", "words"),
+    [
+        ("", "a", [], "set/cropped/train has labels of no task, and the weights of losses are loss.va 1, loss.expr 1"),
+        ("v", "a", ["--loss.va", "0"], "set/cropped/train has labels of va, and the weights of losses are loss.va 0"),
+        ("a", "", [], "set/cropped/val has labels of no task, and trained are va, expr, au: nothing of it would be"),
+        ("u", "e", [], "set/cropped/val has labels of expr, and trained are au: nothing of it would be scored"),
+    ],
+)
+def test_sets_that_nothing_could_be_learnt_from_or_scored_on_are_refused(tmp_path, train, val, flags, words):
+    with pytest.raises(InputError) as error:
+        train_main([*make_sets(tmp_path, train=train, val=val), *flags])
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "flags", "notes"),
+    [
+        ("a", "a", [], []),
+        ("a", "a", ["--loss.expr", "0"], ["expr is scored and not trained: its loss has weight 0"]),
+        ("e", "e", [], [f"{task} is not trained: the training set has no labels of it" for task in ("va", "au")]),
+        ("e", "a", [], [f"{task} is scored and not trained: the training set has no labels" for task in ("va", "au")]),
+        ("a", "e", [], [f"{task} is trained and not scored: the validation set has no" for task in ("va", "au")]),
+    ],
+)
+def test_what_is_trained_and_not_scored_or_the_other_way_is_said(tmp_path, capsys, train, val, flags, notes):
+    train_main([*make_sets(tmp_path, train=train, val=val), *flags])
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note    ")]
+    assert len(said) == len(notes)
+    for line, note in zip(said, notes):
+        assert line.startswith(f"note    {note}")
+
+
+def test_an_action_unit_that_only_one_set_has_labels_of_is_said(shards):
+    train, val = (read_index(str(shards / "cropped" / split)) for split in ("train", "val"))
+
+    def without(index, unit: int):
+        au, on = (list(counts) for counts in (index.labels.au, index.labels.au_positives))
+        au[unit], on[unit] = 0, 0
+        return index.model_copy(update={"labels": index.labels.model_copy(update={"au": au, "au_positives": on})})
+
+    data = Data(without(train, 0), without(val, 2), 5, ())
+    assert note_labels(Config(), data) == [
+        "AU4: trained and not scored, for want of labels", "AU1: scored and not trained, for want of labels"
+    ]  # fmt: skip
+
+
+def test_a_validation_set_of_training_pictures_is_refused_and_a_part_of_them_counted(tmp_path, capsys):
+    with pytest.raises(InputError, match=r"set/cropped/val has the pictures of .*/train: 10 of 10 validation pictures"):
+        train_main(make_sets(tmp_path / "all", shared=10))
+    train_main(make_sets(tmp_path / "some", shared=3))
+    assert "note    3 of 10 validation pictures are training pictures too" in capsys.readouterr().out
+
+
 def test_a_shard_that_is_gone_is_found_before_training(copied, tmp_path, split, suffix):
     path = copied / "cropped" / split / f"shard-000001.{suffix}"
     path.unlink()

@@ -28,6 +28,7 @@ from mtl_dist.data import skipping, ustar, writer
 from mtl_dist.data.annotations import FILES, read_annotations
 from mtl_dist.data.columns import Columns, TableOptions
 from mtl_dist.data.index import INDEX_NAME, dump_index, read_index
+from mtl_dist.data.overlap import find_shared
 from mtl_dist.data.sheet import choose_samples, draw_sheet
 from mtl_dist.data.sidecar import dump_sidecar, parse_sidecar, read_about
 from mtl_dist.errors import InputError
@@ -735,6 +736,22 @@ def test_an_action_unit_that_is_always_off_is_told_from_one_that_nobody_labelled
     printed = capsys.readouterr().out
     assert "AU1 on, of 32 labelled" in printed
     assert "AU26 on, not labelled" in printed
+
+
+def test_validation_pictures_that_are_training_pictures_by_another_name_are_counted(dataset, tmp_path, capsys):
+    source = Path(shutil.copytree(dataset, tmp_path / "source"))
+    train, val = ([*dict.fromkeys(read_annotations(source / FILES[split]).images)] for split in SPLITS)
+    for theirs, mine in zip(train, val[:4]):
+        shutil.copy(source / "cropped" / theirs, source / "cropped" / mine)
+    rows = sum(image in val[:4] for image in read_annotations(source / FILES["val"]).images)
+    create(source, str(tmp_path / "dest"), frames_per_shard=7, jobs=1)
+    printed = capsys.readouterr().out
+    assert f"note: cropped: {rows} of 20 validation pictures are training pictures too, byte for byte" in printed
+    assert "note: cropped_aligned" not in printed
+    sets = [(uri, read_index(uri)) for uri in (str(tmp_path / "dest" / "cropped" / split) for split in SPLITS)]
+    shared = find_shared(*sets[0], *sets[1], max_bytes=2 * sets[0][1].shards[0].sidecar_bytes)
+    assert (shared.of, shared.looked_at) == (14, 14 / 40)
+    assert shared.note().startswith("at least ")
 
 
 # ------------------------------------------------------------------------------------------------------ contact sheets

@@ -17,7 +17,8 @@ from pyarrow import parquet
 from simplejpeg import encode_jpeg
 
 from mtl_dist import shards
-from mtl_dist.data.annotations import find_bad_name, is_image_name
+from mtl_dist.data.annotations import FILES, find_bad_name, is_image_name
+from mtl_dist.data.annotations import HEADER as ANNOTATIONS_HEADER
 from mtl_dist.data.columns import Columns, TableOptions
 from mtl_dist.data.index import read_index
 from mtl_dist.data.sources import Source, read_source
@@ -214,6 +215,7 @@ def test_affectnet_contempt_becomes_other_when_told(tmp_path, pair):
 
 def test_affectnets_two_lists_are_train_and_val(tmp_path):
     train, val = affectnet(tmp_path / "training.csv"), affectnet(tmp_path / "validation.csv", 11)
+    val.write_text(val.read_text().replace(".jpg", ".png"))  # other pictures
     source = split(train, TableOptions(table_format="affectnet", val_table=val))
     assert {name: len(part.row) for name, part in source.splits.items()} == {"train": 22, "val": 11}
     assert source.unlabelled["None (8)"] == 3
@@ -232,6 +234,7 @@ def test_an_affectnet_list_without_a_header_is_the_same_table(tmp_path, count, s
     assert found.unlabelled == expected.unlabelled
     for name in ("va", "expr", "au", "va_mask", "expr_mask", "au_mask"):
         np.testing.assert_array_equal(getattr(found.annotations, name), getattr(expected.annotations, name), name)
+    without.write_bytes(without.read_bytes().replace(b".jpg", b".png"))  # other pictures
     source = split(with_header, TableOptions(table_format="affectnet", val_table=without))
     assert {name: len(part.row) for name, part in source.splits.items()} == {"train": count, "val": count}
 
@@ -457,10 +460,44 @@ def test_a_person_or_video_on_both_sides_is_an_error_with_its_way_out(tmp_path):
     assert len(split(path, TableOptions(columns=Columns(person=""))).splits["val"].row) == 9
     with pytest.raises(InputError, match=r"7 videos are in train and in val"):
         split(path, TableOptions(columns=Columns(person="", video="person")))
-    train, val = (write(tmp_path / f"{name}.csv", *([*row[:3]] for row in rows), header=SPLIT_HEADER[:3])
+    header = SPLIT_HEADER[:3]
+    train, val = (write(tmp_path / f"{name}.csv", *([name + row[0], *row[1:3]] for row in rows), header=header)
                   for name in ("a", "b"))  # fmt: skip
     with pytest.raises(InputError, match=r"a\.csv and .*b\.csv: 7 persons are in train and in val"):
         split(train, TableOptions(val_table=val))
+
+
+def test_one_picture_on_both_sides_is_an_error_and_one_directory_a_note(tmp_path):
+    rows = [[f"{i % 3}/{i}.jpg", "1", f"p{i}", "val" if i > 6 else "train"] for i in range(9)]
+    path = write(tmp_path / "t.csv", *rows, header=SPLIT_HEADER)
+    assert split(path).notes[1].startswith("note: 2 directories have images of train and of val: 1, 2; if a directory")
+    assert len(split(path, val_fraction=0.3, options=TableOptions(columns=Columns(split=""))).notes) == 1
+    path = write(tmp_path / "t.csv", *rows, ["0/3.jpg", "1", "p9", "val"], header=SPLIT_HEADER)
+    with pytest.raises(InputError, match=r"t\.csv: 1 images are in train and in val: 0/3\.jpg; .* by heart"):
+        split(path)
+    flat = [[f"{i}.jpg", *row[1:]] for i, row in enumerate(rows)]
+    assert len(split(write(tmp_path / "t.csv", *flat, header=SPLIT_HEADER)).notes) == 1
+
+
+def test_one_table_or_one_text_for_both_parts_is_an_error(tmp_path):
+    path = write(tmp_path / "t.csv", GOOD)
+    with pytest.raises(InputError, match=r"t\.csv, of the training rows, and .*t\.csv, .*, are the same file"):
+        split(path, TableOptions(val_table=path))
+    copy = tmp_path / "copy.csv"
+    copy.write_bytes(path.read_bytes())
+    with pytest.raises(InputError, match="are equal, byte for byte; expected other rows"):
+        split(path, TableOptions(val_table=copy))
+    texts = [tmp_path / name for name in FILES.values()]
+    lines = [ANNOTATIONS_HEADER, *(f"v{i}/1.jpg,-5,-5,1" + ",-1" * 12 for i in range(3))]
+    for text in texts:
+        text.write_text("\n".join(lines))
+    with pytest.raises(InputError, match=r"training_set_annotations\.txt, .*, are equal, byte for byte"):
+        split(tmp_path)
+    texts[1].write_text("\n".join(lines[:2]))
+    with pytest.raises(InputError, match=r"1 images are in train and in val: v0/1\.jpg"):
+        split(tmp_path)
+    texts[1].write_text("\n".join(lines[:2]).replace("1.jpg", "2.jpg"))
+    assert [note.partition(";")[0] for note in split(tmp_path).notes] == ["note: 1 videos are in train and in val: v0"]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from mtl_dist.data.annotations import FILES, Annotations, read_annotations
 from mtl_dist.data.columns import NO_OPTIONS, TableOptions
+from mtl_dist.data.overlap import listed, names_in_both
 from mtl_dist.data.splits import check_apart, split_by_video, video_of
 from mtl_dist.data.tables import SUFFIXES, Table, read_table
 from mtl_dist.errors import InputError
@@ -57,12 +58,18 @@ def read_source(path: Path, options: TableOptions, *, val_fraction: float | None
         raise InputError(
             f"{val_path} does not exist; restore it, or part the training rows by video with --val-fraction 0.1"
         )
-    rows = {"train": _rows_of_text(train)}
+    rows, notes = {"train": _rows_of_text(train)}, []
     if val_fraction is None:
         rows["val"] = _rows_of_text(read_annotations(val_path))
+        _check_other(path / FILES["train"], train, val_path, rows["val"].annotations)
+        if both := names_in_both(rows["train"].videos, rows["val"].videos):
+            notes.append(
+                f"note: {len(both)} videos are in train and in val: {listed(both)}; frames of one video are much "
+                "alike, so a score counts what was learnt by heart"
+            )
     else:
         rows = _split(rows["train"], val_fraction, seed)
-    return _source(rows, {}, {}, [])
+    return _source(rows, {}, {}, notes, where=str(path))
 
 
 def find_images(path: Path, views: tuple[str, ...], options: TableOptions) -> dict[str, Path]:
@@ -116,16 +123,19 @@ def _read_table_source(path: Path, options: TableOptions, val_fraction: float | 
             "table with --val-table, or part the rows by video with --val-fraction 0.1"
         )
     rows = _rows_of(table)
+    notes = [table.about_columns]
     if has_val:
         _check_apart(table, is_val, str(path))
         parts = {"train": _take(rows, np.flatnonzero(~is_val)), "val": _take(rows, np.flatnonzero(is_val))}
+        notes += _note_directories(table, parts["train"], parts["val"], options)
     else:
         parts = _split(rows, val_fraction, seed)
-    return _source(parts, table.left_out, table.unlabelled, [table.about_columns])
+    return _source(parts, table.left_out, table.unlabelled, notes, where=str(path))
 
 
 def _join_tables(path: Path, train: Table, options: TableOptions) -> Source:
     val = read_table(options.val_table, options)
+    _check_other(path, train.annotations, options.val_table, val.annotations)
     for where, table in ((path, train), (options.val_table, val)):
         if table.is_val is not None:
             raise InputError(
@@ -137,8 +147,34 @@ def _join_tables(path: Path, train: Table, options: TableOptions) -> Source:
     is_val = np.repeat([False, True], [len(train.videos), len(val.videos)])
     _check_apart(both, is_val, f"{path} and {options.val_table}")
     unlabelled = dict(Counter(train.unlabelled) + Counter(val.unlabelled))
+    parts = {"train": _rows_of(train), "val": _rows_of(val)}
     notes = list(dict.fromkeys(table.about_columns for table in (train, val)))
-    return _source({"train": _rows_of(train), "val": _rows_of(val)}, {}, unlabelled, notes)
+    notes += _note_directories(train, parts["train"], parts["val"], options)
+    return _source(parts, {}, unlabelled, notes, where=f"{path} and {options.val_table}")
+
+
+def _check_other(train_path: Path, train: Annotations, val_path: Path, val: Annotations) -> None:
+    """Raise if one file was given as both parts."""
+    if train.sha256 == val.sha256:
+        same = "the same file" if train_path.samefile(val_path) else "equal, byte for byte"
+        raise InputError(
+            f"{train_path}, of the training rows, and {val_path}, of the validation rows, are {same}; expected other "
+            "rows for validation; part one file by video with --val-fraction 0.1"
+        )
+
+
+def _note_directories(table: Table, train: _Rows, val: _Rows, options: TableOptions) -> list[str]:
+    """Say which directories are on both sides, where they may be videos: nobody named a column of these."""
+    if table.columns.video or options.table_format != "plain":
+        return []
+    videos = [video_of(pa.array(part.annotations.images, pa.large_string())) for part in (train, val)]
+    both = names_in_both(*videos)
+    if not both or len(pa.concat_arrays(videos).unique()) == 1:
+        return []
+    return [
+        f"note: {len(both)} directories have images of train and of val: {listed(both)}; if a directory is a video, "
+        "its frames are on both sides, and a score counts what was learnt by heart (--val-fraction keeps videos whole)"
+    ]
 
 
 def _check_apart(table: Table, is_val: np.ndarray, where: str) -> None:
@@ -169,7 +205,15 @@ def _take(rows: _Rows, places: np.ndarray) -> _Rows:
     return _Rows(rows.annotations.take(places), rows.videos.take(index), persons)
 
 
-def _source(rows: dict[str, _Rows], left_out: dict[str, int], unlabelled: dict[str, int], notes: list[str]) -> Source:
+def _source(
+    rows: dict[str, _Rows], left_out: dict[str, int], unlabelled: dict[str, int], notes: list[str], *, where: str
+) -> Source:
+    names = [pa.array(rows[split].annotations.images, pa.large_string()) for split in ("train", "val")]
+    if both := names_in_both(*names):
+        raise InputError(
+            f"{where}: {len(both)} images are in train and in val: {listed(both)}; a score would count what was learnt "
+            "by heart; take their rows out of one of the two"
+        )
     return Source(
         splits={split: part.annotations for split, part in rows.items()},
         num_videos={split: len(part.videos.unique()) for split, part in rows.items()},

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from mtl_dist import storage
 from mtl_dist.data.index import Index
+from mtl_dist.data.overlap import find_shared
 from mtl_dist.data.skipping import SKIPPED_NAME, Skipped, count_reasons
 from mtl_dist.data.sources import Source
 from mtl_dist.tasks import AUS, EXPRESSIONS, SPLITS, LabelCounts
@@ -30,6 +31,8 @@ def print_summary(
         note = f"; no labels at all for {', '.join(without)}" if without else ""
         print(f"{where}: {index.rows:,} rows in {len(index.shards):,} shards, {size / 1e6:,.1f} MB{note}")
     print()
+    for line in _shared_pictures(dest, indexes):
+        print(line)
     for line in _left_out(dest, source, skipped):
         print(line)
     if num_written:
@@ -61,6 +64,17 @@ def _label_table(by_split: dict[str, Index], num_videos: dict[str, int]) -> Tabl
     for name, counts in [*rows, ("no label at all", [counts.unlabelled for counts in labels])]:
         table.add_row(name, *(count if isinstance(count, str) else f"{count:,}" for count in counts))
     return table
+
+
+def _shared_pictures(dest: str, indexes: list[Index]) -> list[str]:
+    """A line for every view some of whose validation pictures are training pictures under other names."""
+    sets = {(index.view, index.split): index for index in indexes}
+    lines = []
+    for view in dict.fromkeys(index.view for index in indexes):
+        pair = [(storage.join(dest, view, split), sets[view, split]) for split in SPLITS]
+        if note := find_shared(*pair[0], *pair[1]).note():
+            lines.append(f"note: {view}: {note}")
+    return lines
 
 
 def _on_of_labelled(counts: LabelCounts) -> list[str]:

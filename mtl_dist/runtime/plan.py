@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,9 +11,10 @@ from mtl_dist import storage
 from mtl_dist.config import Config
 from mtl_dist.data.index import Index, check_pair, check_stored, read_index
 from mtl_dist.data.order import Order, TaskOrders, build_task_orders
+from mtl_dist.data.overlap import check_shared, find_shared
 from mtl_dist.data.reader import ShardReader
 from mtl_dist.errors import InputError
-from mtl_dist.tasks import TASKS
+from mtl_dist.tasks import AUS, TASKS
 
 
 class Data(NamedTuple):
@@ -39,6 +41,7 @@ def open_data(config: Config) -> Data:
             raise InputError(f"--{flag} is not given; expected the directory or s3:// prefix that holds an index.json")
     train, val = read_index(config.data.train), read_index(config.data.val)
     check_pair(train, val)
+    _check_labels(config, train, val)
     batch, share, rows, tasks = config.train.global_batch, config.data.epoch_fraction, {"": train.rows}, ()
     if config.data.sampling == "per_task":
         counts = (train.labels.va, train.labels.expr, max(train.labels.au))
@@ -54,6 +57,54 @@ def open_data(config: Config) -> Data:
     if not rows:
         raise InputError(f"data.sampling is per_task, but {config.data.train} has no labels of any task")
     return Data(train, val, _share_of(min(rows.values()), share) // batch, tasks)
+
+
+def _trained(config: Config, train: Index) -> list[str]:
+    """Tasks with a loss and labels."""
+    return [task for task in TASKS if config.loss.weight(task) and task not in train.labels.missing_tasks()]
+
+
+def _check_labels(config: Config, train: Index, val: Index) -> None:
+    """Raise where nothing would be learnt, or nothing of it scored."""
+    weighted = ", ".join(f"loss.{task} {config.loss.weight(task):g}" for task in TASKS)
+    labels = {name: index.labels.missing_tasks() for name, index in (("train", train), ("val", val))}
+    found = {name: ", ".join(t for t in TASKS if t not in missing) or "no task" for name, missing in labels.items()}
+    trained = _trained(config, train)
+    if not trained:
+        raise InputError(
+            f"{config.data.train} has labels of {found['train']}, and the weights of losses are {weighted}: nothing "
+            "would be trained; give a set with labels, or a weight to a task that has some"
+        )
+    if not set(trained) - set(labels["val"]):
+        raise InputError(
+            f"{config.data.val} has labels of {found['val']}, and trained are {', '.join(trained)}: nothing of it "
+            "would be scored, and no checkpoint could be chosen; give a validation set with labels of these"
+        )
+
+
+def note_labels(config: Config, data: Data) -> list[str]:
+    """Say what is trained and not scored, scored and not trained, or neither though it has a loss."""
+    trained = _trained(config, data.train)
+    unscored = data.val.labels.missing_tasks()
+    notes = [
+        f"{task} is trained and not scored: the validation set has no labels of it"
+        for task in trained
+        if task in unscored
+    ]
+    for task in TASKS:
+        if task in trained:
+            continue
+        why = "its loss has weight 0" if not config.loss.weight(task) else "the training set has no labels of it"
+        notes.append(f"{task} is {'not' if task in unscored else 'scored and not'} trained: {why}")
+    if "au" in trained and "au" not in unscored:
+        pairs = list(zip(AUS, data.train.labels.au, data.val.labels.au))
+        for what, units in (
+            ("trained and not scored", [number for number, train, val in pairs if train and not val]),
+            ("scored and not trained", [number for number, train, val in pairs if val and not train]),
+        ):
+            if units:
+                notes.append(f"{', '.join(f'AU{number}' for number in units)}: {what}, for want of labels")
+    return notes
 
 
 def _share_of(count: int, share: float) -> int:
@@ -100,17 +151,20 @@ def plan_run(config: Config) -> str:
         break
     else:  # it begins
         check_pretrained(config)
-    return _describe(config, data, done=found[-1].step if found else 0)
+    shared = find_shared(config.data.train, data.train, config.data.val, data.val)
+    check_shared(shared, config.data.train, config.data.val)
+    notes = [*note_labels(config, data), *filter(None, [shared.note()])]
+    return _describe(config, data, notes, done=found[-1].step if found else 0)
 
 
-def _describe(config: Config, data: Data, *, done: int) -> str:
+def _describe(config: Config, data: Data, notes: list[str], *, done: int) -> str:
     train, val, steps = data.train, data.val, data.steps_per_epoch
     low, high = config.ray.num_ranks
     frozen = " (frozen)" if config.model.freeze_backbone else ""
     batch = config.train.global_batch
     size_mb = sum(shard.tar_bytes for shard in train.shards) / 1e6
     pixels_mb = batch * max(len(data.tasks), 1) * 3 * config.input_size**2 * 4 / 1e6
-    ranks = f"{high}" if low == high else f"{low} to {high}"
+    ranks = os.environ.get("WORLD_SIZE") or (f"{high}" if low == high else f"{low} to {high}")  # torchrun's number
     left_out = f"{train.rows - steps * batch} rows an epoch are left out, others each time"
     if data.tasks:
         left_out = f"each of {len(data.tasks)} batches, of rows with labels of {', '.join(data.tasks)}"
@@ -123,6 +177,4 @@ def _describe(config: Config, data: Data, *, done: int) -> str:
         f"model   {config.model.name}, backbone {config.model.backbone}{frozen}, weights {config.model.weights}, "
         f"input {config.input_size} x {config.input_size}",
     ]
-    if missing := train.labels.missing_tasks():
-        lines.append(f"note    the training set has no labels for {', '.join(missing)}: these tasks are not trained")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"note    {note}" for note in notes)])
