@@ -107,7 +107,7 @@ class AugmentConfig(Section):
     """Random crop: share of the side kept, drawn uniformly. (1, 1) keeps the image."""
     resize: int | None = Field(None, ge=32, le=MAX_SIDE)
     """Instead of crop_scale: resize the image to this side and cut out the model's input at a random place, in whole
-    pixels. At least the model's input; images larger than it should be made smaller by data.image_size."""
+    pixels. At least the model's input."""
     flip: bool = True
     """Mirror half of the training images."""
     rotation: float = Field(8.0, ge=0, le=180)

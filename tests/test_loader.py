@@ -309,10 +309,30 @@ def test_a_crop_of_the_resized_image_is_cut_at_whole_pixels(size):
     assert len(places) > min(side - size, 10) // 2
 
 
-def test_augmentation_that_changes_nothing_is_normalisation():
+@pytest.mark.parametrize("size", [SIZE, 17, SIZE - 1, SIZE + 1, 3 * SIZE])
+def test_augmentation_that_changes_nothing_is_what_evaluation_sees_at_any_size(size):
     inputs, rows = some_images()
     draws = make_draws(rows, seed=0, epoch=0)
-    torch.testing.assert_close(augment(inputs, draws, PLAIN, SIZE), normalise(inputs, SIZE), rtol=0, atol=2e-5)
+    torch.testing.assert_close(augment(inputs, draws, PLAIN, size), normalise(inputs, size), rtol=0, atol=5e-5)
+
+
+def test_training_makes_an_image_smaller_with_the_detail_that_evaluation_leaves_it():
+    """299 -> 112: without antialiasing the energy between neighbouring pixels of noise is several times as much."""
+    inputs = some_images(299)[0][:2]
+    draws = make_draws(torch.arange(2)[:, None], seed=0, epoch=0)
+    both = augment(inputs, draws, PLAIN, 112), normalise(inputs, 112)
+    energies = [float(images.diff(dim=-1).square().mean()) for images in both]
+    assert energies[0] == pytest.approx(energies[1], rel=1e-3)
+
+
+def test_a_crop_of_an_image_made_smaller_first_is_cut_at_whole_pixels_of_it():
+    inputs, rows = some_images()
+    config = PLAIN.model_copy(update={"resize": 30})
+    draws = make_draws(rows, seed=0, epoch=0)
+    whole = normalise(inputs, 30)
+    for image, u, mine in zip(whole[:, 0], draws[:, 0], augment(inputs, draws, config, 24)[:, 0]):
+        left, top = ((u[i] * 7).long() for i in (2, 3))
+        torch.testing.assert_close(mine, image[:, top : top + 24, left : left + 24], rtol=0, atol=5e-5)
 
 
 def test_normalisation_is_that_of_imagenet():

@@ -1,8 +1,9 @@
 """Augmentation and normalisation of a whole batch on the device, with randomness keyed by (seed, epoch, row).
 
-A sample's augmentation depends on nothing else: not on rank, worker, batch or resume. One affine sampling does crop,
-rotation, flip and resize at once; colours are changed after it, always in the order brightness, contrast, saturation,
-hue, and cut to their range once (torchvision's ColorJitter draws the order, and cuts after each).
+A sample's augmentation depends on nothing else: not on rank, worker, batch or resume. An image larger than the model's
+input is made as small as in evaluation; then one affine sampling does crop, rotation, flip and enlarging; colours are
+changed after it, always in the order brightness, contrast, saturation, hue, and cut to their range once (torchvision's
+ColorJitter draws the order, and cuts after each).
 """
 
 from __future__ import annotations
@@ -23,9 +24,7 @@ NUM_DRAWS = 14  # those that came later are drawn beside the first: what the fir
 
 def normalise(inputs: Tensor, size: int) -> Tensor:
     """Turn (B, T, 3, H, W) uint8 into (B, T, 3, size, size) float32, normalised with ImageNet's statistics."""
-    images = inputs.flatten(0, 1).float() / 255
-    if images.shape[-1] != size:
-        images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
+    images = _resize(inputs.flatten(0, 1).float() / 255, size)
     return _standardise(images).unflatten(0, inputs.shape[:2])
 
 
@@ -35,6 +34,8 @@ def augment(inputs: Tensor, draws: Tensor, config: AugmentConfig, size: int) -> 
     `draws` (B, T, NUM_DRAWS) float32 uniform in [0, 1), from `make_draws`.
     """
     images, u = inputs.flatten(0, 1).float() / 255, draws.flatten(0, 1)
+    # Sampling has no antialiasing: a larger image is first made as small as in evaluation.
+    images = _resize(images, min(config.resize or size, images.shape[-1]))
     images = F.grid_sample(
         images, _affine_grid(u, config, size), mode="bilinear", padding_mode="reflection", align_corners=False
     )
@@ -45,6 +46,13 @@ def augment(inputs: Tensor, draws: Tensor, config: AugmentConfig, size: int) -> 
     if config.erase:
         images = _erase(images, u, config.erase)
     return _standardise(images).unflatten(0, inputs.shape[:2])
+
+
+def _resize(images: Tensor, side: int) -> Tensor:
+    """Resize (N, 3, H, W), antialiased where it makes them smaller."""
+    if images.shape[-1] == side:
+        return images
+    return F.interpolate(images, size=(side, side), mode="bilinear", antialias=True)
 
 
 def make_draws(rows: Tensor, *, seed: int, epoch: int) -> Tensor:
