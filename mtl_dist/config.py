@@ -173,9 +173,9 @@ class LossConfig(Section):
     dwa: from how the mean losses of the last two epochs compare (Liu et al. 2019). famo: so that all losses fall at
     one relative rate (Liu et al. 2023); one more forward pass a step, and weights that sum to 1, not to 3."""
     expr_weights: Literal["none", "balanced"] = "none"
-    """balanced: class weights from the label counts of the training index."""
+    """balanced: class weights from the label counts of the training index, 1/20 to 20."""
     au_weights: Literal["none", "balanced"] = "none"
-    """balanced: pos_weight of each AU from the label counts of the training index."""
+    """balanced: pos_weight of each AU from the label counts of the training index, 1/20 to 20."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
 
     @model_validator(mode="after")
@@ -197,6 +197,7 @@ class OptimConfig(Section):
     nesterov: bool = True
     """Nesterov's form of SGD's momentum."""
     weight_decay: float = Field(5e-4, ge=0, le=100)
+    """Of matrices and kernels; biases, norms, tokens and positions are not decayed."""
     warmup_steps: int = Field(100, ge=0, le=MAX_COUNT)
     final_lr: float = Field(0.01, ge=0, le=1)
     """Share of the peak the cosine ends at."""

@@ -9,16 +9,24 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mtl_dist.config import build_config
+from mtl_dist.config import ModelConfig, build_config
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.index import read_index
 from mtl_dist.data.reader import ShardReader
+from mtl_dist.errors import InputError
+from mtl_dist.models import build_model
+from mtl_dist.models.heads import AUHead
+from mtl_dist.models.regions import GatedConv, RegionLinear
+from mtl_dist.objective.module import ObjectiveModule
+from mtl_dist.presets import PRESETS, load_preset
+from mtl_dist.runtime.averaging import check_batchnorm
 from mtl_dist.runtime.checkpoint import MODEL, TRAIN, committed, read_state, read_tensors
-from mtl_dist.runtime.engine import build_engine
+from mtl_dist.runtime.engine import build_engine, build_optimizer
 from mtl_dist.runtime.lives import begin_life, read_lives
 from mtl_dist.runtime.loop import fit
 from mtl_dist.runtime.plan import build_order, open_data
 from mtl_dist.runtime.saving import Saver
+from mtl_dist.tasks import LabelCounts
 from tests.test_recipes import EVERY_STEP, PER_TASK, Context, config_of
 from tests.test_training import cut_back
 
@@ -43,6 +51,55 @@ def test_gradients_are_clipped_to_the_norm_asked_for_and_not_at_all_without_one(
     engine.backward(engine(torch.tensor([[300.0, 400.0]])).sum() - module.bias.sum())
     engine.step()
     assert float((engine.module.weight.detach() - before).norm()) == pytest.approx(moved, rel=1e-4)
+
+
+BACKBONES = {
+    "timm:test_vit": ["cls_token", "pos_embed"],
+    "timm:convnext_atto": ["gamma"],
+    "timm:swin_tiny_patch4_window7_224": ["relative_position_bias_table"],
+    "timm:nfnet_f0": ["gain"],
+    "torchvision:vit_b_16": ["class_token", "pos_embedding"],
+    "torchvision:convnext_tiny": ["layer_scale"],
+}
+DECAYED = (nn.Linear, nn.Conv2d, nn.MultiheadAttention, GatedConv, RegionLinear, AUHead)
+COUNTS = LabelCounts(rows=1, va=1, expr=1, expr_classes=[1] * 8, au=[1] * 12, au_positives=[1] * 12, unlabelled=0)
+
+
+@pytest.mark.parametrize("model", [*PRESETS, *BACKBONES])
+def test_weights_of_layers_are_decayed_and_nothing_else(model):
+    """Biases of two dimensions (regions.linear.bias), tokens, positions and scales of layers are no weights."""
+    layers_of = {"backbone": model, "image_size": 64} if model in BACKBONES else {}
+    changes = {"model": {"weights": "none", **layers_of}, "loss": {"balancing": "uncertainty"}}
+    config = build_config(load_preset(model if model in PRESETS else "a"), changes)
+    module = ObjectiveModule(build_model(config.model, input_size=config.input_size), config.loss, COUNTS)
+    layers = dict(module.named_modules())
+    names = {id(p): name for name, p in module.named_parameters()}
+    decayed, others = (
+        [names[id(p)] for p in group["params"]] for group in build_optimizer(module, config).param_groups
+    )
+    assert len(decayed) + len(others) == sum(p.requires_grad for p in module.parameters())
+    for name in decayed:
+        owner, _, own_name = name.rpartition(".")
+        assert own_name in ("weight", "in_proj_weight"), name
+        assert isinstance(layers[owner], DECAYED), name
+    for name in others:
+        owner, _, own_name = name.rpartition(".")
+        assert not (own_name.endswith("weight") and isinstance(layers[owner], DECAYED)), name
+    expected = ["log_variance", *BACKBONES.get(model, ())] + (["regions.linear.bias"] if "base" not in model else [])
+    assert all(any(name.endswith(part) for name in others) for part in expected)
+
+
+def test_one_row_a_rank_is_refused_for_batchnorm_over_single_cells_and_few_are_noted():
+    squeezing = build_model(ModelConfig(backbone="timm:rexnet_100", weights="none"), input_size=64)
+    with pytest.raises(InputError, match=r"1 row .*start fewer ranks, raise train\.global_batch, .*batchnorm frozen"):
+        check_batchnorm(squeezing, rows=1, size=64)
+    for rows in (2, 7):
+        assert f"statistics of {rows} row(s)" in check_batchnorm(squeezing, rows=rows, size=64)
+    assert check_batchnorm(squeezing, rows=8, size=64) == ""
+    small = build_model(ModelConfig(backbone="small", weights="none"), input_size=80)
+    assert "statistics of 1 row(s)" in check_batchnorm(small, rows=1, size=80)
+    frozen = ModelConfig(name="baseline", backbone="vgg_small", weights="none", freeze_backbone=True, hidden=8)
+    assert check_batchnorm(build_model(frozen, input_size=80), rows=1, size=80) == ""
 
 
 @pytest.mark.parametrize("recipe", [{}, PER_TASK])

@@ -130,6 +130,22 @@ def test_gradients_of_many_ranks_are_those_of_one(num_ranks, parts, balancing, t
         assert total == pytest.approx(loss.total.item(), rel=1e-13)
 
 
+def test_balanced_weights_are_bounded_and_a_unit_that_is_always_on_or_off_has_a_gradient():
+    """1,000 rows: units that are on always, never, 4 in 5, once; classes of 989, 10, 1 and 0 rows."""
+    counts = LabelCounts(
+        rows=1000, va=0, expr=1000, au=[1000] * 12, expr_classes=[989, 10, 1, 0, 0, 0, 0, 0],
+        au_positives=[1000, 0, 800, 1, *[500] * 8], unlabelled=0,
+    )  # fmt: skip
+    weights = build_task_weights(LossConfig(expr_weights="balanced", au_weights="balanced"), counts)
+    assert weights.au.tolist() == [1 / 20, 20, 0.25, 20, *[1.0] * 8]
+    assert weights.expr.tolist() == pytest.approx([1000 / (3 * 989), 20, 20, 0, 0, 0, 0, 0])
+    logits = torch.zeros(1, 1, 12, dtype=torch.float64, requires_grad=True)
+    outputs = Outputs(torch.zeros(1, 1, 2), torch.zeros(1, 1, 8), logits)
+    labels = make_batch(1)[1]._replace(au=torch.ones(1, 1, 12), au_mask=torch.ones(1, 1, 12, dtype=torch.bool))
+    task_sums(outputs, labels, weights).au[0].backward()
+    assert float(logits.grad.abs().amin()) > 0
+
+
 def test_losses_are_the_written_out_formulas():
     inputs, labels = make_batch(50)
     outputs = TinyModel()(inputs)

@@ -23,6 +23,7 @@ from torch import Tensor
 from mtl_dist.config import LossConfig
 from mtl_dist.tasks import TASKS, LabelCounts, Labels, Outputs
 
+MAX_CLASS_WEIGHT = 20.0
 CCC_EPS = 1e-8  # variance below which neither predictions nor labels vary: no concordance to speak of
 
 
@@ -57,15 +58,17 @@ def build_task_weights(config: LossConfig, counts: LabelCounts) -> TaskWeights:
     """Compute class weights from the label counts of the training index.
 
     EXPR: rows / (8 * class), of mean 1 over the data, 0 for a class that does not occur. AU: negatives / positives.
+    None is less than 1/20 or more than 20: a unit that is always on has a gradient, and a rare one is no noise alone.
     """
     expr = au = torch.zeros(0)
     if config.expr_weights == "balanced":
         classes = torch.tensor(counts.expr_classes, dtype=torch.float64)
         present = (classes > 0).sum()
-        expr = torch.where(classes > 0, classes.sum() / (present * classes).clamp_min(1), 0.0)
+        weights = (classes.sum() / (present * classes).clamp_min(1)).clamp(1 / MAX_CLASS_WEIGHT, MAX_CLASS_WEIGHT)
+        expr = torch.where(classes > 0, weights, 0.0)
     if config.au_weights == "balanced":
         positives, labelled = (torch.tensor(n, dtype=torch.float64) for n in (counts.au_positives, counts.au))
-        au = (labelled - positives) / positives.clamp_min(1)
+        au = ((labelled - positives) / positives.clamp_min(1)).clamp(1 / MAX_CLASS_WEIGHT, MAX_CLASS_WEIGHT)
     return TaskWeights(expr, au, config.label_smoothing)
 
 

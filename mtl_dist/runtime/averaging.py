@@ -9,6 +9,9 @@ import torch.distributed as dist
 from torch import nn
 
 from mtl_dist.config import Config
+from mtl_dist.errors import InputError
+
+FEW_ROWS = 8  # fewer make poor statistics (arXiv 1803.08494, figure 1)
 
 
 class WeightAverage:
@@ -48,6 +51,34 @@ def freeze_batchnorm(module: nn.Module) -> None:
     for child in module.modules():
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
             child.eval()
+
+
+@torch.no_grad()
+def check_batchnorm(model: nn.Module, *, rows: int, size: int) -> str:
+    """Say, in a note, where `rows` of a forward pass are few for BatchNorm's statistics of them; empty where not.
+
+    Raises `InputError` where one row of `size` pixels a side has but one value a channel, which has no variance.
+    """
+    if rows >= FEW_ROWS or not _trained_norms(model):
+        return ""
+    remedy = "start fewer ranks, raise train.global_batch, lower train.accumulation, or set engine.batchnorm frozen"
+    if rows <= 1:
+        try:
+            copy.deepcopy(model).train()(torch.zeros(1, 1, 3, size, size))
+        except ValueError as error:
+            raise InputError(
+                f"a rank has 1 row in a forward pass, too few for this network's BatchNorm ({error}): {remedy}"
+            ) from None
+    return (
+        f"note: BatchNorm takes its statistics of {max(rows, 1)} row(s), a rank's part of a forward pass; where scores "
+        f"stay behind, {remedy} (sync on GPUs)"
+    )
+
+
+def _trained_norms(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
+    """Return the layers of BatchNorm that learn, by name: not a frozen backbone's."""
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    return {name: norm for name, norm in norms.items() if all(p.requires_grad for p in norm.parameters())}
 
 
 @torch.no_grad()
@@ -94,10 +125,9 @@ def _own_statistics(model: nn.Module, config: Config) -> dict[str, torch.Tensor]
     """Return the running statistics that differ between ranks, by name."""
     if dist.get_world_size() == 1 or config.engine.batchnorm != "local":
         return {}
-    norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     return {
         f"{name}.{key}": getattr(norm, key)
-        for name, norm in norms.items()
-        if norm.track_running_stats and all(p.requires_grad for p in norm.parameters())  # not a frozen backbone's
+        for name, norm in _trained_norms(model).items()
+        if norm.track_running_stats
         for key in ("running_mean", "running_var")
     }

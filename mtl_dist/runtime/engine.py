@@ -45,12 +45,11 @@ def collective_timeout(config: Config) -> timedelta:
 
 
 def build_optimizer(module: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """SGD or AdamW; biases, norms and log-variances are not decayed."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    decayed = [p for p in parameters if p.ndim > 1]
+    """SGD or AdamW; only what features are multiplied with is decayed."""
+    trained = [(p, is_decayed(module, name)) for name, p in module.named_parameters() if p.requires_grad]
     groups = [
-        {"params": decayed, "weight_decay": config.optim.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p, decayed in trained if decayed], "weight_decay": config.optim.weight_decay},
+        {"params": [p for p, decayed in trained if not decayed], "weight_decay": 0.0},
     ]
     if config.optim.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.optim.lr)
@@ -58,6 +57,17 @@ def build_optimizer(module: nn.Module, config: Config) -> torch.optim.Optimizer:
     return torch.optim.SGD(
         groups, lr=config.optim.lr, momentum=momentum, nesterov=config.optim.nesterov and momentum > 0
     )
+
+
+def is_decayed(module: nn.Module, name: str) -> bool:
+    """Whether weight decay is for the parameter of this name: a matrix or kernel that its layer calls a weight.
+
+    Biases, scales of norms and layers, tokens, positions (all of any shape) and log-variances are no weights.
+    """
+    owner, _, own_name = name.rpartition(".")
+    layer = module.get_submodule(owner)
+    is_matrix = own_name.endswith("weight") and layer.get_parameter(own_name).ndim > 1
+    return is_matrix and not isinstance(layer, nn.Embedding) and "norm" not in type(layer).__name__.lower()
 
 
 def learning_rate(config: Config, step: int, total_steps: int) -> float:

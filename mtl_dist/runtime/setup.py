@@ -18,7 +18,14 @@ from mtl_dist.errors import InputError
 from mtl_dist.models import build_model
 from mtl_dist.objective.module import ObjectiveModule
 from mtl_dist.progress import progress_bar
-from mtl_dist.runtime.averaging import WeightAverage, gather_batchnorm, name_batchnorm, sync_batchnorm, write_batchnorm
+from mtl_dist.runtime.averaging import (
+    WeightAverage,
+    check_batchnorm,
+    gather_batchnorm,
+    name_batchnorm,
+    sync_batchnorm,
+    write_batchnorm,
+)
 from mtl_dist.runtime.checkpoint import Restored, load_checkpoint
 from mtl_dist.runtime.device import keep_freed_memory, pick_device
 from mtl_dist.runtime.engine import build_engine, read_optimizer, restore_optimizer
@@ -101,7 +108,7 @@ def set_up(config: Config, context: RunContext, watchdog: Watchdog) -> Setup:
             f"{context.num_ranks} ranks for {config.num_streams} streams: a rank reads one at least; start "
             "fewer ranks, or raise train.global_batch or data.streams"
         )
-    least_rows = config.train.global_batch // config.num_streams * (config.num_streams // context.num_ranks)
+    least_rows = _least_rows(config, context.num_ranks)
     if config.engine.batchnorm == "sync" and config.train.accumulation > least_rows:
         raise InputError(
             f"train.accumulation is {config.train.accumulation}, but a rank has {least_rows} rows of a step: with "
@@ -139,6 +146,11 @@ def check_ranks_agree(config: Config, data: Data) -> None:
                 )
 
 
+def _least_rows(config: Config, num_ranks: int) -> int:
+    """Rows of a step (of a task's batch) that each rank has at least."""
+    return config.train.global_batch // config.num_streams * (config.num_streams // num_ranks)
+
+
 def restore(setup: Setup) -> tuple[Setup, Trained, int, dict[str, Any]]:
     """Build what is trained, with its newest checkpoint; return it, the steps it has had, and its last scores.
 
@@ -152,6 +164,11 @@ def restore(setup: Setup) -> tuple[Setup, Trained, int, dict[str, Any]]:
     if restored:
         setup = setup._replace(order=setup.order.of_version(restored.state.get("order", 1)))
     model = _build_model(config, pretrained=restored is None)
+    if config.engine.batchnorm == "local":
+        rows = _least_rows(config, num_ranks) // config.train.accumulation
+        note = check_batchnorm(model, rows=rows, size=config.input_size)
+        if note and setup.context.rank == 0:
+            print(note, flush=True)
     module = ObjectiveModule(model, config.loss, setup.data.train.labels, passes=max(len(setup.data.tasks), 1))
     average = WeightAverage(module.model, config.train.ema) if config.train.ema else None
     if restored:
