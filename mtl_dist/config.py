@@ -277,7 +277,8 @@ class RayConfig(Section):
     resize_every_s: float = Field(60.0, gt=0, le=MAX_SECONDS)
     """How often ranks are added where the cluster has room for more, up to MAX."""
     max_failures: int = Field(3, ge=-1, le=MAX_COUNT)
-    """Restarts after failures before the run gives up; -1: without end."""
+    """How often ranks are restarted after failures before the run ends: counted anew where it has come further
+    meanwhile, by a newer checkpoint. 0: never, -1: without limit."""
 
     @field_validator("num_ranks", mode="before")
     @classmethod

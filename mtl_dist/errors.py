@@ -22,6 +22,10 @@ class StorageError(OSError):
     """The store did not answer as it should after every retry; carries the URI and the store's own words."""
 
 
+class RunFailed(RuntimeError):
+    """Training failed, and neither the user nor another try mends it. The message says where it stands."""
+
+
 # What options of several commands may be: (least, most).
 MAX_SEED = 2**63 - 1  # of what numpy and torch take
 OPTION_BOUNDS = {"seed": (0, MAX_SEED), "batch": (1, 2**16), "workers": (0, 1024), "jobs": (1, 1024)}
@@ -87,17 +91,17 @@ def run_command(
 
     `interrupted` tells what is left after Ctrl-C.
 
-    A fault of the store becomes one message and exit code 3: the same command may succeed later. Every other exception
-    is ours and keeps its traceback. `MTL_TRACEBACK=1` keeps it for all.
+    A fault of the store becomes one message and exit code 3: the same command may succeed later; a run that failed, one
+    and exit code 1. Every other exception is ours and keeps its traceback. `MTL_TRACEBACK=1` keeps it for all.
     """
     faulthandler.enable(sys.__stderr__)  # a crash in C code, or a mapped file that was cut short, says where
     try:
         main()
-    except (InputError, StorageError) as error:
+    except (InputError, StorageError, RunFailed) as error:
         if os.environ.get("MTL_TRACEBACK"):
             raise
         print(f"error: {plain(str(error))}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 3)
+        sys.exit(2 if isinstance(error, InputError) else 3 if isinstance(error, StorageError) else 1)
     except KeyboardInterrupt:
         print(f"\ninterrupted; {interrupted}", file=sys.stderr)
         sys.exit(130)

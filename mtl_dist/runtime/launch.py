@@ -14,17 +14,21 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from mtl_dist import storage
 from mtl_dist.config import Config
-from mtl_dist.errors import InputError
+from mtl_dist.errors import InputError, RunFailed, StorageError
+from mtl_dist.runtime.checkpoint import committed
 from mtl_dist.runtime.engine import collective_timeout
 from mtl_dist.runtime.joining import join_cluster
 from mtl_dist.runtime.stopping import StopFlag, driver_signals
+
+if TYPE_CHECKING:
+    from ray.train import WorkerGroupError
 
 # What a rank shows to Prometheus, each as mtl_dist_<name>{run, rank}.
 MEASUREMENTS = {
@@ -38,6 +42,7 @@ MEASUREMENTS = {
 # 600 s and 60 s.
 RAY_TIMEOUTS = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30"}
 LOOK_EVERY_S = 60.0  # whether tasks that wait have a node to wait for
+MAX_REASONS, MAX_REASON = 3, 300  # ranks and characters of a message
 ASK_EVERY_S = 2.0  # of the controller by a rank that is alone; several ask at the same steps
 
 
@@ -202,23 +207,58 @@ def run_ray(config: Config, *, callbacks: list | None = None) -> None:
     """Train under Ray Train on the cluster this process is connected to. Exits with 128 + signal where one stopped it.
 
     Ray restarts ranks after any error. After an `InputError` that would only repeat it: the rank leaves a note for the
-    restarted ranks, which end at once, and for us, who raise it again.
+    restarted ranks, which end at once, and for us, who raise it again. Ray counts failures over the whole run, however
+    long: where it gives up and the run has come further meanwhile, it is started again, and counts anew. Raises
+    `RunFailed` where it has not.
     """
+    from ray.train import WorkerGroupError
+
     for name, value in RAY_TIMEOUTS.items():
         os.environ.setdefault(name, value)
     note = storage.join(config.run.uri, f"failed-{uuid.uuid4().hex[:12]}.json")
-    trainer = build_trainer(config, note=note, callbacks=callbacks)
     with driver_signals(_stop_name(note)) as signals:
-        if signals:  # Ray's own handler, which fit() would put in the place of ours, aborts without saving
-            trainer._register_sigint_handler = lambda controller: None
-        try:
-            trainer.fit()
-        except Exception as error:
-            raise _read_note(note) or error from None
+        while True:
+            begun = newest_step(config.run.uri)
+            trainer = build_trainer(config, note=note, callbacks=callbacks)
+            if signals:  # Ray's own handler, which fit() would put in the place of ours, aborts without saving
+                trainer._register_sigint_handler = lambda controller: None
+            try:
+                trainer.fit()
+                break
+            except WorkerGroupError as error:
+                if found := _read_note(note):
+                    raise found from None
+                reached = newest_step(config.run.uri)
+                is_stopped = signals is not None and signals.signal
+                if reached <= begun or not config.ray.max_failures or is_stopped:
+                    raise _gave_up(config, error, reached) from error
+                print(f"ranks failed often, but step {reached} is stored: failures are counted anew", flush=True)
+            except Exception as error:
+                raise _read_note(note) or error from None
     if found := _read_note(note):
         raise found
     if signals and signals.signal:
         sys.exit(128 + signals.signal)
+
+
+def newest_step(run_uri: str) -> int:
+    """Return the step of a run's newest checkpoint; 0 where there is none."""
+    return max((checkpoint.step for checkpoint in committed(run_uri)[0]), default=0)
+
+
+def _gave_up(config: Config, error: WorkerGroupError, reached: int) -> Exception:
+    """Say in one message which ranks failed, why, and where the run stands."""
+    failures = {rank: getattr(found, "health_check_failure", found) for rank, found in error.worker_failures.items()}
+    reasons = [
+        f"rank {rank}: {type(found).__name__}: {(str(found).strip().splitlines() or [''])[0]}"[:MAX_REASON]
+        for rank, found in sorted(failures.items())
+    ]
+    kind = StorageError if any(isinstance(found, StorageError) for found in failures.values()) else RunFailed
+    return kind(
+        f"run {config.run.uri} failed more often than ray.max_failures {config.ray.max_failures} without getting "
+        f"further than step {reached}. {'; '.join(reasons[:MAX_REASONS])} (MTL_TRACEBACK=1 shows all). The same "
+        f"command continues from step {reached}"
+    )
 
 
 def _stop_name(note: str) -> str:
