@@ -13,11 +13,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import multiprocessing
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,6 +24,7 @@ import tyro
 from mtl_dist import storage
 from mtl_dist.data.columns import NO_OPTIONS, TableOptions
 from mtl_dist.errors import OPTION_BOUNDS, InputError, check_numbers, plain_refusals, run_command
+from mtl_dist.processes import process_pool
 from mtl_dist.progress import progress_bar
 from mtl_dist.tasks import AUS, EXPRESSIONS, VIEWS
 
@@ -128,7 +127,7 @@ def verify(uri: Annotated[str, tyro.conf.Positional], *, jobs: Jobs = CORES) -> 
     check_numbers(BOUNDS, jobs=jobs)
     index, shards = read_index(uri), []
     with progress_bar("verifying", index.rows) as advance, contextlib.ExitStack() as stack:
-        run = map if jobs == 1 else stack.enter_context(_pool(jobs)).map
+        run = map if jobs == 1 else stack.enter_context(process_pool(jobs)).map
         tasks = [(index_dir(uri), shard.model_dump()) for shard in index.shards]
         for shard, found in zip(index.shards, run(_verify_shard, tasks)):
             shards.append(found)
@@ -230,10 +229,6 @@ def _verify_shard(task: tuple[str, dict]):
     from mtl_dist.data.verify import verify_shard
 
     return verify_shard(task[0], ShardEntry.model_validate(task[1]))
-
-
-def _pool(jobs: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
 
 
 COMMANDS = {"create": create, "verify": verify, "inspect": inspect, "synth": synth}

@@ -15,7 +15,7 @@ FILES = [path for package in PACKAGES for path in sorted((REPO / package).rglob(
 
 # From the bottom up. A module imports from layers below its own, and from its own package.
 LAYERS = [
-    {"mtl_dist.tasks", "mtl_dist.errors", "mtl_dist.threads", "mtl_dist.sealed"},
+    {"mtl_dist.tasks", "mtl_dist.errors", "mtl_dist.threads", "mtl_dist.sealed", "mtl_dist.processes"},
     {"mtl_dist.s3"},
     {"mtl_dist.storage", "mtl_dist.progress"},
     {"mtl_dist.config"},
@@ -42,6 +42,8 @@ ONLY_IMPORTERS = {
     "deepspeed": ("mtl_dist.runtime.engine",),
     "ray": ("mtl_dist.runtime.launch", "mtl_dist.runtime.joining", "mtl_dist.runtime.stopping", "tune", "cluster"),
     "pickle": ("mtl_dist.models.backbones",),  # for the name of an exception: torch.load(weights_only=True) raises it
+    "concurrent.futures.ProcessPoolExecutor": ("mtl_dist.processes",),  # whose processes end with their parent
+    "multiprocessing": ("mtl_dist.processes", "mtl_dist.runtime.parts"),
     "subprocess": ("cluster", "benchmarks"),
 }
 DRAWERS = {"utils", "util", "common", "helpers", "misc", "core", "base"}

@@ -63,6 +63,43 @@ def stored(s3, shards) -> str:
     return uri
 
 
+PARENT = """
+import os, sys, threading, time
+from mtl_dist.processes import process_pool
+
+def work(_):
+    print(os.getpid(), flush=True)
+    time.sleep(3600)
+
+if __name__ == "__main__":
+    with process_pool(2) as pool:
+        list(pool.map(work, range(2)))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_a_pools_processes_end_with_the_one_that_started_them(tmp_path, number):
+    (tmp_path / "parent.py").write_text(PARENT)
+    env = {**os.environ, "PYTHONPATH": str(REPO)}
+    with subprocess.Popen(
+        [sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, text=True, env=env
+    ) as parent:
+        pids = [int(parent.stdout.readline()) for _ in range(2)]
+        assert set(pids) == {pid for pid in pids if is_running(pid)}
+        parent.send_signal(number)
+    give_up = time.monotonic() + 60
+    while any(map(is_running, pids)):
+        assert time.monotonic() < give_up, pids
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()  # a zombie has ended
+    except FileNotFoundError:
+        return False
+
+
 CUT_SHORT = """
 import os, sys
 import numpy as np

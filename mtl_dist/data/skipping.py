@@ -10,11 +10,9 @@ import csv
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +23,7 @@ from mtl_dist.data.annotations import Annotations
 from mtl_dist.data.decode import KINDS, DecodeError, ForeignPicture, decode_picture
 from mtl_dist.data.sources import with_choice
 from mtl_dist.errors import InputError
+from mtl_dist.processes import process_pool
 
 SKIPPED_NAME = "skipped.csv"
 CHECKED_NAME = "checked.json"
@@ -190,7 +189,7 @@ def _map(tasks: list[tuple[Path, list[str]]], jobs: int) -> Iterator[dict[str, s
     if jobs == 1:
         yield from map(check_images, tasks)
         return
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with process_pool(jobs) as pool:
         try:
             yield from pool.map(check_images, tasks)
         except BaseException:

@@ -15,15 +15,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 from mtl_dist.data.annotations import FILES
 from mtl_dist.data.faces import encode_jpeg, render_views
 from mtl_dist.data.synthetic_plan import Video, annotation_text, count_labels, keyed_rng, plan_splits
+from mtl_dist.processes import process_pool
 from mtl_dist.tasks import VIEWS
 
 PARAMETERS_FILE = "synthetic.json"
@@ -101,9 +100,7 @@ def _render_all(dest: Path, videos: list[Video], *, jobs: int, progress: Callabl
         if jobs == 1:
             finished = map(render, videos)
         else:
-            # "spawn": a fork of a process that already runs threads (torch does) may hang.
-            pool = ProcessPoolExecutor(max_workers=jobs, mp_context=get_context("spawn"))
-            finished = stack.enter_context(pool).map(render, videos)
+            finished = stack.enter_context(process_pool(jobs)).map(render, videos)
         num_written = 0
         for num_images in finished:
             num_written += num_images

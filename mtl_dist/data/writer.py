@@ -10,12 +10,11 @@ import contextlib
 import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from itertools import chain, repeat
 from json.encoder import encode_basestring_ascii
 from pathlib import Path
@@ -31,6 +30,7 @@ from mtl_dist.data.decode import KINDS, DecodeError, ForeignPicture, as_jpeg
 from mtl_dist.data.index import FORMAT, INDEX_NAME, Index, ShardEntry, dump_index, read_index
 from mtl_dist.data.sidecar import Sidecar, dump_sidecar, pack_names, read_about
 from mtl_dist.errors import InputError
+from mtl_dist.processes import process_pool, spawn
 from mtl_dist.tasks import AUS, EXPRESSIONS, NUM_EXPRESSIONS, SPLITS, LabelCounts
 
 MEMBER_OVERHEAD = 4 * ustar.BLOCK  # of a sample beside its image's bytes: two headers, padding, a JSON
@@ -235,11 +235,8 @@ def _run_jobs(todo: list[ShardJob], jobs: int) -> Iterator[tuple[str, ShardEntry
     if len(todo) <= 1 or (jobs == 1 and not uploads):
         yield from map(write_shard, todo)
         return
-    # spawn: a forked copy of a process that holds S3 connections and threads is not safe to use.
-    spawn = multiprocessing.get_context("spawn")
     processes = min(2 * jobs if uploads else jobs, len(todo))
-    slots = (spawn.BoundedSemaphore(jobs),)
-    with ProcessPoolExecutor(processes, mp_context=spawn, initializer=_share_slots, initargs=slots) as pool:
+    with process_pool(processes, begin=_share_slots, args=(spawn.BoundedSemaphore(jobs),)) as pool:
         futures = {pool.submit(write_shard, job) for job in todo}
         try:
             while futures:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import signal
 import traceback
 from collections.abc import Callable, Iterator
-from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ import torch
 
 from mtl_dist.errors import InputError, StorageError
 from mtl_dist.objective.metrics import Predictions, Targets
+from mtl_dist.processes import end_with_parent, spawn
 from mtl_dist.runtime.evaluate import Predicted, predict
 from mtl_dist.runtime.inputs import Frames
 from mtl_dist.runtime.trained import Trained, load_trained
@@ -49,12 +49,11 @@ def predict_frames(task: Task, *, processes: int, progress: Progress) -> Predict
     """
     if processes == 1:
         return _sorted([predict_part(task, part=0, num_parts=1, progress=progress)])
-    context = get_context("spawn")  # CUDA and threads survive no fork
     running: dict[Connection, tuple[int, BaseProcess]] = {}
     try:
         for part in range(processes):
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_part_main, args=(sender, task, part, processes), daemon=True)
+            receiver, sender = spawn.Pipe(duplex=False)
+            process = spawn.Process(target=_part_main, args=(sender, task, part, processes), daemon=True)
             process.start()
             sender.close()  # the process's own end alone: when it dies, the pipe ends
             running[receiver] = (part, process)
@@ -117,6 +116,7 @@ def _predict_pass(
 
 def _part_main(sender: Connection, task: Task, part: int, num_parts: int) -> None:
     """Run in a process of its own: send ("progress", n) and at the end ("done", Predicted) or what went wrong."""
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process, which ends the others
     if task.device == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // num_parts))
