@@ -14,12 +14,12 @@ from ray import cloudpickle, tune
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.tune import Result
 
-from mtl_dist.config import Config
+from mtl_dist.config import Config, build_config
 from mtl_dist.errors import InputError, StorageError
 from tests.conftest import assert_one_message, run_here
 from tune.experiment import Asha, RandomSearch, Reporter, build_searcher
-from tune.search import SearchConfig, best_yaml, check_same_search, finish_search
-from tune.space import build_param_space, read_space
+from tune.search import SearchConfig, best_yaml, check_same_search, count_room, finish_search
+from tune.space import build_param_space, default_space, read_space
 from tune.trial import DIVERGED, LOWEST_P
 
 
@@ -103,6 +103,12 @@ def test_a_space_that_cannot_work_is_refused_before_anything_starts(text, words,
         read_space(write_space(tmp_path, text), Config())
 
 
+def test_the_default_space_is_drawn_from_too():
+    assert default_space(Config())["optim.lr"] == {"loguniform": [0.00025, 0.004]}
+    with pytest.raises(InputError, match=r"the default search space: .* drawn configurations are invalid, .*optim\.lr"):
+        default_space(build_config({"optim": {"lr": 900.0}}))
+
+
 def test_a_space_of_every_kind_is_taken_and_both_ends_of_integer_are_drawn(tmp_path):
     text = """
     optim.lr: {loguniform: [1.0e-4, 1.0e-2]}
@@ -163,6 +169,25 @@ def test_a_search_that_continues_takes_the_new_limit(tmp_path):
     again = random_search(3)
     again.restore_from_dir(tmp_path)
     assert [again.next_trial() is not None for _ in range(3)] == [True, True, False]  # one of three runs already
+
+
+@pytest.mark.parametrize(
+    ("nodes", "ray", "room"),
+    [
+        ([{"CPU": 4}], {}, 3),  # four ranks, but each has a driver that takes a tenth
+        ([{"CPU": 4}, {"CPU": 4}], {"num_ranks": 2}, 3),
+        ([{"CPU": 5}, {"CPU": 5}], {"cpus_per_rank": 3}, 2),  # not three: a rank lies on one node
+        ([{"CPU": 16, "GPU": 2}, {"CPU": 2}], {"gpus_per_rank": 1}, 2),
+        ([{"CPU": 1}], {"autoscaling": True}, None),
+    ],
+)
+def test_as_many_trials_run_at_once_as_nodes_have_room_for_ranks_and_drivers(nodes, ray, room):
+    assert count_room(build_config({"ray": ray}), nodes) == room
+
+
+def test_a_cluster_without_room_for_a_driver_beside_its_ranks_is_refused_where_ray_would_wait_for_ever():
+    with pytest.raises(InputError, match=r"needs 2.1 CPU, 0.1 of them for its driver; the cluster has 2"):
+        count_room(build_config({"ray": {"num_ranks": 2}}), [{"CPU": 1}, {"CPU": 1}])
 
 
 def optuna_search(limit: int):

@@ -92,7 +92,7 @@ class Reporter(Callback):
         return self.earlier + len(self.ended)
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any) -> None:
-        if DIVERGED not in result:
+        if METRIC in result and DIVERGED not in result:
             print(f"trial {trial.trial_id}  epoch {result[EPOCH]}  P {result[METRIC]:.4f}", flush=True)
 
     def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:

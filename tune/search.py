@@ -89,6 +89,7 @@ def run_search(config: Config, search: SearchConfig, space: Space, search_uri: s
     """Run the trials, or those that an interrupted search has left. Returns Ray Tune's results."""
     for name, value in TUNE_SETTINGS.items():
         os.environ.setdefault(name, value)
+    import ray
     from ray import tune
     from ray.tune.logger import JsonLoggerCallback
 
@@ -96,7 +97,7 @@ def run_search(config: Config, search: SearchConfig, space: Space, search_uri: s
     from tune.experiment import Asha, Reporter, build_searcher
 
     connect(config)
-    room = _room_for_trials(config)
+    room = count_room(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     trainable = tune.with_resources(
         functools.partial(run_trial, base=json.loads(config.model_dump_json()), search_uri=search_uri),
         {"CPU": DRIVER_CPUS},
@@ -255,16 +256,14 @@ def best_yaml(config: Config, params: dict[str, Any]) -> str:
     return yaml.safe_dump(nested, sort_keys=False)
 
 
-def _room_for_trials(config: Config) -> int | None:
-    """Return how many trials' ranks the cluster has room for; None where it makes room.
+def count_room(config: Config, nodes: list[dict[str, float]]) -> int | None:
+    """Return how many trials' ranks these nodes have room for; None where the cluster makes room.
 
-    Tune itself would count drivers only and start all at once.
+    Tune itself would count drivers only and start all at once. Raises `InputError` where not one fits.
     """
-    import ray
-
     if config.ray.autoscaling:
         return None
-    nodes, least = [node["Resources"] for node in ray.nodes() if node["Alive"]], config.ray.num_ranks[0]
+    least = config.ray.num_ranks[0]
     each = {"CPU": config.ray.cpus_per_rank, "GPU": config.ray.gpus_per_rank}
     num_ranks = sum(min(int(node.get(name, 0) / share) for name, share in each.items() if share) for node in nodes)
     total_cpus, cpus = sum(node.get("CPU", 0) for node in nodes), least * config.ray.cpus_per_rank + DRIVER_CPUS

@@ -29,7 +29,9 @@ def default_space(config: Config) -> Space:
     """Search the three loss weights, and the learning rate within a factor of 4 of the configured one."""
     lr = config.optim.lr
     weights = {f"loss.{task}": LOSS_WEIGHTS for task in ("va", "expr", "au")}
-    return {"optim.lr": {"loguniform": [lr / LR_SPAN, lr * LR_SPAN]}, **weights}
+    space = {"optim.lr": {"loguniform": [lr / LR_SPAN, lr * LR_SPAN]}, **weights}
+    check_draws("the default search space", space, config)
+    return space
 
 
 def is_own(key: str) -> bool:
