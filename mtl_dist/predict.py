@@ -6,17 +6,18 @@ Examples:
     python -m mtl_dist.predict --runs s3://bucket/runs/cropped --input DATA_SHARDS/cropped/val --out val.parquet
     python -m mtl_dist.predict --runs exported/ --input test_set.txt --images DATA/cropped --out predictions.txt
 
---input is a directory of images (below it and behind links too, in the order of their names), a list of
+--input is a directory of images or of videos (below it and behind links too, in the order of their names), a list of
 images (.txt, a path a line, with or without a header), a video file, or a shard set, whose labels are scored. Images
-are JPEG, PNG, WEBP, BMP, GIF or TIFF; what is transparent is seen on black.
+are JPEG, PNG, WEBP, BMP, GIF or TIFF; what is transparent is seen on black, and what lies on its side by its EXIF is
+turned upright (--exif ignore: not). Frames of videos are as a player shows them.
 
 The models expect faces: pictures cut to one face as those they were trained on, so several are of one view, and a
 shard set is of theirs (mtl_dist.ensemble combines views). No face detector is included. Of a video every frame's
-middle square is taken, so give one that follows a face, or cut the faces out first. Pictures are taken as stored (EXIF
-orientation is not applied; a video's rotation is).
+middle square is taken, so give one that follows a face, or cut the faces out first.
 
 --out is written whole or not at all: .csv and .parquet have a row a frame (row, image, valence, arousal, expression,
-p_<class>, p_AU<number>, and labels where there are some), .txt is the file of the challenge (AUs on above 0.5).
+p_<class>, p_AU<number>, of a video the frame's seconds from where it starts, and labels where there are some), .txt is
+the file of the challenge (AUs on above 0.5).
 """
 
 from __future__ import annotations
@@ -29,12 +30,15 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from mtl_dist import storage
+from mtl_dist.data.decode import Exif
 from mtl_dist.errors import OPTION_BOUNDS, InputError, check_numbers, plain_refusals, run_command
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
 
     from mtl_dist.runtime.evaluate import Predicted
+    from mtl_dist.runtime.frames import Seen
     from mtl_dist.runtime.inputs import ImageFiles
     from mtl_dist.runtime.trained import Trained
 
@@ -51,7 +55,7 @@ class PredictCommand:
     """What predicts: runs (<storage>/<name>: the best checkpoint), checkpoints of runs (.../checkpoints/step_...), or
     directories that mtl_dist.export wrote. Of several, probabilities and VA are averaged."""
     input: str
-    """Directory of images, list of images (.txt), video file, or shard set; local or s3://."""
+    """Directory of images or of videos, list of images (.txt), video file, or shard set; local or s3://."""
     out: str
     """File to write, local or s3://: .csv, .parquet, or .txt for the challenge's format."""
     images: str | None = None
@@ -59,7 +63,11 @@ class PredictCommand:
     every_frames: int = 1
     """Of a video take the first of every so many frames."""
     skip_bad_images: bool = False
-    """Leave out image files that are not there or cannot be decoded, and name them; else the first ends the command."""
+    """Leave out image files that are not there or cannot be decoded, and name them; else the first ends the command.
+    The challenge's file has a line for them too: the values of the last frame before in the video, else zeros and
+    Neutral."""
+    exif: Exif = "apply"
+    """Turn image files upright as their EXIF says, as `shards create` does, or `ignore` it."""
     batch: int = 64
     """Images per forward pass."""
     workers: int = 1
@@ -75,9 +83,11 @@ def main(args: list[str] | None = None) -> None:
     with plain_refusals(PROG):
         command = tyro.cli(PredictCommand, args=args, prog=PROG, description=__doc__)
     _check(command)
+    import numpy as np
+
     from mtl_dist.progress import progress_bar
     from mtl_dist.runtime.device import named_device
-    from mtl_dist.runtime.inputs import ImageFiles, ShardSet, VideoFile, open_frames, parent_uri
+    from mtl_dist.runtime.inputs import ImageFiles, ShardSet, VideoFile, VideoFiles, open_frames, parent_uri
     from mtl_dist.runtime.parts import Task, predict_frames
     from mtl_dist.runtime.predictions import check_finite
     from mtl_dist.runtime.trained import open_trained
@@ -91,6 +101,7 @@ def main(args: list[str] | None = None) -> None:
             images=command.images,
             every=command.every_frames,
             skip_bad=command.skip_bad_images,
+            exif=command.exif,
             scratch=scratch,
             cache_dir=command.cache_dir,
         )
@@ -99,20 +110,38 @@ def main(args: list[str] | None = None) -> None:
                 f"--input is {command.input}, of view '{frames.view}'; expected '{view}', that of --runs; give the "
                 "shard set of that view, or runs of this one"
             )
-        if isinstance(frames, (ImageFiles, VideoFile)):  # those of shards are read at the end
-            _check_names(command.out, frames.listed if isinstance(frames, ImageFiles) else [frames.title])
+        if isinstance(frames, ImageFiles):  # names of shards are read at the end
+            _check_names(command.out, frames.listed)
+        elif not isinstance(frames, ShardSet):
+            videos = frames.videos if isinstance(frames, VideoFiles) else [frames]
+            _check_names(command.out, [video.title for video in videos])
         storage.check_writable(parent_uri(command.out))
         task = Task(models, frames, device, command.batch, command.workers)
         processes = _num_processes(command, device, num_batches=-(-frames.num_frames // command.batch))
         with progress_bar("predicting", frames.num_frames * task.num_passes) as advance:
-            predicted = predict_frames(task, processes=processes, progress=advance)
+            predicted, seen = predict_frames(task, processes=processes, progress=advance)
             if command.skip_bad_images:
                 advance((frames.num_frames - len(predicted.rows)) * task.num_passes)
         names = frames.names(predicted.rows)
     skipped = _skipped(command, frames, predicted) if command.skip_bad_images else []
     check_finite(predicted.predictions, names, source=" or ".join(command.runs))
-    _write(command.out, predicted, names)
+    seconds = _seconds(seen, predicted.rows) if isinstance(frames, (VideoFile, VideoFiles)) else None
+    if isinstance(frames, VideoFiles):
+        predicted = predicted._replace(rows=np.arange(len(names)))
+    filled = _write(command.out, predicted, names, seconds, frames.listed if skipped else None)
+    for line in seen.lines():
+        print(line)
+    if left_out := getattr(frames, "left_out", ()):
+        print(f"note: of {command.input} other files were left out: {', '.join(left_out)}")
     _report(command, predicted, skipped, num_expected=frames.num_frames)
+    if filled:
+        print(f"note: {filled}")
+
+
+def _seconds(seen: Seen, rows: np.ndarray) -> np.ndarray:
+    import numpy as np
+
+    return np.array([seen.seconds[row] for row in rows.tolist()], np.float64)
 
 
 def _skipped(command: PredictCommand, frames: ImageFiles, predicted: Predicted) -> list[str]:
@@ -136,11 +165,6 @@ def _check(command: PredictCommand) -> None:
         raise InputError(f"--out is {command.out}, the --input itself, which it would replace; give another name")
     if Path(command.out).is_dir():
         raise InputError(f"--out is {command.out}, a directory; give a file's name, such as {command.out}/out.csv")
-    if command.skip_bad_images and _is_submission(command.out):
-        raise InputError(
-            f"--skip-bad-images leaves rows out, and {command.out}, the challenge's file, has one for every image; "
-            "write a .csv, or mend the images"
-        )
     check_numbers(BOUNDS, **vars(command))
 
 
@@ -169,18 +193,23 @@ def _check_names(out: str, names: Sequence[str]) -> None:
         raise InputError(f"image {odd[0]!r} has a comma or newline in its name, which {out} cannot hold; write a .csv")
 
 
-def _write(out: str, predicted: Predicted, names: list[str]) -> None:
+def _write(
+    out: str, predicted: Predicted, names: list[str], seconds: np.ndarray | None, listed: Sequence[str] | None
+) -> str:
+    """Write --out; of the challenge's file say which of the `listed` names had no picture, and what they have."""
     from mtl_dist.data.submission import submission_text
     from mtl_dist.objective.metrics import AU_THRESHOLD
-    from mtl_dist.runtime.predictions import prediction_table, write_parquet
+    from mtl_dist.runtime.predictions import fill_missing, prediction_table, write_parquet
 
     if _is_submission(out):
         _check_names(out, names)
         va, expr, au = predicted.predictions
-        storage.write_bytes(out, submission_text(names, va, expr.argmax(-1), au > AU_THRESHOLD).encode())
-        return
-    table = prediction_table(predicted, names, labels=_has_labels(predicted))
+        filled = fill_missing(listed or names, predicted.rows, (va, expr.argmax(-1), au > AU_THRESHOLD))
+        storage.write_bytes(out, submission_text(listed or names, *filled.values).encode())
+        return filled.note
+    table = prediction_table(predicted, names, labels=_has_labels(predicted), seconds=seconds)
     (_write_csv if out.lower().endswith(".csv") else write_parquet)(out, table)
+    return ""
 
 
 def _write_csv(out: str, table: pa.Table) -> None:

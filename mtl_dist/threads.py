@@ -8,13 +8,17 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
 
 class DaemonThreads:
-    """A few threads that run what is submitted, in its order. Leaving a `with` block waits for what is running."""
+    """A few threads that run what is submitted, in its order.
+
+    Leaving a `with` block waits for what is running, but not after Ctrl-C: what it does then is of no use to anyone.
+    """
 
     def __init__(self, count: int, name: str):
         self._tasks: queue.SimpleQueue[tuple[Future, Callable[[], Any]] | None] = queue.SimpleQueue()
@@ -31,8 +35,8 @@ class DaemonThreads:
 
     def map(self, call: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         """Yield `call` of every item, in their order."""
-        futures = [self.submit(lambda item=item: call(item)) for item in items]
-        return (future.result() for future in futures)
+        futures = deque(self.submit(lambda item=item: call(item)) for item in items)
+        return (futures.popleft().result() for _ in range(len(futures)))  # what was yielded is not kept
 
     def close(self, *, patience_s: float | None = None) -> None:
         """Drop what has not begun and end the threads; those that still run after `patience_s` are left behind.
@@ -55,8 +59,8 @@ class DaemonThreads:
     def __enter__(self) -> DaemonThreads:
         return self
 
-    def __exit__(self, *error) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *error) -> None:
+        self.close(patience_s=0 if kind is not None and issubclass(kind, KeyboardInterrupt) else None)
 
     def _work(self) -> None:
         while task := self._tasks.get():

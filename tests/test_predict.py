@@ -8,6 +8,7 @@ import os
 import shutil
 import struct
 import sys
+import threading
 from fractions import Fraction
 from multiprocessing import Pipe
 from pathlib import Path
@@ -26,13 +27,15 @@ from mtl_dist.data.synthetic import write_synthetic
 from mtl_dist.errors import InputError, StorageError
 from mtl_dist.runtime import inputs, parts
 from mtl_dist.runtime.checkpoint import COMMIT, best, committed
-from mtl_dist.runtime.frames import BadImage, count_frames, image_batches, read_image, video_batches
+from mtl_dist.runtime.frames import BadImage, image_batches, read_image
 from mtl_dist.runtime.inputs import open_frames
 from mtl_dist.runtime.members import open_member, predict_member
 from mtl_dist.runtime.parts import Task, _results, predict_frames
 from mtl_dist.runtime.predictions import read_predictions
 from mtl_dist.runtime.trained import load_trained, open_trained
+from mtl_dist.runtime.videos import count_frames, video_batches
 from mtl_dist.tasks import AUS, EXPRESSIONS
+from mtl_dist.threads import DaemonThreads
 from tests.conftest import assert_one_message, run_here
 from tests.fatal_frames import FatalFrames
 from tests.test_ensemble import rewrite_state
@@ -302,14 +305,117 @@ def test_parts_hold_every_frame_once_in_the_same_batches(tmp_path, kind, num_par
     assert not any(mask.any() for _, batch in found for mask in batch.labels[3:])
 
 
-@pytest.mark.parametrize(("degrees", "corner"), [(0, (0, 0)), (90, (-1, 0)), (180, (-1, -1)), (-90, (0, -1))])
-def test_a_video_is_turned_as_its_display_matrix_says(tmp_path, degrees, corner):
-    video = write_video(tmp_path / "turned.mp4", width=80, frames=2, degrees=degrees)
-    assert count_frames(video) == 2
-    (batch,) = video_batches(video, batch=4, size=80)
-    corners = {(y, x): float(batch.inputs[0, 0, :, y, x].float().mean()) for y in (0, -1) for x in (0, -1)}
-    assert max(corners, key=corners.get) == corner
-    assert batch.inputs.shape == (2, 1, 3, 80, 80)
+def test_a_table_of_a_video_has_its_seconds_and_one_of_images_has_not(run, faces, tmp_path):
+    video = write_video(tmp_path / "clip.mkv", times=[0, 1, 5, 50], width=80)
+    run_predict(run, video, tmp_path / "video.csv")
+    assert [float(row["seconds"]) for row in read_rows(tmp_path / "video.csv")] == [0, 0.04, 0.2, 2]
+    run_predict(run, faces, tmp_path / "faces.csv")
+    assert "seconds" not in read_rows(tmp_path / "faces.csv")[0]
+
+
+@pytest.mark.parametrize("processes", ["1", "2", "3"])
+def test_the_videos_of_a_directory_are_predicted_one_after_the_other(run, tmp_path, processes, capsys):
+    folder = tmp_path / "films"
+    for name, frames in (("b/one.mp4", 7), ("a.mp4", 5)):
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        run_predict(run, write_video(folder / name, frames=frames), tmp_path / f"{frames}.csv", "--every-frames", "2")
+    (folder / "notes.txt").touch()
+    more = ("--every-frames", "2", "--processes", processes, "--batch", "2")
+    run_predict(run, folder, tmp_path / "out.csv", *more)
+    rows, apart = read_rows(tmp_path / "out.csv"), [read_rows(tmp_path / f"{frames}.csv") for frames in (5, 7)]
+    assert [row["image"] for row in rows] == [f"a/{n:05d}.jpg" for n in (1, 3, 5)] + [
+        f"b/one/{n:05d}.jpg" for n in (1, 3, 5, 7)
+    ]
+    assert [int(row["row"]) for row in rows] == list(range(7))
+    assert [row["seconds"] for row in rows] == [row["seconds"] for table in apart for row in table]
+    np.testing.assert_allclose(numbers(rows), numbers([*apart[0], *apart[1]]), atol=1e-5)
+    assert "other files were left out: 1 .txt" in capsys.readouterr().out
+
+
+def test_videos_of_one_name_keep_their_suffix(tmp_path):
+    for name in ("a.mp4", "a.mkv"):
+        write_video(tmp_path / name, frames=1)
+    videos = open_frames(str(tmp_path), scratch=tmp_path / "scratch")
+    assert [video.title for video in videos.videos] == ["a.mkv", "a.mp4"]
+
+
+def test_pictures_that_are_hardly_faces_are_said(run, tmp_path, capsys):
+    exif = Image.Exif()
+    exif[0x112] = 6
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    sizes = {"lying": (80, 100), "tall": (60, 120), "scene": (160, 90), "huge": (1000, 1000), "face": (112, 112)}
+    for name, size in sizes.items():
+        Image.new("RGB", size).save(folder / f"{name}.jpg", **({"exif": exif} if name == "lying" else {}))
+    for name in ("one.heic", "two.heic", "Thumbs.db"):
+        (folder / name).touch()
+    run_predict(run, folder, tmp_path / "out.csv")
+    said = capsys.readouterr().out
+    assert "1 picture(s), such as " in said
+    assert "lying.jpg, lie on their side by their EXIF and were turned upright; --exif ignore" in said
+    assert "note: 2 picture(s), such as " in said
+    assert "scene.jpg, 160 x 90, are far from square and were squashed" in said
+    assert "huge.jpg, 1000 x 1000, are much larger than what the models read" in said
+    assert "other files were left out: 2 .heic, 1 .db" in said
+    run_predict(run, folder, tmp_path / "out.csv", "--exif", "ignore")
+    assert "lying.jpg, lie on their side by their EXIF and were taken as they are stored" in capsys.readouterr().out
+
+
+def test_a_lying_photograph_is_predicted_as_its_upright_self(run, faces, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    exif = Image.Exif()
+    exif[0x112] = 6
+    with Image.open(min(faces.rglob("*.jpg"))) as image:
+        image.save(folder / "upright.png")
+        image.transpose(Image.Transpose.ROTATE_90).save(folder / "lying.png", exif=exif)
+    run_predict(run, folder, tmp_path / "out.csv")
+    lying, upright = numbers(read_rows(tmp_path / "out.csv"))
+    np.testing.assert_allclose(lying, upright, atol=3e-3)  # a resize rounds rows before columns
+
+
+def test_the_challenges_file_has_a_line_for_frames_without_a_picture(run, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name in ("a/00003.png", "a/00010.png", "b/00002.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (80, 80, 3), np.uint8)).save(tmp_path / name)
+    (tmp_path / "a/00004.png").write_bytes(b"no picture")
+    listed = ["a/00011", "b/00001", "a/00010", "b/00002", "a/00004", "a/00003", "a/00001", "b/00003"]
+    (tmp_path / "list.txt").write_text("image\n" + "".join(f"{name}.png\n" for name in listed))
+    with pytest.raises(InputError, match="do not exist"):
+        run_predict(run, tmp_path / "list.txt", tmp_path / "out.txt")
+    run_predict(run, tmp_path / "list.txt", tmp_path / "out.txt", "--skip-bad-images")
+    lines = (tmp_path / "out.txt").read_text().splitlines()[1:]
+    assert [line.partition(".png,")[0] for line in lines] == listed
+    values = {name: line.partition(",")[2] for name, line in zip(listed, lines, strict=True)}
+    nothing = "0.0000,0.0000,0," + ",".join("0" * 12)
+    assert values["b/00001"] == values["a/00001"] == nothing
+    assert values["a/00011"] == values["a/00010"] != values["a/00003"]
+    assert values["a/00004"] == values["a/00003"] != nothing
+    assert values["b/00003"] == values["b/00002"] != nothing
+    assert (
+        "5 of 8 frames have no picture, such as a/00011.png: 3 have the values of the last frame before in their "
+        "video, 2 have none before and zeros (Neutral, no action unit)"
+    ) in capsys.readouterr().out
+
+
+def test_ctrl_c_does_not_wait_for_what_threads_are_reading():
+    is_begun, is_free = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        is_begun.set()
+        is_free.wait()
+
+    def interrupted() -> None:
+        with DaemonThreads(1, "test") as pool:
+            pool.submit(wait)
+            is_begun.wait()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not is_free.is_set()
+    is_free.set()
 
 
 def test_a_video_without_a_count_of_frames_is_refused_where_it_ends_before_its_time(tmp_path):
@@ -350,7 +456,7 @@ def test_frames_that_an_edit_list_hides_are_not_missed(run, tmp_path, capsys):
         assert edited.streams.video[0].frames == 50
     run_predict(run, tmp_path / "edited.mp4", tmp_path / "out.csv")
     assert len(read_rows(tmp_path / "out.csv")) == 30
-    assert "note" not in capsys.readouterr().out
+    assert "could be decoded" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("more", [(), ("--every-frames", "50"), ("--processes", "2", "--batch", "4")])
@@ -418,6 +524,9 @@ def make_bad_inputs(root: Path) -> dict[str, tuple[Path, str]]:
     (root / "empty.txt").write_text("image\n")
     (root / "notes.md").write_text("image\n")
     (root / "nothing").mkdir()
+    (root / "both").mkdir()
+    (root / "both" / "1.jpg").touch()
+    (root / "both" / "2.mp4").touch()
     return {
         "garbage": (root / "garbage.mp4", r"video .*garbage\.mp4 cannot be read: Invalid data"),
         "cut video": (root / "cut.mp4", r"video .*cut\.mp4 cannot be read"),
@@ -429,6 +538,11 @@ def make_bad_inputs(root: Path) -> dict[str, tuple[Path, str]]:
         "no list": (root / "gone.txt", r"gone\.txt cannot be read"),
         "foreign file": (root / "notes.md", r"notes\.md is no image, video or list by its name"),
         "empty directory": (root / "nothing", r"no images at .*nothing"),
+        "no directory": (root / "nosuch", r"--input .*nosuch does not exist"),
+        "images and videos": (
+            root / "both",
+            r"both holds images and videos \(1, such as 1\.jpg, and 1, such as 2\.mp4",
+        ),
         "no image": (root / "gone.png", r"image .*gone\.png does not exist"),
     }
 
@@ -453,7 +567,6 @@ def test_bad_options_are_refused_before_anything_is_predicted(run, faces, tmp_pa
         ((run, write_video(tmp_path / "a, b.mp4"), tmp_path / "out.txt"), "'a, b' has a comma or newline in its name"),
         ((run, tmp_path / "list.txt", f"{tmp_path}/list.txt"), "the --input itself, which it would replace"),
         ((run, faces, tmp_path / "dir.csv"), r"dir\.csv, a directory; give a file's name"),
-        ((run, faces, "out.txt", "--skip-bad-images"), "the challenge's file, has one for every image"),
         ((run, tmp_path / "a, b.mp4", "out.csv", "--skip-bad-images"), r"for image files, and .* is a video"),
         ((tmp_path, faces, tmp_path / "out.csv"), "has no committed checkpoint"),
         (

@@ -15,7 +15,6 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, repeat
 from typing import NamedTuple
 
@@ -30,6 +29,7 @@ from mtl_dist.data.index import Index, ShardEntry, index_dir, repair_hint
 from mtl_dist.data.sidecar import Sidecar, check_places, parse_sidecar
 from mtl_dist.errors import InputError
 from mtl_dist.tasks import NUM_AUS, TASKS, Batch, Labels
+from mtl_dist.threads import DaemonThreads
 
 MAX_OPEN_SHARDS = 512  # each holds one file descriptor
 SIDECAR_THREADS = 8  # mostly waiting for the store
@@ -115,7 +115,7 @@ class ShardReader:
 
     def _read_sidecars(self, progress: Callable[[int], None]) -> Iterator[Sidecar]:
         """Yield the sidecars of all shards in their order."""
-        with ThreadPoolExecutor(SIDECAR_THREADS, thread_name_prefix="sidecar") as pool:
+        with DaemonThreads(SIDECAR_THREADS, "sidecar") as pool:
             for sidecar in pool.map(self._read_sidecar, self.index.shards):
                 progress(1)
                 yield sidecar

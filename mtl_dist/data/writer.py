@@ -14,7 +14,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from itertools import chain, repeat
 from json.encoder import encode_basestring_ascii
 from pathlib import Path
@@ -32,6 +32,7 @@ from mtl_dist.data.sidecar import Sidecar, dump_sidecar, pack_names, read_about
 from mtl_dist.errors import InputError
 from mtl_dist.processes import process_pool, spawn
 from mtl_dist.tasks import AUS, EXPRESSIONS, NUM_EXPRESSIONS, SPLITS, LabelCounts
+from mtl_dist.threads import DaemonThreads
 
 MEMBER_OVERHEAD = 4 * ustar.BLOCK  # of a sample beside its image's bytes: two headers, padding, a JSON
 READ_THREADS = 16
@@ -326,7 +327,7 @@ def _find_done(dest: str, fingerprint: dict, jobs: list[ShardJob]) -> dict[str, 
             raise InputError(f"{dest} holds '{name}', which is not of this set; choose an empty destination")
         sidecars.append(stem)
     done = {}
-    with ThreadPoolExecutor(READ_THREADS) as pool:
+    with DaemonThreads(READ_THREADS, "sidecar") as pool:
         found = pool.map(lambda stem: storage.read_bytes(storage.join(dest, f"{stem}.safetensors")), sidecars)
         for stem, data in zip(sidecars, found):
             try:

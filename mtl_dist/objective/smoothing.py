@@ -50,6 +50,20 @@ def make_timeline(images: list[str], videos: list[str] | None = None) -> Timelin
     return Timeline(video, frame - first[video])
 
 
+def last_known(timeline: Timeline, is_known: np.ndarray) -> np.ndarray:
+    """Return the row (n,) int64 that each row's values are taken from: where it is not known, the last known before it.
+
+    -1 where its video has none before it. is_known (n,) bool.
+    """
+    order = np.lexsort((timeline.frame, timeline.video))
+    known, video = is_known[order], timeline.video[order]
+    place = np.maximum.accumulate(np.where(known, np.arange(len(order)), -1))
+    is_same = (place >= 0) & (video[place] == video)
+    source = np.empty(len(order), np.int64)
+    source[order] = np.where(is_same, order[place], -1)
+    return source
+
+
 def smooth(values: np.ndarray, timeline: Timeline, half_windows: np.ndarray) -> np.ndarray:
     """Replace each value by the mean of its video's rows at most `half_windows` (D,) frame numbers away.
 

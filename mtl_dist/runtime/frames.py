@@ -1,32 +1,80 @@
-"""Pictures that are in no shard set, as batches without labels: image files, and the frames of a video."""
+"""Pictures that are in no shard set, as batches without labels; and what is to be said of them."""
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import count, islice
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from mtl_dist import storage
-from mtl_dist.data.decode import KINDS, MAX_IMAGE_BYTES, MAX_SIDE, DecodeError, ForeignPicture, decode_picture, resize
+from mtl_dist.data.decode import KINDS, MAX_IMAGE_BYTES, DecodeError, Exif, ForeignPicture, Picture, decode_picture
 from mtl_dist.errors import InputError
 from mtl_dist.tasks import NUM_AUS, Batch, Labels
-
-if TYPE_CHECKING:
-    from av import VideoFrame
+from mtl_dist.threads import DaemonThreads
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
-STATED_DURATION = ("matroska", "mov")  # formats whose duration is the header's: that of others may be estimated
-MAX_MISSING, MAX_MISSING_S = 0.1, 1.0  # at the end of a whole video, of its duration and in seconds
-MAX_MISSING_FRAMES = 2  # or MAX_MISSING of them: packets that decoders give no picture for
-_GET_WHOLE = "get the whole file, or write what is left to a new one: ffmpeg -fflags +discardcorrupt -i OLD -c copy NEW"
+# A picture of other proportions, or of so many times more pixels a side than a model reads, is hardly one face.
+WIDEST, NARROWEST, LARGEST = 1.25, 0.6, 10
+
+
+@dataclass
+class Seen:
+    """What was noticed of frames while they were read, and when those of a video are shown."""
+
+    counts: dict[str, int] = field(default_factory=dict)  # of frames, by kind of note
+    first: dict[str, str] = field(default_factory=dict)  # of these
+    videos: dict[str, set[str]] = field(default_factory=dict)  # by kind of note
+    seconds: dict[int, float] = field(default_factory=dict)  # by row, from where the video starts; NaN: not told
+
+    def note(self, kind: str, what: str) -> None:
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        self.first.setdefault(kind, what)
+
+    def note_video(self, kind: str, what: str) -> None:
+        self.videos.setdefault(kind, set()).add(what)
+
+    def add(self, other: Seen) -> None:
+        """Take over what another part noticed."""
+        for kind, count in other.counts.items():
+            self.counts[kind] = self.counts.get(kind, 0) + count
+            self.first.setdefault(kind, other.first[kind])
+        for kind, names in other.videos.items():
+            self.videos.setdefault(kind, set()).update(names)
+        self.seconds |= other.seconds
+
+    def lines(self) -> list[str]:
+        """Return the notes in words."""
+        found = {kind: (count, self.first[kind]) for kind, count in self.counts.items()}
+        found |= {kind: (len(names), min(names)) for kind, names in self.videos.items()}
+        return [
+            f"note: {text.format(n=found[kind][0], first=found[kind][1])}"
+            for kind, text in NOTES.items()
+            if kind in found
+        ]
+
+
+NOTES = {
+    "turned": "{n} picture(s), such as {first}, lie on their side by their EXIF and were turned upright; --exif ignore "
+    "takes them as they are stored",
+    "lying": "{n} picture(s), such as {first}, lie on their side by their EXIF and were taken as they are stored",
+    "shape": "{n} picture(s), such as {first}, are far from square and were squashed; the models expect pictures cut "
+    "to one face",
+    "large": "{n} picture(s), such as {first}, are much larger than what the models read; they expect pictures cut to "
+    "one face, and find none in a scene",
+    "middle": "of {n} frame(s), such as {first}, the middle square was taken; the models expect that one face fills it",
+    "streams": "{n} video(s), such as {first}, hold several pictures; one was read",
+    "interlaced": "{n} video(s), such as {first}, are interlaced, and what moves is combed; part the fields first: "
+    "ffmpeg -i OLD -vf bwdif NEW",
+    "hdr": "{n} video(s), such as {first}, are HDR, whose colours look pale without tone mapping",
+    "alpha": "{n} video(s), such as {first}, are transparent in places, which is not read: hidden colours are seen",
+}
 
 
 class BadImage(InputError):
@@ -42,172 +90,89 @@ def image_batches(
     part: int = 0,
     num_parts: int = 1,
     skip_bad: bool = False,
+    exif: Exif = "apply",
+    seen: Seen | None = None,
 ) -> Iterator[Batch]:
     """Yield image files (local or s3://) as unlabelled batches of `size` pixels a side, in their order.
 
     Rows are places in `paths`. Of several parts, part p has batches p, p + num_parts, ...: the same batches, whatever
     the number of parts. `workers` threads decode; 0 decodes in this one. Raises `InputError` naming the file; with
-    `skip_bad` the row of a `BadImage` is in no batch.
+    `skip_bad` the row of a `BadImage` is in no batch. `seen` is told of what looks unlike a face's picture.
     """
+    seen = Seen() if seen is None else seen
     rows = [row for row in range(len(paths)) if row // batch % num_parts == part]
-    read = _read_if_good if skip_bad else read_image
-    pictures = _ahead(read, (paths[row] for row in rows), size, workers=workers, ahead=2 * batch)
-    yield from _batched(((row, pixels) for row, pixels in zip(rows, pictures) if pixels is not None), batch=batch)
+    read = partial(_read_if_good if skip_bad else read_picture, size=size, exif=exif)
+    pictures = _ahead(read, (paths[row] for row in rows), workers=workers, ahead=2 * batch)
+
+    def noted() -> Iterator[tuple[int, np.ndarray]]:
+        for row, picture in zip(rows, pictures):
+            if picture is not None:
+                _note(picture, str(paths[row]), size, exif, seen)
+                yield row, picture.pixels
+
+    yield from batched(noted(), batch=batch)
 
 
-def video_batches(
-    path: Path, *, batch: int, size: int, every: int = 1, announced: int = 0, part: int = 0, num_parts: int = 1
-) -> Iterator[Batch]:
-    """Yield every so many frames of a local video's first picture stream as unlabelled batches, in their order.
-
-    A frame is turned as the file says, its middle square cut out and resized to `size`. Rows are frame numbers from 0.
-    Every part decodes the whole video, since seeking does not find frames by number, and converts its batches only (as
-    `image_batches` parts them). Raises `InputError` naming a file that is no video, or is damaged, and where, or of
-    whose `announced` frames (`count_frames`) too many are not there.
-    """
-    numbers = count(0, every)
-    wanted = (
-        (number, frame)
-        for place, (number, frame) in enumerate(zip(numbers, islice(_frames(path, announced), 0, None, every)))
-        if place // batch % num_parts == part
-    )
-    yield from _batched(((number, _square(frame, size)) for number, frame in wanted), batch=batch)
+def read_image(path: Path | str, size: int | None = None, *, exif: Exif = "apply") -> np.ndarray:
+    """Return the pixels of `read_picture`, (H, W, 3) uint8 RGB."""
+    return read_picture(path, size, exif=exif).pixels
 
 
-def count_frames(path: Path) -> int:
-    """Count the frames of a video by its packets, without decoding it.
+def read_picture(path: Path | str, size: int | None = None, *, exif: Exif = "apply") -> Picture:
+    """Read a picture file, local or s3://, as `decode_picture` does.
 
-    Not as the header says: an MP4's tells also of frames that its edit list hides. Raises `InputError`, also where
-    packets end long before the duration that the header states, or in the middle of one: an MP4 or Matroska file that
-    was cut short plays like a whole one.
-    """
-    num_frames, end_s = 0, 0.0
-    with _open_video(path) as (container, stream):
-        for packet in container.demux():  # every stream: sound may well last longer than pictures
-            if packet.stream_index == stream.index:
-                if packet.is_corrupt:
-                    of = f" of {stream.frames}" if stream.frames else ""
-                    raise InputError(f"video {path} is cut short or damaged after frame {num_frames}{of}; {_GET_WHOLE}")
-                num_frames += packet.size > 0 and not packet.is_discard
-            if packet.size and packet.pts is not None:
-                end_s = max(end_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-        is_stated = container.format.name.startswith(STATED_DURATION) and container.duration
-        stated_s = container.duration / 1e6 if is_stated else 0.0
-    # Times, not counts: the frame rate of a video can vary.
-    if stated_s - end_s > max(MAX_MISSING_S, MAX_MISSING * stated_s):
-        raise InputError(
-            f"video {path} is cut short: its header says {stated_s:.1f} s, and it ends after {end_s:.1f} s; "
-            f"{_GET_WHOLE}"
-        )
-    return num_frames
-
-
-def read_image(path: Path | str, size: int | None = None) -> np.ndarray:
-    """Read a picture file, local or s3://, as (H, W, 3) uint8 RGB, resized where a size is given.
-
-    Pixels are taken as they are stored, as those of shards are: EXIF orientation is not applied. Raises `BadImage`
-    naming a file that is not there or cannot be decoded, `InputError` naming one that may not be read.
+    Raises `BadImage` naming a file that is not there or cannot be decoded, `InputError` naming one that may not be
+    read.
     """
     try:
         data = storage.read_bytes(str(path), max_bytes=MAX_IMAGE_BYTES)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise BadImage(f"image {path} does not exist; correct its path, or take it out of the list") from None
     try:
-        return decode_picture(data, size, exif="ignore").pixels
+        return decode_picture(data, size, exif=exif)
     except ForeignPicture as error:  # not left out as bad: it may well be whole
         raise InputError(f"image {path} is not read: {error}; expected a {KINDS}") from None
     except DecodeError as error:
         raise BadImage(f"image {path} cannot be decoded: {error}; mend it, or leave it out") from None
 
 
-@contextlib.contextmanager
-def _open_video(path: Path):
-    """Give (container, stream); what goes wrong in the block is an `InputError` that names the file."""
+def _read_if_good(path: Path | str, size: int, exif: Exif) -> Picture | None:
     try:
-        import av
-    except ImportError:
-        raise InputError("reading videos needs PyAV, which is not installed: pip install 'mtl_dist[video]'") from None
-    try:
-        # Of a relative path FFmpeg takes what is before a colon for a protocol.
-        with av.open(str(path.absolute()), metadata_errors="replace") as container:
-            if not container.streams.video:
-                raise InputError(f"{path} holds no pictures, only {len(container.streams)} other stream(s)")
-            yield container, container.streams.video[0]
-    except av.error.FFmpegError as error:
-        raise InputError(
-            f"video {path} cannot be read: {error.strerror}; mend it, or convert it to H.264 MP4"
-        ) from None
-
-
-def _frames(path: Path, announced: int) -> Iterator[VideoFrame]:
-    number = 0
-    with _open_video(path) as (container, stream):
-        from av.error import FFmpegError
-
-        stream.thread_type = "AUTO"
-        try:
-            for frame in container.decode(stream):
-                if max(frame.width, frame.height) > MAX_SIDE:
-                    size = f"{frame.width} x {frame.height}"
-                    raise InputError(f"video {path} has {size} pixels; at most {MAX_SIDE} a side are decoded")
-                if frame.is_corrupt:
-                    raise InputError(f"video {path} is damaged at frame {number + 1}; mend it, or cut it before")
-                yield frame
-                number += 1
-        except FFmpegError as error:
-            where = f"after frame {number} ({error.strerror})"
-            raise InputError(f"video {path} is damaged {where}; mend it, or cut it there") from None
-    if number == 0:
-        raise InputError(f"video {path} holds no frame; is it a whole file?")
-    if announced - number > max(MAX_MISSING_FRAMES, MAX_MISSING * announced):
-        raise InputError(
-            f"video {path} has {announced} frames, and {number} could be decoded; get the whole file, or convert it to "
-            "H.264 MP4: ffmpeg -i OLD NEW.mp4"
-        )
-
-
-def _square(frame: VideoFrame, size: int) -> np.ndarray:
-    """Return a frame's middle square as (size, size, 3) RGB, turned as its display matrix says."""
-    pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
-    side = min(pixels.shape[:2])
-    top, left = ((length - side) // 2 for length in pixels.shape[:2])
-    square = np.ascontiguousarray(pixels[top : top + side, left : left + side])
-    return square if side == size else resize(square, size)
-
-
-def _read_if_good(path: Path | str, size: int) -> np.ndarray | None:
-    try:
-        return read_image(path, size)
+        return read_picture(path, size, exif=exif)
     except BadImage:
         return None
 
 
+def _note(picture: Picture, path: str, size: int, exif: Exif, seen: Seen) -> None:
+    about = f"{path}, {picture.width} x {picture.height}"
+    if picture.orientation != 1:
+        seen.note("turned" if exif == "apply" else "lying", path)
+    is_swapped = exif == "apply" and picture.orientation > 4
+    shape = picture.height / picture.width if is_swapped else picture.width / picture.height
+    if not NARROWEST <= shape <= WIDEST:
+        seen.note("shape", about)
+    elif min(picture.width, picture.height) > LARGEST * size:
+        seen.note("large", about)
+
+
 def _ahead(
-    read: Callable[[Path | str, int], np.ndarray | None],
-    paths: Iterable[Path | str],
-    size: int,
-    *,
-    workers: int,
-    ahead: int,
-) -> Iterator[np.ndarray | None]:
+    read: Callable[[Path | str], Picture | None], paths: Iterable[Path | str], *, workers: int, ahead: int
+) -> Iterator[Picture | None]:
     """Read in order, at most `ahead` images before they are taken."""
     if workers == 0:
-        yield from (read(path, size) for path in paths)
+        yield from map(read, paths)
         return
-    pending: deque[Future[np.ndarray | None]] = deque()
-    with ThreadPoolExecutor(workers, thread_name_prefix="images") as pool:
-        try:
-            for path in paths:
-                pending.append(pool.submit(read, path, size))
-                if len(pending) > ahead:
-                    yield pending.popleft().result()
-            while pending:
+    pending: deque[Future[Picture | None]] = deque()
+    with DaemonThreads(workers, "images") as pool:
+        for path in paths:
+            pending.append(pool.submit(partial(read, path)))
+            if len(pending) > ahead:
                 yield pending.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        while pending:
+            yield pending.popleft().result()
 
 
-def _batched(pictures: Iterable[tuple[int, np.ndarray]], *, batch: int) -> Iterator[Batch]:
+def batched(pictures: Iterable[tuple[int, np.ndarray]], *, batch: int) -> Iterator[Batch]:
     """Stack (row, (S, S, 3) pixels) into batches without labels; the last is smaller."""
     pictures = iter(pictures)
     while taken := list(islice(pictures, batch)):

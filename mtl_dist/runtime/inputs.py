@@ -1,36 +1,34 @@
-"""What can be predicted: image files, a video, a shard set. Each counts its frames, names them and yields batches.
+"""What can be predicted: image files, videos, a shard set. Each counts its frames, names them and yields batches.
 
 `batches` of part p of several: together the parts yield every frame once, and rows tell the order.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from mtl_dist import storage
 from mtl_dist.data.cache import Cache
+from mtl_dist.data.decode import Exif
 from mtl_dist.data.index import INDEX_NAME, check_stored, index_dir, read_index
 from mtl_dist.data.loader import eval_batches
 from mtl_dist.data.reader import ShardReader
 from mtl_dist.errors import InputError, StorageError
-from mtl_dist.runtime.frames import (
-    IMAGE_SUFFIXES,
-    VIDEO_SUFFIXES,
-    count_frames,
-    image_batches,
-    read_image,
-    video_batches,
-)
+from mtl_dist.progress import progress_bar
+from mtl_dist.runtime.frames import IMAGE_SUFFIXES, Seen, image_batches, read_image
+from mtl_dist.runtime.videos import VIDEO_SUFFIXES, count_frames, video_batches
 from mtl_dist.tasks import Batch
 
 PREFETCH = 3  # batches of a shard set made ahead
 MAX_LIST_BYTES = 256 << 20
 NUM_NAMED = 5  # missing images in one message
+FRAME_BITS = 32  # of a row of several videos
 
 
 class Frames(Protocol):
@@ -38,7 +36,11 @@ class Frames(Protocol):
 
     num_frames: int  # of a video as its packets say
 
-    def batches(self, size: int, *, batch: int, workers: int, part: int, num_parts: int) -> Iterator[Batch]: ...
+    def batches(
+        self, size: int, *, batch: int, workers: int, part: int, num_parts: int, seen: Seen | None = None
+    ) -> Iterator[Batch]:
+        """Yield the batches of one part; `seen` is told what was noticed of them."""
+        ...
 
     def names(self, rows: np.ndarray) -> list[str]: ...
 
@@ -50,14 +52,18 @@ class ImageFiles:
     root: str  # what the names are relative to
     listed: tuple[str, ...]
     skip_bad: bool = False  # what is not there, or cannot be decoded, is in no batch
+    exif: Exif = "apply"
+    left_out: tuple[str, ...] = ()  # kinds of files of the directory that are no images, with their number
 
     @property
     def num_frames(self) -> int:
         return len(self.listed)
 
-    def batches(self, size: int, *, batch: int, workers: int, part: int, num_parts: int) -> Iterator[Batch]:
+    def batches(
+        self, size: int, *, batch: int, workers: int, part: int, num_parts: int, seen: Seen | None = None
+    ) -> Iterator[Batch]:
         paths = [_image_uri(self.root, name) for name in self.listed]
-        which = {"part": part, "num_parts": num_parts, "skip_bad": self.skip_bad}
+        which = {"part": part, "num_parts": num_parts, "skip_bad": self.skip_bad, "exif": self.exif, "seen": seen}
         return image_batches(paths, batch=batch, size=size, workers=workers, **which)
 
     def names(self, rows: np.ndarray) -> list[str]:
@@ -89,12 +95,46 @@ class VideoFile:
     def num_frames(self) -> int:
         return -(-self.announced // self.every)
 
-    def batches(self, size: int, *, batch: int, workers: int, part: int, num_parts: int) -> Iterator[Batch]:
-        which = {"every": self.every, "announced": self.announced, "part": part, "num_parts": num_parts}
-        return video_batches(self.path, batch=batch, size=size, **which)
+    def batches(
+        self, size: int, *, batch: int, workers: int, part: int, num_parts: int, seen: Seen | None = None
+    ) -> Iterator[Batch]:
+        return self.batches_from(0, size, batch=batch, part=part, num_parts=num_parts, seen=seen)
+
+    def batches_from(self, first_row: int, size: int, **which: Any) -> Iterator[Batch]:
+        """Yield batches whose rows are frame numbers from `first_row`."""
+        which |= {"every": self.every, "announced": self.announced, "first_row": first_row}
+        return video_batches(self.path, size=size, **which)
 
     def names(self, rows: np.ndarray) -> list[str]:
         return [f"{self.title}/{row + 1:05d}.jpg" for row in rows]
+
+
+@dataclass(frozen=True)
+class VideoFiles:
+    """The videos of a directory, in the order of their names. A row is a video's number and in its low bits a frame's.
+
+    Where there are as many parts as videos or fewer, a part has whole videos: each is decoded once.
+    """
+
+    videos: tuple[VideoFile, ...]
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def num_frames(self) -> int:
+        return sum(video.num_frames for video in self.videos)
+
+    def batches(
+        self, size: int, *, batch: int, workers: int, part: int, num_parts: int, seen: Seen | None = None
+    ) -> Iterator[Batch]:
+        is_shared = len(self.videos) < num_parts
+        which = {"part": part, "num_parts": num_parts} if is_shared else {"part": 0, "num_parts": 1}
+        for number, video in enumerate(self.videos):
+            if is_shared or number % num_parts == part:
+                yield from video.batches_from(number << FRAME_BITS, size, batch=batch, seen=seen, **which)
+
+    def names(self, rows: np.ndarray) -> list[str]:
+        frames = rows & ((1 << FRAME_BITS) - 1)
+        return [self.videos[n].names([frame])[0] for n, frame in zip((rows >> FRAME_BITS).tolist(), frames.tolist())]
 
 
 @dataclass(frozen=True)
@@ -106,7 +146,9 @@ class ShardSet:
     view: str
     cache_dir: Path | None
 
-    def batches(self, size: int, *, batch: int, workers: int, part: int, num_parts: int) -> Iterator[Batch]:
+    def batches(
+        self, size: int, *, batch: int, workers: int, part: int, num_parts: int, seen: Seen | None = None
+    ) -> Iterator[Batch]:
         sizes = {"batch": batch, "size": size, "workers": workers, "prefetch": PREFETCH}
         return eval_batches(self._reader(), rank=part, num_ranks=num_parts, **sizes)
 
@@ -125,39 +167,54 @@ def open_frames(
     images: str | None = None,
     every: int = 1,
     skip_bad: bool = False,
+    exif: Exif = "apply",
     scratch: Path,
     cache_dir: Path | None = None,
 ) -> Frames:
     """Find out what is at a local path or s3:// URI, and check that it is there. Raises `InputError` that names it.
 
     Args:
-        uri: a directory of images, a shard set, a video file, a list of images (.txt) or one image.
+        uri: a directory of images or of videos, a shard set, a video file, a list of images (.txt) or one image.
         images: where the paths of a list start; None: beside the list.
         every: take every so many frames of a video.
         skip_bad: leave out image files that are not there or cannot be decoded.
-        scratch: where a video from s3:// is downloaded to.
+        exif: turn image files as their EXIF says, or take them as stored.
+        scratch: where videos from s3:// are downloaded to.
     """
     suffix = _suffix(uri)
     is_video, is_list = suffix in VIDEO_SUFFIXES, suffix == ".txt"
     if images is not None and not is_list:
         raise InputError(f"--images tells where the paths of a list start, and {uri} is no list (.txt); leave it out")
-    if every != 1 and not is_video:
-        raise InputError(f"--every-frames is for videos, and {uri} is none ({', '.join(VIDEO_SUFFIXES)}); leave it out")
     if is_list:
-        return _open_list(uri, images if images is not None else parent_uri(uri), skip_bad)
-    if is_video:
-        _refuse_skipping(uri, skip_bad, "a video: what is damaged in one cannot be told frame by frame")
+        _refuse_every(uri, every)
+        return _open_list(uri, images if images is not None else parent_uri(uri), skip_bad, exif)
+    if is_video and not _is_directory(uri):
+        _refuse_skipping(uri, skip_bad, _VIDEO)
         return _open_video(uri, every, scratch)
-    if suffix in IMAGE_SUFFIXES:
+    if suffix in IMAGE_SUFFIXES and not _is_directory(uri):
+        _refuse_every(uri, every)
         if not storage.exists(uri):
             raise InputError(f"image {uri} does not exist; correct its path")
-        return ImageFiles(parent_uri(uri), _check_text([uri.rpartition("/")[2]]), skip_bad)
+        return ImageFiles(parent_uri(uri), _check_text([uri.rpartition("/")[2]]), skip_bad, exif)
     if uri.endswith(f"/{INDEX_NAME}") or storage.exists(storage.join(uri, INDEX_NAME)):
         index = read_index(uri)
         check_stored(uri, index)
+        _refuse_every(uri, every)
         _refuse_skipping(uri, skip_bad, "a shard set, whose images were looked at when it was made")
         return ShardSet(index_dir(uri), index.rows, index.view, cache_dir)
-    return _open_directory(uri, skip_bad)
+    return _open_directory(uri, every, skip_bad, exif, scratch)
+
+
+_VIDEO = "a video: what is damaged in one cannot be told frame by frame"
+
+
+def _is_directory(uri: str) -> bool:
+    return not storage.is_s3(uri) and storage.local_path(uri).is_dir()
+
+
+def _refuse_every(uri: str, every: int) -> None:
+    if every != 1:
+        raise InputError(f"--every-frames is for videos, and {uri} is none ({', '.join(VIDEO_SUFFIXES)}); leave it out")
 
 
 def _refuse_skipping(uri: str, skip_bad: bool, what: str) -> None:
@@ -165,7 +222,7 @@ def _refuse_skipping(uri: str, skip_bad: bool, what: str) -> None:
         raise InputError(f"--skip-bad-images is for image files, and {uri} is {what}; leave it out")
 
 
-def _open_list(uri: str, root: str, skip_bad: bool) -> ImageFiles:
+def _open_list(uri: str, root: str, skip_bad: bool, exif: Exif) -> ImageFiles:
     """A path a line, after a header or without: `image`, or that of the challenge, which has commas."""
     try:
         lines = storage.read_bytes(uri, max_bytes=MAX_LIST_BYTES).decode("utf-8-sig").rstrip().splitlines()
@@ -182,7 +239,7 @@ def _open_list(uri: str, root: str, skip_bad: bool) -> ImageFiles:
             raise InputError(f"{uri}:{number}: {name[:100]!r} is no image path ({', '.join(IMAGE_SUFFIXES)})")
     if not names[header:]:
         raise InputError(f"list {uri} names no image; expected one path a line")
-    files = ImageFiles(root, tuple(names[header:]), skip_bad)
+    files = ImageFiles(root, tuple(names[header:]), skip_bad, exif)
     return files if skip_bad else _check_images(files, uri)
 
 
@@ -207,7 +264,7 @@ def _check_images(files: ImageFiles, uri: str) -> ImageFiles:
     return files
 
 
-def _open_video(uri: str, every: int, scratch: Path) -> VideoFile:
+def _open_video(uri: str, every: int, scratch: Path, title: str | None = None) -> VideoFile:
     name = uri.rpartition("/")[2]
     path = scratch / name if storage.is_s3(uri) else storage.local_path(uri)
     try:
@@ -217,23 +274,54 @@ def _open_video(uri: str, every: int, scratch: Path) -> VideoFile:
             raise FileNotFoundError(path)
     except FileNotFoundError:
         raise InputError(f"video {uri} does not exist; correct its path") from None
-    (title,) = _check_text([name.rpartition(".")[0]])
+    (title,) = _check_text([title or name.rpartition(".")[0]])
     return VideoFile(path, every, count_frames(path), title)
 
 
-def _open_directory(uri: str, skip_bad: bool) -> ImageFiles:
+def _open_directory(uri: str, every: int, skip_bad: bool, exif: Exif, scratch: Path) -> ImageFiles | VideoFiles:
     if not storage.is_s3(uri) and storage.exists(uri):
         raise InputError(
             f"{uri} is no image, video or list by its name; expected {', '.join((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))}, "
             "or .txt, or a directory"
         )
-    names = [found.name for found in storage.list_objects(uri, follow_links=True)]
-    names = [name for name in names if _suffix(name) in IMAGE_SUFFIXES and not name.rpartition("/")[2].startswith(".")]
-    if not names:
+    if not storage.is_s3(uri) and not storage.local_path(uri).exists():
+        raise InputError(f"--input {uri} does not exist; correct the path")
+    every_name = [found.name for found in storage.list_objects(uri, follow_links=True)]
+    names = [name for name in every_name if not name.rpartition("/")[2].startswith(".")]
+    images = [name for name in names if _suffix(name) in IMAGE_SUFFIXES]
+    videos = [name for name in names if _suffix(name) in VIDEO_SUFFIXES]
+    if not images and not videos:
         raise InputError(
-            f"no images at {uri} ({', '.join(IMAGE_SUFFIXES)}) and no shard set ({INDEX_NAME}); correct the path"
+            f"no images at {uri} ({', '.join(IMAGE_SUFFIXES)}), no videos ({', '.join(VIDEO_SUFFIXES)}) and no shard "
+            f"set ({INDEX_NAME}); correct the path"
         )
-    return ImageFiles(uri, _check_text(names), skip_bad)
+    if images and videos:
+        raise InputError(
+            f"{uri} holds images and videos ({len(images)}, such as {images[0]}, and {len(videos)}, such as "
+            f"{videos[0]}); expected one of them: give a directory of one kind, or a list (.txt) of the images"
+        )
+    left_out = Counter(_suffix(name) or "without a suffix" for name in set(names) - {*images, *videos})
+    others = tuple(f"{count} {suffix}" for suffix, count in left_out.most_common())
+    if images:
+        _refuse_every(uri, every)
+        return ImageFiles(uri, _check_text(images), skip_bad, exif, others)
+    _refuse_skipping(uri, skip_bad, f"a directory with {_VIDEO}")
+    return _open_videos(uri, _check_text(videos), every, scratch, others)
+
+
+def _open_videos(uri: str, names: tuple[str, ...], every: int, scratch: Path, left_out: tuple[str, ...]) -> VideoFiles:
+    stems = Counter(name.rpartition(".")[0] for name in names)
+    videos = []
+    with progress_bar("looking at videos", len(names)) as advance:
+        for number, name in enumerate(names):
+            stem = name.rpartition(".")[0]
+            own = scratch / f"{number}"  # two may have one name
+            if storage.is_s3(uri):
+                own.mkdir()
+            title = stem if stems[stem] == 1 else name
+            videos.append(_open_video(_image_uri(uri, name), every, own, title))
+            advance(1)
+    return VideoFiles(tuple(videos), left_out)
 
 
 def _check_text(names: Sequence[str]) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from mtl_dist.errors import InputError, StorageError
 from mtl_dist.objective.metrics import Predictions, Targets
 from mtl_dist.processes import end_with_parent, spawn
 from mtl_dist.runtime.evaluate import Predicted, predict
+from mtl_dist.runtime.frames import Seen
 from mtl_dist.runtime.inputs import Frames
 from mtl_dist.runtime.trained import Trained, load_trained
 
@@ -42,13 +43,20 @@ class Task(NamedTuple):
         return len(_sizes(self.models))
 
 
-def predict_frames(task: Task, *, processes: int, progress: Progress) -> Predicted:
+class Found(NamedTuple):
+    """What was predicted, and what was noticed meanwhile."""
+
+    predicted: Predicted
+    seen: Seen
+
+
+def predict_frames(task: Task, *, processes: int, progress: Progress) -> Found:
     """Predict all frames; rows in ascending order. `progress` is told of frames, each `task.num_passes` times.
 
     Raises `InputError` where frames or weights cannot be read, or a process was killed.
     """
     if processes == 1:
-        return _sorted([predict_part(task, part=0, num_parts=1, progress=progress)])
+        return _joined([predict_part(task, part=0, num_parts=1, progress=progress)])
     running: dict[Connection, tuple[int, BaseProcess]] = {}
     try:
         for part in range(processes):
@@ -60,7 +68,7 @@ def predict_frames(task: Task, *, processes: int, progress: Progress) -> Predict
         found = list(_results(dict(running), processes, progress))
         for _, process in running.values():
             process.join(_STOP_S)  # it is done: it ends by itself, and leaves its GPU in order
-        return _sorted(found)
+        return _joined(found)
     finally:
         for _, process in running.values():
             process.terminate()
@@ -70,29 +78,25 @@ def predict_frames(task: Task, *, processes: int, progress: Progress) -> Predict
                 process.kill()
 
 
-def predict_part(task: Task, *, part: int, num_parts: int, progress: Progress) -> Predicted:
+def predict_part(task: Task, *, part: int, num_parts: int, progress: Progress) -> Found:
     """Predict one part of the frames in this process, in the order of the frames."""
     device = torch.device("cpu")
     if task.device == "cuda":
         device = torch.device("cuda", part % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    total = None
+    total, seen = None, Seen()
     for size in _sizes(task.models):
         models = [trained for trained in task.models if trained.config.data.image_size == size]
-        predicted = _predict_pass(models, task, size, device, part=part, num_parts=num_parts, progress=progress)
+        this_pass = seen if total is None else Seen()  # every pass sees the same
+        which = {"part": part, "num_parts": num_parts, "seen": this_pass}
+        predicted = _predict_pass(models, task, size, device, which, progress)
         total = predicted if total is None else _add(total, predicted)
-    return total._replace(predictions=Predictions(*(array / len(task.models) for array in total.predictions)))
+    mean = Predictions(*(array / len(task.models) for array in total.predictions))
+    return Found(total._replace(predictions=mean), seen)
 
 
 def _predict_pass(
-    models: list[Trained],
-    task: Task,
-    size: int,
-    device: torch.device,
-    *,
-    part: int,
-    num_parts: int,
-    progress: Progress,
+    models: list[Trained], task: Task, size: int, device: torch.device, which: dict[str, Any], progress: Progress
 ) -> Predicted:
     """Sum the predictions of models of one size over one pass through the frames."""
     loaded = [(load_trained(trained).to(device), trained.config) for trained in models]
@@ -108,14 +112,14 @@ def _predict_pass(
         return total
 
     summed = []
-    for batch in task.frames.batches(size, batch=task.batch, workers=task.workers, part=part, num_parts=num_parts):
+    for batch in task.frames.batches(size, batch=task.batch, workers=task.workers, **which):
         summed.append(predict_all([batch]))
         progress(len(batch.rows))
     return _concatenate(summed or [predict_all([])])
 
 
 def _part_main(sender: Connection, task: Task, part: int, num_parts: int) -> None:
-    """Run in a process of its own: send ("progress", n) and at the end ("done", Predicted) or what went wrong."""
+    """Run in a process of its own: send ("progress", n) and at the end ("done", Found) or what went wrong."""
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process, which ends the others
     if task.device == "cpu":
@@ -184,11 +188,14 @@ def _concatenate(parts: list[Predicted]) -> Predicted:
     )
 
 
-def _sorted(parts: list[Predicted]) -> Predicted:
-    joined = _concatenate(parts)
+def _joined(parts: list[Found]) -> Found:
+    joined, seen = _concatenate([part.predicted for part in parts]), Seen()
+    for part in parts:
+        seen.add(part.seen)
     by_row = np.argsort(joined.rows)
-    return Predicted(
+    predicted = Predicted(
         joined.rows[by_row],
         Predictions(*(array[by_row] for array in joined.predictions)),
         Targets(*(array[by_row] for array in joined.targets)),
     )
+    return Found(predicted, seen)

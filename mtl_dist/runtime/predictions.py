@@ -1,11 +1,13 @@
 """Predictions of frames as a table, Parquet or CSV: what the ensemble and `predict` write and the report reads.
 
-A row a frame: row, image, valence, arousal, expression, p_<class> and p_AU<number>; of a validation set in Parquet also
-the image's video and the labels it was scored against (label_valence, ..., null where missing).
+A row a frame: row, image, valence, arousal, expression, p_<class> and p_AU<number>; of video files also the frame's
+seconds; of a validation set in Parquet also the image's video and the labels it was scored against (label_valence, ...,
+null where missing).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +17,7 @@ import pyarrow.parquet as pq
 from mtl_dist import storage
 from mtl_dist.errors import InputError
 from mtl_dist.objective.metrics import Predictions, Targets
-from mtl_dist.objective.smoothing import video_names
+from mtl_dist.objective.smoothing import last_known, make_timeline, video_names
 from mtl_dist.runtime.evaluate import Predicted, finite_rows
 from mtl_dist.tasks import AUS, EXPRESSIONS
 
@@ -42,14 +44,57 @@ def check_finite(predictions: Predictions, images: list[str], *, source: str) ->
         )
 
 
+class Filled(NamedTuple):
+    """Values of every frame of a list, also of those without a picture."""
+
+    values: tuple[np.ndarray, ...]  # each (n, ...)
+    note: str  # how many were filled, and how; empty where none were
+
+
+def fill_missing(names: Sequence[str], rows: np.ndarray, values: Sequence[np.ndarray]) -> Filled:
+    """Return values (m, ...) of `rows` (m,) as values of all `names` (n), as the challenge wants them.
+
+    A frame without a picture has the values of the last frame before it in its video, else zeros: Neutral, no action
+    unit.
+    """
+    names = list(names)
+    is_known = np.zeros(len(names), bool)
+    is_known[rows] = True
+    if is_known.all():
+        return Filled(tuple(values), "")
+    source = last_known(make_timeline(names), is_known)
+    place = np.zeros(len(names), np.int64)
+    place[rows] = np.arange(len(rows))
+    filled = [np.zeros((len(names), *array.shape[1:]), array.dtype) for array in values]
+    for array, known in zip(filled, values):
+        array[source >= 0] = known[place[source[source >= 0]]]
+    num_missing, num_zero = int((~is_known).sum()), int((source < 0).sum())
+    return Filled(
+        tuple(filled),
+        f"{num_missing} of {len(names)} frames have no picture, such as {names[int(np.argmin(is_known))]}: "
+        f"{num_missing - num_zero} have the values of the last frame before in their video, {num_zero} have none "
+        "before and zeros (Neutral, no action unit)",
+    )
+
+
 def prediction_table(
-    predicted: Predicted, images: list[str], *, labels: bool, videos: list[str] | None = None
+    predicted: Predicted,
+    images: list[str],
+    *,
+    labels: bool,
+    videos: list[str] | None = None,
+    seconds: np.ndarray | None = None,
 ) -> pa.Table:
-    """Return predictions as a table of float32 columns; with `labels`, the targets too, with `videos`, these."""
+    """Return predictions as a table of float32 columns; with `labels`, the targets too, with others, these.
+
+    `seconds` (n,) that are NaN are null.
+    """
     predictions, targets = predicted.predictions, predicted.targets
     columns = {"row": pa.array(predicted.rows), "image": pa.array(images, pa.string())}
     if videos is not None:
         columns["video"] = pa.array(videos, pa.string())
+    if seconds is not None:
+        columns["seconds"] = pa.array(seconds, pa.float64(), mask=np.isnan(seconds))
     columns |= _floats(_VA, predictions.va.clip(-1, 1))
     columns["expression"] = pa.array([EXPRESSIONS[number] for number in predictions.expr.argmax(-1)], pa.string())
     columns |= _floats([f"p_{name}" for name in EXPRESSIONS], predictions.expr)
