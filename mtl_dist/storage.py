@@ -248,7 +248,10 @@ def scratch_directory(purpose: str) -> Iterator[Path]:
     _remove_abandoned_scratch(place, os.getpid())
     while True:
         scratch = Path(tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{purpose}-", dir=place))
-        handle = os.open(scratch, os.O_RDONLY)
+        try:
+            handle = os.open(scratch, os.O_RDONLY)
+        except FileNotFoundError:  # removed by another process before it was opened
+            continue
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(handle, fcntl.LOCK_EX)
         if scratch.exists():  # else removed by another process before it was locked

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -755,3 +756,20 @@ def test_a_file_has_the_permissions_that_the_users_umask_leaves(tmp_path, umask,
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {mode}
+
+
+def test_a_scratch_directory_that_another_process_takes_for_abandoned_is_made_again(tmp_path, monkeypatch):
+    """Between its making and its lock: 32 workers that start together clean up while they begin."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    make, made = tempfile.mkdtemp, []
+
+    def make_and_lose(*args, **options) -> str:
+        made.append(make(*args, **options))
+        if len(made) == 1:
+            os.rmdir(made[0])
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", make_and_lose)
+    with storage.scratch_directory("test") as scratch:
+        assert str(scratch) == made[1]
+        assert scratch.is_dir()
