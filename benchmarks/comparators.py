@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import csv
 import json
-import os
 import resource
 import shlex
 import subprocess
@@ -28,6 +27,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.loader import write_results
 from mtl_dist.errors import run_command
+from mtl_dist.machine import num_cpus
 from mtl_dist.progress import progress_bar
 from mtl_dist.storage import atomic_path
 
@@ -170,7 +170,7 @@ def train_args(runs: Path, run: str, preset: str, shards: Path) -> list[str]:
 def run_all(what: str, commands: list[tuple[str, list[str]]], logs: Path) -> None:
     """Run commands, as many at once as there are cores; their logs are added to. The first failure ends everything."""
     logs.mkdir(parents=True, exist_ok=True)
-    with progress_bar(what, len(commands)) as advance, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with progress_bar(what, len(commands)) as advance, ThreadPoolExecutor(num_cpus()) as pool:
         waiting = [pool.submit(run_one, command, logs / f"{name}.log") for name, command in commands]
         try:
             for finished in as_completed(waiting):

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,13 +24,14 @@ from mtl_dist import storage
 from mtl_dist.data.columns import NO_OPTIONS, TableOptions
 from mtl_dist.data.decode import Exif
 from mtl_dist.errors import OPTION_BOUNDS, InputError, check_numbers, plain_refusals, run_command
+from mtl_dist.machine import num_cpus
 from mtl_dist.processes import process_pool
 from mtl_dist.progress import progress_bar
 from mtl_dist.tasks import AUS, EXPRESSIONS, VIEWS
 
 View = Literal["cropped", "cropped_aligned"]
 Jobs = Annotated[int, tyro.conf.arg(help="Processes.")]
-CORES = os.cpu_count() or 1
+CORES = num_cpus()
 FRAMES_PER_SHARD = 1000
 ROWS = (1, 10**9)
 BOUNDS = OPTION_BOUNDS | {

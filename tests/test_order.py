@@ -390,3 +390,14 @@ def test_an_impossible_order_is_our_own_mistake(batch, streams, rows):
 def test_a_rank_outside_its_world_is_our_own_mistake(rank, num_ranks):
     with pytest.raises(AssertionError):
         EpochPlan(Order(np.array([100]), 8, 4, 4, 0), epoch=0, rank=rank, num_ranks=num_ranks)
+
+
+@fast
+@given(orders(), st.integers(1, 9), epochs, num_ranks_st, st.data())
+def test_steps_need_no_more_shards_than_are_in_hand(order, size, epoch, num_ranks, data):
+    order = replace(order, shard_rows=np.full(-(-order.num_rows // size), size))
+    step = data.draw(st.integers(0, order.num_steps - 1))
+    num_steps = data.draw(st.integers(1, order.num_steps - step))
+    num_ranks = min(num_ranks, order.streams)
+    for plan in plans(order, epoch, num_ranks):
+        assert len(plan.shards_ahead(step, num_steps)) <= order.shards_in_hand(num_ranks, num_steps=num_steps)

@@ -74,6 +74,13 @@ class Order:
         """Tasks that a step reads a batch of each; none: one batch with the labels of all."""
         return ()
 
+    def shards_in_hand(self, num_ranks: int, *, num_steps: int) -> int:
+        """Shards that the blocks of `num_steps` steps of a rank have at most, where shards are about equally large."""
+        used = int(np.count_nonzero(self.shard_rows))
+        rows = num_steps * self.global_batch // self.streams
+        of_stream = rows * used // self.num_rows + 2 * self.block_shards
+        return min(-(-self.streams // num_ranks) * of_stream, used)
+
     def of_version(self, version: int) -> Order:
         return replace(self, version=version)
 
@@ -101,6 +108,9 @@ class TaskOrders:
     @property
     def version(self) -> int:
         return next(iter(self.orders.values())).version
+
+    def shards_in_hand(self, num_ranks: int, *, num_steps: int) -> int:
+        return sum(order.shards_in_hand(num_ranks, num_steps=num_steps) for order in self.orders.values())
 
     def of_version(self, version: int) -> TaskOrders:
         return TaskOrders({task: order.of_version(version) for task, order in self.orders.items()})

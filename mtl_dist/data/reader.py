@@ -31,7 +31,7 @@ from mtl_dist.errors import InputError
 from mtl_dist.tasks import NUM_AUS, TASKS, Batch, Labels
 from mtl_dist.threads import DaemonThreads
 
-MAX_OPEN_SHARDS = 512  # each holds one file descriptor
+OPEN_SHARDS = 512  # kept, or as many as are needed at a time; each holds a file descriptor
 SIDECAR_THREADS = 8  # mostly waiting for the store
 MAX_BUFFERS = 16  # of one shape
 CACHE_LINE = 64  # bytes
@@ -70,6 +70,7 @@ class ShardReader:
 
     def __init__(self, uri: str, index: Index, cache: Cache):
         self.uri, self.index, self.cache = index_dir(uri), index, cache
+        self.max_open = min(OPEN_SHARDS, len(index.shards))
         self._starts = np.concatenate([[0], np.cumsum(index.shard_rows)])
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._lock = threading.Lock()
@@ -120,6 +121,10 @@ class ShardReader:
                 progress(1)
                 yield sidecar
 
+    def keep_open(self, count: int) -> None:
+        """Keep `count` shards open at least, where there are as many: opening one again reads its sidecar again."""
+        self.max_open = max(self.max_open, min(count, len(self.index.shards)))
+
     def warm(self, shards: np.ndarray) -> None:
         """Fetch shards into the cache and open them, ahead of need."""
         for shard in shards:
@@ -133,7 +138,7 @@ class ShardReader:
         opened = self._open_shard(self.index.shards[number])
         with self._lock:
             self._open[number] = opened
-            while len(self._open) > MAX_OPEN_SHARDS:
+            while len(self._open) > self.max_open:
                 self._open.popitem(last=False)  # unmapped once no batch under way uses it
         return opened
 

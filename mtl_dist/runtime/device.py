@@ -8,6 +8,7 @@ import torch
 
 from mtl_dist.config import Config
 from mtl_dist.errors import InputError
+from mtl_dist.machine import num_cpus
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
@@ -29,7 +30,11 @@ def pick_device(config: Config, *, has_gpu: bool) -> torch.device:
 
 
 def named_device(name: str) -> torch.device:
-    """Return the device a command names: cpu, cuda, or auto. Raises `InputError` where there is no GPU for cuda."""
+    """Return the device a command names: cpu, cuda, or auto. Raises `InputError` where there is no GPU for cuda.
+
+    Torch, which knows of the process's affinity only, gets no more threads than there are CPUs for it.
+    """
+    torch.set_num_threads(min(torch.get_num_threads(), num_cpus()))
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device is cuda, but torch sees no GPU here; use auto or cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

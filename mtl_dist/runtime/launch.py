@@ -22,6 +22,7 @@ import torch.distributed as dist
 from mtl_dist import storage
 from mtl_dist.config import Config
 from mtl_dist.errors import InputError, RunFailed, StorageError
+from mtl_dist.machine import num_cpus
 from mtl_dist.runtime.checkpoint import committed
 from mtl_dist.runtime.engine import collective_timeout
 from mtl_dist.runtime.joining import join_cluster
@@ -54,7 +55,7 @@ class LocalContext:
         self.num_ranks = int(os.environ.get("WORLD_SIZE", 1))
         self.command = uuid.uuid4().hex  # under torchrun `run_local` puts the launchers' names in its place
         self.typed = typed_command()
-        self.num_cpus = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        self.num_cpus = max(1, num_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         self.has_gpu = torch.cuda.is_available()
         self.signal = 0  # the one that asked to stop
         for number in (signal.SIGTERM, signal.SIGINT):

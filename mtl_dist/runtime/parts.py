@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from mtl_dist.errors import InputError, StorageError
+from mtl_dist.machine import num_cpus
 from mtl_dist.objective.metrics import Predictions, Targets
 from mtl_dist.processes import end_with_parent, spawn
 from mtl_dist.runtime.evaluate import Predicted, predict
@@ -123,7 +124,7 @@ def _part_main(sender: Connection, task: Task, part: int, num_parts: int) -> Non
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process, which ends the others
     if task.device == "cpu":
-        torch.set_num_threads(max(1, torch.get_num_threads() // num_parts))
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), num_cpus()) // num_parts))
     try:
         found = predict_part(
             task, part=part, num_parts=num_parts, progress=lambda count: sender.send(("progress", count))

@@ -12,9 +12,11 @@ from torch import nn
 
 from mtl_dist.config import Config, flatten
 from mtl_dist.data.cache import GIB, Cache
+from mtl_dist.data.loader import FETCH_AHEAD_STEPS
 from mtl_dist.data.order import Order, TaskOrders
 from mtl_dist.data.reader import ShardReader
 from mtl_dist.errors import InputError
+from mtl_dist.machine import allow_open_files
 from mtl_dist.models import build_model
 from mtl_dist.objective.module import ObjectiveModule
 from mtl_dist.progress import progress_bar
@@ -126,6 +128,8 @@ def set_up(config: Config, context: RunContext, watchdog: Watchdog) -> Setup:
                 advance(count)
 
         order = build_order(config, data, train_reader, moved)
+    train_reader.keep_open(order.shards_in_hand(context.num_ranks, num_steps=2 * FETCH_AHEAD_STEPS))
+    allow_open_files(train_reader.max_open + val_reader.max_open)
     return Setup(config, context, watchdog, device, data, order, train_reader, val_reader)
 
 
