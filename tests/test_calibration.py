@@ -11,6 +11,7 @@ from scipy import optimize
 from sklearn.metrics import f1_score
 
 from mtl_dist.objective.calibration import (
+    FEW_ROWS,
     STEPS,
     Calibration,
     apply,
@@ -81,6 +82,21 @@ def test_temperatures_are_those_that_scipy_finds(true):
         lambda t: np.logaddexp(0, np.where(on, -1, 1) * true * z / t).mean(), bounds=(0.05, 20), method="bounded"
     )
     assert found == pytest.approx(best.x, rel=1e-3)
+
+
+def test_the_temperature_of_many_rows_is_that_of_all_of_them_wherever_it_was_looked_for_first():
+    """Every fourth row alone, where the search begins, has another temperature."""
+    rng = np.random.default_rng(2)
+    z = rng.normal(0, 2, 4 * FEW_ROWS + 3)
+    on = rng.random(len(z)) < 1 / (1 + np.exp(-z))
+    shown = np.where(np.arange(len(z)) % 4 == 0, 3.0, 0.7) * z
+
+    def slope(scale):
+        return ((1 / (1 + np.exp(-scale * shown)) - on) * shown).mean()
+
+    assert sigmoid_temperature(shown, on) == pytest.approx(1 / optimize.brentq(slope, 0.05, 20, xtol=1e-14), rel=1e-9)
+    logits, truth = np.column_stack([np.zeros_like(shown), shown]), on.astype(int)
+    assert softmax_temperature(logits, truth) == pytest.approx(sigmoid_temperature(shown, on), rel=1e-9)
 
 
 def test_temperatures_of_perfect_and_of_reversed_members_stay_within_their_bounds():

@@ -30,6 +30,7 @@ AU_NAMES = tuple(f"AU{number}" for number in AUS)
 LEAST_PROBABILITY = 1e-7  # float32 sigmoids saturate about here
 MIN_EXAMPLES = 20  # fewer labels say nothing of a temperature, fewer positives nothing of a threshold
 TEMPERATURES = (0.05, 20.0)
+FEW_ROWS = 10_000  # a temperature is looked for among so many first
 MAX_ROUNDS, LEAST_GAIN = 40, 1e-6  # of ensemble selection
 NUM_LEVELS = 1024  # of probabilities, where F1 is compared and not yet a threshold found
 
@@ -68,7 +69,12 @@ def take_rows(members: Predictions, rows: np.ndarray) -> Predictions:
 
 def apply(members: Predictions, calibration: Calibration, timeline: Timeline) -> Predictions:
     """Combine members; thresholds are not applied but given to `metric_sums` and whoever writes decisions."""
-    mixed = _mix(temper(members, calibration.temperature), calibration)
+    return combine_tempered(temper(members, calibration.temperature), calibration, timeline)
+
+
+def combine_tempered(members: Predictions, calibration: Calibration, timeline: Timeline) -> Predictions:
+    """Do what `apply` does, of members that have their temperatures already."""
+    mixed = _mix(members, calibration)
     return mixed._replace(va=smooth(mixed.va, timeline, calibration.half_windows))
 
 
@@ -115,7 +121,7 @@ def temper(members: Predictions, temperature: np.ndarray) -> Predictions:
     if (temperature == 1).all():
         return members
     expr, au = (temperature[:, task, None, None] for task in (0, 1))
-    powers = members.expr.clip(LEAST_PROBABILITY, 1) ** (1 / expr)
+    powers = np.exp(np.log(members.expr.clip(LEAST_PROBABILITY, 1)) / expr)
     return members._replace(expr=powers / powers.sum(-1, keepdims=True), au=_sigmoid(_logit(members.au) / au))
 
 
@@ -134,31 +140,42 @@ def fit_temperatures(members: Predictions, targets: Targets) -> np.ndarray:
 
 def softmax_temperature(logits: np.ndarray, truth: np.ndarray) -> float:
     """Return the T that minimises the cross entropy of softmax(logits / T) (n, C) against classes (n,)."""
-    own = logits[np.arange(len(truth)), truth].mean()
+    columns = np.ascontiguousarray((logits - logits.max(-1, keepdims=True)).T)  # a constant of a row changes nothing
+    squares, own, weights = columns**2, columns[truth, np.arange(len(truth))].mean(), np.empty_like(columns)
 
     def derivatives(scale: float) -> tuple[float, float]:
-        weights = np.exp(scale * (logits - logits.max(-1, keepdims=True)))
-        weights /= weights.sum(-1, keepdims=True)
-        mean = (weights * logits).sum(-1)
-        return mean.mean() - own, ((weights * logits**2).sum(-1) - mean**2).mean()
+        np.exp(np.multiply(columns, scale, out=weights), out=weights)
+        np.divide(weights, weights.sum(0), out=weights)
+        mean = np.einsum("cn,cn->n", weights, columns)
+        return mean.mean() - own, np.vdot(weights, squares) / len(mean) - mean @ mean / len(mean)
 
-    return 1 / _minimise_convex(derivatives)
+    return 1 / _minimise_convex(derivatives, _first_scale(softmax_temperature, logits, truth))
 
 
 def sigmoid_temperature(logits: np.ndarray, is_on: np.ndarray) -> float:
     """Return the T that minimises the binary cross entropy of sigmoid(logits / T) (n,) against labels (n,) bool."""
+    half, squares, n = 0.5 * logits, logits**2, len(logits)
+    own, tanh = logits.mean() - 2 * (logits @ is_on) / n, np.empty(n)
 
     def derivatives(scale: float) -> tuple[float, float]:
-        p = _sigmoid(scale * logits)
-        return ((p - is_on) * logits).mean(), (p * (1 - p) * logits**2).mean()
+        np.tanh(np.multiply(half, scale, out=tanh), out=tanh)  # sigmoid(x) = (1 + tanh(x / 2)) / 2
+        slope = (own + tanh @ logits / n) / 2
+        np.multiply(tanh, tanh, out=tanh)
+        np.subtract(1, tanh, out=tanh)
+        return slope, tanh @ squares / n / 4
 
-    return 1 / _minimise_convex(derivatives)
+    return 1 / _minimise_convex(derivatives, _first_scale(sigmoid_temperature, logits, is_on))
 
 
-def _minimise_convex(derivatives) -> float:
+def _first_scale(fit: Callable[[np.ndarray, np.ndarray], float], logits: np.ndarray, truth: np.ndarray) -> float:
+    """Return where to look first for 1 / T: where a part of many rows has it, so that all are seen less often."""
+    every = len(logits) // FEW_ROWS
+    return 1 / fit(logits[::every], truth[::every]) if every > 1 else 1.0
+
+
+def _minimise_convex(derivatives: Callable[[float], tuple[float, float]], scale: float) -> float:
     """Newton's method on 1 / T, in which both losses are convex; halved where it would leave the known interval."""
     low, high = 1 / TEMPERATURES[1], 1 / TEMPERATURES[0]
-    scale = 1.0
     for _ in range(60):
         slope, curvature = derivatives(scale)
         low, high = (low, scale) if slope > 0 else (scale, high)
@@ -167,12 +184,12 @@ def _minimise_convex(derivatives) -> float:
         if abs(following - scale) < 1e-9 * scale:
             break
         scale = following
-    return scale
+    return following
 
 
 def _logit(p: np.ndarray) -> np.ndarray:
     p = p.clip(LEAST_PROBABILITY, 1 - LEAST_PROBABILITY)
-    return np.log(p) - np.log1p(-p)
+    return np.log(p / (1 - p))
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
@@ -201,10 +218,10 @@ def _fit_weights(members: Predictions, targets: Targets, found: Calibration, *, 
     truth = targets.expr[has_expr].astype(np.int64)
     expr = select_members(members.expr[:, has_expr], lambda mixed: _macro_f1(mixed, truth))
 
-    au = np.empty_like(found.au_weights)
+    au, columns = np.empty_like(found.au_weights), np.ascontiguousarray(np.moveaxis(members.au, -1, 0))  # (12, M, n)
     for number, known in enumerate(targets.au_mask.astype(bool).T):
         score = functools.partial(_best_f1, is_on=targets.au[known, number] > 0, at_half=not has_thresholds)
-        au[:, number] = select_members(members.au[:, known, number], score)
+        au[:, number] = select_members(columns[number][:, known], score)
     return found._replace(va_weights=va, expr_weights=expr, au_weights=au)
 
 
@@ -246,9 +263,9 @@ def _best_f1(p: np.ndarray, *, is_on: np.ndarray, at_half: bool) -> float:
     if at_half:
         called = p > AU_THRESHOLD
         return float(2 * (called & is_on).sum() / (called.sum() + is_on.sum()))
-    level = (p * NUM_LEVELS).astype(np.int64)
-    called = np.bincount(level, minlength=NUM_LEVELS + 1)[::-1].cumsum()
-    hits = np.bincount(level[is_on], minlength=NUM_LEVELS + 1)[::-1].cumsum()
+    level = (p * NUM_LEVELS).astype(np.int64) + (NUM_LEVELS + 1) * is_on
+    counts = np.bincount(level, minlength=2 * (NUM_LEVELS + 1)).reshape(2, -1)[:, ::-1].cumsum(1)
+    called, hits = counts.sum(0), counts[1]
     return float((2 * hits / (called + is_on.sum())).max())
 
 
@@ -302,10 +319,10 @@ def f1_threshold(p: np.ndarray, is_on: np.ndarray) -> float:
     """
     if is_on.sum() < MIN_EXAMPLES:
         return AU_THRESHOLD
-    order = np.argsort(-p, kind="stable")
+    order = np.argsort(-p)  # equal ones in any order: they are not parted
     above, below = p[order], np.append(p[order][1:], -LEAST_PROBABILITY)
     f1 = 2 * np.cumsum(is_on[order]) / (np.arange(1, len(p) + 1) + is_on.sum())
-    f1[above == below] = -1  # equal probabilities are not parted
+    f1[above == below] = -1
     middle = (above + below) / 2
     middle = np.where(middle < above, middle, below)  # neighbours among floating-point numbers
     best = np.flatnonzero(f1 == f1.max())

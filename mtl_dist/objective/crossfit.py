@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mtl_dist.objective.calibration import STEPS, Calibration, apply, fit, take_rows
+from mtl_dist.objective.calibration import STEPS, Calibration, combine_tempered, fit, take_rows, temper
 from mtl_dist.objective.metrics import MetricSums, Predictions, Targets, metric_sums
 from mtl_dist.objective.smoothing import Timeline
 
@@ -67,8 +67,9 @@ def cross_fit(
         held_out, others = np.flatnonzero(folds == fold), np.flatnonzero(folds != fold)
         found = fit(*_take(members, targets, timeline, others), steps=steps, half_windows=half_windows)
         mine, labels, times = _take(members, targets, timeline, held_out)
+        tempered = temper(mine, found.temperature)
         for name, known in zip(names, _stages(found, steps)):
-            scored = apply(mine, known, times)
+            scored = combine_tempered(mine if name == PLAIN_MEAN else tempered, known, times)
             sums[name] = sums[name].plus(metric_sums(scored, labels, au_thresholds=known.thresholds))
         for whole, part in zip(predictions, scored):
             whole[held_out] = part
