@@ -376,6 +376,19 @@ def test_flags_that_cannot_be_meant_are_refused(args, words):
         main(["--runs", "run", "--out", "out", *args])
 
 
+@pytest.mark.parametrize("module", ["mtl_dist.ensemble", "mtl_dist.report"])
+def test_a_validation_set_that_has_moved_is_found_by_the_flag_that_the_message_names(module, runs, tmp_path):
+    run = Path(shutil.copytree(runs / "cropped", tmp_path / "run"))
+    config = json.loads((Path(best(committed(str(run))[0]).uri) / "state.json").read_text())["config"]
+    rewrite_state(run, config=config | {"data.val": "/moved/val"})
+    args = [*(["--runs"] if module == "mtl_dist.ensemble" else []), run, "--out", tmp_path / "out"]
+    done = run_here(module, *args)
+    assert_one_message(done, f"the validation set of run {run}: no shard set at '/moved/val'", "where it is with --val")
+    done = run_here(module, *args, "--val", "/gone")
+    assert_one_message(done, "no shard set at '/gone'")
+    assert open_member(str(run), f"{runs}/shards/cropped/val").val.rows == 20
+
+
 def test_a_checkpoint_that_its_run_deletes_meanwhile_is_one_message(runs, tmp_path):
     shutil.copytree(runs / "cropped", tmp_path / "run")
     member = open_member(str(tmp_path / "run"))

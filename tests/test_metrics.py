@@ -87,6 +87,14 @@ def test_the_constant_predictor_has_the_golden_scores_on_the_real_validation_cou
     assert found["p"] == pytest.approx(0.4161, abs=5e-5)
 
 
+def test_the_constant_predictors_accuracy_is_that_of_the_commoner_answer():
+    on, labelled = [1, 9, 5, *[0] * 9], [10] * 4 + [0] * 8
+    counts = REAL_VAL.model_copy(update={"au": labelled, "au_positives": on})
+    assert constant_scores(counts)["au_accuracy"] == pytest.approx((0.9 + 0.9 + 0.5 + 1.0) / 4)
+    none = REAL_VAL.model_copy(update={"au": [0] * 12, "au_positives": [0] * 12})
+    assert constant_scores(none)["au_accuracy"] is None
+
+
 def test_a_class_that_does_not_occur_counts_as_zero():
     """scikit-learn's default averages over the classes present: 1.0 here, where the challenge says 0.25."""
     none, labels = np.zeros((4, 12)), np.array([0, 0, 4, 4])

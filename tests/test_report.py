@@ -21,7 +21,7 @@ from mtl_dist.report.classes import draw_confusion, draw_f1
 from mtl_dist.report.curves import draw_curves
 from mtl_dist.report.drawing import method_styles
 from mtl_dist.report.evidence import Evidence, _warnings
-from mtl_dist.report.intervals import CHUNK, KEYS, bootstrap, number_videos
+from mtl_dist.report.intervals import CHUNK, KEYS, bootstrap, number_videos, video_sums
 from mtl_dist.report.mistakes import worst_mistakes
 from mtl_dist.report.page import Part, definitions, render_page, table_block
 from mtl_dist.report.pictures import choose_apart
@@ -106,17 +106,18 @@ def test_the_constant_predictors_result_has_the_scores_of_its_counts():
 
 def test_intervals_equal_a_loop_over_draws_that_scores_the_drawn_videos_rows():
     methods, num_draws = make_methods(90), CHUNK + 20
-    # One video without any EXPR label, and few videos: some draws have no EXPR at all.
-    video = np.random.default_rng(3).integers(0, 3, 90)
+    # Two videos without any EXPR label, and few videos: some draws have no EXPR at all.
+    video = np.random.default_rng(3).integers(0, 4, 90)
     for part in (m.results[0].predicted.targets.expr_mask for m in methods[:1]):
-        part[video != 2] = False  # all results share these targets
+        part[video < 2] = False  # all results share these targets
     methods = [
         m._replace(results=tuple(r._replace(scores=scores(r.sums())) for r in m.results)) for m in methods
     ]  # fmt: skip
     found = bootstrap(methods, video, num_draws=num_draws, seed=7)
-    assert found.num_videos == 3
+    assert (found.num_videos, found.labelled) == (4, {"va": 4, "expr": 2, "au": 4})
+    assert (found.videos("p"), found.videos("expr"), found.videos("ccc_v")) == (2, 2, 4)
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(7)))
-    counts = np.concatenate([rng.multinomial(3, [1 / 3] * 3, CHUNK), rng.multinomial(3, [1 / 3] * 3, 20)])
+    counts = np.concatenate([rng.multinomial(4, [1 / 4] * 4, CHUNK), rng.multinomial(4, [1 / 4] * 4, 20)])
     lacking = 0
     for method in methods:
         for draw, times in enumerate(counts):
@@ -142,9 +143,39 @@ def test_intervals_equal_a_loop_over_draws_that_scores_the_drawn_videos_rows():
     assert paired == pytest.approx(np.percentile(found.draws["A cropped"]["va"] - other, [2.5, 97.5]))
 
 
+@pytest.mark.parametrize("tasks", [TASKS, ("expr",), ("va", "au")])
+def test_the_sums_of_all_videos_at_once_are_those_of_each(tasks):
+    targets = make_targets(200, 0, tasks)
+    video = np.random.default_rng(1).permutation(np.arange(200) % 70)
+    for result in (make_result(targets, 1, "A"), make_result(targets, 2, CALIBRATED, decided=True)):
+        each = np.stack([result.sums(np.flatnonzero(video == number)).flatten() for number in range(70)])
+        np.testing.assert_allclose(video_sums(result, video), each, rtol=0, atol=1e-12)
+
+
 def test_images_outside_of_videos_are_drawn_each_by_itself():
     images = ["v1/1.jpg", "v1/2.jpg", "face.jpg", "other.jpg", "v2_left/1.jpg", "v2_right/1.jpg"]
     assert number_videos(video_names(images)).tolist() == [0, 0, 1, 2, 3, 3]
+
+
+def test_a_task_whose_labels_are_of_one_video_has_no_interval_and_no_difference():
+    """Every draw that has them has the same score: 'from 0.0437 to 0.0437', however few pictures they are."""
+    targets, video = make_targets(240, 0), np.arange(240) // 20
+    targets.expr_mask[20:] = False
+    targets.au_mask[60:] = False
+    runs = [make_result(targets, seed, name) for seed, name in ((1, "A cropped"), (2, "baseline"))]
+    methods = group_methods(constant_result(runs[0].predicted, count_labels(targets)), runs, [])
+    drawn = bootstrap(methods, video, num_draws=50, seed=0)
+    tables = dict(zip(("expr", "au", "ccc_v", "ccc_a", "p"), paper_tables(methods, drawn)))
+    cells = {key: table.rows[1][2] for key, table in tables.items()}
+    assert {key: cell.text for key, cell in cells.items() if key in ("expr", "p")} == {"expr": "–", "p": "–"}
+    assert (cells["expr"].below, cells["au"].below, cells["ccc_v"].below) == (
+        "labels of one video", "rough: 3 videos", "")  # fmt: skip
+    difference = dict(zip(SCORE_NAMES, differences_table(methods, drawn).rows[0][1:]))
+    assert difference["expr"].text == "no interval"
+    assert not any(difference[key].is_apart for key in ("expr", "au", "p"))
+    sentences = " ".join(lead(Evidence(methods, count_labels(targets), [""], video, drawn, []), num_draws=50))
+    assert "rough: AU 3. All labels of EXPR are of one video: there is no interval for what needs them." in sentences
+    assert "(95% interval" not in sentences
 
 
 def test_one_video_gives_no_interval():
@@ -347,7 +378,8 @@ def test_the_lead_is_about_the_best_ensemble_and_says_which():
     sentences = lead(evidence, num_draws=10)
     assert sentences[0].startswith("Ensemble e1 scores P = ")
     assert "Ensemble, calibrated e1 has more: " in sentences[0]
-    assert "Of 6 videos they are rough." in " ".join(sentences)
+    words = "Where labels are of fewer than 10 videos they are rough: VA 6, EXPR 6, AU 6."
+    assert words in " ".join(sentences)
     assert differences_table(methods, drawn).caption.startswith("Difference to ensemble e1,")
 
 
@@ -405,7 +437,7 @@ def test_what_runs_are_called_is_text_in_the_page():
         (["RUN", "RUN/"], ["is named twice"]),
         (["RUN"], ["no committed checkpoint", "nothing"]),
         (["RUN", "--val", "a", "b"], ["--val names 2 sets for 1 runs"]),
-        (["RUN", "--draws", "0"], ["--draws is 0", "expected 1 at least"]),
+        (["RUN", "--draws", "0"], ["--draws is 0", "expected 1 or more"]),
     ],
 )
 def test_bad_input_is_one_message_and_nothing_is_written(args, words, tmp_path):

@@ -26,7 +26,7 @@ from isal.isal_zlib import crc32  # zlib's, at a fifth of its time
 from mtl_dist import storage
 from mtl_dist.data import ustar
 from mtl_dist.data.annotations import Annotations
-from mtl_dist.data.decode import KINDS, DecodeError, Exif, ForeignPicture, StoredPicture, as_jpeg
+from mtl_dist.data.decode import KINDS, DecodeError, ForeignPicture, as_jpeg
 from mtl_dist.data.index import FORMAT, INDEX_NAME, Index, ShardEntry, dump_index, read_index
 from mtl_dist.data.sidecar import Sidecar, dump_sidecar, pack_names, read_about
 from mtl_dist.errors import InputError
@@ -49,7 +49,6 @@ class ShardJob(NamedTuple):
     dest: str
     about: dict  # the plan, and this shard's place in it
     labels: Annotations  # of this shard's rows, in tar order
-    exif: Exif = "apply"  # images that are not stored upright, says their EXIF, are turned
 
 
 class SetPlan(NamedTuple):
@@ -59,7 +58,6 @@ class SetPlan(NamedTuple):
     index: Index  # without shards
     jobs: list[ShardJob]
     done: dict[str, ShardEntry]  # shards that an earlier run finished
-    lying: int  # images of these that are not stored upright, says their EXIF
 
 
 def plan_sets(
@@ -71,7 +69,6 @@ def plan_sets(
     claims: contextlib.ExitStack,
     frames_per_shard: int | None = None,
     shard_bytes: int | None = None,
-    exif: Exif = "apply",
 ) -> list[SetPlan]:
     """Decide what will be written to <dest>/<view>/<split>/; `images_dirs` by view. Raises as `plan_set` does."""
     return [
@@ -85,7 +82,6 @@ def plan_sets(
             claims=claims,
             frames_per_shard=frames_per_shard,
             shard_bytes=shard_bytes,
-            exif=exif,
         )
         for split in SPLITS
         for view, images_dir in images_dirs.items()
@@ -103,7 +99,6 @@ def plan_set(
     claims: contextlib.ExitStack,
     frames_per_shard: int | None = None,
     shard_bytes: int | None = None,
-    exif: Exif = "apply",
 ) -> SetPlan:
     """Decide which shards of one view and split are to be made. Raises `InputError` before any is written.
 
@@ -141,29 +136,20 @@ def plan_set(
     for begin, end in _cut(sizes[shuffled], frames_per_shard=frames_per_shard, shard_bytes=shard_bytes):
         about = {**fingerprint, "begin": begin, "rows_here": end - begin}
         labels = annotations.take(shuffled[begin:end])
-        jobs.append(ShardJob(f"shard-{len(jobs):06d}", images_dir, dest, about, labels, exif))
-    return SetPlan(dest, index, jobs, *_find_done(dest, fingerprint, jobs, exif))
+        jobs.append(ShardJob(f"shard-{len(jobs):06d}", images_dir, dest, about, labels))
+    return SetPlan(dest, index, jobs, _find_done(dest, fingerprint, jobs))
 
 
-def write_sets(
-    plans: list[SetPlan],
-    *,
-    jobs: int,
-    progress: Callable[[int], None],
-    lying: Callable[[int], None] = lambda count: None,
-) -> list[Index]:
+def write_sets(plans: list[SetPlan], *, jobs: int, progress: Callable[[int], None]) -> list[Index]:
     """Make the missing shards of all plans with `jobs` processes, then their indexes.
 
-    `progress` is told of rows finished, `lying` of images that are not stored upright, says their EXIF. An image that
-    cannot be decoded stops the run with its path; the shards that are finished stay, and the same command continues
-    after them.
+    `progress` is told of rows finished. An image that cannot be decoded stops the run with its path; the shards that
+    are finished stay, and the same call continues after them.
     """
     entries = {(plan.dest, name): entry for plan in plans for name, entry in plan.done.items()}
     progress(sum(entry.rows for entry in entries.values()))
     todo = [job for plan in plans for job in plan.jobs if (plan.dest, job.name) not in entries]
-    lying(sum(plan.lying for plan in plans))
-    for dest, entry, count in _run_jobs(todo, jobs):
-        lying(count)
+    for dest, entry in _run_jobs(todo, jobs):
         entries[dest, entry.name] = entry
         progress(entry.rows)
     indexes = []
@@ -188,14 +174,12 @@ def count_labels(labels: Annotations) -> LabelCounts:
     )
 
 
-def write_shard(job: ShardJob) -> tuple[str, ShardEntry, int]:
-    """Make one shard, the tar first, its sidecar when the tar is in the store. Returns (dest, entry, lying images)."""
+def write_shard(job: ShardJob) -> tuple[str, ShardEntry]:
+    """Make one shard, the tar first, its sidecar when the tar is in the store. Returns (dest, entry)."""
     # Left in reverse: the slot is free while the tar is uploaded.
     with storage.staged(storage.join(job.dest, f"{job.name}.tar")) as path, _building:
-        places, sha256, lying = _write_tar(path, job)
+        places, sha256 = _write_tar(path, job)
         tar = {"tar_sha256": sha256, "tar_bytes": path.stat().st_size}
-        if lying:
-            tar |= {"lying": lying, "exif": job.exif}
     labels = job.labels
     sidecar = Sidecar(
         row=labels.row,
@@ -213,19 +197,17 @@ def write_shard(job: ShardJob) -> tuple[str, ShardEntry, int]:
     )
     data = dump_sidecar(sidecar, {**job.about, **tar})
     storage.write_bytes(storage.join(job.dest, f"{job.name}.safetensors"), data)
-    return job.dest, _entry(job.name, data), lying
+    return job.dest, _entry(job.name, data)
 
 
-def _write_tar(path: Path, job: ShardJob) -> tuple[np.ndarray, str, int]:
-    """Write the members; return offset, length and CRC-32 (n, 3) int64 of every image, the SHA-256 of the tar, and how
-    many images are not stored upright, says their EXIF."""
-    places, sha256, lying = np.zeros((len(job.labels.row), 3), np.int64), hashlib.sha256(), 0
+def _write_tar(path: Path, job: ShardJob) -> tuple[np.ndarray, str]:
+    """Write the members; return offset, length and CRC-32 (n, 3) int64 of every image, and the SHA-256 of the tar."""
+    places, sha256 = np.zeros((len(job.labels.row), 3), np.int64), hashlib.sha256()
     rows = zip(job.labels.row.tolist(), job.labels.images, _label_texts(job.labels))
     with path.open("wb", buffering=1 << 20) as tar:
         at, scratch = 0, np.empty(SCRATCH_BYTES, np.uint8)
         for place, (row, name, text) in enumerate(rows):
-            image, orientation = _read_image(f"{job.images_dir}/{name}", row, scratch, job.exif)
-            lying += orientation != 1
+            image = _read_image(f"{job.images_dir}/{name}", row, scratch)
             places[place] = at + ustar.BLOCK, len(image), crc32(image)
             members = ((b"%09d.jpg" % row, image), (b"%09d.json" % row, text))
             parts = [(ustar.make_header(key, len(data)), data, ustar.padding(len(data))) for key, data in members]
@@ -236,7 +218,7 @@ def _write_tar(path: Path, job: ShardJob) -> tuple[np.ndarray, str, int]:
         end += ustar.padding(at + len(end), ustar.RECORD)
         sha256.update(end)
         tar.write(end)
-    return places, sha256.hexdigest(), lying
+    return places, sha256.hexdigest()
 
 
 # Held while a process makes a tar. The processes of a pool share `jobs` slots: so many tars are made at a time, and as
@@ -249,7 +231,7 @@ def _share_slots(slots: contextlib.AbstractContextManager) -> None:
     _building = slots
 
 
-def _run_jobs(todo: list[ShardJob], jobs: int) -> Iterator[tuple[str, ShardEntry, int]]:
+def _run_jobs(todo: list[ShardJob], jobs: int) -> Iterator[tuple[str, ShardEntry]]:
     uploads = any(storage.is_s3(job.dest) for job in todo)
     if len(todo) <= 1 or (jobs == 1 and not uploads):
         yield from map(write_shard, todo)
@@ -327,11 +309,8 @@ def _cut(sizes: np.ndarray, *, frames_per_shard: int | None, shard_bytes: int | 
     return cuts
 
 
-def _find_done(dest: str, fingerprint: dict, jobs: list[ShardJob], exif: Exif) -> tuple[dict[str, ShardEntry], int]:
-    """Return the entries of finished shards at `dest`, and how many of their images are not stored upright.
-
-    Raises `InputError` if it holds anything of another plan.
-    """
+def _find_done(dest: str, fingerprint: dict, jobs: list[ShardJob]) -> dict[str, ShardEntry]:
+    """Return the entries of finished shards at `dest`; an `InputError` if it holds anything of another plan."""
     sizes = dict(storage.list_objects(dest))
     expected = {job.name: job.about for job in jobs}
     indexed = None
@@ -347,7 +326,7 @@ def _find_done(dest: str, fingerprint: dict, jobs: list[ShardJob], exif: Exif) -
         if suffix != "safetensors" or stem not in expected:
             raise InputError(f"{dest} holds '{name}', which is not of this set; choose an empty destination")
         sidecars.append(stem)
-    done, lying = {}, 0
+    done = {}
     with DaemonThreads(READ_THREADS, "sidecar") as pool:
         found = pool.map(lambda stem: storage.read_bytes(storage.join(dest, f"{stem}.safetensors")), sidecars)
         for stem, data in zip(sidecars, found):
@@ -355,14 +334,12 @@ def _find_done(dest: str, fingerprint: dict, jobs: list[ShardJob], exif: Exif) -
                 about = read_about(data)
             except (ValueError, KeyError, TypeError):
                 continue  # torn, changed or foreign: made again
-            wanted = expected[stem] | ({"exif": exif} if "lying" in about else {})
-            _check_same(dest, f"{stem}.safetensors", about, wanted)
+            _check_same(dest, f"{stem}.safetensors", about, expected[stem])
             entry = _entry(stem, data)
             # A sidecar that changed since the index was written must not get a new checksum: it is made again.
             if sizes.get(f"{stem}.tar") == entry.tar_bytes and (indexed is None or indexed[stem] == entry):
                 done[stem] = entry
-                lying += about.get("lying", 0)
-    return done, lying
+    return done
 
 
 def _check_same(dest: str, what: str, found: dict, expected: dict) -> None:
@@ -386,10 +363,10 @@ def _entry(name: str, sidecar: bytes) -> ShardEntry:
     )
 
 
-def _read_image(path: str, row: int, scratch: np.ndarray, exif: Exif) -> StoredPicture:
+def _read_image(path: str, row: int, scratch: np.ndarray) -> bytes:
     try:
         with open(path, "rb", buffering=0) as file:
-            return as_jpeg(file.read(), scratch, exif=exif)
+            image = as_jpeg(file.read(), scratch, exif="ignore").jpeg
     except ForeignPicture as error:
         raise InputError(
             f"image {path} (row {row}): {error}; expected a {KINDS}; convert it: the shards that are "
@@ -402,6 +379,7 @@ def _read_image(path: str, row: int, scratch: np.ndarray, exif: Exif) -> StoredP
             "that are finished stay, and the same command continues after them; or begin anew elsewhere with "
             "--skip-bad-images, which leaves such rows out"
         ) from None
+    return image
 
 
 def _label_texts(labels: Annotations) -> Iterator[bytes]:

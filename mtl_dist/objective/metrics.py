@@ -110,14 +110,22 @@ def scores(sums: MetricSums) -> dict[str, Any]:
 def constant_scores(counts: LabelCounts) -> dict[str, Any]:
     """Return the scores of the best constant predictor on data with these counts: the floor of every table.
 
-    VA constant (CCC 0), the commonest expression always, every action unit always on.
+    VA constant (CCC 0), the commonest expression always, every action unit always on, which F1 is highest with; the
+    accuracy is that of each unit's commoner answer.
     """
     sums = MetricSums.zero()
     sums.va[:, 0] = counts.va
     sums.confusion[:, int(np.argmax(counts.expr_classes))] = counts.expr_classes
     positives, labelled = np.array(counts.au_positives), np.array(counts.au)
     sums.au[:, 0], sums.au[:, 1] = positives, labelled - positives
-    return scores(sums)
+    return scores(sums) | {"au_accuracy": _majority(positives, labelled)}
+
+
+def _majority(positives: np.ndarray, labelled: np.ndarray) -> float | None:
+    """Share of the commoner answer, mean over the AUs with labels; None without any."""
+    has = labelled > 0
+    shares = positives[has] / labelled[has]
+    return float(np.maximum(shares, 1 - shares).mean()) if has.any() else None
 
 
 def _f1(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray) -> np.ndarray:

@@ -9,10 +9,11 @@ import numpy as np
 from mtl_dist.report import page
 from mtl_dist.report.drawing import Figure
 from mtl_dist.report.evidence import Evidence
+from mtl_dist.report.intervals import FEW_VIDEOS, LEAST_VIDEOS
 from mtl_dist.report.mistakes import Mistakes
 from mtl_dist.report.origin import ensemble_block, run_block
 from mtl_dist.report.page import Part
-from mtl_dist.report.results import Method
+from mtl_dist.report.results import CALIBRATED, Method
 from mtl_dist.report.tables import (
     Table,
     best_method,
@@ -24,8 +25,6 @@ from mtl_dist.report.tables import (
     settings_table,
     steps_tables,
 )
-
-FEW_VIDEOS = 10
 
 
 class Drawings(NamedTuple):
@@ -77,10 +76,15 @@ def lead(evidence: Evidence, *, num_draws: int) -> list[str]:
             "seeds, where there are several, is given as ± one standard deviation. They lean low: a draw repeats "
             "videos, and has fewer of the rare classes."
         )
-        if drawn.num_videos < FEW_VIDEOS:
-            lines[-1] += f" Of {drawn.num_videos} videos they are rough."
+        few = {task: n for task, n in drawn.labelled.items() if LEAST_VIDEOS <= n < FEW_VIDEOS}
+        one = [task.upper() for task, n in drawn.labelled.items() if n == 1]
+        if few:
+            counts = ", ".join(f"{task.upper()} {n}" for task, n in few.items())
+            lines[-1] += f" Where labels are of fewer than {FEW_VIDEOS} videos they are rough: {counts}."
+        if one:
+            lines[-1] += f" All labels of {', '.join(one)} are of one video: there is no interval for what needs them."
     else:
-        lines.append("There are no intervals: the images are of one video, and videos are what is drawn.")
+        lines.append("There are no intervals: the labels are of one video, and videos are what is drawn.")
     if drawn.num_videos == len(set(evidence.images)) > 1:
         lines.append(
             "No image names a video that it shares with another, so each counts as a video of its own: where several "
@@ -104,7 +108,7 @@ def compose(evidence: Evidence, drawings: Drawings) -> tuple[list[Table], list[P
         Part("tables", "Tables 1–5", _numbered_blocks(numbered)),
         Part("training", "Training", _curves_blocks(drawings)),
         Part("classes", "Expressions and action units", _classes_blocks(drawings, classes)),
-        Part("calibration", "Calibration", _calibration_blocks(drawings)),
+        Part("calibration", "Calibration", _calibration_blocks(drawings, methods)),
         Part("affect", "Valence and arousal", _affect_blocks(drawings)),
         Part("attention", "Attention", _attention_blocks(drawings)),
         Part("errors", "Worst errors", _mistakes_blocks(drawings, evidence.best)),
@@ -141,10 +145,20 @@ def _classes_blocks(drawings: Drawings, tables: list[Table]) -> list[str]:
     return blocks
 
 
-def _calibration_blocks(drawings: Drawings) -> list[str]:
+def _calibration_blocks(drawings: Drawings, methods: list[Method]) -> list[str]:
     if not drawings.reliability:
         return [page.paragraph("The validation set has labels of neither expressions nor action units.")]
-    return [page.figure_block(drawings.reliability), page.table_block(drawings.calibration)]
+    blocks = [page.figure_block(drawings.reliability), page.table_block(drawings.calibration)]
+    if any(method.kind == CALIBRATED for method in methods):
+        about = (
+            f"'{CALIBRATED.capitalize()}' may well have a higher error here than the plain mean. Its steps are fitted "
+            "for the score: thresholds and smoothing leave probabilities as they are; members' weights are chosen for "
+            "F1, not for likelihood; and temperatures make each member by itself as sure as it is right, so that the "
+            "mean of members who disagree is less sure than it is right. Use it for decisions, with its thresholds, "
+            "and no probability of it as a chance."
+        )
+        blocks.append(page.paragraph(about))
+    return blocks
 
 
 def _affect_blocks(drawings: Drawings) -> list[str]:

@@ -106,6 +106,8 @@ def _draw(name, title, label, methods, runs, lines, styles, *, key: str | None =
     caption = "A line a run; further seeds of a method are dashed." if has_seeds else "A line a run."
     if key is not None:
         caption += " The validation set, after every evaluation."
+        if key == "au_accuracy":
+            caption += " The constant predictor gives every unit's commoner answer."
         if any(method.kind == ENSEMBLE for method in methods):
             caption += " The ensemble is not trained: its score is a level."
     else:

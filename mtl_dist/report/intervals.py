@@ -21,6 +21,7 @@ TASK_OF = {"ccc_v": "va", "ccc_a": "va", "va": "va", "expr": "expr", "au": "au"}
 LEVEL = 0.95
 CHUNK = 100  # draws at once
 LEAST_VIDEOS = 2
+FEW_VIDEOS = 10
 
 
 class Interval(NamedTuple):
@@ -32,15 +33,23 @@ class Bootstrap(NamedTuple):
     """Scores of every method in every draw, the mean over its seeds; nan where a draw lacks a task's labels."""
 
     num_videos: int
+    labelled: dict[str, int]  # task -> videos that have its labels
     draws: dict[str, dict[str, np.ndarray]]  # method -> score -> (D,)
 
+    def videos(self, key: str) -> int:
+        """How many videos have the labels that a score is of; of P, those of its task with the fewest."""
+        covered = [count for count in self.labelled.values() if count]
+        return min(covered, default=0) if key == "p" else self.labelled[TASK_OF[key]]
+
     def interval(self, method: str, key: str) -> Interval | None:
-        """The central 95% of a method's score; None where there is nothing to draw."""
-        return _central(self.draws[method][key]) if self.draws else None
+        """The central 95% of a method's score; None where the labels are of one video: there is nothing to draw."""
+        return _central(self.draws[method][key]) if self.videos(key) >= LEAST_VIDEOS else None
 
     def difference(self, method: str, reference: str, key: str) -> Interval | None:
         """The central 95% of a method's score less the reference's, in the same draws."""
-        return _central(self.draws[method][key] - self.draws[reference][key]) if self.draws else None
+        if self.videos(key) < LEAST_VIDEOS:
+            return None
+        return _central(self.draws[method][key] - self.draws[reference][key])
 
 
 def number_videos(videos: list[str]) -> np.ndarray:
@@ -50,9 +59,11 @@ def number_videos(videos: list[str]) -> np.ndarray:
 
 def bootstrap(methods: list[Method], video: np.ndarray, *, num_draws: int, seed: int) -> Bootstrap:
     """Score every method on `num_draws` draws of the videos; `video` (n,) numbers those of the rows from 0."""
-    num_videos = int(video.max()) + 1
-    if num_videos < LEAST_VIDEOS:
-        return Bootstrap(num_videos, {})
+    num_videos, targets = int(video.max()) + 1, methods[0].results[0].predicted.targets
+    masks = {"va": targets.va_mask, "expr": targets.expr_mask, "au": targets.au_mask.any(-1)}
+    labelled = {task: len(np.unique(video[mask.astype(bool)])) for task, mask in masks.items()}
+    if max(labelled.values()) < LEAST_VIDEOS:
+        return Bootstrap(num_videos, labelled, {})
     results = [result for method in methods for result in method.results]
     per_video = np.stack([video_sums(result, video) for result in results])
     covers = results[0].scores["covers"]
@@ -65,6 +76,7 @@ def bootstrap(methods: list[Method], video: np.ndarray, *, num_draws: int, seed:
     places = {id(result): place for place, result in enumerate(results)}
     return Bootstrap(
         num_videos,
+        labelled,
         {
             method.label: {key: drawn[key][[places[id(result)] for result in method.results]].mean(0) for key in KEYS}
             for method in methods
@@ -73,10 +85,28 @@ def bootstrap(methods: list[Method], video: np.ndarray, *, num_draws: int, seed:
 
 
 def video_sums(result: Result, video: np.ndarray) -> np.ndarray:
-    """(V, 124): the metric sums of every video's rows; `video` (n,) numbers them from 0."""
-    order = np.argsort(video, kind="stable")
-    edges = np.cumsum(np.bincount(video))[:-1]
-    return np.stack([result.sums(rows).flatten() for rows in np.split(order, edges)])
+    """(V, 124): the metric sums of every video's rows; `video` (n,) numbers them from 0.
+
+    As `Result.sums` of each, for all videos at once: a call a video takes minutes where there are a hundred thousand.
+    """
+    num_videos = int(video.max()) + 1
+    predictions, targets = result.predicted.predictions, result.predicted.targets
+
+    has_va, has_expr, has_au = (mask.astype(bool) for mask in (targets.va_mask, targets.expr_mask, targets.au_mask))
+    x, y = (values[has_va].astype(np.float64) for values in (predictions.va, targets.va))
+    terms = np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=-1).reshape(len(x), 12)
+    va = [np.bincount(video[has_va], weights=term, minlength=num_videos) for term in terms.T]
+
+    truth, guess = targets.expr[has_expr].astype(np.int64), predictions.expr[has_expr].argmax(-1)
+    cell = (video[has_expr] * NUM_EXPRESSIONS + truth) * NUM_EXPRESSIONS + guess
+    confusion = np.bincount(cell, minlength=num_videos * NUM_EXPRESSIONS**2)
+
+    cell = 2 * ~result.au_on + ~(targets.au > 0)  # TP, FP, FN, TN
+    au = [
+        np.bincount(video[known] * 4 + kind[known], minlength=num_videos * 4).reshape(num_videos, 4)
+        for kind, known in zip(cell.T, has_au.T)
+    ]
+    return np.concatenate([np.stack(va, 1), confusion.reshape(num_videos, -1), *au], axis=1).astype(np.float64)
 
 
 def sums_to_scores(flat: np.ndarray, covers: list[str]) -> dict[str, np.ndarray]:

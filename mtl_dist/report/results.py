@@ -19,7 +19,15 @@ from mtl_dist import storage
 from mtl_dist.config import flatten
 from mtl_dist.data.index import Index
 from mtl_dist.errors import InputError
-from mtl_dist.objective.metrics import AU_THRESHOLD, MetricSums, Predictions, Targets, metric_sums, scores
+from mtl_dist.objective.metrics import (
+    AU_THRESHOLD,
+    MetricSums,
+    Predictions,
+    Targets,
+    constant_scores,
+    metric_sums,
+    scores,
+)
 from mtl_dist.runtime.checkpoint import FREE, MODEL
 from mtl_dist.runtime.evaluate import Predicted
 from mtl_dist.runtime.members import Member, predict_member, row_names, unique_names
@@ -288,14 +296,16 @@ def check_same_rows(results: list[Result]) -> None:
 
 
 def constant_result(predicted: Predicted, counts: LabelCounts) -> Result:
-    """The best constant predictor: mean VA, the commonest expression, every action unit on."""
+    """The best constant predictor: mean VA, the commonest expression, every action unit on (or, of its accuracy, each
+    as it mostly is)."""
     n, targets = len(predicted.rows), predicted.targets
     expr, va = np.zeros((n, NUM_EXPRESSIONS)), np.zeros((n, 2))
     expr[:, int(np.argmax(counts.expr_classes))] = 1
     if targets.va_mask.any():
         va += targets.va[targets.va_mask].mean(0)
     constant = predicted._replace(predictions=Predictions(va, expr, np.ones((n, NUM_AUS))))
-    return Result(CONSTANT, "", CONSTANT, constant, _scores(constant))
+    accuracy = {"au_accuracy": constant_scores(counts)["au_accuracy"]}
+    return Result(CONSTANT, "", CONSTANT, constant, _scores(constant) | accuracy)
 
 
 def group_methods(constant: Result, runs: list[Result], ensembles: list[Result]) -> list[Method]:

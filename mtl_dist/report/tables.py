@@ -8,7 +8,7 @@ import statistics
 from typing import Any, NamedTuple
 
 from mtl_dist.config import flatten
-from mtl_dist.report.intervals import Bootstrap, Interval
+from mtl_dist.report.intervals import FEW_VIDEOS, Bootstrap
 from mtl_dist.report.results import CONSTANT, ENSEMBLE, TRAINING_SET, Method, Result
 from mtl_dist.runtime.tracking import SCORE_NAMES
 from mtl_dist.tasks import AUS, EXPRESSIONS, TASKS, LabelCounts
@@ -73,7 +73,7 @@ def headline_table(methods: list[Method], drawn: Bootstrap) -> Table:
     for method in methods:
         p, *cells = [_score(method, key, is_best=best[key] is method) for key in HEADLINE]
         seeds = [number(len(method.results))] if has_seeds else []
-        rows.append([text(method.label), p, _interval(drawn.interval(method.label, "p")), *cells, *seeds])
+        rows.append([text(method.label), p, _interval(drawn, method, "p"), *cells, *seeds])
     return Table("scores", "All scores on the validation set", columns, rows, MARKED)
 
 
@@ -86,7 +86,7 @@ def paper_tables(methods: list[Method], drawn: Bootstrap) -> list[Table]:
             [
                 text(method.label),
                 _score(method, key, is_best=best is method),
-                _interval(drawn.interval(method.label, key)),
+                _interval(drawn, method, key),
                 number(len(method.results)),
             ]
             for method in methods
@@ -110,10 +110,10 @@ def differences_table(methods: list[Method], drawn: Bootstrap) -> Table | None:
             mine, theirs = _mean(method, key), _mean(reference, key)
             between = drawn.difference(method.label, reference.label, key)
             if mine is None or theirs is None or between is None:
-                row.append(number(None, missing=NO_LABELS))
+                row.append(number(None, missing=NO_LABELS if mine is None or theirs is None else "no interval"))
             else:
                 between_text = f"{between.low:+.4f} to {between.high:+.4f}"
-                is_apart = not between.low <= 0 <= between.high
+                is_apart = not between.low <= 0 <= between.high and drawn.videos(key) >= FEW_VIDEOS
                 difference = mine - theirs
                 row.append(
                     Cell(f"{difference:+.4f}", difference, is_number=True, is_apart=is_apart, below=between_text)
@@ -124,7 +124,7 @@ def differences_table(methods: list[Method], drawn: Bootstrap) -> Table | None:
         f"Difference to {reference.label}, with its 95% interval over the same draws",
         ("Method", *SCORE_NAMES.values()),
         rows,
-        "Bold: the interval does not hold 0.",
+        f"Bold: the interval does not hold 0, and the labels are of {FEW_VIDEOS} videos at least.",
     )
 
 
@@ -264,7 +264,9 @@ def _mean(method: Method, key: str) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def _interval(interval: Interval | None) -> Cell:
+def _interval(drawn: Bootstrap, method: Method, key: str) -> Cell:
+    interval, videos = drawn.interval(method.label, key), drawn.videos(key)
     if interval is None:
-        return number(None)
-    return Cell(f"{interval.low:.4f} to {interval.high:.4f}", interval.low, is_number=True)
+        return number(None)._replace(below="labels of one video" if videos == 1 else "")
+    few = f"rough: {videos} videos" if videos < FEW_VIDEOS else ""
+    return Cell(f"{interval.low:.4f} to {interval.high:.4f}", interval.low, is_number=True, below=few)

@@ -57,13 +57,17 @@ def open_member(run_uri: str, val_uri: str | None = None) -> Member:
     """Find a run's best committed checkpoint and its validation set. Raises `InputError`."""
     checkpoint, state, newest_step = open_checkpoint(run_uri)
     config = build_config(unflatten(state["config"]))
+    moved = "" if val_uri else "; where the set has moved since training, say where it is with --val, one set a run"
     val_uri = val_uri or config.data.val
-    val = read_index(val_uri)
+    try:
+        val = read_index(val_uri)
+        check_stored(val_uri, val)
+    except InputError as error:
+        raise InputError(f"the validation set of run {run_uri}: {error}{moved}") from None
     if val.sha256 != state["identity"]["validation set"]:
         raise InputError(
             f"{val_uri} is not the validation set that {checkpoint.uri} was scored on; give the right one with --val"
         )
-    check_stored(val_uri, val)
     return Member(
         run_uri, checkpoint, config, val_uri, val, state["identity"]["training set"], newest_step,
         state.get("total_steps"))  # fmt: skip
