@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import tyro
 
 from mtl_dist import storage
+from mtl_dist.data.decode import Exif
 from mtl_dist.errors import OPTION_BOUNDS, InputError, check_numbers, plain_refusals, run_command
 
 if TYPE_CHECKING:
@@ -43,7 +44,17 @@ if TYPE_CHECKING:
     from mtl_dist.runtime.predictions import PredictionTable
 
 Step = Literal["temperature", "weights", "thresholds", "smoothing"]
-RECORDED = ("val", "steps", "folds", "half_windows", "seed", "test_list", "test_root")  # options that decide the result
+RECORDED = (
+    "val",
+    "steps",
+    "folds",
+    "half_windows",
+    "seed",
+    "test_list",
+    "test_root",
+    "skip_bad_images",
+    "exif",
+)  # options that decide the result
 RESERVED = ("constant predictor", "ensemble")  # rows of the scores that are no member's
 # All but score.json that an ensemble may write, which one with other options leaves out.
 WRITTEN = (
@@ -76,6 +87,11 @@ class EnsembleCommand:
     """The challenge's list of test frames, to write submission.txt for."""
     test_root: str | None = None
     """Where their images are: <test-root>/<view>/<video>/<frame>.jpg, on a disk that every node sees, or s3://."""
+    skip_bad_images: bool = False
+    """Go on without test images that are not there or cannot be decoded: a frame without one has what the members of
+    the other view say, else the values of the last frame before in its video, else zeros and Neutral."""
+    exif: Exif = "apply"
+    """Turn test images as their EXIF says, as `shards create` does, or `ignore` it."""
     batch: int = 64
     """Images per forward pass."""
     workers: int = 1
@@ -118,11 +134,15 @@ def main(args: list[str] | None = None) -> None:
     check_members(opened)
     check_apart(command.out, command.runs)
     views = sorted({member.val.view for member in opened})
-    test = {view: find_images(command.test_root, view, test_names) for view in views} if test_names else None
+    test = None
+    if test_names:
+        skip = command.skip_bad_images
+        test = {view: find_images(command.test_root, view, test_names, skip_missing=skip) for view in views}
     storage.check_writable(command.out, flag="--out")
     how = Prediction(
         command.batch, command.workers, command.device, command.cache_dir, command.cpus_per_member,
-        command.gpus_per_member, command.retries, command.local, command.autoscaling)  # fmt: skip
+        command.gpus_per_member, command.retries, command.local, command.autoscaling, command.skip_bad_images,
+        command.exif)  # fmt: skip
     tables = predict_members(members, command.out, how=how, test_names=test_names, test=test)
     found = [tables[name][VAL] for name in members]
     _check_names(list(members), found)
@@ -147,10 +167,12 @@ def main(args: list[str] | None = None) -> None:
         "test": {"list": command.test_list, "rows": len(test_names)} if test_names else None,
         "options": {name: getattr(command, name) for name in RECORDED},
     }
+    notes: list[str] = []
     files = _render_tables(ensemble, found[0], fitted, results, _step_rows(steps))
     if test_names:
-        predictions = [tables[name][TEST].predicted.predictions for name in members]
-        files |= _render_test(test_names, predictions, fitted.final if fitted else None)
+        predicted = [tables[name][TEST].predicted for name in members]
+        test_files, notes = _render_test(test_names, predicted, fitted.final if fitted else None)
+        files |= test_files
     _write(command.out, files | {"score.json": json.dumps(report, indent=1, allow_nan=False).encode()})
     print_scores(results, title=f"{report['rows']} validation rows")
     if steps:
@@ -160,6 +182,8 @@ def main(args: list[str] | None = None) -> None:
             print(
                 "note: submission.txt is calibrated, which lowered P on other videos; name the --steps to keep, or none"
             )
+    for note in notes:
+        print(f"note: {note}")
     print(f"challenge score P {report['p']:.4f} of {len(report['covers'])} task(s): {', '.join(report['covers'])}")
     print("wrote " + ", ".join(storage.join(command.out, name) for name in (*files, "score.json")))
 
@@ -171,6 +195,8 @@ def _check_command(command: EnsembleCommand) -> None:
         raise InputError(f"--val names {len(command.val)} sets for {len(command.runs)} runs; expected one each")
     if (command.test_list is None) != (command.test_root is None):
         raise InputError("--test-list and --test-root belong together: which frames to submit, and their images")
+    if command.skip_bad_images and not command.test_list:
+        raise InputError("--skip-bad-images is for the images of --test-list, and none is given; leave it out")
     check_numbers(BOUNDS, **vars(command))
     if not command.half_windows or not 0 <= min(command.half_windows) <= max(command.half_windows) < 10**6:
         raise InputError(f"--half-windows is {list(command.half_windows)}; expected numbers from 0, such as 0 5 10")
@@ -319,9 +345,12 @@ def _render_tables(
 
 
 def _render_test(
-    names: list[str], predictions: list[Predictions], final: Calibration | None
-) -> dict[str, pa.Table | bytes]:
-    """Combine what members predicted of the test list, calibrated as the validation rows found it best."""
+    names: list[str], found: list[Predicted], final: Calibration | None
+) -> tuple[dict[str, pa.Table | bytes], list[str]]:
+    """Combine what members predicted of the test list, calibrated as the validation rows found it best.
+
+    Returns the files, and what is to be said of frames without a picture.
+    """
     import numpy as np
 
     from mtl_dist.data.submission import submission_text
@@ -329,15 +358,43 @@ def _render_test(
     from mtl_dist.objective.metrics import Targets
     from mtl_dist.objective.smoothing import make_timeline
     from mtl_dist.runtime.evaluate import Predicted
-    from mtl_dist.runtime.predictions import prediction_table
+    from mtl_dist.runtime.predictions import fill_missing, prediction_table
 
-    final = final or Calibration.plain_mean(len(predictions))
-    combined = apply(stack_members(predictions), final, make_timeline(names))
+    final = final or Calibration.plain_mean(len(found))
+    rows, predictions, num_partial = _same_rows(found)
+    images = [names[row] for row in rows]
+    combined = apply(stack_members(predictions), final, make_timeline(images))
     au_on = combined.au > final.thresholds
     none = Targets(*(np.zeros(0) for _ in Targets._fields))
-    table = prediction_table(Predicted(np.arange(len(names)), combined, none), names, labels=False)
-    text = submission_text(names, combined.va, combined.expr.argmax(-1), au_on)
-    return {"test_predictions.parquet": _with_decisions(table, au_on), "submission.txt": text.encode()}
+    table = prediction_table(Predicted(rows, combined, none), images, labels=False)
+    filled = fill_missing(names, rows, (combined.va, combined.expr.argmax(-1), au_on))
+    files = {
+        "test_predictions.parquet": _with_decisions(table, au_on),
+        "submission.txt": submission_text(names, *filled.values).encode(),
+    }
+    partial = f"{num_partial} of {len(names)} frames have a picture in one view alone, whose members decide"
+    return files, [note for note in (partial if num_partial else "", filled.note) if note]
+
+
+def _same_rows(found: list[Predicted]) -> tuple[np.ndarray, list[Predictions], int]:
+    """Return the rows that any member has, and predictions of all: a member without a row has the others' mean.
+
+    The last is the number of rows that not all members have.
+    """
+    import numpy as np
+
+    from mtl_dist.objective.metrics import Predictions
+
+    rows = np.unique(np.concatenate([member.rows for member in found]))
+    has = np.stack([np.isin(rows, member.rows) for member in found])  # (members, rows)
+    columns = []
+    for values in zip(*(member.predictions for member in found)):
+        column = np.zeros((len(found), len(rows), values[0].shape[1]), values[0].dtype)
+        for place, own in enumerate(values):
+            column[place, has[place]] = own
+        mean = column.sum(0) / has.sum(0)[:, None]
+        columns.append(np.where(has[..., None], column, mean.astype(column.dtype)))
+    return rows, [Predictions(*member) for member in zip(*columns)], int((~has.all(0)).sum())
 
 
 def _with_decisions(table: pa.Table, au_on: np.ndarray) -> pa.Table:

@@ -219,6 +219,34 @@ def test_a_test_list_that_fails_otherwise_is_tried_again_without_the_validation_
     assert set(files_below(tmp_path / "out")) == {"members/cropped.parquet"}
 
 
+def test_frames_without_a_picture_have_what_is_known_of_them(runs, dataset, tmp_path, capsys):
+    listed = ["v0/00001.jpg", "v0/00002.jpg", "v0/00003.jpg", "v0/00000.jpg", "v1/00000.jpg"]
+    (tmp_path / "list.txt").write_text("image,valence,arousal,expression,aus\n" + "".join(f"{n}\n" for n in listed))
+    for view, names in (("cropped", [listed[0], listed[4]]), ("cropped_aligned", [listed[0], listed[1], listed[4]])):
+        for name in names:
+            (tmp_path / view / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(dataset / view / f"v0/0000{listed.index(name) % 3}.jpg", tmp_path / view / name)
+    (tmp_path / "cropped" / listed[3]).write_bytes(b"no picture")
+    both = ["--runs", f"{runs}/cropped", f"{runs}/cropped_aligned", "--steps"]
+    args = [*both, "--test-root", str(tmp_path), "--test-list", f"{tmp_path}/list.txt", "--out", f"{tmp_path}/out"]
+    with pytest.raises(InputError, match=r"2 of 5 listed images are not in .*/cropped: .*--skip-bad-images"):
+        main(args)
+    capsys.readouterr()
+    main([*args, "--skip-bad-images"])
+    said = capsys.readouterr().out
+    assert "note: 1 of 5 frames have a picture in one view alone" in said
+    assert "2 of 5 frames have no picture, such as v0/00003.jpg: 1 have the values of the last frame before" in said
+    lines = dict(line.split(",", 1) for line in (tmp_path / "out/submission.txt").read_text().splitlines()[1:])
+    assert list(lines) == listed
+    assert lines["v0/00003.jpg"] == lines["v0/00002.jpg"] != lines["v0/00001.jpg"]
+    assert lines["v0/00000.jpg"] == "0.0000,0.0000,0," + ",".join("0" * 12)
+    one = read_predictions(f"{tmp_path}/out/members/test/cropped_aligned.parquet").predicted
+    assert lines["v0/00002.jpg"].startswith(",".join(f"{value:.4f}" for value in one.predictions.va[1] + 0.0))
+    shutil.rmtree(tmp_path / "cropped" / "v0")
+    with pytest.raises(InputError, match=r"4 of 5 listed images are not in .*/cropped: "):
+        main([*args, "--skip-bad-images"])
+
+
 def test_several_members_of_one_view_and_a_single_one_are_ensembles(runs, tmp_path):
     """The second is another training by its weights, and has the same name."""
     shutil.copytree(runs / "cropped", tmp_path / "cropped")
@@ -368,6 +396,7 @@ def test_a_bad_test_list_is_one_message_before_anything_is_predicted(runs, datas
         (["--half-windows", "0", "-5"], "--half-windows"),
         (["--val", "x", "y"], "--val names 2 sets for 1 runs"),
         (["--test-list", "x"], "belong together"),
+        (["--skip-bad-images"], "for the images of --test-list, and none is given"),
         (["--steps", "weights", "weights"], "'weights' twice"),
     ],
 )

@@ -60,8 +60,11 @@ def read_test_list(uri: str) -> list[str]:
     return names
 
 
-def find_images(root: str, view: str, names: list[str]) -> TestImages:
-    """Find `root`/<view>/<name> of every name, on a disk or s3://. Raises `InputError` naming what is not there."""
+def find_images(root: str, view: str, names: list[str], *, skip_missing: bool = False) -> TestImages:
+    """Find `root`/<view>/<name> of every name, on a disk or s3://. Raises `InputError` naming what is not there.
+
+    With `skip_missing` that is an error where it is more than half only: the directory is probably the wrong one.
+    """
     directory = storage.join(root, view)
     if storage.is_s3(root):
         stored = storage.list_versions(directory)
@@ -70,12 +73,13 @@ def find_images(root: str, view: str, names: list[str]) -> TestImages:
         directory = str(storage.local_path(directory).absolute())
         about = [_stat(Path(directory, name)) for name in names]
     missing = list(dict.fromkeys(name for name, found in zip(names, about) if found is None))
-    if missing:
+    if missing and not (skip_missing and 2 * len(missing) <= len(set(names))):
         listed = ", ".join(missing[:MAX_LISTED])
         more = f" and {len(missing) - MAX_LISTED} more" if len(missing) > MAX_LISTED else ""
         raise InputError(
-            f"{len(missing)} of {len(set(names))} listed images are not in {directory}: {listed}{more}; restore them, "
-            "or take them off the test list"
+            f"{len(missing)} of {len(set(names))} listed images are not in {directory}: {listed}{more}; correct "
+            "--test-root, or restore them"
+            + ("" if skip_missing else ", or go without pictures of a few frames with --skip-bad-images")
         )
     paths = [storage.join(directory, name) for name in names]
     return TestImages(paths, hashlib.sha256(json.dumps([paths, about]).encode()).hexdigest())

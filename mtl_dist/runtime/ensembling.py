@@ -18,13 +18,14 @@ import torch
 from torch import nn
 
 from mtl_dist import storage
+from mtl_dist.data.decode import Exif
 from mtl_dist.data.submission import TestImages
 from mtl_dist.errors import InputError
 from mtl_dist.progress import progress_bar
 from mtl_dist.runtime.checkpoint import MODEL, STATE
 from mtl_dist.runtime.device import named_device
 from mtl_dist.runtime.evaluate import Predicted, predict
-from mtl_dist.runtime.frames import image_batches
+from mtl_dist.runtime.frames import Seen, image_batches
 from mtl_dist.runtime.launch import TaskFailed, has_cluster, map_over_cluster
 from mtl_dist.runtime.members import Member, load_model, predict_member, row_names
 from mtl_dist.runtime.predictions import (
@@ -52,6 +53,8 @@ class Prediction(NamedTuple):
     retries: int
     local: bool  # in this process, whatever cluster there is
     autoscaling: bool
+    skip_bad: bool = False  # test images that are not there or cannot be decoded have no row
+    exif: Exif = "apply"  # of test images
 
 
 class MemberTask(NamedTuple):
@@ -93,7 +96,7 @@ def predict_members(
     """
     parts = (VAL, TEST) if test else (VAL,)
     keys = {
-        (name, part): _key_of(member, test[member.val.view] if part == TEST else None)
+        (name, part): _key_of(member, test[member.val.view] if part == TEST else None, how)
         for name, member in members.items()
         for part in parts
     }
@@ -121,11 +124,13 @@ def predict_members(
     }
 
 
-def _key_of(member: Member, test: TestImages | None) -> str:
+def _key_of(member: Member, test: TestImages | None, how: Prediction) -> str:
     """What decides a prediction, but for the last bits that machines and batch sizes may change."""
     files = member.checkpoint.files
     about = {"format": FORMAT, "model": files[MODEL]["sha256"], "state": files[STATE]["sha256"]}
     about |= {"test": test.sha256} if test else {"val": member.val.sha256}
+    if test:  # tables of before these options still hold
+        about |= ({"skip_bad": True} if how.skip_bad else {}) | ({"exif": how.exif} if how.exif != "apply" else {})
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
 
@@ -217,12 +222,21 @@ def predict_task(task: MemberTask) -> Finished:
 
 def _predict_test_list(task: MemberTask, model: nn.Module, device: torch.device) -> pa.Table:
     how, config = task.how, task.member.config
-    batches = image_batches(task.test_paths, batch=how.batch, size=config.data.image_size, workers=how.workers)
+    seen = Seen()
+    batches = image_batches(
+        task.test_paths, batch=how.batch, size=config.data.image_size, workers=how.workers, skip_bad=how.skip_bad,
+        exif=how.exif, seen=seen)  # fmt: skip
     with progress_bar(f"predicting the test list with {task.name}", len(task.test_paths)) as advance:
         predicted = predict(
             model, batches, device=device, size=config.input_size, bf16=config.engine.autocast == "bf16",
             progress=advance)  # fmt: skip
-    return _checked_table(predicted, task.member, task.test_names)
+    if not len(predicted.rows):
+        raise InputError(
+            f"none of the test list's images can be read, such as {task.test_paths[0]}; correct --test-root"
+        )
+    for line in seen.lines():
+        print(f"{task.name}: {line}", flush=True)
+    return _checked_table(predicted, task.member, [task.test_names[row] for row in predicted.rows])
 
 
 def _checked_table(
