@@ -27,7 +27,7 @@ from mtl_dist.data.synthetic import write_synthetic
 from mtl_dist.errors import InputError, StorageError
 from mtl_dist.runtime import inputs, parts
 from mtl_dist.runtime.checkpoint import COMMIT, best, committed
-from mtl_dist.runtime.frames import BadImage, image_batches, read_image
+from mtl_dist.runtime.frames import BadImage, _ahead, image_batches, read_image
 from mtl_dist.runtime.inputs import open_frames
 from mtl_dist.runtime.members import open_member, predict_member
 from mtl_dist.runtime.parts import Task, _results, predict_frames
@@ -414,6 +414,10 @@ def test_ctrl_c_does_not_wait_for_what_threads_are_reading():
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
+    assert not is_free.is_set()
+    reading = _ahead(lambda path: is_free.wait() if path else None, ["", "slow"], workers=2, ahead=1)
+    assert next(reading) is None
+    reading.close()  # as Python does where Ctrl-C comes while a batch is predicted
     assert not is_free.is_set()
     is_free.set()
 

@@ -163,13 +163,16 @@ def _ahead(
         yield from map(read, paths)
         return
     pending: deque[Future[Picture | None]] = deque()
-    with DaemonThreads(workers, "images") as pool:
+    pool = DaemonThreads(workers, "images")
+    try:
         for path in paths:
             pending.append(pool.submit(partial(read, path)))
             if len(pending) > ahead:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    finally:
+        pool.close(patience_s=0)  # what is read of a slow store after Ctrl-C is of no use to anyone
 
 
 def batched(pictures: Iterable[tuple[int, np.ndarray]], *, batch: int) -> Iterator[Batch]:
