@@ -11,10 +11,8 @@ Examples:
 
 from __future__ import annotations
 
-import os
-
 from mtl_dist import storage
-from mtl_dist.config import Config, dump_yaml
+from mtl_dist.config import dump_yaml
 from mtl_dist.errors import run_command
 from mtl_dist.presets import CommandConfig, config_of, parse_command
 
@@ -23,7 +21,8 @@ class TrainCommand(CommandConfig):
     local: bool = False
     """Train in this process, without Ray. Under torchrun this goes without saying."""
     dry_run: bool = False
-    """Print the resolved configuration and the plan, and start nothing."""
+    """Check data, storage, device and room, build the model with its weights (those of imagenet are downloaded), print
+    the resolved configuration and the plan, and start nothing."""
     status: str | None = None
     """Print where the run at this <run.storage>/<run.name> is, from its storage alone, and start nothing."""
 
@@ -36,36 +35,34 @@ def main(args: list[str] | None = None) -> None:
         print_status(storage.absolute(command.status))
         return
     config = config_of(command)
+    from mtl_dist.runtime.launch import connect, has_cluster, has_gpus, run_local, run_ray
     from mtl_dist.runtime.plan import plan_run
+    from mtl_dist.runtime.setup import check_start
+    from mtl_dist.runtime.status import print_ending
+    from mtl_dist.runtime.torchrun import is_torchrun, torchrun_rank
 
-    plan = plan_run(config)
+    is_local = command.local or is_torchrun()
+    rank, world = torchrun_rank()
+    num_ranks = (world, world) if is_local else config.ray.num_ranks
+    plan = plan_run(config, num_ranks=num_ranks)
     if command.dry_run:
-        print(dump_yaml(config))
-        print(plan)
+        if rank:
+            return
+        has_gpu = has_gpus() if is_local else config.ray.gpus_per_rank > 0
+        start = check_start(config, has_gpu=has_gpu, num_ranks=num_ranks, begins=plan.begins)
+        if has_cluster() and not is_local:
+            connect(config)
+        print(f"{dump_yaml(config)}\n{plan}\n{start}")
         return
-    from mtl_dist.runtime.launch import connect, is_torchrun, run_local, run_ray
-
-    if command.local or is_torchrun():
-        if os.environ.get("RANK", "0") == "0":
+    if is_local:
+        if not rank:
             print(plan, flush=True)
         run_local(config)
     else:
         connect(config)
         print(plan, flush=True)
         run_ray(config)
-        finish_run(config)
-
-
-def finish_run(config: Config) -> None:
-    """Print the scores of a run's evaluations, as its storage has them."""
-    from mtl_dist.data.index import read_index
-    from mtl_dist.objective.metrics import constant_scores
-    from mtl_dist.runtime.tracking import print_scores, read_records
-
-    evaluations = [record for record in read_records(config.run.uri) if record["kind"] == "eval"]
-    rows = {"constant predictor": constant_scores(read_index(config.data.val).labels)}
-    rows |= {f"epoch {record['epoch'] + 1}": record["scores"] for record in evaluations}
-    print_scores(rows, title=f"run {config.run.uri}")
+        print_ending(config)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from mtl_dist.presets import load_preset
 from mtl_dist.runtime.checkpoint import committed
 from mtl_dist.runtime.plan import plan_run
 from mtl_dist.runtime.pretrained import build_pretrained
-from tests.conftest import run_module
+from tests.conftest import assert_one_message, run_here, run_module
 
 
 def train_args(shards, runs, name, *more):
@@ -162,13 +162,56 @@ def test_the_plan_of_a_run_that_begins_names_a_backbone_or_weights_that_are_not_
 
     with pytest.raises(InputError, match=words):
         plan_run(config_of("new", tmp_path, **model))
-    assert "weights" in plan_run(config_of("new", tmp_path, weights=f"{runs}/faces"))
+    assert "weights" in plan_run(config_of("new", tmp_path, weights=f"{runs}/faces")).text
 
 
 def test_a_run_that_goes_on_needs_its_first_weights_no_more(frozen):
     config = build_config(read_config_file(f"{frozen}/config.yaml"))
     assert not Path(config.model.weights).exists()
-    assert "continues from step" in plan_run(config)
+    assert "is finished (step 5 of 5): nothing is left to do" in plan_run(config).text
     again = config.model_copy(update={"run": config.run.model_copy(update={"name": "another"})})
     with pytest.raises(InputError, match=r"weights\.safetensors does not exist"):
         plan_run(again)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--engine.device", "cuda"], "engine.device is cuda, but this rank has no GPU"),
+        (["--engine.batchnorm", "sync"], "torch has on GPUs only"),
+        (["--model.weights", "{tmp}/text.pth"], "text.pth holds no state dict of plain tensors"),
+        (
+            ["--model.weights", "{tmp}/other.safetensors"],
+            "other.safetensors has no 'features.0.weight', which VGGSmall",
+        ),
+        (["--model.backbone", "vgg16", "--model.weights", "imagenet"], "could not download the ImageNet weights"),
+        (["--run.audit-dir", "/proc/nowhere"], "/proc/nowhere cannot be written"),
+    ],
+)
+def test_a_dry_run_refuses_what_would_not_start(flags, words, shards, tmp_path, monkeypatch):
+    (tmp_path / "text.pth").write_text("hello there")
+    save_file({"conv.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing is downloaded, whatever this machine could
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    flags = [flag.format(tmp=tmp_path) for flag in flags]
+    done = run_here(*train_args(shards, tmp_path / "runs", "new", "--local", "--dry-run", *flags))
+    assert_one_message(done, words)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_under_ray_has_the_device_and_the_ranks_that_ray_will_give(shards, tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    args = train_args(shards, tmp_path / "runs", "new", "--dry-run", "--data.streams", "4")
+    assert_one_message(run_here(*args, "--engine.device", "cuda"), "under Ray: ray.gpus_per_rank")
+    done = run_here(*args, "--ray.num-ranks", "1", "4")
+    assert done.returncode == 0, done.stderr
+    for words in ("new, begins", "labelled va ", "batch   8 over 1 to 4 ranks", "start   on cpu; ", " parameters, "):
+        assert words in done.stdout
+
+
+def test_a_dry_run_of_a_search_refuses_what_its_trials_would(shards, tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    args = ["tune.search", *train_args(shards, tmp_path / "runs", "new", "--dry-run")[1:]]
+    assert_one_message(run_here(*args, "--engine.device", "cuda"), "engine.device is cuda")
+    assert "start   on cpu; " in run_here(*args).stdout
+    assert not (tmp_path / "runs").exists()

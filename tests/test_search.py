@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shlex
 from types import SimpleNamespace
 
 import pandas as pd
@@ -16,6 +17,7 @@ from ray.tune import Result
 
 from mtl_dist.config import Config, build_config
 from mtl_dist.errors import InputError, StorageError
+from mtl_dist.presets import load_preset
 from tests.conftest import assert_one_message, run_here
 from tune.experiment import Asha, RandomSearch, Reporter, build_searcher
 from tune.search import SearchConfig, best_yaml, check_same_search, count_room, finish_search
@@ -313,3 +315,21 @@ def test_a_search_begun_before_a_setting_existed_continues(tmp_path):
     path.write_text("{")
     with pytest.raises(InputError, match=r"search\.json is damaged"):
         check_same_search(str(tmp_path), config, search, space)
+
+
+def test_the_command_to_train_with_what_was_found_is_whole(shards, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    data = {part: f"{shards}/cropped/{part}" for part in ("train", "val")}
+    layer = {"data": data, "run": {"storage": f"{tmp_path}/my runs"}, "ray": {"num_ranks": [1, 2], "autoscaling": True}}
+    config = build_config(load_preset("small"), layer)
+    finish_search(config, Results([trial("a", 0.1, 0.2)]), f"{tmp_path}/my runs/weights")
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("train with it: python -m "))
+    done = run_here(*shlex.split(line.removeprefix("train with it: python -m ")), "--dry-run")
+    assert done.returncode == 0, done.stderr
+    for words in (
+        f"run     {tmp_path}/my runs/weights-best, begins",
+        "over 1 to 2 ranks",
+        "lr: 0.1",
+        "autoscaling: true",
+    ):
+        assert words in done.stdout

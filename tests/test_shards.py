@@ -715,9 +715,21 @@ def test_create_ends_with_what_there_is_what_was_left_out_and_what_is_next(datas
     for words in ("skipped: nothing", "wrote 120 images in ", " images/s"):
         assert words in done.stdout
     command = shlex.split(done.stdout.splitlines()[-1].removeprefix("next: python -m "))
-    done = run_here(*command, "--dry-run")
+    assert command[command.index("--run.name") + 1] == "cropped"
+    done = run_here(*command, "--dry-run", "--model.weights", "none")
     assert done.returncode == 0, done.stderr
     assert "40 rows of cropped" in done.stdout
+
+
+def test_the_command_that_is_next_fits_a_machine_without_a_gpu_and_a_set_smaller_than_a_batch(tmp_path, capsys):
+    if any(Path("/dev").glob("nvidia[0-9]*")):
+        pytest.skip("this machine has a GPU")
+    create(write_dataset(tmp_path / "faces", num_train=12, num_val=8), str(tmp_path / "dest"), jobs=1)
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("next: python -m "))
+    assert command[1:4] == ["--local", "--preset", "small"]
+    done = run_here(*command, "--dry-run", "--run.storage", str(tmp_path / "runs"))
+    assert done.returncode == 0, done.stderr
+    assert "batch   12 over 1 rank" in done.stdout
 
 
 def test_an_action_unit_that_is_always_off_is_told_from_one_that_nobody_labelled(dataset, tmp_path, capsys):

@@ -231,11 +231,19 @@ def test_backbone_weights_come_from_a_file_in_the_store(s3, shards, tmp_path):
     assert_one_message(done, "s3://mtl/weights/gone.safetensors", "model.weights")
 
 
-def test_bf16_and_uncertainty_train(shards, tmp_path):
-    train(
-        shards, tmp_path, "run", "--engine.autocast", "bf16", "--loss.balancing", "uncertainty", "--train.epochs", "1"
-    )
+def test_bf16_and_uncertainty_train_and_a_run_says_what_it_begins_with_and_what_it_ends_with(shards, tmp_path):
+    more = ("--engine.autocast", "bf16", "--loss.balancing", "uncertainty", "--train.epochs", "1")
+    said = train(shards, tmp_path, "run", *more).stdout
     assert len(losses(tmp_path, "run")) == STEPS_PER_EPOCH
+    assert f"run     {tmp_path}/run, begins\n" in said
+    assert re.search(r"^train   .*: 40 rows of cropped, labelled va \d+, expr \d+, au \d+, ", said, re.MULTILINE)
+    assert re.search(
+        r"^start   1 rank on \w+.*, 1 thread each; 1,3\d\d,\d{3} parameters, all trained$", said, re.MULTILINE
+    )
+    (checkpoint,) = committed(str(tmp_path / "run"))[0]
+    assert f"best    {checkpoint.uri} (P {checkpoint.score:.4f})" in said
+    for command in ("predict --runs", "report", "ensemble --runs"):
+        assert f"python -m mtl_dist.{command} {tmp_path}/run " in said
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkpoint(shards, tmp_path):

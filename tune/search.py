@@ -17,6 +17,7 @@ import io
 import json
 import math
 import os
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -78,7 +79,16 @@ def main(args: list[str] | None = None) -> None:
     plan = plan_run(probe)
     print(f"search  {search.trials} trials of {config.train.epochs} epochs over {json.dumps(space)}")
     if command.dry_run:
-        print(plan)
+        from mtl_dist.runtime.launch import connect, has_cluster
+        from mtl_dist.runtime.setup import check_start
+        from tune.experiment import build_searcher
+
+        has_gpu = config.ray.gpus_per_rank > 0
+        start = check_start(probe, has_gpu=has_gpu, num_ranks=config.ray.num_ranks, begins=plan.begins)
+        build_searcher(search.algorithm, seed=config.run.seed, limit=search.concurrent)
+        if has_cluster():
+            connect(config)
+        print(f"{plan}\n{start}")
         return
     check_same_search(search_uri, config, search, space)
     results = run_search(config, search, space, search_uri)
@@ -183,14 +193,24 @@ def finish_search(config: Config, results, search_uri: str) -> None:
         console.width = 120
     console.print(table)
     print(f"\nbest configuration ({storage.join(search_uri, 'best.yaml')}):\n\n{best}")
-    print(
-        f"train with it: python -m mtl_dist.train --config {storage.join(search_uri, 'best.yaml')} --run.name NAME "
-        "--run.storage ... --data.train ... --data.val ..."
-    )
+    print(f"train with it: {_train_command(config, search_uri)}")
     if results.num_errors:
         print(f"{results.num_errors} trial(s) failed; the same command tries them again")
     for reason in reasons:
         print(reason)
+
+
+def _train_command(config: Config, search_uri: str) -> str:
+    """Return a command that trains with what was found, on the data and the cluster of the search."""
+    args = ["python", "-m", "mtl_dist.train", "--config", storage.join(search_uri, "best.yaml")]
+    args += ["--run.name", f"{search_uri.rpartition('/')[2]}-best", "--run.storage", config.run.storage]
+    args += ["--data.train", config.data.train, "--data.val", config.data.val]
+    usual = Config().ray
+    for name in type(usual).model_fields:
+        if (value := getattr(config.ray, name)) != getattr(usual, name):
+            flag = f"--ray.{name.replace('_', '-')}"
+            args += [flag] if value is True else [flag, *map(str, value if isinstance(value, tuple) else [value])]
+    return shlex.join(args)
 
 
 class RankedTrial(NamedTuple):

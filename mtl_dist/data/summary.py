@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from mtl_dist import storage
+from mtl_dist.config import build_config
 from mtl_dist.data.index import Index
 from mtl_dist.data.overlap import find_shared
 from mtl_dist.data.skipping import SKIPPED_NAME, Skipped, count_reasons
 from mtl_dist.data.sources import Source
+from mtl_dist.presets import load_preset
 from mtl_dist.tasks import AUS, EXPRESSIONS, SPLITS, LabelCounts
 
 
@@ -39,9 +42,18 @@ def print_summary(
         print(f"wrote {num_written:,} images in {seconds:.1f} s, {num_written / max(seconds, 1e-9):,.0f} images/s")
     else:
         print("every shard was there already")
-    view = indexes[0].view
-    train, val = (shlex.quote(storage.join(dest, view, split)) for split in SPLITS)
-    print(f"next: python -m mtl_dist.train --local --data.train {train} --data.val {val}")
+    print(f"next: {_next_command(dest, indexes)}")
+
+
+def _next_command(dest: str, indexes: list[Index]) -> str:
+    """Return a command that trains the first view on this machine as it is, to copy."""
+    view, rows = indexes[0].view, {index.split: index.rows for index in indexes}
+    preset = "a" if any(Path("/dev").glob("nvidia[0-9]*")) else "small"  # to ask torch would take seconds
+    args = ["python", "-m", "mtl_dist.train", "--local", "--preset", preset, "--run.name", view]
+    args += [part for split in SPLITS for part in (f"--data.{split}", storage.join(dest, view, split))]
+    if rows["train"] < build_config(load_preset(preset)).train.global_batch:
+        args += ["--train.global-batch", str(rows["train"])]
+    return shlex.join(args)
 
 
 def _label_table(by_split: dict[str, Index], num_videos: dict[str, int]) -> Table:

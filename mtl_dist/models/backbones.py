@@ -288,7 +288,10 @@ def _read_state_dict(weights_file: Path, *, source: str) -> dict[str, Tensor]:
     except OSError:
         raise
     except Exception as error:  # half a file, other content, or objects whose loading would run code: of any kind
-        raise InputError(f"{source} holds no state dict of plain tensors: {error}") from error
+        raise InputError(  # torch's own words go on for a page, and advise to run what the file holds
+            f"{source} holds no state dict of plain tensors ({type(error).__name__}); expected a .safetensors file, or "
+            "what torch.save wrote of a state dict"
+        ) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{source} holds no state dict: expected a dictionary of tensors by name")
     return state

@@ -15,6 +15,12 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 def pick_device(config: Config, *, has_gpu: bool) -> torch.device:
     """Return the device of this rank. Raises `InputError` where it has not what the configuration asks for."""
+    wanted = check_device(config, has_gpu=has_gpu)
+    return torch.device(wanted, torch.cuda.current_device()) if wanted == "cuda" else torch.device("cpu")
+
+
+def check_device(config: Config, *, has_gpu: bool) -> str:
+    """Return "cuda" or "cpu": what a rank with or without a GPU trains on. Raises `InputError` as `pick_device`."""
     wanted = config.engine.device
     if wanted == "auto":
         wanted = "cuda" if has_gpu else "cpu"
@@ -26,7 +32,7 @@ def pick_device(config: Config, *, has_gpu: bool) -> torch.device:
         raise InputError(
             "engine.batchnorm is sync, which torch has on GPUs only; use local (buffers are averaged) or frozen"
         )
-    return torch.device(wanted, torch.cuda.current_device()) if wanted == "cuda" else torch.device("cpu")
+    return wanted
 
 
 def named_device(name: str) -> torch.device:

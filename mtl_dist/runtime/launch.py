@@ -3,7 +3,6 @@ importer of ray."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -13,7 +12,6 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +25,7 @@ from mtl_dist.runtime.checkpoint import committed
 from mtl_dist.runtime.engine import collective_timeout
 from mtl_dist.runtime.joining import join_cluster
 from mtl_dist.runtime.stopping import StopFlag, driver_signals
+from mtl_dist.runtime.torchrun import is_torchrun, join_torchrun, torchrun_rank
 
 if TYPE_CHECKING:
     from ray.train import WorkerGroupError
@@ -51,12 +50,11 @@ class LocalContext:
     """A rank of torchrun, or the only one. SIGTERM and Ctrl-C stop it after the step; a second Ctrl-C ends it."""
 
     def __init__(self):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.num_ranks = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.num_ranks = torchrun_rank()
         self.command = uuid.uuid4().hex  # under torchrun `run_local` puts the launchers' names in its place
         self.typed = typed_command()
         self.num_cpus = max(1, num_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        self.has_gpu = torch.cuda.is_available()
+        self.has_gpu = has_gpus()
         self.signal = 0  # the one that asked to stop
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask)
@@ -134,6 +132,7 @@ class RayContext:
 def run_local(config: Config) -> None:
     """Train in this process: alone, or as one rank of torchrun. Exits with 128 + signal where one stopped it."""
     from mtl_dist.runtime.loop import NonFiniteLoss, fit
+    from mtl_dist.runtime.status import print_ending
 
     context = LocalContext()
     use_cuda = context.has_gpu and config.engine.device != "cpu"
@@ -157,41 +156,14 @@ def run_local(config: Config) -> None:
         # Rank 0 comes when all is stored. Gloo's threads abort a process now and then while it tears them down
         # ("terminate called without an active exception", 2 of 15 runs of three ranks): leave without tearing down.
         dist.barrier()
+        if context.rank == 0 and not status:
+            print_ending(config)
         sys.stdout.flush()
         os._exit(status)
     dist.destroy_process_group()
     if status:
         sys.exit(status)
-
-
-def join_torchrun(backend: str, timeout: timedelta) -> str:
-    """Meet the other ranks of torchrun; return the names of all their launchers, one a node.
-
-    Ranks that torchrun starts again meet in the store of the first ones, among the keys those left, and wait for ever.
-    A prefix for every attempt mends it on one node. Several nodes count attempts each for itself: there torchrun
-    needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, as README says.
-    """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("GROUP_WORLD_SIZE") != "1":
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
-        store = dist.PrefixStore(f"attempt-{attempt}", dist.TCPStore(address, port, is_master=False))
-        rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=timeout)
-    launchers: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(launchers, _launcher())
-    return " ".join(sorted(set(launchers)))
-
-
-def _launcher() -> str:
-    """Name this node's torchrun: a name that no other one has, and that its restarted ranks find again.
-
-    Run id, address and port can be the same at every launch. The directory that torchrun makes for its ranks' errors
-    is drawn at random, once; without one every start counts as another command.
-    """
-    drawn, _, _ = os.environ.get("TORCHELASTIC_ERROR_FILE", "").rpartition("/attempt_")
-    return hashlib.sha256((drawn or uuid.uuid4().hex).encode()).hexdigest()[:16]
+    print_ending(config)
 
 
 def typed_command() -> str:
@@ -199,9 +171,9 @@ def typed_command() -> str:
     return shlex.join(["python", *sys.orig_argv[1:]])
 
 
-def is_torchrun() -> bool:
-    """Whether this process is one of torchrun's ranks."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+def has_gpus() -> bool:
+    """Whether torch can use a GPU in this process."""
+    return torch.cuda.is_available()
 
 
 def run_ray(config: Config, *, callbacks: list | None = None) -> None:

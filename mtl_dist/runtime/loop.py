@@ -29,7 +29,7 @@ from mtl_dist.runtime.evaluate import check_predictions, list_rows, predict, tot
 from mtl_dist.runtime.lives import Life, begin_life
 from mtl_dist.runtime.ranks import gather_lists
 from mtl_dist.runtime.saving import Saver
-from mtl_dist.runtime.setup import RunContext, Setup, Trained, restore, save_checkpoint, set_up
+from mtl_dist.runtime.setup import RunContext, Setup, Trained, describe_size, restore, save_checkpoint, set_up
 from mtl_dist.runtime.step import NonFiniteLoss, train_step
 from mtl_dist.runtime.tracking import Tracker
 from mtl_dist.runtime.watchdog import Watchdog
@@ -65,6 +65,7 @@ def _fit(config: Config, context: RunContext, watchdog: Watchdog) -> dict[str, A
     # The life first: from here on no earlier one commits, or deletes what is being read.
     life = begin_life(config.run.uri, command=context.command, num_ranks=context.num_ranks, typed=context.typed)
     setup, trained, step, last_scores = restore(setup)
+    say_start(setup, trained)
     with contextlib.ExitStack() as records:
         tracker, audit = _open_records(setup, records, life=life, step=step, scores=last_scores)
         with Saver(config.run.uri, config.checkpoint, life=life) as saver:
@@ -72,6 +73,16 @@ def _fit(config: Config, context: RunContext, watchdog: Watchdog) -> dict[str, A
                 return _train(setup, trained, step, last_scores, tracker=tracker, audit=audit, saver=saver)
             except NonFiniteLoss as error:
                 raise NonFiniteLoss(f"{error}. {_what_is_left(saver, begun_at=step)}") from None
+
+
+def say_start(setup: Setup, trained: Trained) -> None:
+    """Say, once for all ranks, what trains on what; the plan has said the rest."""
+    if setup.context.rank:
+        return
+    device, num_ranks, num_threads = setup.device, setup.context.num_ranks, torch.get_num_threads()
+    what = f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else "cpu"
+    parts = f"{num_ranks} rank{'s' * (num_ranks > 1)} on {what}", f"{num_threads} thread{'s' * (num_threads > 1)} each"
+    print(f"start   {', '.join(parts)}; {describe_size(trained.engine.module.model)}", flush=True)
 
 
 def _train(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ from mtl_dist.data.order import Order, TaskOrders, build_task_orders
 from mtl_dist.data.overlap import check_shared, find_shared
 from mtl_dist.data.reader import ShardReader
 from mtl_dist.errors import InputError
-from mtl_dist.tasks import AUS, TASKS
+from mtl_dist.tasks import AUS, TASKS, LabelCounts
 
 
 class Data(NamedTuple):
@@ -130,8 +129,21 @@ def build_order(
     return Order(shard_rows, epoch_steps=None if is_whole else steps, **settings)
 
 
-def plan_run(config: Config) -> str:
-    """Check everything that can be checked before ranks start, and say what will happen. Raises `InputError`."""
+class Plan(NamedTuple):
+    """What a run will do."""
+
+    text: str
+    begins: bool  # there is no checkpoint to go on from
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def plan_run(config: Config, *, num_ranks: tuple[int, int] | None = None) -> Plan:
+    """Check what the storage can tell before ranks start, and say what will happen. Raises `InputError`.
+
+    `num_ranks` is the least and the most; None: `ray.num_ranks`.
+    """
     from mtl_dist.runtime.checkpoint import check_same_run, committed, read_state
     from mtl_dist.runtime.pretrained import check_pretrained
 
@@ -148,33 +160,48 @@ def plan_run(config: Config) -> str:
         except ValueError:
             continue  # damaged: the run will pass it over too, and say so
         check_same_run(state, config, data.identity(), checkpoint.uri)
+        done = checkpoint.step
         break
-    else:  # it begins
+    else:
+        done = 0
         check_pretrained(config)
+    if config.run.audit_dir:
+        storage.check_writable(str(config.run.audit_dir), flag="--run.audit-dir")
     shared = find_shared(config.data.train, data.train, config.data.val, data.val)
     check_shared(shared, config.data.train, config.data.val)
     notes = [*note_labels(config, data), *filter(None, [shared.note()])]
-    return _describe(config, data, notes, done=found[-1].step if found else 0)
+    text = _describe(config, data, notes, done=done, num_ranks=num_ranks or config.ray.num_ranks)
+    return Plan(text, begins=not done)
 
 
-def _describe(config: Config, data: Data, notes: list[str], *, done: int) -> str:
+def _describe(config: Config, data: Data, notes: list[str], *, done: int, num_ranks: tuple[int, int]) -> str:
     train, val, steps = data.train, data.val, data.steps_per_epoch
-    low, high = config.ray.num_ranks
+    total = steps * config.train.epochs
+    low, high = num_ranks
+    where = f", continues from step {done}" if done else ", begins"
+    if done >= total:
+        where = f", is finished (step {done} of {total}): nothing is left to do"
     frozen = " (frozen)" if config.model.freeze_backbone else ""
     batch = config.train.global_batch
     size_mb = sum(shard.tar_bytes for shard in train.shards) / 1e6
     pixels_mb = batch * max(len(data.tasks), 1) * 3 * config.input_size**2 * 4 / 1e6
-    ranks = os.environ.get("WORLD_SIZE") or (f"{high}" if low == high else f"{low} to {high}")  # torchrun's number
-    left_out = f"{train.rows - steps * batch} rows an epoch are left out, others each time"
+    ranks = (f"{high}" if low == high else f"{low} to {high}") + " rank" + "s" * (high > 1)
+    num_left = train.rows - steps * batch
+    left_out = f"{num_left} rows an epoch are left out, others each time" if num_left else "every row once an epoch"
     if data.tasks:
         left_out = f"each of {len(data.tasks)} batches, of rows with labels of {', '.join(data.tasks)}"
     lines = [
-        f"run     {config.run.uri}" + (f", continues from step {done}" if done else ""),
-        f"train   {config.data.train}: {train.rows} rows of {train.view}, {len(train.shards)} shards, {size_mb:.1f} MB",
-        f"val     {config.data.val}: {val.rows} rows, {len(val.shards)} shards",
-        f"steps   {steps} an epoch, {steps * config.train.epochs} in all; {left_out}",
-        f"batch   {batch} over {ranks} rank(s), {config.num_streams} streams, {pixels_mb:.0f} MB of pixels",
+        f"run     {config.run.uri}{where}",
+        f"train   {config.data.train}: {train.rows} rows of {train.view}, {_labelled(train.labels)}, "
+        f"{len(train.shards)} shards, {size_mb:.1f} MB",
+        f"val     {config.data.val}: {val.rows} rows, {_labelled(val.labels)}, {len(val.shards)} shards",
+        f"steps   {steps} an epoch, {total} in all; {left_out}",
+        f"batch   {batch} over {ranks}, {config.num_streams} streams, {pixels_mb:.0f} MB of pixels",
         f"model   {config.model.name}, backbone {config.model.backbone}{frozen}, weights {config.model.weights}, "
         f"input {config.input_size} x {config.input_size}",
     ]
     return "\n".join([*lines, *(f"note    {note}" for note in notes)])
+
+
+def _labelled(counts: LabelCounts) -> str:
+    return f"labelled va {counts.va}, expr {counts.expr}, au {max(counts.au)}"

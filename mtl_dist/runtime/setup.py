@@ -17,7 +17,7 @@ from mtl_dist.data.order import Order, TaskOrders
 from mtl_dist.data.reader import ShardReader
 from mtl_dist.errors import InputError
 from mtl_dist.machine import allow_open_files
-from mtl_dist.models import build_model
+from mtl_dist.models import build_model, num_parameters
 from mtl_dist.objective.module import ObjectiveModule
 from mtl_dist.progress import progress_bar
 from mtl_dist.runtime.averaging import (
@@ -29,7 +29,7 @@ from mtl_dist.runtime.averaging import (
     write_batchnorm,
 )
 from mtl_dist.runtime.checkpoint import Restored, load_checkpoint
-from mtl_dist.runtime.device import keep_freed_memory, pick_device
+from mtl_dist.runtime.device import check_device, keep_freed_memory, pick_device
 from mtl_dist.runtime.engine import build_engine, read_optimizer, restore_optimizer
 from mtl_dist.runtime.plan import Data, build_order, open_data
 from mtl_dist.runtime.pretrained import build_pretrained
@@ -105,17 +105,7 @@ def set_up(config: Config, context: RunContext, watchdog: Watchdog) -> Setup:
         keep_freed_memory()
     data = open_data(config)
     check_ranks_agree(config, data)
-    if context.num_ranks > config.num_streams:
-        raise InputError(
-            f"{context.num_ranks} ranks for {config.num_streams} streams: a rank reads one at least; start "
-            "fewer ranks, or raise train.global_batch or data.streams"
-        )
-    least_rows = _least_rows(config, context.num_ranks)
-    if config.engine.batchnorm == "sync" and config.train.accumulation > least_rows:
-        raise InputError(
-            f"train.accumulation is {config.train.accumulation}, but a rank has {least_rows} rows of a step: with "
-            "engine.batchnorm sync every part needs one at least; use fewer parts, or local"
-        )
+    check_num_ranks(config, context.num_ranks)
     cache = Cache(config.data.cache_dir, max_bytes=int(config.data.cache_gib * GIB))
     train_reader = ShardReader(config.data.train, data.train, cache)
     val_reader = ShardReader(config.data.val, data.val, cache)
@@ -131,6 +121,41 @@ def set_up(config: Config, context: RunContext, watchdog: Watchdog) -> Setup:
     train_reader.keep_open(order.shards_in_hand(context.num_ranks, num_steps=2 * FETCH_AHEAD_STEPS))
     allow_open_files(train_reader.max_open + val_reader.max_open)
     return Setup(config, context, watchdog, device, data, order, train_reader, val_reader)
+
+
+def check_num_ranks(config: Config, num_ranks: int) -> None:
+    """Raise `InputError` where this many ranks cannot share the batch."""
+    if num_ranks > config.num_streams:
+        raise InputError(
+            f"{num_ranks} ranks for {config.num_streams} streams: a rank reads one at least; start "
+            "fewer ranks, or raise train.global_batch or data.streams"
+        )
+    least_rows = _least_rows(config, num_ranks)
+    if config.engine.batchnorm == "sync" and config.train.accumulation > least_rows:
+        raise InputError(
+            f"train.accumulation is {config.train.accumulation}, but a rank has {least_rows} rows of a step: with "
+            "engine.batchnorm sync every part needs one at least; use fewer parts, or local"
+        )
+
+
+def check_start(config: Config, *, has_gpu: bool, num_ranks: tuple[int, int], begins: bool) -> str:
+    """Try what ranks do before their first step, as far as one process can; say what was found. Raises `InputError`.
+
+    The model is built with its weights, which are downloaded or read where the run begins with some.
+    """
+    device = check_device(config, has_gpu=has_gpu)
+    for number in num_ranks:
+        check_num_ranks(config, number)
+    model = _build_model(config, pretrained=begins)
+    note = _note_batchnorm(model, config, num_ranks[1])
+    return f"start   on {device}; {describe_size(model)}{note and f'{chr(10)}{note}'}"
+
+
+def describe_size(model: nn.Module) -> str:
+    """Say how many parameters a model has, and how many are trained."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    total = num_parameters(model)
+    return f"{total:,} parameters, {'all' if trained == total else f'{trained:,}'} trained"
 
 
 def check_ranks_agree(config: Config, data: Data) -> None:
@@ -168,11 +193,9 @@ def restore(setup: Setup) -> tuple[Setup, Trained, int, dict[str, Any]]:
     if restored:
         setup = setup._replace(order=setup.order.of_version(restored.state.get("order", 1)))
     model = _build_model(config, pretrained=restored is None)
-    if config.engine.batchnorm == "local":
-        rows = _least_rows(config, num_ranks) // config.train.accumulation
-        note = check_batchnorm(model, rows=rows, size=config.input_size)
-        if note and setup.context.rank == 0:
-            print(note, flush=True)
+    note = _note_batchnorm(model, config, num_ranks)
+    if note and setup.context.rank == 0:
+        print(note, flush=True)
     module = ObjectiveModule(model, config.loss, setup.data.train.labels, passes=max(len(setup.data.tasks), 1))
     average = WeightAverage(module.model, config.train.ema) if config.train.ema else None
     if restored:
@@ -186,6 +209,14 @@ def restore(setup: Setup) -> tuple[Setup, Trained, int, dict[str, Any]]:
         average.model.to(setup.device)
     restore_optimizer(engine, config, _part(restored.train, OPTIMIZER) if restored else {}, steps=step)
     return setup, Trained(engine, average), step, scores
+
+
+def _note_batchnorm(model: nn.Module, config: Config, num_ranks: int) -> str:
+    """Say where a rank has few rows for BatchNorm's statistics. Raises `InputError` where it has too few."""
+    if config.engine.batchnorm != "local":
+        return ""
+    rows = _least_rows(config, num_ranks) // config.train.accumulation
+    return check_batchnorm(model, rows=rows, size=config.input_size)
 
 
 def _build_model(config: Config, *, pretrained: bool) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from typing import Any
 
@@ -10,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mtl_dist import storage
-from mtl_dist.config import build_config, read_config_file
+from mtl_dist.config import Config, build_config, read_config_file
 from mtl_dist.data.index import read_index
 from mtl_dist.errors import InputError, plain
 from mtl_dist.objective.metrics import constant_scores
@@ -63,6 +64,31 @@ def print_status(run_uri: str) -> None:
         print_scores(rows | {f"epoch {record['epoch'] + 1}": record["scores"] for record in evaluations})
     else:
         console.print("scores       none yet")
+
+
+def print_ending(config: Config) -> None:
+    """Print the best and the last scores of a finished run, where its best checkpoint is, and what to do with it."""
+    uri = config.run.uri
+    top = best(committed(uri)[0])
+    evaluations = [record for record in read_records(uri) if record["kind"] == "eval"]
+    rows = {"constant predictor": constant_scores(read_index(config.data.val).labels)}
+    if top:
+        rows |= {f"best: epoch {it['epoch'] + 1}": it["scores"] for it in evaluations if it["step"] == top.step}
+    rows |= {
+        f"last: epoch {it['epoch'] + 1}": it["scores"] for it in evaluations[-1:] if not top or it["step"] > top.step
+    }
+    print_scores(rows, title=f"run {uri}")
+    if not top:
+        return
+    run, report = shlex.quote(uri), shlex.quote(f"{config.run.name}-report")
+    ensemble = shlex.quote(storage.join(config.run.storage, "ensemble"))
+    print(
+        f"best    {top.uri} (P {top.score:.4f})\n"
+        f"next    python -m mtl_dist.predict --runs {run} --input PICTURES --out predictions.csv\n"
+        f"        python -m mtl_dist.report {run} --out {report}\n"
+        f"        python -m mtl_dist.ensemble --runs {run} OTHER_RUN --out {ensemble}",
+        flush=True,
+    )
 
 
 def _lives_table(lives: list[dict[str, Any]]) -> Table:
