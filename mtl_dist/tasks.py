@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 TASKS = ("va", "expr", "au")
 VIEWS = ("cropped", "cropped_aligned")
 SPLITS = ("train", "val")
+PERSON = "person: "  # begins what stands for a video's name where there is none: a person's pictures, which are no film
 
 EXPRESSIONS = ("Neutral", "Anger", "Disgust", "Fear", "Happiness", "Sadness", "Surprise", "Other")
 AUS = (1, 2, 4, 6, 7, 10, 12, 15, 23, 24, 25, 26)  # FACS numbers, in the order of the annotation files

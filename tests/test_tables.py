@@ -25,6 +25,7 @@ from mtl_dist.data.sources import Source, read_source
 from mtl_dist.data.splits import group_rows, split_by_video, video_of
 from mtl_dist.data.tables import read_table
 from mtl_dist.errors import InputError
+from mtl_dist.objective.smoothing import make_timeline, smooth
 from mtl_dist.report.intervals import number_videos
 from mtl_dist.runtime.members import Member, row_names
 from mtl_dist.tasks import AUS, EXPRESSIONS
@@ -425,6 +426,27 @@ def test_a_column_of_splits_parts_the_rows_and_others_are_counted(tmp_path):
     assert source.left_out == {"split 'test'": 2, "no split": 1}
     assert source.num_videos == {"train": 2, "val": 3}
     assert source.splits["val"].images == ["v1/1.jpg", "v4/1.jpg", "v6/1.jpg"]
+
+
+def test_pictures_of_no_video_belong_to_their_persons_and_are_no_film(tmp_path):
+    """A directory of several people's pictures was one video: nothing to draw, nothing to fit, and smoothed over."""
+    rows = [[f"{'photos' if i < 16 else 'film'}/{i:04d}.jpg", str(i % 8), f"p{i // 4}" if i < 16 else "p9", "val"]
+            for i in range(20)]  # fmt: skip
+    rows += [["train/1.jpg", "0", "q", "train"], ["train/2.jpg", "1", "", "train"]]
+    for row in rows:
+        (tmp_path / row[0]).parent.mkdir(exist_ok=True)
+        (tmp_path / row[0]).write_bytes(encode_jpeg(np.full((16, 16, 3), 99, np.uint8)))
+    path = write(tmp_path / "t.csv", *rows, header=["image", "expression", "person", "split"])
+    shards.main(["create", str(path), str(tmp_path / "set"), "--views", "cropped"])
+    for part, videos in (("train", ["train"] * 2), ("val", [f"person: p{i // 4}" for i in range(16)] + ["film"] * 4)):
+        uri = f"{tmp_path}/set/cropped/{part}"
+        shards.main(["verify", uri])
+        names = row_names(Member("run", None, None, uri, read_index(uri)))
+        assert names.videos == videos
+    assert number_videos(names.videos).tolist() == [i // 4 for i in range(20)]
+    values, timeline = np.arange(20.0)[:, None], make_timeline(names.images, names.videos)
+    smoothed = smooth(values, timeline, np.array([50]))[:, 0]
+    assert smoothed.tolist() == [*range(16), 17.5, 17.5, 17.5, 17.5]
 
 
 def test_videos_that_a_table_names_are_in_the_shards_and_part_what_is_scored(tmp_path):

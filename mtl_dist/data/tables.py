@@ -21,7 +21,7 @@ from mtl_dist.data.annotations import MAX_NAME_BYTES, Annotations, find_bad_name
 from mtl_dist.data.columns import FORMATS, ExpressionCodes, FoundColumns, TableOptions, describe_columns, find_columns
 from mtl_dist.data.splits import video_of
 from mtl_dist.errors import InputError
-from mtl_dist.tasks import AUS, MISSING_AU, MISSING_EXPR
+from mtl_dist.tasks import AUS, MISSING_AU, MISSING_EXPR, PERSON
 
 SUFFIXES = (".csv", ".parquet")
 MISSING_TEXT = ("", "nan", "NaN", "NA", "N/A", "null", "NULL")
@@ -81,8 +81,32 @@ def read_table(path: Path, options: TableOptions) -> Table:
         videos=named,
     )
     persons = texts[columns.person] if columns.person else None
+    if persons is not None and not columns.video:
+        reader.check_videos(columns.person, room=MAX_NAME_BYTES - len(PERSON))
+        annotations = annotations._replace(videos=_name_by_person(annotations.images, persons))
     about_columns = describe_columns(columns, options, list(header.written))
     return Table(annotations, columns, is_val, videos, persons, left_out, unlabelled, about_columns)
+
+
+def _name_by_person(images: list[str], persons: pa.Array) -> list[str] | None:
+    """Name what images belong together: their directory, or the person where that is no video; None: always that.
+
+    A directory with pictures of several persons, or none at all, is no video.
+    """
+    directories, people = video_of(pa.array(images, pa.large_string())).to_pylist(), persons.to_pylist()
+    seen: dict[str, set[str]] = {}
+    for directory, person in zip(directories, people):
+        if person:
+            seen.setdefault(directory, set()).add(person)
+    is_by_person = [
+        bool(p) and (not directory or len(seen[directory]) > 1) for directory, p in zip(directories, people)
+    ]
+    if not any(is_by_person):
+        return None
+    return [
+        f"{PERSON}{person}" if by_person else directory or image
+        for image, directory, person, by_person in zip(images, directories, people, is_by_person)
+    ]
 
 
 class _Reader(NamedTuple):
@@ -100,10 +124,10 @@ class _Reader(NamedTuple):
                 place, name, f"a relative path with '/', no '..', printable, at most {MAX_NAME_BYTES} bytes"
             )
 
-    def check_videos(self, name: str) -> None:
+    def check_videos(self, name: str, room: int = MAX_NAME_BYTES) -> None:
         for place, video in enumerate(self.texts[name].to_pylist()):
-            if video and not (video.isprintable() and len(video.encode()) <= MAX_NAME_BYTES):
-                raise self.fault(place, name, f"printable text of at most {MAX_NAME_BYTES} bytes")
+            if video and not (video.isprintable() and len(video.encode()) <= room):
+                raise self.fault(place, name, f"printable text of at most {room} bytes")
 
     def parse_va(self, columns: FoundColumns, missing: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
         """Return (N, 2) float64, 0 where missing, and (N,) bool."""

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mtl_dist.tasks import PERSON
+
 # A longer number at the end of a name is an identifier or a time, and no frame; nor is what follows a decimal point.
 _FRAME = re.compile(r"(?<!\d)(?<!\d\.)(\d{1,9})(?:\.[^.]*)?$")
 
@@ -32,6 +34,7 @@ def make_timeline(images: list[str], videos: list[str] | None = None) -> Timelin
     """
     numbers: dict[str, int] = {}
     names = video_names(images) if videos is None else videos
+    names = [image if name.startswith(PERSON) else name for image, name in zip(images, names)]  # pictures are no film
     video = np.array([numbers.setdefault(name, len(numbers)) for name in names], np.int64)
     matches = [_FRAME.search(image.rpartition("/")[2]) for image in images]
     frame = np.array([int(match[1]) if match else -1 for match in matches], np.int64)
