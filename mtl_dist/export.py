@@ -106,6 +106,7 @@ def _check_out(out: str) -> None:
     """Raise unless files can be written to --out: now, and not after the graph was made."""
     from mtl_dist.runtime.inputs import parent_uri
 
+    storage.check_lasting(out, flag="--out")
     if storage.is_s3(out):  # a bucket has nothing above it
         storage.check_writable(out)
         return

@@ -104,7 +104,9 @@ def parse_command(command: type[Command], args: list[str] | None, *, prog: str, 
 
 
 def config_of(command: CommandConfig) -> Config:
-    """Return the configuration alone, with absolute paths."""
+    """Return the configuration alone, with absolute paths. Raises `InputError` for storage that goes with a Ray job."""
+    storage.check_lasting(command.run.storage, flag="--run.storage")
+    storage.check_lasting(str(command.run.audit_dir or ""), flag="--run.audit-dir")
     return with_absolute_paths(Config(**{name: getattr(command, name) for name in Config.model_fields}))
 
 

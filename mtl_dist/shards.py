@@ -91,7 +91,7 @@ def create(
     limits = {"frames_per_shard": frames_per_shard, "shard_bytes": shard_bytes}
     check_numbers(BOUNDS, **limits, val_fraction=val_fraction, seed=seed, jobs=jobs)
     images_dirs = find_images(source, views, table)
-    storage.check_writable(dest)
+    storage.check_writable(dest, flag="DEST")
     found = read_source(source, table, val_fraction=val_fraction, seed=seed)
     for note in found.notes:
         print(note, flush=True)
@@ -166,6 +166,7 @@ def inspect(
         raise InputError(f"--sheet is {sheet}; expected a file whose name ends with .png")
     index = read_index(uri)
     if sheet is not None:
+        storage.check_lasting(str(sheet), flag="--sheet")
         from mtl_dist.data.sheet import draw_sheet
 
         storage.write_bytes(str(sheet), draw_sheet(uri, index, num_images=num_images, seed=seed))
@@ -218,7 +219,7 @@ def synth(
     from mtl_dist.data.synthetic import write_synthetic
 
     check_numbers(BOUNDS, num_train=num_train, num_val=num_val, seed=seed, jobs=jobs)
-    storage.check_writable(str(dest))
+    storage.check_writable(str(dest), flag="DEST")
     with progress_bar("rendering faces", 2 * (num_train + num_val)) as advance:
         summary = write_synthetic(dest, num_train=num_train, num_val=num_val, seed=seed, jobs=jobs, progress=advance)
     print(f"{dest}: " + ", ".join(f"{key} {value}" for key, value in summary.items()))

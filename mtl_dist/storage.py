@@ -31,6 +31,8 @@ SCRATCH_PREFIX = "mtl_dist-scratch-"  # of a directory in the system's place for
 PART_PREFIX = ".part-"  # of a file that is being written; then the host's name and random letters
 ABANDONED_S = 24 * 3600  # of another host: nothing is written for a day
 UNSYNCABLE = (errno.EINVAL, errno.ENOTSUP)  # a file system that does not know how, of directories above all
+RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # in the environment of what `ray job submit` starts
+RAY_COPIES = "runtime_resources/working_dir_files"  # in the path of its working directory
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # deleted meanwhile, or a link that leads nowhere
 
 
@@ -182,6 +184,7 @@ def check_writable(uri: str, *, flag: str = "") -> None:
 
     `flag` is the option that names it.
     """
+    check_lasting(uri, flag=flag)
     if is_s3(uri):
         probe = join(uri, f".probe-{os.getpid()}")
         write_bytes(probe, b"")
@@ -195,6 +198,23 @@ def check_writable(uri: str, *, flag: str = "") -> None:
         nearest = next(directory for directory in (path.absolute(), *path.absolute().parents) if directory.exists())
         with tempfile.TemporaryFile(dir=nearest):  # what starts may fail yet: no directory is made for it
             pass
+
+
+def check_lasting(uri: str, *, flag: str = "") -> None:
+    """Raise an `InputError` for a place that goes with a Ray job: relative inside one, or in its copy of our files.
+
+    `ray job submit --working-dir` runs a command in such a copy. Every change of a file makes another one, so that a
+    run would begin anew, and all go with the cluster.
+    """
+    if is_s3(uri) or not uri:
+        return
+    path = local_path(uri)
+    if RAY_COPIES in "/".join(path.absolute().parts[1:]) or (not path.is_absolute() and RAY_JOB in os.environ):
+        raise InputError(
+            f"{flag or 'the place to write to'} is {uri}, inside the working directory of a Ray job, a throw-away "
+            "copy: it goes with the next change of a file, and with the cluster; give s3://bucket/prefix, or the "
+            "absolute path of a disk that stays"
+        )
 
 
 def sha256_of(path: Path) -> str:

@@ -22,11 +22,13 @@ from mtl_dist.data.index import INDEX_NAME, read_index
 from mtl_dist.data.reader import ShardReader
 from mtl_dist.data.sidecar import parse_sidecar
 from mtl_dist.errors import InputError
+from mtl_dist.runtime import launch, same_disk
 from mtl_dist.runtime.plan import Data, note_labels
-from mtl_dist.shards import create, synth, verify
+from mtl_dist.shards import create, inspect, synth, verify
 from mtl_dist.train import main as train_main
 from tests.conftest import assert_one_message, run_here, run_module
 from tests.s3_server import free_port
+from tune.trial import check_seen
 
 SAMPLES = 40
 
@@ -220,9 +222,9 @@ def test_options_that_would_have_no_effect_are_refused(dataset, tmp_path):
 def test_a_destination_that_cannot_be_written_is_named(dataset, tmp_path, place):
     (tmp_path / "file").write_text("kept")
     dest = {"below a file": tmp_path / "file" / "dest", "a file": tmp_path / "file"}.get(place, Path(place))
-    with pytest.raises(InputError, match=f"{dest}.* cannot be written"):
+    with pytest.raises(InputError, match=f"{dest}(.* cannot be written|, which is a file)"):
         create(dataset, str(dest), jobs=1)
-    with pytest.raises(InputError, match=f"{dest}.* cannot be written"):
+    with pytest.raises(InputError, match=f"{dest}(.* cannot be written|, which is a file)"):
         synth(dest, num_train=2, num_val=2, jobs=1)
     assert (tmp_path / "file").read_text() == "kept"
 
@@ -613,3 +615,65 @@ def test_what_does_not_start_leaves_no_directory(shards, tmp_path):
     assert_one_message(done, "no.csv")
     storage.check_writable(str(tmp_path / "a" / "b"))
     assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------- places that go with a Ray job
+
+
+@pytest.fixture(params=["relative", "absolute"])
+def throw_away(request, tmp_path, monkeypatch) -> str:
+    """What a command in a job is given: a relative path, or one in Ray's copy of the working directory."""
+    copy = tmp_path / "session_1/runtime_resources/working_dir_files/_ray_pkg_0"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy if request.param == "absolute" else tmp_path)
+    if request.param == "absolute":
+        return f"{copy}/out"
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")  # as `ray job submit` does
+    return "out"
+
+
+def test_storage_that_goes_with_a_ray_job_is_refused(dataset, shards, throw_away, tmp_path):
+    data = [f"--data.{split}={shards / 'cropped' / split}" for split in ("train", "val")]
+    for call, flag in (
+        (lambda: train_main(["--preset=small", "--dry-run", *data, f"--run.storage={throw_away}"]), "--run.storage"),
+        (lambda: create(dataset, throw_away, jobs=1), "DEST"),
+        (lambda: synth(Path(throw_away), num_train=1, num_val=1, jobs=1), "DEST"),
+        (lambda: inspect(str(shards / "cropped/val"), sheet=Path(f"{throw_away}.png")), "--sheet"),
+    ):
+        with pytest.raises(InputError, match=rf"^{flag} is {throw_away}.*, inside the working directory of a Ray job"):
+            call()
+    assert not files_below(tmp_path)
+    train_main(["--preset=small", "--dry-run", *data, f"--run.storage={tmp_path}", "--train.global-batch=8"])
+
+
+def test_the_default_storage_is_refused_in_a_ray_job(shards, monkeypatch):
+    data = [f"--data.{split}={shards / 'cropped' / split}" for split in ("train", "val")]
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with pytest.raises(InputError, match=r"--run\.storage is runs, inside the working directory of a Ray job"):
+        train_main(["--preset=small", "--dry-run", *data])
+
+
+def test_a_rank_on_a_host_with_another_disk_of_the_same_path_says_so(tmp_path):
+    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+    from ray.train.v2.api.exceptions import WorkerGroupError
+
+    note = f"{tmp_path}/run/failed-0123.json"
+    with same_disk.seen_by_all(note):
+        same_disk.check_seen(note)
+        assert [path.name for path in files_below(tmp_path)] == ["driver-0123.json"]
+    assert not files_below(tmp_path)
+    same_disk.check_seen("s3://bucket/runs/run/failed-0123.json")
+    with pytest.raises(
+        InputError, match=r"does not see .*/run of the host that started the run: --run\.storage"
+    ) as error:
+        launch._rank_main({"note": note})
+    told = UserExceptionWithTraceback(error.value, "a traceback")  # it could not be noted in the storage
+    assert launch._input_error_of(WorkerGroupError("failed", {0: RuntimeError(), 1: told})) is error.value
+    assert launch._input_error_of(WorkerGroupError("failed", {0: RuntimeError()})) is None
+
+
+def test_a_trial_on_a_host_with_another_disk_of_the_same_path_says_so(tmp_path):
+    (tmp_path / "search.json").write_text("{}")
+    check_seen(str(tmp_path))
+    with pytest.raises(InputError, match=r"does not see .*/elsewhere of the host that started the search"):
+        check_seen(str(tmp_path / "elsewhere"))

@@ -648,6 +648,22 @@ def test_a_store_that_is_away_is_no_fault_of_the_list(tmp_path, monkeypatch):
             read("s3://mtl/list.txt")
 
 
+@pytest.mark.parametrize("command", ["predict", "export", "ensemble", "report"])
+def test_results_that_would_go_with_a_ray_job_are_refused(run, faces, monkeypatch, tmp_path, command):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")  # as `ray job submit` does
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    args = {
+        "predict": ["--runs", str(run), "--input", str(faces), "--out", "out/faces.csv"],
+        "export": [str(run), "--out", "out", "--formats", "safetensors"],
+        "ensemble": ["--runs", str(run), "--out", "out"],
+        "report": [str(run), "--out", "out"],
+    }[command]
+    done = run_here(f"mtl_dist.{command}", *args)
+    assert_one_message(done, "--out is out", "inside the working directory of a Ray job")
+    assert not list(tmp_path.iterdir())
+
+
 def test_names_that_no_table_can_hold_are_refused_at_once(run, tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()

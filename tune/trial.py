@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 from mtl_dist import storage
 from mtl_dist.config import Config, build_config, unflatten
+from mtl_dist.errors import InputError
 
 # What a trial reports to Ray Tune.
 METRIC = "p"
@@ -31,11 +33,21 @@ def run_trial(params: dict[str, Any], *, base: dict[str, Any], search_uri: str) 
     from mtl_dist.runtime.launch import run_ray
     from mtl_dist.runtime.loop import NonFiniteLoss
 
+    check_seen(search_uri)
     config = trial_config(base, params, tune.get_context().get_trial_id(), storage.join(search_uri, "trials"))
     try:
         run_ray(config, callbacks=[TuneReportCallback()])
     except NonFiniteLoss as error:
         tune.report({METRIC: LOWEST_P, EPOCH: num_epochs(config.run.uri), DIVERGED: str(error)})
+
+
+def check_seen(search_uri: str) -> None:
+    """Raise an `InputError` on a host that does not see what the search has written: another disk of the same path."""
+    if not storage.exists(storage.join(search_uri, "search.json")):
+        raise InputError(
+            f"host {socket.gethostname()} does not see {search_uri} of the host that started the search; give "
+            "--run.storage s3://bucket/prefix, or a directory that all hosts mount"
+        )
 
 
 def num_epochs(run_uri: str) -> int:

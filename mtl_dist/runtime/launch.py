@@ -24,6 +24,7 @@ from mtl_dist.machine import num_cpus
 from mtl_dist.runtime.checkpoint import committed
 from mtl_dist.runtime.engine import collective_timeout
 from mtl_dist.runtime.joining import join_cluster
+from mtl_dist.runtime.same_disk import check_seen, seen_by_all
 from mtl_dist.runtime.stopping import StopFlag, driver_signals
 from mtl_dist.runtime.torchrun import is_torchrun, join_torchrun, torchrun_rank
 
@@ -189,7 +190,7 @@ def run_ray(config: Config, *, callbacks: list | None = None) -> None:
     for name, value in RAY_TIMEOUTS.items():
         os.environ.setdefault(name, value)
     note = storage.join(config.run.uri, f"failed-{uuid.uuid4().hex[:12]}.json")
-    with driver_signals(_stop_name(note)) as signals:
+    with seen_by_all(note), driver_signals(_stop_name(note)) as signals:
         while True:
             begun = newest_step(config.run.uri)
             trainer = build_trainer(config, note=note, callbacks=callbacks)
@@ -199,7 +200,7 @@ def run_ray(config: Config, *, callbacks: list | None = None) -> None:
                 trainer.fit()
                 break
             except WorkerGroupError as error:
-                if found := _read_note(note):
+                if found := _read_note(note) or _input_error_of(error):
                     raise found from None
                 reached = newest_step(config.run.uri)
                 is_stopped = signals is not None and signals.signal
@@ -232,6 +233,13 @@ def _gave_up(config: Config, error: WorkerGroupError, reached: int) -> Exception
         f"further than step {reached}. {'; '.join(reasons[:MAX_REASONS])} (MTL_TRACEBACK=1 shows all). The same "
         f"command continues from step {reached}"
     )
+
+
+def _input_error_of(error: WorkerGroupError) -> InputError | None:
+    """Return what a rank could not note in the storage, of Ray's own report of its failures."""
+    failures = error.worker_failures.values()
+    causes = (getattr(failure, "_base_exc", failure) for failure in failures)
+    return next((cause for cause in causes if isinstance(cause, InputError)), None)
 
 
 def _stop_name(note: str) -> str:
@@ -394,6 +402,7 @@ def ray_storage(uri: str):
 def _rank_main(task: dict[str, Any]) -> None:
     from mtl_dist.runtime.loop import NonFiniteLoss, fit
 
+    check_seen(task["note"])
     if storage.exists(task["note"]):
         return
     config = Config(**task["config"])
