@@ -16,9 +16,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from mtl_dist import storage
 from mtl_dist.errors import MAX_SEED, InputError, StorageError, nearest
+from mtl_dist.parsing import MAX_YAML_BYTES, parse_yaml
 from mtl_dist.tasks import TASKS
 
 MAX_AUTO_STREAMS = 64
+MAX_SHOWN = 200  # characters of a value in a message
+MAX_PARTS = 8  # of a dotted key: more are those of no setting
 # The most of what is counted (steps, epochs, files), of a time, of a batch and of a side in pixels.
 MAX_COUNT, MAX_SECONDS, MAX_BATCH, MAX_SIDE = 10**9, 10**7, 2**20, 2048
 # Pixels: below it InceptionV3 has nothing left to pool. `small` stands for it: what runs with it runs with both.
@@ -368,7 +371,8 @@ def explain_validation(error: pydantic.ValidationError) -> str:
         if isinstance(fault.get("ctx", {}).get("error"), InputError):  # of a section below: it names its key itself
             lines.append(f"{path}.{message}")
             continue
-        value = "" if not path or isinstance(fault["input"], dict | BaseModel) else f" is {fault['input']!r}"
+        shown = repr(fault["input"])[:MAX_SHOWN]
+        value = "" if not path or isinstance(fault["input"], dict | BaseModel) else f" is {shown}"
         lines.append(f"{path}{value}: {message}" if path else message)
     return "; ".join(lines)
 
@@ -376,7 +380,7 @@ def explain_validation(error: pydantic.ValidationError) -> str:
 def read_config_file(uri: str) -> dict[str, Any]:
     """Read a YAML configuration (nested or with dotted keys), local or on s3://, as a nested dict."""
     try:
-        loaded = yaml.safe_load(storage.read_bytes(uri))
+        loaded = parse_yaml(storage.read_bytes(uri, max_bytes=MAX_YAML_BYTES))
     except StorageError:  # an OSError too, but the same command may succeed later
         raise
     except OSError as error:
@@ -394,7 +398,9 @@ def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
     """Turn dotted keys into nested dicts: {"optim.lr": 1} -> {"optim": {"lr": 1}}."""
     nested: dict[str, Any] = {}
     for key, value in flat.items():
-        for part in reversed(str(key).split(".")):
+        if len(parts := str(key).split(".")) > MAX_PARTS:
+            raise InputError(f"unknown configuration key '{str(key)[:MAX_SHOWN]}' of {len(parts)} parts")
+        for part in reversed(parts):
             value = {part: value}
         _merge(nested, value)
     return nested

@@ -87,7 +87,7 @@ def exists(uri: str) -> bool:
     return True
 
 
-def read_bytes(uri: str, *, max_bytes: int | None = None) -> bytes:
+def read_bytes(uri: str, *, max_bytes: int) -> bytes:
     """Read a whole object. Raises `InputError` before reading where it is larger than `max_bytes`."""
     parts: dict[int, bytes] = {}
 

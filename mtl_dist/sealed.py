@@ -11,6 +11,8 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from mtl_dist.parsing import parse_object
+
 SEAL = "sha256"  # the key
 
 
@@ -27,12 +29,7 @@ def unseal(data: bytes, *, unsealed: Iterable[str] = ()) -> dict[str, Any]:
     `unsealed` are the keys that files of before they were sealed may have. One with another key is damaged: that key
     may be what is left of the checksum's.
     """
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:  # of nesting a thousand deep
-        raise ValueError(f"not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"a JSON {type(content).__name__}, not an object")
+    content = parse_object(data)
     claimed = content.pop(SEAL, None)
     if claimed is None and content.keys() <= set(unsealed):
         return content

@@ -19,6 +19,7 @@ import os
 import secrets
 import shutil
 import socket
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from typing import NamedTuple
 from mtl_dist.errors import InputError
 
 SCRATCH_PREFIX = "mtl_dist-scratch-"  # of a directory in the system's place for temporary ones
+MAX_BYTES = 1 << 30  # of what is read at once, unless its reader says otherwise
 PART_PREFIX = ".part-"  # of a file that is being written; then the host's name and random letters
 ABANDONED_S = 24 * 3600  # of another host: nothing is written for a day
 UNSYNCABLE = (errno.EINVAL, errno.ENOTSUP)  # a file system that does not know how, of directories above all
@@ -71,19 +73,30 @@ def exists(uri: str) -> bool:
         return local_path(uri).is_file()
 
 
-def read_bytes(uri: str, *, max_bytes: int | None = None) -> bytes:
+def read_bytes(uri: str, *, max_bytes: int = MAX_BYTES) -> bytes:
     """Read a whole object.
 
-    Raises FileNotFoundError where there is none, and `InputError` where this user may not read it, and before reading
-    where it is larger than `max_bytes`.
+    Raises FileNotFoundError where there is none, and `InputError` where this user may not read it, where it is a device
+    or a pipe, and before reading where it is larger than `max_bytes`.
     """
     if is_s3(uri):
         return _s3().read_bytes(uri, max_bytes=max_bytes)
-    with _local_read_errors(uri), local_path(uri).open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if max_bytes is not None and size > max_bytes:
-            raise InputError(f"{uri} has {size} bytes; at most {max_bytes} are read")
-        return file.read()
+    path = local_path(uri)
+    with _local_read_errors(uri):
+        check_ends(path)
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > max_bytes:
+                raise InputError(f"{uri} has {size} bytes; at most {max_bytes} are read")
+            return file.read(max_bytes)
+
+
+def check_ends(path: Path) -> None:
+    """Raise `InputError` for a device or a pipe, which may be read for ever; what else is wrong, reading will tell."""
+    with contextlib.suppress(OSError):
+        mode = path.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise InputError(f"{path} is a device or a pipe; expected a file")
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -129,6 +142,7 @@ def download(uri: str, path: Path) -> None:
         if is_s3(uri):
             _s3().download(uri, part)
         else:
+            check_ends(local_path(uri))
             shutil.copyfile(local_path(uri), part)
 
 

@@ -15,8 +15,8 @@ FILES = [path for package in PACKAGES for path in sorted((REPO / package).rglob(
 
 # From the bottom up. A module imports from layers below its own, and from its own package.
 LAYERS = [
-    {"mtl_dist.tasks", "mtl_dist.errors", "mtl_dist.threads", "mtl_dist.sealed", "mtl_dist.processes"},
-    {"mtl_dist.s3", "mtl_dist.machine"},
+    {"mtl_dist.tasks", "mtl_dist.errors", "mtl_dist.threads", "mtl_dist.parsing", "mtl_dist.processes"},
+    {"mtl_dist.s3", "mtl_dist.sealed", "mtl_dist.machine"},
     {"mtl_dist.storage", "mtl_dist.progress"},
     {"mtl_dist.config"},
     {"mtl_dist.presets"},

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save
 
 from mtl_dist.config import CheckpointConfig, Config, build_config, flatten
 from mtl_dist.errors import InputError
@@ -25,7 +27,9 @@ from mtl_dist.runtime.checkpoint import (
     read_model,
     read_state,
 )
+from mtl_dist.runtime.members import load_model
 from mtl_dist.runtime.saving import HOUR_S, SCORES, plan_retention
+from mtl_dist.runtime.trained import open_trained
 from mtl_dist.sealed import seal
 
 IDENTITY = {"training set": "a" * 64, "validation set": "b" * 64}
@@ -239,3 +243,28 @@ def test_a_setting_newer_than_a_checkpoint_has_its_default_there():
     check_same_run(state, Config(), IDENTITY, "here")
     with pytest.raises(InputError, match="freeze_backbone"):
         check_same_run(state, build_config({"model": {"freeze_backbone": True}}), IDENTITY, "here")
+
+
+@pytest.mark.parametrize("model", [{"name": "baseline", "hidden": 65536}, {"backbone": "torchvision:regnet_y_128gf"}])
+def test_a_configuration_of_more_parameters_than_its_weights_is_refused_before_they_take_memory(model, tmp_path):
+    directory = write_checkpoint(tmp_path, 5)
+    data = save({"x": torch.zeros(1)})
+    (directory / "model.safetensors").write_bytes(data)
+    commit = json.loads((directory / "COMMIT.json").read_text())
+    commit["files"]["model.safetensors"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (directory / "COMMIT.json").write_text(json.dumps(commit))
+    (checkpoint,), _ = committed(str(tmp_path))
+    with pytest.raises(InputError, match="asks for a network of more than 200000002 parameters"):
+        load_model(checkpoint, build_config({"model": model}))
+
+
+@pytest.mark.parametrize("text", ["[" * 10**5, "[]", '{"scores": []}', '{"step": 5, "config": []}'])
+def test_a_state_of_anothers_that_is_none_is_refused(text, tmp_path):
+    directory = write_checkpoint(tmp_path, 5, 1.0)
+    (directory / "state.json").write_text(text)
+    commit = json.loads((directory / "COMMIT.json").read_text())
+    commit["files"]["state.json"] = {"bytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    (directory / "COMMIT.json").write_text(json.dumps(commit))
+    for uri in (tmp_path, directory):
+        with pytest.raises(InputError, match=r"not JSON|not an object|has the scores|state\.json is not what"):
+            open_trained(str(uri))

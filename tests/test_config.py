@@ -23,6 +23,7 @@ from mtl_dist.report.__main__ import ReportCommand
 from mtl_dist.shards import create, inspect, synth, verify
 from tests.conftest import REPO, assert_one_message, run_here
 from tune.search import SearchConfig
+from tune.space import read_space
 
 
 def parse(*args: str) -> Config:
@@ -326,3 +327,29 @@ def test_every_training_of_make_results_has_flags_that_exist():
         command = parse_command(TrainCommand, args, prog="test", description="")
         assert command.model.freeze_backbone == (command.run.name == "baseline-1")
         assert command.local
+
+
+GREEDY = {
+    "aliases of aliases": "a0: &a0 [x]\n"
+    + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 25)),
+    "a mapping of itself": "optim: &o {lr: *o}",
+    "brackets": "[" * 2_000,
+    "dots": f"{'a.' * 20_000}b: 1",
+    "a date that is none": "optim: 2026-99-99",
+    "a long number": f"optim: {{lr: {'9' * 5000}}}",
+}
+
+
+@pytest.mark.parametrize("text", GREEDY.values(), ids=GREEDY)
+def test_yaml_that_asks_for_much_is_refused_in_one_short_message(text, tmp_path):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(InputError) as refused:
+        build_config(read_config_file(str(tmp_path / "x.yaml")))
+    assert len(str(refused.value)) < 1000
+    with pytest.raises(InputError):
+        read_space(tmp_path / "x.yaml", Config())
+
+
+def test_yaml_with_a_few_aliases_is_read(tmp_path):
+    (tmp_path / "x.yaml").write_text("loss: {va: &one 2.0, expr: *one}")
+    assert read_config_file(str(tmp_path / "x.yaml")) == {"loss": {"va": 2.0, "expr": 2.0}}

@@ -23,14 +23,22 @@ import pytest
 
 from mtl_dist import s3 as requests
 from mtl_dist import storage
+from mtl_dist.config import Config, read_config_file
+from mtl_dist.data import writer
+from mtl_dist.data.annotations import read_annotations
 from mtl_dist.data.cache import Cache
+from mtl_dist.data.columns import TableOptions
 from mtl_dist.data.index import read_index
 from mtl_dist.data.loader import train_batches
 from mtl_dist.data.order import Order
 from mtl_dist.data.reader import ShardReader
+from mtl_dist.data.skipping import check_images
+from mtl_dist.data.tables import read_table
 from mtl_dist.errors import InputError, StorageError
+from mtl_dist.runtime.frames import read_image
 from tests.conftest import REPO, run_here, run_module, within
 from tests.s3_proxy import BUSY, EXPIRED, FOR_EVER, S3Proxy
+from tune.space import read_space
 
 SIZE = 48
 TIMEOUT_S = 0.5  # where something stalls; 30 s of users
@@ -163,6 +171,56 @@ def loader_threads() -> list[str]:
         if not names or time.monotonic() > give_up:
             return names
         time.sleep(0.01)
+
+
+# ----------------------------------------------------------------------------------------------------- reads that end
+
+
+@pytest.fixture(params=["device", "pipe"])
+def endless(request, tmp_path) -> Path:
+    """A path that can be read for ever, or waits for ever."""
+    path = tmp_path / "endless"
+    if request.param == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    return path
+
+
+def test_what_may_be_read_for_ever_is_refused_by_name(endless, tmp_path):
+    (tmp_path / "set").mkdir()
+    for name in ("x.csv", "x.parquet", "x.jpg", "set/index.json"):
+        (tmp_path / name).symlink_to(endless)
+    reads = [
+        lambda: storage.read_bytes(str(endless)),
+        lambda: storage.download(str(endless), tmp_path / "copy"),
+        lambda: read_annotations(endless),
+        lambda: read_table(tmp_path / "x.csv", TableOptions()),
+        lambda: read_table(tmp_path / "x.parquet", TableOptions()),
+        lambda: read_image(tmp_path / "x.jpg"),
+        lambda: read_index(str(tmp_path / "set")),
+        lambda: read_config_file(str(endless)),
+        lambda: read_space(endless, Config()),
+        lambda: check_images((tmp_path, ["x.jpg"])),
+    ]
+    for read in reads:
+        with pytest.raises(InputError, match="is a device or a pipe; expected a file"):
+            read()
+
+
+def test_a_file_of_40_gb_is_refused_and_not_read(tmp_path):
+    sparse = tmp_path / "x.jpg"
+    sparse.touch()
+    os.truncate(sparse, 40 << 30)
+    (tmp_path / "x.csv").symlink_to(sparse)
+    for read in (storage.read_bytes, read_image, read_config_file, lambda path: read_annotations(Path(path))):
+        with pytest.raises(InputError, match=r"has 42949672960 bytes; at most \d+ are read"):
+            read(str(sparse))
+    with pytest.raises(InputError, match=r"x\.csv"):
+        read_table(tmp_path / "x.csv", TableOptions())
+    assert check_images((tmp_path, ["x.jpg"]))["x.jpg"].startswith("no picture")
+    with pytest.raises(InputError, match=r"x\.jpg \(row 3\): no picture"):
+        writer._read_image(str(sparse), 3, np.empty(100, np.uint8))
 
 
 # -------------------------------------------------------------------------------------------------- the store, a while

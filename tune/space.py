@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import yaml
 
+from mtl_dist import storage
 from mtl_dist.config import Config, build_config, flatten, unflatten
 from mtl_dist.errors import InputError, nearest
+from mtl_dist.parsing import MAX_YAML_BYTES, parse_yaml
 
 # Learning rates relative to the preset's are found in `default_space`; loss weights matter by their ratios.
 LOSS_WEIGHTS = {"loguniform": [0.3, 3.0]}
@@ -42,7 +44,7 @@ def is_own(key: str) -> bool:
 def read_space(path: Path, config: Config) -> Space:
     """Read a space such as `optim.lr: {loguniform: [1e-4, 1e-2]}`. Raises `InputError` naming path, kind and values."""
     try:
-        loaded = yaml.safe_load(path.read_text())
+        loaded = parse_yaml(storage.read_bytes(str(path), max_bytes=MAX_YAML_BYTES))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"search space {path} cannot be read: {error}; give a YAML file") from None
     if not isinstance(loaded, dict) or not loaded:

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv
 
+from mtl_dist import storage
 from mtl_dist.errors import InputError
 from mtl_dist.tasks import AUS, EXPRESSIONS, MISSING_AU, MISSING_EXPR, MISSING_VA, NUM_AUS
 
@@ -53,7 +54,7 @@ class Annotations(NamedTuple):
 def read_annotations(path: Path) -> Annotations:
     """Parse an annotation file. Raises `InputError` naming file, line, value and what was expected."""
     try:
-        data = path.read_bytes()
+        data = storage.read_bytes(str(path))
         text = data.decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"annotations {path} cannot be read: {error.strerror}; expected an s-Aff-Wild2 file") from None

@@ -20,7 +20,7 @@ import numpy as np
 
 from mtl_dist import storage
 from mtl_dist.data.annotations import Annotations
-from mtl_dist.data.decode import KINDS, DecodeError, ForeignPicture, decode_picture
+from mtl_dist.data.decode import KINDS, MAX_IMAGE_BYTES, DecodeError, ForeignPicture, decode_picture
 from mtl_dist.data.sources import with_choice
 from mtl_dist.errors import InputError
 from mtl_dist.processes import process_pool
@@ -206,7 +206,9 @@ def check_images(task: tuple[Path, list[str]]) -> dict[str, str]:
     found = {}
     for name in names:
         try:
-            data = (directory / name).read_bytes()
+            storage.check_ends(directory / name)
+            with (directory / name).open("rb") as file:
+                data = file.read(MAX_IMAGE_BYTES + 1)
             if data:
                 decode_picture(data)
             else:

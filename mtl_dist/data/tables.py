@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv, parquet
 
+from mtl_dist import storage
 from mtl_dist.data.annotations import MAX_NAME_BYTES, Annotations, find_bad_name
 from mtl_dist.data.columns import FORMATS, ExpressionCodes, FoundColumns, TableOptions, describe_columns, find_columns
 from mtl_dist.data.splits import video_of
@@ -26,6 +27,7 @@ from mtl_dist.tasks import AUS, MISSING_AU, MISSING_EXPR, PERSON
 SUFFIXES = (".csv", ".parquet")
 MISSING_TEXT = ("", "nan", "NaN", "NA", "N/A", "null", "NULL")
 SPLIT_NAMES = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1}
+MAX_HEADER_CHARS = 1 << 20
 MAX_LINE_CHARS = 200  # of a table's first line in one message
 TEXT = pa.large_string()  # a column may hold more than 2 GiB
 
@@ -202,12 +204,14 @@ class _Header(NamedTuple):
 
 def _read_header(path: Path, options: TableOptions) -> _Header:
     try:
+        storage.check_ends(path)
         if path.suffix.lower() == ".parquet":
             names = parquet.read_schema(path).names
         else:
             # Not Arrow's: its stream would judge the first rows too, without a row's number.
             with path.open(encoding="utf-8-sig", newline="") as file:
-                names = next(python_csv.reader(line for line in file if line.strip()), [])
+                lines = iter(lambda: file.readline(MAX_HEADER_CHARS), "")
+                names = next(python_csv.reader(line for line in lines if line.strip()), [])
     except OSError as error:
         raise InputError(f"table {path} cannot be read: {error.strerror or error}; expected a table") from None
     except (pa.ArrowInvalid, python_csv.Error, UnicodeDecodeError) as error:

@@ -26,7 +26,7 @@ from isal.isal_zlib import crc32  # zlib's, at a fifth of its time
 from mtl_dist import storage
 from mtl_dist.data import ustar
 from mtl_dist.data.annotations import Annotations
-from mtl_dist.data.decode import KINDS, DecodeError, ForeignPicture, as_jpeg
+from mtl_dist.data.decode import KINDS, MAX_IMAGE_BYTES, DecodeError, ForeignPicture, as_jpeg
 from mtl_dist.data.index import FORMAT, INDEX_NAME, Index, ShardEntry, dump_index, read_index
 from mtl_dist.data.sidecar import Sidecar, dump_sidecar, pack_names, read_about
 from mtl_dist.errors import InputError
@@ -366,7 +366,7 @@ def _entry(name: str, sidecar: bytes) -> ShardEntry:
 def _read_image(path: str, row: int, scratch: np.ndarray) -> bytes:
     try:
         with open(path, "rb", buffering=0) as file:
-            image = as_jpeg(file.read(), scratch, exif="ignore").jpeg
+            image = as_jpeg(file.read(MAX_IMAGE_BYTES + 1), scratch, exif="ignore").jpeg
     except ForeignPicture as error:
         raise InputError(
             f"image {path} (row {row}): {error}; expected a {KINDS}; convert it: the shards that are "

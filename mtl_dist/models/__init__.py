@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from mtl_dist.errors import InputError
 from mtl_dist.models.backbones import Backbone, build_backbone, load_backbone_weights, load_imagenet_weights
@@ -49,6 +52,28 @@ def build_model(
     if config.freeze_backbone:
         model.backbone.freeze()
     return model
+
+
+class TooLarge(Exception):
+    """A network of more parameters than were allowed."""
+
+
+@contextlib.contextmanager
+def at_most(parameters: int) -> Iterator[None]:
+    """Raise `TooLarge` as soon as what is built in the block has more parameters; before they take memory."""
+    total = 0
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal total
+        total += 0 if parameter is None else parameter.numel()
+        if total > parameters:
+            raise TooLarge(f"more than {parameters} parameters")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _build_heads(config: ModelConfig, backbone: Backbone, input_size: int | None) -> nn.Module:

@@ -13,7 +13,6 @@ believed dead that wakes up cannot spoil what its successor saved. `saving.py` w
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable
@@ -27,13 +26,14 @@ from torch import Tensor
 from mtl_dist import storage
 from mtl_dist.config import Config, explain_validation, flatten
 from mtl_dist.errors import InputError
+from mtl_dist.parsing import parse_object
 from mtl_dist.sealed import unseal
 from mtl_dist.tasks import AUS, EXPRESSIONS
 
 FORMAT = "mtl_dist-checkpoint-2"
 COMMIT, STATE, MODEL, TRAIN = "COMMIT.json", "state.json", "model.safetensors", "train.safetensors"
 CLASSES = {"expressions": list(EXPRESSIONS), "aus": list(AUS)}  # the order of a model's outputs, in state.json
-MAX_COMMIT_BYTES = 1 << 20
+MAX_COMMIT_BYTES, MAX_STATE_BYTES, MAX_TENSOR_BYTES = 1 << 20, 16 << 20, 16 << 30
 MAX_MESSAGE = 1000  # characters
 DIRECTORY = re.compile(r"step_(\d{9})_([0-9a-f]{8})")
 # Settings that may change between parts of a run: they move or time the work, and leave its result.
@@ -179,9 +179,11 @@ def read_commit(uri: str) -> Checkpoint:
 
 def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
     """Read and verify state.json. Raises ValueError where it is damaged."""
-    state = json.loads(_read_verified(checkpoint, STATE))
-    wrong = {n: None for n, v in state.get("scores", {}).items() if isinstance(v, float) and not math.isfinite(v)}
-    return state | ({"scores": state["scores"] | wrong} if wrong else {})
+    state = parse_object(_read_verified(checkpoint, STATE, max_bytes=MAX_STATE_BYTES))
+    if not isinstance(scores := state.get("scores", {}), dict):
+        raise ValueError(f"{storage.join(checkpoint.uri, STATE)} has the scores {str(scores)[:80]!r}")
+    wrong = {n: None for n, v in scores.items() if isinstance(v, float) and not math.isfinite(v)}
+    return state | ({"scores": scores | wrong} if wrong else {})
 
 
 def find_damage(checkpoint: Checkpoint) -> str | None:
@@ -266,9 +268,11 @@ def _say_skipped(skipped: list[str]) -> None:
         print(f"passed over {reason}", flush=True)
 
 
-def _read_verified(checkpoint: Checkpoint, name: str) -> bytes:
-    """Read a checkpoint's file. Raises ValueError where it is not what COMMIT says."""
+def _read_verified(checkpoint: Checkpoint, name: str, *, max_bytes: int = MAX_TENSOR_BYTES) -> bytes:
+    """Read a checkpoint's file. Raises ValueError where it is not what COMMIT says, or larger than `max_bytes`."""
     about, where = checkpoint.files[name], storage.join(checkpoint.uri, name)
+    if about["bytes"] > max_bytes:
+        raise ValueError(f"{where} has {about['bytes']} bytes; at most {max_bytes} are read")
     with storage.scratch_directory("read") as scratch:
         path = scratch / "file"
         storage.download(where, path)

@@ -20,11 +20,13 @@ from mtl_dist.data.index import Index, check_stored, read_index
 from mtl_dist.data.loader import eval_batches
 from mtl_dist.data.reader import ShardReader
 from mtl_dist.errors import InputError
-from mtl_dist.models import build_model
+from mtl_dist.models import TooLarge, at_most, build_model
 from mtl_dist.objective.metrics import Predictions, Targets
 from mtl_dist.objective.smoothing import video_names
 from mtl_dist.runtime.checkpoint import CLASSES, Checkpoint, best, committed, read_model, read_state
 from mtl_dist.runtime.evaluate import Predicted, predict
+
+MAX_CUT_OFF = 200_000_000  # parameters: VGG's are 124 million
 
 
 class Member(NamedTuple):
@@ -64,12 +66,12 @@ def open_member(run_uri: str, val_uri: str | None = None) -> Member:
         check_stored(val_uri, val)
     except InputError as error:
         raise InputError(f"the validation set of run {run_uri}: {error}{moved}") from None
-    if val.sha256 != state["identity"]["validation set"]:
+    if val.sha256 != state["identity"].get("validation set"):
         raise InputError(
             f"{val_uri} is not the validation set that {checkpoint.uri} was scored on; give the right one with --val"
         )
     return Member(
-        run_uri, checkpoint, config, val_uri, val, state["identity"]["training set"], newest_step,
+        run_uri, checkpoint, config, val_uri, val, state["identity"].get("training set", ""), newest_step,
         state.get("total_steps"))  # fmt: skip
 
 
@@ -115,6 +117,8 @@ def open_checkpoint(run_uri: str) -> Opened:
 
 def check_classes(checkpoint: Checkpoint, state: dict) -> None:
     """Raise `InputError` where a checkpoint's outputs would be taken for those of other classes."""
+    if not all(isinstance(state.get(name), dict) for name in ("config", "identity")):
+        raise InputError(f"{checkpoint.uri}/state.json is not what training writes: no config, or no identity")
     # Checkpoints of before the order was noted have this one: there has been no other.
     if state.get("classes", CLASSES) != CLASSES:
         raise InputError(
@@ -125,11 +129,21 @@ def check_classes(checkpoint: Checkpoint, state: dict) -> None:
 
 def load_model(checkpoint: Checkpoint, config: Config) -> nn.Module:
     """Build a checkpoint's model on the CPU with its weights, in evaluation mode. Raises `InputError`."""
-    model = build_model(config.model.model_copy(update={"weights": "none"}), input_size=config.input_size)
     try:
-        model.load_state_dict(read_model(checkpoint))
+        weights = read_model(checkpoint)
+        # A stranger's configuration may ask for any network. Libraries' are built with classifiers that are cut off.
+        with at_most(2 * sum(tensor.numel() for tensor in weights.values()) + MAX_CUT_OFF):
+            model = build_model(config.model.model_copy(update={"weights": "none"}), input_size=config.input_size)
+        model.load_state_dict(weights)
     except FileNotFoundError:
         raise deleted(checkpoint) from None
+    except TooLarge as error:
+        raise InputError(
+            f"{checkpoint.uri}: its configuration asks for a network of {error}, and its weights are fewer than half "
+            "as many: they do not belong together"
+        ) from None
+    except InputError:
+        raise
     except (ValueError, RuntimeError) as error:
         raise InputError(f"{checkpoint.uri}: {error}; delete it to use the next best checkpoint") from None
     return model.eval()

@@ -13,7 +13,15 @@ from mtl_dist import storage
 from mtl_dist.config import Config, build_config, explain_validation, flatten, unflatten
 from mtl_dist.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from mtl_dist.errors import InputError
-from mtl_dist.runtime.checkpoint import DIRECTORY, MODEL, Checkpoint, CommittedFile, committed, read_state
+from mtl_dist.runtime.checkpoint import (
+    DIRECTORY,
+    MAX_TENSOR_BYTES,
+    MODEL,
+    Checkpoint,
+    CommittedFile,
+    committed,
+    read_state,
+)
 from mtl_dist.runtime.members import check_classes, deleted, load_model, open_checkpoint
 from mtl_dist.sealed import unseal
 from mtl_dist.tasks import AUS, EXPRESSIONS
@@ -146,5 +154,7 @@ def _open_exported(uri: str) -> Trained:
 
 def _check_weights(checkpoint: Checkpoint) -> None:
     where = storage.join(checkpoint.uri, MODEL)
-    if hashlib.sha256(storage.read_bytes(where)).hexdigest() != checkpoint.files[MODEL]["sha256"]:
+    about = checkpoint.files[MODEL]
+    data = storage.read_bytes(where, max_bytes=min(about["bytes"], MAX_TENSOR_BYTES))
+    if hashlib.sha256(data).hexdigest() != about["sha256"]:
         raise InputError(f"{where} is damaged: its sha256 is not what {EXPORTED_CONFIG} says; export the run again")

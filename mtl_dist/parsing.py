@@ -1,0 +1,43 @@
+"""JSON and YAML of anyone's: what takes a few bytes and asks for much is an error."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import yaml
+
+MAX_YAML_BYTES, MAX_YAML_NODES = 1 << 20, 10_000
+
+
+def parse_object(data: bytes | str) -> dict[str, Any]:
+    """Parse an object of JSON, of anyone's. Raises ValueError for what is none."""
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:  # of nesting a thousand deep
+        raise ValueError(f"not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"a JSON {type(content).__name__}, not an object")
+    return content
+
+
+def parse_yaml(data: bytes | str) -> Any:
+    """Parse YAML of anyone's. Raises yaml.YAMLError, also for what takes a few bytes and asks for much."""
+    try:
+        if (count := _count_nodes(yaml.compose(data, yaml.SafeLoader), {})) > MAX_YAML_NODES:
+            raise yaml.YAMLError(f"it stands for {count} values, its aliases written out; expected {MAX_YAML_NODES}")
+        return yaml.safe_load(data)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deep, or holds itself") from None
+    except ValueError as error:  # a date, or a number, that is none
+        raise yaml.YAMLError(str(error)) from None
+
+
+def _count_nodes(node: yaml.Node | None, counted: dict[int, int]) -> int:
+    """Count values, those behind an alias as often as it is there; one that holds itself is a RecursionError."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in counted:
+        parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        counted[id(node)] = 1 + sum(_count_nodes(part, counted) for part in parts)
+    return counted[id(node)]
