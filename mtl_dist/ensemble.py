@@ -21,7 +21,6 @@ test list also test_predictions.parquet and submission.txt, the challenge's file
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -31,6 +30,7 @@ import tyro
 from mtl_dist import storage
 from mtl_dist.data.decode import Exif
 from mtl_dist.errors import OPTION_BOUNDS, InputError, check_numbers, plain_refusals, run_command
+from mtl_dist.sealed import seal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -173,7 +173,7 @@ def main(args: list[str] | None = None) -> None:
         predicted = [tables[name][TEST].predicted for name in members]
         test_files, notes = _render_test(test_names, predicted, fitted.final if fitted else None)
         files |= test_files
-    _write(command.out, files | {"score.json": json.dumps(report, indent=1, allow_nan=False).encode()})
+    _write(command.out, files | {"score.json": seal(report)})
     print_scores(results, title=f"{report['rows']} validation rows")
     if steps:
         num_folds = len(fitted.crossfit.calibrations)
@@ -280,8 +280,8 @@ def _calibrate(found: list[PredictionTable], command: EnsembleCommand) -> Fitted
     if videos == images:
         print(
             "note: no image names a video that it shares with another, so single images are dealt into folds: where "
-            "several show one person, what is fitted on some is scored on that person too; a set made from a table with a "
-            "column person keeps people apart"
+            "several show one person, what is fitted on some is scored on that person too; a set made from a table with "
+            "a column person keeps people apart"
         )
     with progress_bar("fitting", int(folds.max()) + 2) as advance:
         crossfit = cross_fit(members, targets, timeline, folds=folds, progress=advance, **options)

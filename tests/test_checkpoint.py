@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from mtl_dist.runtime.checkpoint import (
     read_model,
     read_state,
 )
+from mtl_dist.runtime.lives import DamagedLives, read_lives
 from mtl_dist.runtime.members import load_model
 from mtl_dist.runtime.saving import HOUR_S, SCORES, plan_retention
 from mtl_dist.runtime.trained import open_trained
@@ -268,3 +270,15 @@ def test_a_state_of_anothers_that_is_none_is_refused(text, tmp_path):
     for uri in (tmp_path, directory):
         with pytest.raises(InputError, match=r"not JSON|not an object|has the scores|state\.json is not what"):
             open_trained(str(uri))
+
+
+def test_every_flipped_bit_of_the_list_of_starts_is_found_or_changes_nothing(tmp_path):
+    start = {"life": "1f3a9c2e", "started": "2026-11-29T12:00:00Z", "step": 3, "num_ranks": 2}
+    starts = [start | {"host": "a", "command": "c", "typed": "python"}]
+    where = tmp_path / "lives.json"
+    where.write_text(json.dumps(starts))  # of before it was sealed
+    assert read_lives(str(tmp_path)) == starts
+    for data in flips(seal({"starts": starts})):
+        where.write_bytes(data)
+        with contextlib.suppress(DamagedLives):
+            assert read_lives(str(tmp_path)) == starts, data

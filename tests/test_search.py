@@ -307,11 +307,14 @@ def test_a_search_begun_before_a_setting_existed_continues(tmp_path):
     check_same_search(str(tmp_path), config, search, space)
     path = tmp_path / "search.json"
     stored = json.loads(path.read_text())
-    del stored["optim.nesterov"]
+    del stored["optim.nesterov"], stored["sha256"]
     path.write_text(json.dumps(stored))
     check_same_search(str(tmp_path), config, search, space)
     with pytest.raises(InputError, match=r"was begun with search\.trials 20, not 7"):
         check_same_search(str(tmp_path), config, SearchConfig(trials=7), space)
+    path.write_bytes(path.read_bytes().replace(b"0.001", b"0.003"))
+    with pytest.raises(InputError, match=r"search\.json is damaged \(its checksum"):
+        check_same_search(str(tmp_path), config, search, space)
     path.write_text("{")
     with pytest.raises(InputError, match=r"search\.json is damaged"):
         check_same_search(str(tmp_path), config, search, space)

@@ -283,7 +283,7 @@ def test_the_status_of_a_run_is_told_from_its_storage(shards, tmp_path):
     (Path(found[0].uri) / "COMMIT.json").unlink()
     damaged = Path(found[1].uri) / "train.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
-    lives = json.loads((tmp_path / "run" / "lives.json").read_text())
+    lives = read_lives(f"{tmp_path}/run")
     lives[-1] |= {"typed": "python \x1b]0;a title\x07 [/red]", "host": "[/red]\x1b[2J"}  # a stranger's
     (tmp_path / "run" / "lives.json").write_text(json.dumps(lives))
     done = run_module("mtl_dist.train", "--status", str(tmp_path / "run"))

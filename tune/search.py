@@ -29,6 +29,7 @@ from mtl_dist import storage
 from mtl_dist.config import MAX_COUNT, Config, Name, Section, flatten
 from mtl_dist.errors import InputError, run_command
 from mtl_dist.presets import CommandConfig, config_of, parse_command
+from mtl_dist.sealed import seal, unseal
 from tune.space import Space, build_param_space, default_space, is_own, read_space
 from tune.trial import DIVERGED, EPOCH, METRIC, run_trial, trial_config
 
@@ -302,10 +303,10 @@ def check_same_search(search_uri: str, config: Config, search: SearchConfig, spa
     wanted = _settings(config, search) | {"space": space}
     if storage.exists(uri):
         try:
-            stored = json.loads(storage.read_bytes(uri))
+            stored = unseal(storage.read_bytes(uri), unsealed=wanted)
             # A setting that was unknown then was what its default is.
             stored = _settings(Config(), SearchConfig()) | stored
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise InputError(
                 f"{uri} is damaged ({error}); restore it, or give this search another --search.name"
             ) from None
@@ -315,7 +316,7 @@ def check_same_search(search_uri: str, config: Config, search: SearchConfig, spa
                     f"search {search_uri} was begun with {key} {stored.get(key)!r}, not {wanted.get(key)!r}; give this "
                     "one another --search.name"
                 )
-    storage.write_bytes(uri, json.dumps(wanted, indent=1).encode())
+    storage.write_bytes(uri, seal(wanted))
 
 
 def _settings(config: Config, search: SearchConfig) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from mtl_dist.data.decode import KINDS, MAX_IMAGE_BYTES, DecodeError, ForeignPic
 from mtl_dist.data.sources import with_choice
 from mtl_dist.errors import InputError
 from mtl_dist.processes import process_pool
+from mtl_dist.sealed import seal, unseal
 
 SKIPPED_NAME = "skipped.csv"
 CHECKED_NAME = "checked.json"
@@ -114,7 +114,7 @@ def write_skipped(dest: str, skipped: list[Skipped]) -> None:
 def write_checked(kept: Kept) -> None:
     """Keep what was found for the next run."""
     for where, checked in kept.checked.items():
-        storage.write_bytes(where, json.dumps(checked, indent=1).encode())
+        storage.write_bytes(where, seal(checked))
 
 
 def _distinct(splits: dict[str, Annotations]) -> list[str]:
@@ -166,12 +166,12 @@ def _state_of(directory: Path, names: list[str]) -> str:
 def _read_checked(where: str, state: str) -> dict[str, str] | None:
     """Return the reasons of bad images, by name, that an earlier run found in this state of them; None if none did."""
     try:
-        checked = json.loads(storage.read_bytes(where))
+        checked = unseal(storage.read_bytes(where), unsealed=("format", "images_sha256", "bad"))
         if (checked["format"], checked["images_sha256"]) != (CHECKED_FORMAT, state):
             return None
         bad = checked["bad"]
         return bad if all(isinstance(reason, str) for reason in bad.values()) else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (FileNotFoundError, ValueError, KeyError, AttributeError):
         return None  # none yet, torn, or another program's: looked at again
 
 

@@ -5,7 +5,6 @@ Runs that differ in nothing but their seed are one method.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +31,7 @@ from mtl_dist.runtime.checkpoint import FREE, MODEL
 from mtl_dist.runtime.evaluate import Predicted
 from mtl_dist.runtime.members import Member, predict_member, row_names, unique_names
 from mtl_dist.runtime.predictions import check_finite, prediction_table, read_key, read_predictions, write_parquet
+from mtl_dist.sealed import unseal
 from mtl_dist.tasks import AUS, NUM_AUS, NUM_EXPRESSIONS, LabelCounts
 
 CONSTANT, ENSEMBLE, CALIBRATED = "constant predictor", "ensemble", "ensemble, calibrated"
@@ -40,6 +40,8 @@ CACHE_FORMAT = "mtl_dist-report-1"
 BASELINE, SYSTEM_B, SYSTEM_A = "baseline", "B (SMM-EmotionNet)", "A"
 MODEL_LABELS = {"baseline": BASELINE, "b": SYSTEM_B, "a": SYSTEM_A}
 ALL = slice(None)
+# Of score.json, before it was sealed.
+SCORE_KEYS = ("p", "p_calibrated", "covers", "scores", "steps", "calibration", "members", "rows", "test", "options")
 TRAINING_SET = "training set"  # what settings call the checksum of its index
 COMBINING = ("steps", "folds", "half_windows")  # options of an ensemble that make it another method
 ORDER = (BASELINE, SYSTEM_B, SYSTEM_A)  # as the paper's tables have them; other models after these
@@ -186,7 +188,7 @@ def open_ensemble(uri: str, members: list[Member], images: list[str]) -> list[Re
     """
     where = storage.join(uri, "score.json")
     try:
-        about = json.loads(storage.read_bytes(where))
+        about = unseal(storage.read_bytes(where), unsealed=SCORE_KEYS)
         shas = {(m["view"], m["validation_set"]["sha256"]) for m in about["members"]}
         plain, steps = about["scores"][ENSEMBLE], about.get("steps") or {}
     except FileNotFoundError:

@@ -22,6 +22,7 @@ from mtl_dist.report.pictures import Pictures
 from mtl_dist.report.results import CONSTANT, Method
 from mtl_dist.runtime.device import named_device
 from mtl_dist.runtime.members import Member
+from mtl_dist.sealed import seal, unseal
 
 if TYPE_CHECKING:
     import torch
@@ -65,15 +66,16 @@ def _remove_earlier(out: str, files: dict[str, bytes]) -> None:
     """Remove what an earlier report wrote here and this one does not; nothing that others put beside it."""
     where = storage.join(out, LISTING_NAME)
     try:
-        earlier = set(json.loads(storage.read_bytes(where)))
-    except (FileNotFoundError, ValueError, TypeError):
+        data = storage.read_bytes(where)  # a list, of before it was sealed
+        earlier = set(json.loads(data) if data.startswith(b"[") else unseal(data)["files"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         earlier = set()
     # Should this one be interrupted, the next still knows of both.
-    storage.write_bytes(where, json.dumps(sorted(earlier | files.keys())).encode())
+    storage.write_bytes(where, seal({"files": sorted(earlier | files.keys())}))
     for name in earlier - files.keys():
         if name.startswith(("figures/", "tables/")) and ".." not in name.split("/"):
             storage.delete(storage.join(out, name))
-    storage.write_bytes(where, json.dumps(sorted(files)).encode())
+    storage.write_bytes(where, seal({"files": sorted(files)}))
 
 
 def draw(evidence: Evidence, command: ReportCommand, device: torch.device) -> Drawings:

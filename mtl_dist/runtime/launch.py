@@ -3,7 +3,6 @@ importer of ray."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shlex
@@ -27,6 +26,7 @@ from mtl_dist.runtime.joining import join_cluster
 from mtl_dist.runtime.same_disk import check_seen, seen_by_all
 from mtl_dist.runtime.stopping import StopFlag, driver_signals
 from mtl_dist.runtime.torchrun import is_torchrun, join_torchrun, torchrun_rank
+from mtl_dist.sealed import seal, unseal
 
 if TYPE_CHECKING:
     from ray.train import WorkerGroupError
@@ -411,7 +411,7 @@ def _rank_main(task: dict[str, Any]) -> None:
     except InputError as error:
         kind = NonFiniteLoss if isinstance(error, NonFiniteLoss) else InputError
         about = {"kind": kind.__name__, "message": str(error)}
-        storage.write_bytes(task["note"], json.dumps(about).encode())
+        storage.write_bytes(task["note"], seal(about))
         raise
 
 
@@ -420,8 +420,10 @@ def _read_note(uri: str) -> Exception | None:
     from mtl_dist.runtime.loop import NonFiniteLoss
 
     try:
-        about = json.loads(storage.read_bytes(uri))
+        about = unseal(storage.read_bytes(uri))
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        return RunFailed(f"a rank gave up, and its reason in {uri} is damaged: {error}")
     storage.delete(uri)
     return {"InputError": InputError, "NonFiniteLoss": NonFiniteLoss}[about["kind"]](about["message"])

@@ -16,8 +16,9 @@ from typing import Any
 from mtl_dist import storage
 from mtl_dist.errors import InputError
 from mtl_dist.runtime.checkpoint import committed, on_rank_0
+from mtl_dist.sealed import seal, unseal
 
-LIVES = "lives.json"
+LIVES, STARTS = "lives.json", "starts"
 FIELDS = {
     "life": str,
     "started": str,
@@ -80,9 +81,7 @@ class Life:
         self._write()
 
     def _write(self) -> None:
-        storage.write_bytes(
-            storage.join(self.run_uri, LIVES), json.dumps(self.known, indent=1, allow_nan=False).encode()
-        )
+        storage.write_bytes(storage.join(self.run_uri, LIVES), seal({STARTS: self.known}))
 
 
 def begin_life(run_uri: str, *, command: str, num_ranks: int, typed: str = "") -> Life:
@@ -120,7 +119,9 @@ def read_lives(run_uri: str) -> list[dict[str, Any]]:
     """Return every start of a run, the latest last: `FIELDS`, and `typed`. Raises `DamagedLives`."""
     where = storage.join(run_uri, LIVES)
     try:
-        lives = json.loads(storage.read_bytes(where))
+        data = storage.read_bytes(where)
+        # Of before it was sealed it is a list.
+        lives = json.loads(data) if data.lstrip().startswith(b"[") else unseal(data).get(STARTS)
         wrong = next((life for life in lives if not _is_life(life)), None) if isinstance(lives, list) else lives
         reason = None if isinstance(lives, list) and wrong is None else f"expected starts, found {str(wrong)[:80]!r}"
     except FileNotFoundError:
