@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -61,12 +62,27 @@ def test_the_key_of_a_table_is_read_back_only_where_the_table_is_whole(tmp_path)
     assert read_key(str(path)) == "of this model"
     whole = path.read_bytes()
     damaged = bytearray(whole)
-    damaged[len(whole) // 3] ^= 1  # in a column
+    damaged[100] ^= 1  # in a column
     for data in (whole[:-100], bytes(damaged), b""):
         path.write_bytes(data)
         assert read_key(str(path)) is None
         with pytest.raises(InputError, match="not a table of predictions"):
             read_predictions(str(path))
+
+
+def test_a_table_whose_content_is_not_what_its_checksum_says_is_damaged(tmp_path):
+    """Bits between the pages that Parquet checks, such as where a page begins, change values in silence."""
+    path = tmp_path / "sealed.parquet"
+    write_parquet(str(path), prediction_table(make_predicted(9), ["v/1.jpg"] * 9, labels=True), key="of this model")
+    table = pq.read_table(path)
+    place = table.column_names.index("label_AU1")
+    other = table.set_column(place, "label_AU1", pa.array([None] * 9, pa.float32()))
+    pq.write_table(other, path)
+    assert read_key(str(path)) is None
+    with pytest.raises(InputError, match="its checksum does not match its content"):
+        read_predictions(str(path))
+    pq.write_table(other.replace_schema_metadata(), path)  # as tables of before were
+    assert not read_predictions(str(path)).predicted.targets.au_mask[:, 0].any()
 
 
 def test_a_foreign_table_is_refused(tmp_path):

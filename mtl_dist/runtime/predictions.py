@@ -7,6 +7,7 @@ null where missing).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from mtl_dist.runtime.evaluate import Predicted, finite_rows
 from mtl_dist.tasks import AUS, EXPRESSIONS
 
 _VA = ("valence", "arousal")
-_KEY = b"mtl_dist"  # in the schema's metadata
+_KEY, _SEAL = b"mtl_dist", b"mtl_dist.sha256"  # in the schema's metadata
 _AU_NAMES = tuple(f"AU{number}" for number in AUS)
 
 
@@ -108,10 +109,12 @@ def prediction_table(
 
 
 def write_parquet(uri: str, table: pa.Table, *, key: str = "") -> None:
-    """Write a table as Parquet to a local path or s3:// URI, whole or not at all; `key` says what it was made of."""
+    """Write a table as Parquet to a local path or s3:// URI, whole or not at all; `key` says what it was made of.
+
+    Its content's sha256 is in it too: the checksums of Parquet's pages leave out what is between them.
+    """
     sink = pa.BufferOutputStream()
-    if key:
-        table = table.replace_schema_metadata({_KEY: key})
+    table = table.replace_schema_metadata(({_KEY: key} if key else {}) | {_SEAL: _digest(table)})
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     storage.write_bytes(uri, sink.getvalue().to_pybytes())
 
@@ -155,9 +158,26 @@ def read_predictions(uri: str) -> PredictionTable:
 def _parse(data: bytes) -> pa.Table:
     """Read Parquet, checksums checked. Raises ValueError for what is none or is damaged."""
     try:
-        return pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+        table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+        claimed = (table.schema.metadata or {}).get(_SEAL)
+        is_whole = claimed is None or claimed.decode() == _digest(table)  # None: of before there was one
     except (pa.ArrowException, OSError) as error:  # Arrow calls a damaged page an OSError
         raise ValueError(str(error)) from None
+    if not is_whole:
+        raise ValueError("its checksum does not match its content")
+    return table
+
+
+def _digest(table: pa.Table) -> str:
+    sha256 = hashlib.sha256()
+    for name, column in zip(table.column_names, table.columns):
+        sha256.update(f"{name}\0{column.type}\0".encode())
+        sha256.update(np.packbits(column.is_null().to_numpy()).tobytes())
+        if pa.types.is_string(column.type):
+            sha256.update("\0".join(column.fill_null("").to_pylist()).encode())
+        else:
+            sha256.update(np.ascontiguousarray(column.fill_null(0).to_numpy()).tobytes())
+    return sha256.hexdigest()
 
 
 def _floats(names, values: np.ndarray, missing: np.ndarray | None = None) -> dict[str, pa.Array]:
