@@ -288,6 +288,8 @@ def test_what_cannot_be_shown_as_it_was_meant_is_said(tmp_path):
     assert "1 video(s), such as hdr.mkv, PQ, are HDR" in lines
     assert "1 video(s), such as alpha.mkv, are transparent" in lines
     assert "of 4 frame(s), such as hdr.mkv, 96 x 80, the middle square was taken" in lines
+    read(tmp_path / "hdr.mkv", size=7, seen=seen)  # 80 pixels are much more than it reads
+    assert "3 picture(s) or frame(s), such as hdr.mkv, 96 x 80, are much larger" in "\n".join(seen.lines())
     both = Seen()
     both.add(seen)
     both.add(seen)  # of a video that two parts read

@@ -66,7 +66,7 @@ NOTES = {
     "lying": "{n} picture(s), such as {first}, lie on their side by their EXIF and were taken as they are stored",
     "shape": "{n} picture(s), such as {first}, are far from square and were squashed; the models expect pictures cut "
     "to one face",
-    "large": "{n} picture(s), such as {first}, are much larger than what the models read; they expect pictures cut to "
+    "large": "{n} picture(s) or frame(s), such as {first}, are much larger than what the models read; they expect pictures cut to "
     "one face, and find none in a scene",
     "middle": "of {n} frame(s), such as {first}, the middle square was taken; the models expect that one face fills it",
     "streams": "{n} video(s), such as {first}, hold several pictures; one was read",

@@ -20,7 +20,7 @@ import numpy as np
 
 from mtl_dist.data.decode import MAX_SIDE, flatten, resize, turn
 from mtl_dist.errors import InputError
-from mtl_dist.runtime.frames import Seen, batched
+from mtl_dist.runtime.frames import LARGEST, Seen, batched
 from mtl_dist.tasks import Batch
 
 if TYPE_CHECKING:
@@ -88,6 +88,8 @@ def video_batches(
         for number, (frame, shape, seconds) in wanted:
             seen.seconds[number] = seconds
             pixels, middle = show(frame, size, crop=shape.crop, aspect=shape.aspect, path=path)
+            if min(frame.width, frame.height) > LARGEST * size:
+                seen.note("large", f"{path.name}, {frame.width} x {frame.height}")
             if middle:
                 seen.note("middle", f"{path.name}, {middle}")
             yield number, pixels
@@ -217,7 +219,7 @@ def _frames(path: Path, announced: int, seen: Seen) -> Iterator[tuple[VideoFrame
                 if frame.is_corrupt:
                     raise InputError(f"video {path} is damaged at frame {number + 1}; mend it, or cut it before")
                 if number == 0:
-                    _note_first(frame, path, seen)
+                    _note_first(frame, stream, path, seen)
                 if frame.interlaced_frame:
                     seen.note_video("interlaced", path.name)
                 yield frame, _Shape(crop, aspect), float("nan") if frame.pts is None else frame.time - start_s
@@ -242,9 +244,9 @@ def _note_stream(container: InputContainer, stream: VideoStream, path: Path, see
         seen.note_video("alpha", path.name)
 
 
-def _note_first(frame: VideoFrame, path: Path, seen: Seen) -> None:
-    if frame.color_trc in HDR:
-        seen.note_video("hdr", f"{path.name}, {HDR[frame.color_trc]}")
+def _note_first(frame: VideoFrame, stream: VideoStream, path: Path, seen: Seen) -> None:
+    if stream.color_trc in HDR:
+        seen.note_video("hdr", f"{path.name}, {HDR[stream.color_trc]}")
     data = _side_data(frame, "STEREO3D")
     packing = struct.unpack_from("=i", data)[0] if data else 0
     if packing in STEREO:
