@@ -278,7 +278,7 @@ def run_up(args: argparse.Namespace) -> int:
         timeout_s=args.timeout,
         progress=functools.partial(print, flush=True),
     )
-    option = "" if state.dir == default_dir().resolve() else f" --dir {shlex.quote(str(state.dir))}"
+    option = dir_option(state)
     print(
         f"Ray          {state.gcs_address}  ({state.hosts} hosts x {state.cpus_per_host} CPUs, {state.network})\n"
         f"jobs         {state.dashboard_url}\n"
@@ -289,6 +289,11 @@ def run_up(args: argparse.Namespace) -> int:
         f"bring down   python -m cluster.local down{option}"
     )
     return 0
+
+
+def dir_option(state: ClusterState) -> str:
+    """Return what a command needs to find this cluster, to be copied behind its verb."""
+    return "" if state.dir == default_dir().resolve() else f" --dir {shlex.quote(str(state.dir))}"
 
 
 def run_down(args: argparse.Namespace) -> int:
@@ -326,13 +331,14 @@ def run_status(args: argparse.Namespace) -> int:
 
 def run_host_verb(args: argparse.Namespace) -> int:
     state, host = faults.load_running(args.dir), args.host
+    again = f"python -m cluster.local start {host}{dir_option(state)}"
     match args.verb:
         case "cut":
             faults.cut(state, host)
             print(f"host {host} is cut off")
         case "mend":
             faults.mend(state, host)
-            print(f"host {host} is connected; if Ray gave it up meanwhile, its node ends now: `start {host}`")
+            print(f"host {host} is connected; if Ray gave it up meanwhile, its node ends now: {again}")
         case "kill":
             print(f"killed {faults.kill(state, host)} processes of host {host}")
         case "start":
@@ -341,7 +347,7 @@ def run_host_verb(args: argparse.Namespace) -> int:
             print(f"stopped {faults.freeze(state, host)} processes of host {host}")
         case "thaw":
             num_stopped = faults.thaw(state, host)
-            print(f"continued {num_stopped} processes of host {host}; if Ray gave it up meanwhile: `start {host}`")
+            print(f"continued {num_stopped} processes of host {host}; if Ray gave it up meanwhile: {again}")
     return 0
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,7 @@ from mtl_dist.errors import OPTION_BOUNDS, InputError, check_numbers, plain_refu
 from mtl_dist.machine import num_cpus
 from mtl_dist.processes import process_pool
 from mtl_dist.progress import progress_bar
-from mtl_dist.tasks import AUS, EXPRESSIONS, VIEWS
+from mtl_dist.tasks import AUS, EXPRESSIONS, SPLITS, VIEWS
 
 View = Literal["cropped", "cropped_aligned"]
 Jobs = Annotated[int, tyro.conf.arg(help="Processes.")]
@@ -222,7 +223,12 @@ def synth(
     storage.check_writable(str(dest), flag="DEST")
     with progress_bar("rendering faces", 2 * (num_train + num_val)) as advance:
         summary = write_synthetic(dest, num_train=num_train, num_val=num_val, seed=seed, jobs=jobs, progress=advance)
-    print(f"{dest}: " + ", ".join(f"{key} {value}" for key, value in summary.items()))
+    print(f"{dest}: {summary['num_images_written']:,} images written, of two views")
+    for split in SPLITS:
+        told = {name.removeprefix("num_"): count for name, count in summary[split].items() if name.startswith("num_")}
+        print(f"  {split:6}" + ", ".join(f"{name} {count:,}" for name, count in told.items()))
+    shards_dir = dest.with_name(f"{dest.name}-shards")
+    print("next: " + shlex.join(["python", "-m", "mtl_dist.shards", "create", str(dest), str(shards_dir)]))
 
 
 def _verify_shard(task: tuple[str, dict]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from mtl_dist.data.person import Look, make_identity
 from mtl_dist.data.synthetic import PARAMETERS_FILE, write_synthetic
 from mtl_dist.data.synthetic_plan import annotation_text, plan_splits
 from mtl_dist.tasks import AUS, EXPRESSIONS, VIEWS
+from tests.conftest import run_here
 
 SIZES = {"num_train": 14, "num_val": 6, "frames_per_video": 5}
 
@@ -170,3 +172,13 @@ def test_alignment_removes_the_tilt_of_the_head():
     )
     eyes = (slice(30, 50), slice(20, 92))
     assert 3 * aligned[eyes].mean() < cropped.mean()
+
+
+def test_synth_ends_with_what_there_is_and_the_command_that_is_next(tmp_path):
+    done = run_here("mtl_dist.shards", "synth", str(tmp_path / "my faces"), "--num-train", "4", "--num-val", "2")
+    assert done.returncode == 0, done.stderr
+    assert "my faces: 12 images written" in done.stdout
+    assert "{" not in done.stdout
+    command = shlex.split(done.stdout.splitlines()[-1].removeprefix("next: python -m "))
+    assert run_here(*command, "--jobs", "1").returncode == 0
+    assert (tmp_path / "my faces-shards" / "cropped" / "train" / "index.json").exists()
