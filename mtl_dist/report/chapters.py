@@ -88,7 +88,7 @@ def lead(evidence: Evidence, *, num_draws: int) -> list[str]:
     if drawn.num_videos == len(set(evidence.images)) > 1:
         lines.append(
             "No image names a video that it shares with another, so each counts as a video of its own: where several "
-            "show one person, the intervals are too narrow."
+            "show one person, the intervals are too narrow (a set made from a table with a column person draws people)."
         )
     return lines
 
