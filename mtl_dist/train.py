@@ -15,6 +15,7 @@ from mtl_dist import storage
 from mtl_dist.config import dump_yaml
 from mtl_dist.errors import run_command
 from mtl_dist.presets import CommandConfig, config_of, parse_command
+from mtl_dist.runtime.restarts import ending_restarts
 
 
 class TrainCommand(CommandConfig):
@@ -28,6 +29,11 @@ class TrainCommand(CommandConfig):
 
 
 def main(args: list[str] | None = None) -> None:
+    with ending_restarts():
+        _main(args)
+
+
+def _main(args: list[str] | None) -> None:
     command = parse_command(TrainCommand, args, prog="python -m mtl_dist.train", description=__doc__)
     if command.status:
         from mtl_dist.runtime.status import print_status

@@ -320,3 +320,16 @@ def test_dry_run_prints_the_plan_and_leaves_nothing(shards, tmp_path):
     assert done.returncode == 0
     assert "5 an epoch, 10 in all" in done.stdout
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_ranks_that_torchrun_starts_again_after_bad_input_end_at_once(tmp_path):
+    """torchrun starts ranks again whatever ended them: the second and third start only repeat what the first found."""
+    args = train_args(tmp_path / "nowhere", tmp_path, "run")
+    args.remove("--local")
+    command = ("torch.distributed.run", "--standalone", "--nproc-per-node=1", "--max-restarts=2", "-m", *args)
+    done = run_module(*command)
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    (first,) = (line.removeprefix("error: ") for line in lines if line.startswith("error: "))
+    assert "nowhere" in first
+    assert [line for line in lines if line.startswith("error, as before: ")] == 2 * [f"error, as before: {first}"]

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from mtl_dist.runtime.restarts import launch_dir
+
 
 def is_torchrun() -> bool:
     """Whether this process is one of torchrun's ranks."""
@@ -47,5 +49,4 @@ def _launcher() -> str:
     Run id, address and port can be the same at every launch. The directory that torchrun makes for its ranks' errors
     is drawn at random, once; without one every start counts as another command.
     """
-    drawn, _, _ = os.environ.get("TORCHELASTIC_ERROR_FILE", "").rpartition("/attempt_")
-    return hashlib.sha256((drawn or uuid.uuid4().hex).encode()).hexdigest()[:16]
+    return hashlib.sha256((launch_dir() or uuid.uuid4().hex).encode()).hexdigest()[:16]
