@@ -96,3 +96,17 @@ def test_shards_in_hand_are_kept_open_however_many_they_are(dataset, tmp_path, p
         reader.read_batch(samples, 32)
     sidecars = [uri for uri in cache.opened if uri.endswith(".safetensors")]
     assert len(sidecars) == len(set(sidecars))
+
+
+@pytest.mark.parametrize(("typed", "expected"), [(None, "PASSIVE"), ("active", "ACTIVE")])
+def test_torchs_threads_sleep_where_nobody_asked_them_to_spin(typed, expected, monkeypatch):
+    """As OpenMP itself tells; also in processes that Ray starts, which import torch before anything of ours."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    if typed:
+        monkeypatch.setenv("OMP_WAIT_POLICY", typed)
+    monkeypatch.setenv("OMP_DISPLAY_ENV", "true")
+    code = "import mtl_dist.runtime.device; from mtl_dist.runtime.joining import runtime_env; print(runtime_env())"
+    done = run_python(code)
+    assert f"OMP_WAIT_POLICY = '{expected}'" in done.stderr
+    assert f"'OMP_WAIT_POLICY': '{expected.lower()}'" in done.stdout

@@ -20,6 +20,7 @@ HANDED_ON = (
     "AWS_MAX_ATTEMPTS",
     "MTL_CACHE_DIR",
     "MTL_S3_TIMEOUT_S",
+    "OMP_WAIT_POLICY",
 )
 
 
