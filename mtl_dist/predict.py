@@ -8,8 +8,8 @@ Examples:
 
 --input is a directory of images or of videos (below it and behind links too, in the order of their names), a list of
 images (.txt, a path a line, with or without a header), a video file, or a shard set, whose labels are scored. Images
-are JPEG, PNG, WEBP, BMP, GIF or TIFF; what is transparent is seen on black, and what lies on its side by its EXIF is
-turned upright (--exif ignore: not). Frames of videos are as a player shows them.
+are JPEG, PNG, WEBP, BMP, GIF or TIFF; what is transparent is seen on black, and what is not stored upright is
+turned as its EXIF says (--exif ignore: not). Frames of videos are as a player shows them.
 
 The models expect faces: pictures cut to one face as those they were trained on, so several are of one view, and a
 shard set is of theirs (mtl_dist.ensemble combines views). No face detector is included. Of a video every frame's
@@ -67,7 +67,7 @@ class PredictCommand:
     The challenge's file has a line for them too: the values of the last frame before in the video, else zeros and
     Neutral."""
     exif: Exif = "apply"
-    """Turn image files upright as their EXIF says, as `shards create` does, or `ignore` it."""
+    """Turn image files as their EXIF says, as `shards create` does, or `ignore` it."""
     batch: int = 64
     """Images per forward pass."""
     workers: int = 1

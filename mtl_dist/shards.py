@@ -23,6 +23,7 @@ import tyro
 
 from mtl_dist import storage
 from mtl_dist.data.columns import NO_OPTIONS, TableOptions
+from mtl_dist.data.decode import Exif
 from mtl_dist.errors import OPTION_BOUNDS, InputError, check_numbers, plain_refusals, run_command
 from mtl_dist.machine import num_cpus
 from mtl_dist.processes import process_pool
@@ -53,6 +54,7 @@ def create(
     shard_bytes: int | None = None,
     val_fraction: float | None = None,
     skip_bad_images: bool = False,
+    exif: Exif = "apply",
     seed: int = 0,
     jobs: Jobs = CORES,
     table: Annotated[TableOptions, tyro.conf.arg(name="")] = NO_OPTIONS,
@@ -80,6 +82,8 @@ def create(
         val_fraction: Where the source has no validation part: share of its rows, taken as whole videos and persons.
         skip_bad_images: Look at every image first, and leave rows whose image is missing, empty or damaged in a view
             out of all views. They are listed in <dest>/skipped.csv. A rerun looks again where an image has changed.
+        exif: Turn images that are not stored upright, as their EXIF says and as predict does (a JPEG is then stored
+            anew), or ignore it.
         seed: Of the one shuffle of rows at writing, and of the choice for --val-fraction.
     """
     from mtl_dist.data import skipping
@@ -101,16 +105,20 @@ def create(
         listed = skipping.read_skipped(dest, but=views)
         with progress_bar("checking images", len(views) * skipping.count_images(found.splits)) as advance:
             kept = skipping.drop_bad_images(found.splits, images_dirs, dest=dest, jobs=jobs, progress=advance)
+    lying: list[int] = []
     with contextlib.ExitStack() as claims:
-        plans = plan_sets(kept.splits, images_dirs, dest, seed=seed, claims=claims, **limits)
+        plans = plan_sets(kept.splits, images_dirs, dest, seed=seed, exif=exif, claims=claims, **limits)
         skipping.write_checked(kept)
         begun = time.monotonic()
         with progress_bar("writing shards", sum(plan.index.rows for plan in plans)) as advance:
-            indexes = write_sets(plans, jobs=jobs, progress=advance)
+            indexes = write_sets(plans, jobs=jobs, progress=advance, lying=lying.append)
         seconds = time.monotonic() - begun
     if skip_bad_images:
         skipping.write_skipped(dest, [*listed, *kept.skipped])
     written = sum(plan.index.rows - sum(entry.rows for entry in plan.done.values()) for plan in plans)
+    if any(lying):
+        what = "turned (--exif ignore: not)" if exif == "apply" else "taken as they are stored"
+        print(f"{sum(lying):,} images are not stored upright, says their EXIF, and were {what}, as predict does")
     print_summary(dest, indexes, found, kept.skipped, num_written=written, seconds=seconds)
 
 

@@ -352,13 +352,13 @@ def test_pictures_that_are_hardly_faces_are_said(run, tmp_path, capsys):
     run_predict(run, folder, tmp_path / "out.csv")
     said = capsys.readouterr().out
     assert "1 picture(s), such as " in said
-    assert "lying.jpg, lie on their side by their EXIF and were turned upright; --exif ignore" in said
+    assert "lying.jpg, are not stored upright, says their EXIF, and were turned; --exif ignore" in said
     assert "note: 2 picture(s), such as " in said
     assert "scene.jpg, 160 x 90, are far from square and were squashed" in said
     assert "huge.jpg, 1000 x 1000, are much larger than what the models read" in said
     assert "other files were left out: 2 .heic, 1 .db" in said
     run_predict(run, folder, tmp_path / "out.csv", "--exif", "ignore")
-    assert "lying.jpg, lie on their side by their EXIF and were taken as they are stored" in capsys.readouterr().out
+    assert "lying.jpg, are not stored upright, says their EXIF, and were taken as they are" in capsys.readouterr().out
 
 
 def test_a_lying_photograph_is_predicted_as_its_upright_self(run, faces, tmp_path):

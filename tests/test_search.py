@@ -16,7 +16,7 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from ray.tune import Result
 
 from mtl_dist.config import Config, build_config
-from mtl_dist.errors import InputError, StorageError
+from mtl_dist.errors import InputError, RunFailed, StorageError
 from mtl_dist.presets import load_preset
 from tests.conftest import assert_one_message, run_here
 from tune.experiment import Asha, RandomSearch, Reporter, build_searcher
@@ -295,11 +295,13 @@ def test_a_search_without_any_score_says_every_reason_in_full(tmp_path):
     results = Results([Result({"trial_id": name}, None, error, "", None) for name, error in [
         ("a", RayTaskError("run_trial", "Traceback ...", InputError(f"one\n{long}"))), ("b", ActorDiedError()),
         ("c", RayTaskError("run_trial", "Traceback ...", InputError(f"one\n{long}"))),
+        ("d", RayTaskError("run_trial", "Traceback ...", RunFailed("run d failed"))),
     ]])  # fmt: skip
     with pytest.raises(InputError) as raised:
         finish_search(Config(), results, str(tmp_path))
     assert f"a, c: one\n{long}\n" in str(raised.value)
     assert "b: ActorDiedError: The actor died" in str(raised.value)
+    assert "d: run d failed" in str(raised.value).splitlines()
 
 
 def test_a_search_begun_before_a_setting_existed_continues(tmp_path):

@@ -27,6 +27,7 @@ from mtl_dist import storage
 from mtl_dist.data import skipping, ustar, writer
 from mtl_dist.data.annotations import FILES, read_annotations
 from mtl_dist.data.columns import Columns, TableOptions
+from mtl_dist.data.decode import decode
 from mtl_dist.data.index import INDEX_NAME, dump_index, read_index
 from mtl_dist.data.overlap import find_shared
 from mtl_dist.data.sheet import choose_samples, draw_sheet
@@ -595,6 +596,42 @@ def test_pictures_of_other_kinds_are_kept_as_jpeg_and_a_jpeg_byte_for_byte(datas
                 assert np.abs(np.asarray(stored, np.int16) - pixels[path]).mean() < 4
             image = data
     assert seen == set(paths)
+
+
+def test_pictures_that_are_not_stored_upright_are_turned_and_counted(dataset, tmp_path, capsys):
+    source, exif = Path(shutil.copytree(dataset, tmp_path / "source")), Image.Exif()
+    exif[0x112] = 6
+    names = read_annotations(source / FILES["train"]).images
+    lying = [name for name in dict.fromkeys(names) if names.count(name) == 1][:3]
+    for name in lying:
+        path = source / "cropped" / name
+        with Image.open(path) as image:
+            turned = image.transpose(Image.Transpose.ROTATE_90)
+        path.unlink()
+        turned.save(path, "JPEG", exif=exif, quality=95)
+    for choice, said in (("apply", "were turned"), ("ignore", "were taken as they are stored")):
+        for _ in range(2):  # the second time all is there, and is counted
+            create(source, str(tmp_path / choice), views=("cropped",), frames_per_shard=7, jobs=1, exif=choice)
+            assert f"3 images are not stored upright, says their EXIF, and {said}" in capsys.readouterr().out
+        verify(str(tmp_path / choice / "cropped" / "train"))
+        members = tar_members(tmp_path / choice / "cropped" / "train")
+        for name in lying:
+            stored, original = members[names.index(name)], (source / "cropped" / name).read_bytes()
+            assert (stored == original) == (choice == "ignore")
+            if choice == "apply":
+                upright = np.asarray(Image.open(io.BytesIO(original)).transpose(Image.Transpose.ROTATE_270)).astype(int)
+                assert np.abs(decode(stored).astype(int) - upright).mean() < 3
+    with pytest.raises(InputError, match="has exif apply, this set exif ignore"):
+        create(source, str(tmp_path / "apply"), views=("cropped",), frames_per_shard=7, jobs=1, exif="ignore")
+
+
+def tar_members(directory: Path) -> dict[int, bytes]:
+    """The images of a set by row."""
+    found = {}
+    for path in directory.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            found |= {int(m.name[:9]): tar.extractfile(m).read() for m in tar if m.name.endswith(".jpg")}
+    return found
 
 
 def test_a_second_view_keeps_what_the_first_has_listed(spoilt, tmp_path):

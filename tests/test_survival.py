@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -236,6 +237,8 @@ LISTS = {
     "nothing": "null",
     "numbers": "[1]",
     "starts without a host": '[{"life": "00000000", "started": "", "step": 0, "num_ranks": 1, "command": ""}]',
+    "a command that is a number": '[{"life": "00000000", "started": "", "step": 0, "num_ranks": 1, "host": "a", '
+    '"command": "", "typed": 1}]',
     "too deep": "[" * 10**5,
 }
 
@@ -311,6 +314,19 @@ def test_the_checkpoint_of_the_later_start_counts_whatever_the_clocks_say(alone,
         saver.wait()
         assert committed(str(tmp_path))[0] == [saver.saved]
         assert find_damage(saver.saved) is None
+
+
+def test_what_was_just_committed_is_never_deleted(alone, tmp_path):
+    """Beside one of the same step and start that a clock calls the newer."""
+    with open_saver(tmp_path, keep_last=1) as saver:
+        saver.clock = lambda: time.time() + 24 * 3600
+        save(saver, 7)
+        saver.wait()
+        shutil.move(saver.saved.uri, f"{saver.saved.uri[:-8]}ffffffff")
+        saver.clock = time.time
+        save(saver, 7)
+        saver.wait()
+        assert saver.saved in committed(str(tmp_path))[0]
 
 
 def test_what_was_killed_in_the_first_file_of_a_save_is_removed(alone, tmp_path):

@@ -15,7 +15,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
-from mtl_dist.errors import InputError, StorageError
+from mtl_dist.errors import InputError, RunFailed, StorageError
 from tune.trial import DIVERGED, EPOCH, METRIC
 
 Evaluations = list[tuple[int, float]]  # of a trial: epoch and P
@@ -131,7 +131,7 @@ def evaluations(frame: Any) -> Evaluations:
 def explain(error: BaseException | str | None) -> str:
     """Say in full why a trial failed: the message alone where it is one for the user."""
     cause = getattr(error, "cause", None) or error
-    if isinstance(cause, InputError | StorageError) or not isinstance(cause, BaseException):
+    if isinstance(cause, InputError | StorageError | RunFailed) or not isinstance(cause, BaseException):
         return str(cause)
     return f"{type(cause).__name__}: {str(cause).strip()}"
 

@@ -26,7 +26,15 @@ from isal.isal_zlib import crc32  # zlib's, at a fifth of its time
 from mtl_dist import storage
 from mtl_dist.data import ustar
 from mtl_dist.data.annotations import Annotations
-from mtl_dist.data.decode import KINDS, MAX_IMAGE_BYTES, DecodeError, ForeignPicture, as_jpeg
+from mtl_dist.data.decode import (
+    KINDS,
+    MAX_IMAGE_BYTES,
+    DecodeError,
+    Exif,
+    ForeignPicture,
+    StoredPicture,
+    as_jpeg,
+)
 from mtl_dist.data.index import FORMAT, INDEX_NAME, Index, ShardEntry, dump_index, read_index
 from mtl_dist.data.sidecar import Sidecar, dump_sidecar, pack_names, read_about
 from mtl_dist.errors import InputError
@@ -49,6 +57,7 @@ class ShardJob(NamedTuple):
     dest: str
     about: dict  # the plan, and this shard's place in it
     labels: Annotations  # of this shard's rows, in tar order
+    exif: Exif = "apply"  # images that are not stored upright, says their EXIF, are turned
 
 
 class SetPlan(NamedTuple):
@@ -58,6 +67,7 @@ class SetPlan(NamedTuple):
     index: Index  # without shards
     jobs: list[ShardJob]
     done: dict[str, ShardEntry]  # shards that an earlier run finished
+    lying: int  # images of these that are not stored upright, says their EXIF
 
 
 def plan_sets(
@@ -69,6 +79,7 @@ def plan_sets(
     claims: contextlib.ExitStack,
     frames_per_shard: int | None = None,
     shard_bytes: int | None = None,
+    exif: Exif = "apply",
 ) -> list[SetPlan]:
     """Decide what will be written to <dest>/<view>/<split>/; `images_dirs` by view. Raises as `plan_set` does."""
     return [
@@ -82,6 +93,7 @@ def plan_sets(
             claims=claims,
             frames_per_shard=frames_per_shard,
             shard_bytes=shard_bytes,
+            exif=exif,
         )
         for split in SPLITS
         for view, images_dir in images_dirs.items()
@@ -99,6 +111,7 @@ def plan_set(
     claims: contextlib.ExitStack,
     frames_per_shard: int | None = None,
     shard_bytes: int | None = None,
+    exif: Exif = "apply",
 ) -> SetPlan:
     """Decide which shards of one view and split are to be made. Raises `InputError` before any is written.
 
@@ -136,20 +149,29 @@ def plan_set(
     for begin, end in _cut(sizes[shuffled], frames_per_shard=frames_per_shard, shard_bytes=shard_bytes):
         about = {**fingerprint, "begin": begin, "rows_here": end - begin}
         labels = annotations.take(shuffled[begin:end])
-        jobs.append(ShardJob(f"shard-{len(jobs):06d}", images_dir, dest, about, labels))
-    return SetPlan(dest, index, jobs, _find_done(dest, fingerprint, jobs))
+        jobs.append(ShardJob(f"shard-{len(jobs):06d}", images_dir, dest, about, labels, exif))
+    return SetPlan(dest, index, jobs, *_find_done(dest, fingerprint, jobs, exif))
 
 
-def write_sets(plans: list[SetPlan], *, jobs: int, progress: Callable[[int], None]) -> list[Index]:
+def write_sets(
+    plans: list[SetPlan],
+    *,
+    jobs: int,
+    progress: Callable[[int], None],
+    lying: Callable[[int], None] = lambda count: None,
+) -> list[Index]:
     """Make the missing shards of all plans with `jobs` processes, then their indexes.
 
-    `progress` is told of rows finished. An image that cannot be decoded stops the run with its path; the shards that
-    are finished stay, and the same call continues after them.
+    `progress` is told of rows finished, `lying` of images that are not stored upright, says their EXIF. An image that
+    cannot be decoded stops the run with its path; the shards that are finished stay, and the same command continues
+    after them.
     """
     entries = {(plan.dest, name): entry for plan in plans for name, entry in plan.done.items()}
     progress(sum(entry.rows for entry in entries.values()))
     todo = [job for plan in plans for job in plan.jobs if (plan.dest, job.name) not in entries]
-    for dest, entry in _run_jobs(todo, jobs):
+    lying(sum(plan.lying for plan in plans))
+    for dest, entry, count in _run_jobs(todo, jobs):
+        lying(count)
         entries[dest, entry.name] = entry
         progress(entry.rows)
     indexes = []
@@ -174,12 +196,14 @@ def count_labels(labels: Annotations) -> LabelCounts:
     )
 
 
-def write_shard(job: ShardJob) -> tuple[str, ShardEntry]:
-    """Make one shard, the tar first, its sidecar when the tar is in the store. Returns (dest, entry)."""
+def write_shard(job: ShardJob) -> tuple[str, ShardEntry, int]:
+    """Make one shard, the tar first, its sidecar when the tar is in the store. Returns (dest, entry, lying images)."""
     # Left in reverse: the slot is free while the tar is uploaded.
     with storage.staged(storage.join(job.dest, f"{job.name}.tar")) as path, _building:
-        places, sha256 = _write_tar(path, job)
+        places, sha256, lying = _write_tar(path, job)
         tar = {"tar_sha256": sha256, "tar_bytes": path.stat().st_size}
+        if lying:
+            tar |= {"lying": lying, "exif": job.exif}
     labels = job.labels
     sidecar = Sidecar(
         row=labels.row,
@@ -197,17 +221,19 @@ def write_shard(job: ShardJob) -> tuple[str, ShardEntry]:
     )
     data = dump_sidecar(sidecar, {**job.about, **tar})
     storage.write_bytes(storage.join(job.dest, f"{job.name}.safetensors"), data)
-    return job.dest, _entry(job.name, data)
+    return job.dest, _entry(job.name, data), lying
 
 
-def _write_tar(path: Path, job: ShardJob) -> tuple[np.ndarray, str]:
-    """Write the members; return offset, length and CRC-32 (n, 3) int64 of every image, and the SHA-256 of the tar."""
-    places, sha256 = np.zeros((len(job.labels.row), 3), np.int64), hashlib.sha256()
+def _write_tar(path: Path, job: ShardJob) -> tuple[np.ndarray, str, int]:
+    """Write the members; return offset, length and CRC-32 (n, 3) int64 of every image, the SHA-256 of the tar, and how
+    many images are not stored upright, says their EXIF."""
+    places, sha256, lying = np.zeros((len(job.labels.row), 3), np.int64), hashlib.sha256(), 0
     rows = zip(job.labels.row.tolist(), job.labels.images, _label_texts(job.labels))
     with path.open("wb", buffering=1 << 20) as tar:
         at, scratch = 0, np.empty(SCRATCH_BYTES, np.uint8)
         for place, (row, name, text) in enumerate(rows):
-            image = _read_image(f"{job.images_dir}/{name}", row, scratch)
+            image, orientation = _read_image(f"{job.images_dir}/{name}", row, scratch, job.exif)
+            lying += orientation != 1
             places[place] = at + ustar.BLOCK, len(image), crc32(image)
             members = ((b"%09d.jpg" % row, image), (b"%09d.json" % row, text))
             parts = [(ustar.make_header(key, len(data)), data, ustar.padding(len(data))) for key, data in members]
@@ -218,7 +244,7 @@ def _write_tar(path: Path, job: ShardJob) -> tuple[np.ndarray, str]:
         end += ustar.padding(at + len(end), ustar.RECORD)
         sha256.update(end)
         tar.write(end)
-    return places, sha256.hexdigest()
+    return places, sha256.hexdigest(), lying
 
 
 # Held while a process makes a tar. The processes of a pool share `jobs` slots: so many tars are made at a time, and as
@@ -231,7 +257,7 @@ def _share_slots(slots: contextlib.AbstractContextManager) -> None:
     _building = slots
 
 
-def _run_jobs(todo: list[ShardJob], jobs: int) -> Iterator[tuple[str, ShardEntry]]:
+def _run_jobs(todo: list[ShardJob], jobs: int) -> Iterator[tuple[str, ShardEntry, int]]:
     uploads = any(storage.is_s3(job.dest) for job in todo)
     if len(todo) <= 1 or (jobs == 1 and not uploads):
         yield from map(write_shard, todo)
@@ -309,8 +335,11 @@ def _cut(sizes: np.ndarray, *, frames_per_shard: int | None, shard_bytes: int | 
     return cuts
 
 
-def _find_done(dest: str, fingerprint: dict, jobs: list[ShardJob]) -> dict[str, ShardEntry]:
-    """Return the entries of finished shards at `dest`; an `InputError` if it holds anything of another plan."""
+def _find_done(dest: str, fingerprint: dict, jobs: list[ShardJob], exif: Exif) -> tuple[dict[str, ShardEntry], int]:
+    """Return the entries of finished shards at `dest`, and how many of their images are not stored upright.
+
+    Raises `InputError` if it holds anything of another plan.
+    """
     sizes = dict(storage.list_objects(dest))
     expected = {job.name: job.about for job in jobs}
     indexed = None
@@ -326,7 +355,7 @@ def _find_done(dest: str, fingerprint: dict, jobs: list[ShardJob]) -> dict[str, 
         if suffix != "safetensors" or stem not in expected:
             raise InputError(f"{dest} holds '{name}', which is not of this set; choose an empty destination")
         sidecars.append(stem)
-    done = {}
+    done, lying = {}, 0
     with DaemonThreads(READ_THREADS, "sidecar") as pool:
         found = pool.map(lambda stem: storage.read_bytes(storage.join(dest, f"{stem}.safetensors")), sidecars)
         for stem, data in zip(sidecars, found):
@@ -334,12 +363,14 @@ def _find_done(dest: str, fingerprint: dict, jobs: list[ShardJob]) -> dict[str, 
                 about = read_about(data)
             except (ValueError, KeyError, TypeError):
                 continue  # torn, changed or foreign: made again
-            _check_same(dest, f"{stem}.safetensors", about, expected[stem])
+            wanted = expected[stem] | ({"exif": exif} if "lying" in about else {})
+            _check_same(dest, f"{stem}.safetensors", about, wanted)
             entry = _entry(stem, data)
             # A sidecar that changed since the index was written must not get a new checksum: it is made again.
             if sizes.get(f"{stem}.tar") == entry.tar_bytes and (indexed is None or indexed[stem] == entry):
                 done[stem] = entry
-    return done
+                lying += about.get("lying", 0)
+    return done, lying
 
 
 def _check_same(dest: str, what: str, found: dict, expected: dict) -> None:
@@ -363,10 +394,10 @@ def _entry(name: str, sidecar: bytes) -> ShardEntry:
     )
 
 
-def _read_image(path: str, row: int, scratch: np.ndarray) -> bytes:
+def _read_image(path: str, row: int, scratch: np.ndarray, exif: Exif) -> StoredPicture:
     try:
         with open(path, "rb", buffering=0) as file:
-            image = as_jpeg(file.read(MAX_IMAGE_BYTES + 1), scratch, exif="ignore").jpeg
+            return as_jpeg(file.read(MAX_IMAGE_BYTES + 1), scratch, exif=exif)
     except ForeignPicture as error:
         raise InputError(
             f"image {path} (row {row}): {error}; expected a {KINDS}; convert it: the shards that are "
@@ -379,7 +410,6 @@ def _read_image(path: str, row: int, scratch: np.ndarray) -> bytes:
             "that are finished stay, and the same command continues after them; or begin anew elsewhere with "
             "--skip-bad-images, which leaves such rows out"
         ) from None
-    return image
 
 
 def _label_texts(labels: Annotations) -> Iterator[bytes]:

@@ -61,9 +61,9 @@ class Seen:
 
 
 NOTES = {
-    "turned": "{n} picture(s), such as {first}, lie on their side by their EXIF and were turned upright; --exif ignore "
-    "takes them as they are stored",
-    "lying": "{n} picture(s), such as {first}, lie on their side by their EXIF and were taken as they are stored",
+    "turned": "{n} picture(s), such as {first}, are not stored upright, says their EXIF, and were turned; --exif "
+    "ignore takes them as they are stored",
+    "lying": "{n} picture(s), such as {first}, are not stored upright, says their EXIF, and were taken as they are",
     "shape": "{n} picture(s), such as {first}, are far from square and were squashed; the models expect pictures cut "
     "to one face",
     "large": "{n} picture(s) or frame(s), such as {first}, are much larger than what the models read; they expect pictures cut to "

@@ -26,6 +26,7 @@ FIELDS = {
     "num_ranks": int,
     "host": str,  # of rank 0
     "command": str,
+    "typed": str,
 }
 
 
@@ -116,7 +117,7 @@ def is_same_command(one: str, other: str) -> bool:
 
 
 def read_lives(run_uri: str) -> list[dict[str, Any]]:
-    """Return every start of a run, the latest last: `FIELDS`, and `typed`. Raises `DamagedLives`."""
+    """Return every start of a run, the latest last: `FIELDS`; `typed` may be missing. Raises `DamagedLives`."""
     where = storage.join(run_uri, LIVES)
     try:
         data = storage.read_bytes(where)
@@ -136,7 +137,8 @@ def read_lives(run_uri: str) -> list[dict[str, Any]]:
 
 
 def _is_life(life: Any) -> bool:
-    return isinstance(life, dict) and all(name in life and isinstance(life[name], FIELDS[name]) for name in FIELDS)
+    life = {"typed": ""} | life if isinstance(life, dict) else {}  # those of before it was noted have none
+    return all(name in life and isinstance(life[name], FIELDS[name]) for name in FIELDS)
 
 
 def _taken_over(run_uri: str, latest: dict[str, Any]) -> Superseded:
