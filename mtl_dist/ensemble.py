@@ -280,8 +280,8 @@ def _calibrate(found: list[PredictionTable], command: EnsembleCommand) -> Fitted
     if videos == images:
         print(
             "note: no image names a video that it shares with another, so single images are dealt into folds: where "
-            "several show one person, what is fitted on some is scored on that person too; a set made from a table with "
-            "a column person keeps people apart"
+            "several show one person, what is fitted on some is scored on that person too; a set made from a table "
+            "with a column person keeps people apart"
         )
     with progress_bar("fitting", int(folds.max()) + 2) as advance:
         crossfit = cross_fit(members, targets, timeline, folds=folds, progress=advance, **options)

@@ -66,8 +66,8 @@ NOTES = {
     "lying": "{n} picture(s), such as {first}, are not stored upright, says their EXIF, and were taken as they are",
     "shape": "{n} picture(s), such as {first}, are far from square and were squashed; the models expect pictures cut "
     "to one face",
-    "large": "{n} picture(s) or frame(s), such as {first}, are much larger than what the models read; they expect pictures cut to "
-    "one face, and find none in a scene",
+    "large": "{n} picture(s) or frame(s), such as {first}, are much larger than what the models read; they "
+    "expect pictures cut to one face, and find none in a scene",
     "middle": "of {n} frame(s), such as {first}, the middle square was taken; the models expect that one face fills it",
     "streams": "{n} video(s), such as {first}, hold several pictures; one was read",
     "interlaced": "{n} video(s), such as {first}, are interlaced, and what moves is combed; part the fields first: "

@@ -45,10 +45,10 @@ _GET_WHOLE = "get the whole file, or write what is left to a new one: ffmpeg -ff
 class Crop(NamedTuple):
     """Pixels to take off, as a container says beside what the codec does."""
 
+    left: int  # in the order in which FFmpeg prints them
+    right: int
     top: int
     bottom: int
-    left: int
-    right: int
 
 
 class _Opened(NamedTuple):
