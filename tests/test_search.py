@@ -18,6 +18,7 @@ from ray.tune import Result
 from mtl_dist.config import Config, build_config
 from mtl_dist.errors import InputError, RunFailed, StorageError
 from mtl_dist.presets import load_preset
+from mtl_dist.runtime.joining import quiet_loggers
 from tests.conftest import assert_one_message, run_here
 from tune.experiment import Asha, RandomSearch, Reporter, build_searcher
 from tune.search import SearchConfig, best_yaml, check_same_search, count_room, finish_search
@@ -338,3 +339,10 @@ def test_the_command_to_train_with_what_was_found_is_whole(shards, tmp_path, cap
         "autoscaling: true",
     ):
         assert words in done.stdout
+
+
+def test_the_loggers_of_ray_that_are_kept_quiet_are_those_it_has():
+    from ray.train.v2._internal.execution import context
+    from ray.train.v2._internal.execution.controller import placement_group_cleaner
+
+    assert quiet_loggers().keys() == {context.logger.name, placement_group_cleaner.logger.name}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 
 from mtl_dist.errors import InputError
 
@@ -54,6 +55,17 @@ def begin_process() -> None:
     import ray
 
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-    # It takes every trial that has ended for one that died, and warns.
-    cleaner = "ray.train.v2._internal.execution.controller.placement_group_cleaner"
-    logging.getLogger(cleaner).setLevel(logging.ERROR)
+    for name, level in quiet_loggers().items():
+        logging.getLogger(name).setLevel(level)
+
+
+def quiet_loggers() -> dict[str, int]:
+    """Return Ray's loggers that say what we say, or what is not so, and what they still may say."""
+    import ray
+
+    return {
+        # Every score, of every rank. It is named after its file, so that Ray's own setting does not reach it.
+        str(Path(ray.__file__).parent / "train/v2/_internal/execution/context.py"): logging.WARNING,
+        # It takes every trial that has ended for one that died, and warns.
+        "ray.train.v2._internal.execution.controller.placement_group_cleaner": logging.ERROR,
+    }
