@@ -126,3 +126,10 @@ def test_all_ranks_end_alike_where_one_predicts_what_is_not_finite(tmp_path):
     mp.spawn(rank_main, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
     said = [(tmp_path / name).read_text() for name in "01"]
     assert said == ["evaluation after step 5: predictions of 2 row(s) are not finite: 3, 9"] * 2
+
+
+def test_decisions_of_action_units_are_sealed_with_their_table(tmp_path):
+    table = prediction_table(make_predicted(5), [f"{n}.jpg" for n in range(5)], labels=True)
+    decided = [True, False, None, True, False]
+    write_parquet(f"{tmp_path}/decided.parquet", table.append_column("AU1", pa.array(decided)), key="of this model")
+    assert read_key(f"{tmp_path}/decided.parquet") == "of this model"

@@ -176,7 +176,8 @@ def _digest(table: pa.Table) -> str:
         if pa.types.is_string(column.type):
             sha256.update("\0".join(column.fill_null("").to_pylist()).encode())
         else:
-            sha256.update(np.ascontiguousarray(column.fill_null(0).to_numpy()).tobytes())
+            zero = False if pa.types.is_boolean(column.type) else 0  # decisions of action units
+            sha256.update(np.ascontiguousarray(column.fill_null(zero).to_numpy()).tobytes())
     return sha256.hexdigest()
 
 
