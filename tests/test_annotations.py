@@ -105,7 +105,7 @@ def test_line_ends_byte_order_mark_and_blank_end_do_not_matter(tmp_path, end):
                 "a/b/c.jpg",
                 "a//b.jpg",
                 "",
-                "./a.jpg",
+                "a/./b.jpg",
             )
         ],
         (changed(0, "a/" + "b" * 300), ["image is 'a/bbb"]),

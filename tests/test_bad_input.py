@@ -23,6 +23,7 @@ from mtl_dist.data.reader import ShardReader
 from mtl_dist.data.sidecar import parse_sidecar
 from mtl_dist.errors import InputError
 from mtl_dist.runtime import launch, same_disk
+from mtl_dist.runtime.inputs import open_frames
 from mtl_dist.runtime.plan import Data, note_labels
 from mtl_dist.shards import create, inspect, synth, verify
 from mtl_dist.train import main as train_main
@@ -154,6 +155,21 @@ def test_many_missing_images_are_counted_and_a_few_named(source, tmp_path):
     with pytest.raises(InputError, match=r"8 of 40 listed images do not exist: .*and 3 more") as error:
         create(source, str(tmp_path / "dest"), jobs=1)
     assert str(error.value).count(".jpg") == 5
+
+
+def test_a_file_whose_name_differs_in_unicode_form_only_is_told(tmp_path):
+    (tmp_path / "jos\u00e9.jpg").write_bytes(jpeg())
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / "b.jpg").write_bytes(jpeg())
+    (tmp_path / "t.csv").write_text("image,expression\njose\u0301.jpg,1\nv/b.jpg,1\n")
+    (tmp_path / "list.txt").write_text("image\njose\u0301.jpg\n")
+    with pytest.raises(InputError, match=r"is there in another Unicode form \(NFC\)"):
+        create(tmp_path / "t.csv", str(tmp_path / "dest"), views=("cropped",), val_fraction=0.5, jobs=1)
+    with pytest.raises(InputError, match=r"\(the first in line 2\).*in another Unicode form \(NFC\)"):
+        open_frames(str(tmp_path / "list.txt"), scratch=tmp_path)
+    (tmp_path / "list.txt").write_text("https://x.org/1.jpg\n")
+    with pytest.raises(InputError, match=r"list\.txt:1: .* is no image path: a URL is not fetched"):
+        open_frames(str(tmp_path / "list.txt"), scratch=tmp_path)
 
 
 def test_a_directory_in_the_place_of_an_image_is_named(source, tmp_path):

@@ -258,7 +258,7 @@ def test_an_affectnet_list_that_has_neither_header_nor_layout_is_one_message(tmp
 
 def test_a_bad_row_of_a_list_without_a_header_is_named_by_its_place(tmp_path):
     path = write(tmp_path / "t.csv", ROW, [*ROW[:7], "7", "0"], header=ROW)
-    with pytest.raises(InputError, match=r"row 2 \(from 0\): valence is '7'"):
+    with pytest.raises(InputError, match=r"row 2 \(from 0\), line 3: valence is '7'"):
         read(path, table_format="affectnet")
     path = write(tmp_path / "t.csv", ROW, ROW[:8], header=ROW)
     with pytest.raises(InputError, match="Row #3: Expected 9 columns, got 8"):
@@ -303,7 +303,7 @@ def test_affectnets_codes_are_not_taken_for_ours(tmp_path):
         (changed(9, "yes"), [f"AU{AUS[5]} is 'yes'"]),
         (changed(0, ""), ["image is empty", "a relative path"]),
         *[(changed(0, name), [f"image is {name!r}", "no '..'"])
-          for name in ("/etc/x.jpg", "../x.jpg", "a/../b.jpg", "a\\b.jpg", "a//b.jpg", "./a.jpg", "a/", "a/\x1b.jpg",
+          for name in ("/etc/x.jpg", "../x.jpg", "a/../b.jpg", "a\\b.jpg", "a//b.jpg", "a/./b.jpg", "a/", "a/\x1b.jpg",
                        "b" * 256)],
     ],
     ids=repr,
@@ -468,7 +468,7 @@ def test_videos_that_a_table_names_are_in_the_shards_and_part_what_is_scored(tmp
         label = json.load(tar.extractfile(tar.getmembers()[1]))
     assert label["video"] == f"vidéo {label['row'] // 5}"
     bad = write(tmp_path / "bad.csv", ["3.jpg", "1", "a\tb", "val"], header=["image", "expression", "video", "split"])
-    with pytest.raises(InputError, match=r"row 0 \(from 0\): video is 'a\\tb'; expected printable"):
+    with pytest.raises(InputError, match=r"row 0 \(from 0\), line 2: video is 'a\\tb'; expected printable"):
         read(bad)
 
 
@@ -487,6 +487,24 @@ def test_a_person_or_video_on_both_sides_is_an_error_with_its_way_out(tmp_path):
                   for name in ("a", "b"))  # fmt: skip
     with pytest.raises(InputError, match=r"a\.csv and .*b\.csv: 7 persons are in train and in val"):
         split(train, TableOptions(val_table=val))
+
+
+def test_a_row_is_named_by_its_line_too_and_a_name_with_its_likely_fault(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text('image,expression,note\n\na/1.jpg,1,"two\nlines"\n./a/2.jpg,2,x\na/3.jpg,9,x\n')
+    with pytest.raises(InputError, match=r"row 2 \(from 0\), line 6: expression is '9'"):
+        read(path)
+    path.write_text(path.read_text().replace(",9,", ",3,"))
+    assert read(path).annotations.images == ["a/1.jpg", "a/2.jpg", "a/3.jpg"]
+    for name, why in (
+        ("https://x.org/1.jpg", "a URL is not fetched"),
+        ("/a/1.jpg", "an absolute path"),
+        ("a\\1.jpg", "by '/'"),
+    ):
+        with pytest.raises(InputError, match=rf"line 2: image is .*\({why}" if why != "by '/'" else "separated by '/'"):
+            read(write(path, [name, "1"], header=["image", "expression"]))
+    with pytest.raises(InputError, match=r"no validation part \(column 'split' has train and split 'test'\)"):
+        split(write(path, ["1.jpg", "1", "train"], ["2.jpg", "1", "test"], header=["image", "expression", "split"]))
 
 
 def test_one_picture_on_both_sides_is_an_error_and_one_directory_a_note(tmp_path):

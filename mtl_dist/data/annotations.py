@@ -8,6 +8,9 @@ one image can have several rows.
 from __future__ import annotations
 
 import hashlib
+import re
+import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,6 +97,30 @@ def is_image_name(name: str, *, num_parts: int | None = None) -> bool:
     )
 
 
+def plain_names(names: pa.Array) -> pa.Array:
+    """Return names without './' in front: what `find` and others write."""
+    return pc.replace_substring_regex(names, pattern=r"^(\./)+", replacement="")
+
+
+def why_no_name(name: str) -> str:
+    """Say the likely cause of a name that `is_image_name` refuses; empty where there is none to guess."""
+    if "://" in name:
+        return "a URL is not fetched: download the pictures, and name their paths"
+    if "\\" in name:
+        return "parts are separated by '/'"
+    if name.startswith("/"):
+        return "an absolute path: name it from the directory of images"
+    return ""
+
+
+def other_form(name: str, exists: Callable[[str], bool]) -> str:
+    """Say that a missing file is there under a name that looks the same, of other Unicode; empty where it is not."""
+    for form in ("NFC", "NFD"):
+        if (other := unicodedata.normalize(form, name)) != name and exists(other):
+            return f"; '{name}' is there in another Unicode form ({form}): write list and file names in the same one"
+    return ""
+
+
 def find_bad_name(names: pa.Array, *, num_parts: int | None = None) -> int | None:
     """Return the place of the first name that `is_image_name` refuses; None where all are good."""
     repeat = "*" if num_parts is None else f"{{{num_parts - 1}}}"
@@ -118,7 +145,7 @@ def _parse_columns(body: bytes) -> tuple[list[str], np.ndarray] | None:
         )
     except pa.ArrowInvalid:
         return None
-    names = pc.utf8_trim_whitespace(table["image"]).combine_chunks()
+    names = plain_names(pc.utf8_trim_whitespace(table["image"]).combine_chunks())
     values = np.column_stack([table[name].to_numpy() for name in columns[1:]])
     va, expr, au = values[:, :2], values[:, 2], values[:, 3:]
     no_va = va == MISSING_VA
@@ -145,9 +172,10 @@ def _parse_row(line: str, where: str) -> tuple[str, list[float]]:
             f"{where}: {len(fields)} values; expected {NUM_VALUES}: image, valence, arousal, expression "
             f"and {NUM_AUS} action units"
         )
-    image = fields[0]
+    image = re.sub(r"^(\./)+", "", fields[0])
     if not is_image_name(image, num_parts=2):
-        raise InputError(f"{where}: image is {image!r}; expected 'video/frame.jpg'")
+        why = why_no_name(image)
+        raise InputError(f"{where}: image is {image!r}; expected 'video/frame.jpg'{why and f' ({why})'}")
     try:
         values = [float(field) for field in fields[1:]]
     except ValueError:

@@ -118,9 +118,11 @@ def _read_table_source(path: Path, options: TableOptions, val_fraction: float | 
             "no notice of the column with --columns.split ''"
         )
     if not has_val and val_fraction is None:
+        found = f" (column '{column}' has train and {', '.join(table.left_out)})" if table.left_out else ""
         raise InputError(
-            f"{path} has no validation part; name a column that holds train and val with --columns.split, a second "
-            "table with --val-table, or part the rows by video with --val-fraction 0.1"
+            f"{path} has no validation part{found}; write val in a column of splits, name a column that holds train "
+            "and val with --columns.split, a second table with --val-table, or part the rows by video with "
+            "--val-fraction 0.1"
         )
     rows = _rows_of(table)
     notes = [table.about_columns]

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from pyarrow import csv, parquet
 
 from mtl_dist import storage
-from mtl_dist.data.annotations import MAX_NAME_BYTES, Annotations, find_bad_name
+from mtl_dist.data.annotations import MAX_NAME_BYTES, Annotations, find_bad_name, plain_names, why_no_name
 from mtl_dist.data.columns import FORMATS, ExpressionCodes, FoundColumns, TableOptions, describe_columns, find_columns
 from mtl_dist.data.splits import video_of
 from mtl_dist.errors import InputError
@@ -54,12 +54,13 @@ def read_table(path: Path, options: TableOptions) -> Table:
     row = np.arange(len(texts[columns.image]))
     if not len(row):
         raise InputError(f"{path} holds a header and no rows; expected one row an image")
+    texts[columns.image] = plain_names(texts[columns.image])
     is_val, left_out = None, {}
     if columns.split:
         is_used, is_val, left_out = _parse_splits(texts[columns.split])
         row, is_val = row[is_used], is_val[is_used]
         texts = {name: text.filter(pa.array(is_used)) for name, text in texts.items()}
-    reader = _Reader(path, row, texts)
+    reader = _Reader(path, row, texts, not header.layout)
     images = texts[columns.image]
     reader.check_images(columns.image)
     va, va_mask = reader.parse_va(columns, FORMATS[options.table_format].missing_va)
@@ -117,14 +118,15 @@ class _Reader(NamedTuple):
     path: Path
     row: np.ndarray  # (N,) int64
     texts: dict[str, pa.Array]  # (N,) each
+    has_header: bool
 
     def check_images(self, name: str) -> None:
         images = self.texts[name]
         place = pc.index(pc.is_null(images), True).as_py() if images.null_count else find_bad_name(images)
         if place not in (None, -1):
-            raise self.fault(
-                place, name, f"a relative path with '/', no '..', printable, at most {MAX_NAME_BYTES} bytes"
-            )
+            why = why_no_name(images[place].as_py() or "")
+            expected = f"a relative path with '/', no '..', printable, at most {MAX_NAME_BYTES} bytes"
+            raise self.fault(place, name, expected + (why and f" ({why})"))
 
     def check_videos(self, name: str, room: int = MAX_NAME_BYTES) -> None:
         for place, video in enumerate(self.texts[name].to_pylist()):
@@ -194,7 +196,21 @@ class _Reader(NamedTuple):
     def fault(self, place: int, name: str, expected: str) -> InputError:
         value = self.texts[name][place].as_py()
         what = "empty" if value is None else repr(value)
-        return InputError(f"{self.path}, row {self.row[place]} (from 0): {name} is {what}; expected {expected}")
+        row = int(self.row[place])
+        return InputError(f"{self.path}, row {row} (from 0){self._line(row)}: {name} is {what}; expected {expected}")
+
+    def _line(self, row: int) -> str:
+        """Say in which line of a CSV a row begins: empty lines and line breaks in cells count."""
+        if self.path.suffix.lower() != ".csv":
+            return ""
+        with self.path.open(encoding="utf-8-sig", newline="") as file:
+            reader, end, record = python_csv.reader(file), 0, -1 if self.has_header else 0
+            for cells in reader:
+                if cells and record == row:
+                    return f", line {end + 1}"
+                record += bool(cells)
+                end = reader.line_num
+        return ""
 
 
 class _Header(NamedTuple):

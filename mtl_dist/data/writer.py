@@ -25,7 +25,7 @@ from isal.isal_zlib import crc32  # zlib's, at a fifth of its time
 
 from mtl_dist import storage
 from mtl_dist.data import ustar
-from mtl_dist.data.annotations import Annotations
+from mtl_dist.data.annotations import Annotations, other_form
 from mtl_dist.data.decode import (
     KINDS,
     MAX_IMAGE_BYTES,
@@ -290,9 +290,10 @@ def _image_sizes(annotations: Annotations, images_dir: Path) -> np.ndarray:
         if faults:
             some = [f"{images_dir / annotations.images[p]} (row {annotations.row[p]})" for p in faults[:MAX_LISTED]]
             more = f" and {len(faults) - MAX_LISTED} more" if len(faults) > MAX_LISTED else ""
+            form = other_form(annotations.images[faults[0]], lambda name: Path(images_dir, name).exists())
             raise InputError(
                 f"{len(faults)} of {len(sizes)} listed images {what}: {', '.join(some)}{more}; expected every listed "
-                "image; restore them, correct the directory, or leave their rows out with --skip-bad-images"
+                f"image; restore them, correct the directory, or leave their rows out with --skip-bad-images{form}"
             )
     return sizes
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mtl_dist import storage
+from mtl_dist.data.annotations import other_form, why_no_name
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.decode import Exif
 from mtl_dist.data.index import INDEX_NAME, check_stored, index_dir, read_index
@@ -235,12 +236,14 @@ def _open_list(uri: str, root: str, skip_bad: bool, exif: Exif) -> ImageFiles:
     names = [line.strip() for line in lines]
     header = int(bool(names) and _is_header(names[0]))
     for number, name in enumerate(names[header:], start=header + 1):
+        if "://" in name:
+            raise InputError(f"{uri}:{number}: {name[:100]!r} is no image path: {why_no_name(name)}")
         if _suffix(name) not in IMAGE_SUFFIXES:
             raise InputError(f"{uri}:{number}: {name[:100]!r} is no image path ({', '.join(IMAGE_SUFFIXES)})")
     if not names[header:]:
         raise InputError(f"list {uri} names no image; expected one path a line")
     files = ImageFiles(root, tuple(names[header:]), skip_bad, exif)
-    return files if skip_bad else _check_images(files, uri)
+    return files if skip_bad else _check_images(files, uri, header_lines=header)
 
 
 def _is_header(line: str) -> bool:
@@ -248,7 +251,7 @@ def _is_header(line: str) -> bool:
     return _suffix(line) not in IMAGE_SUFFIXES and ("," in line or not {"/", "."} & set(line))
 
 
-def _check_images(files: ImageFiles, uri: str) -> ImageFiles:
+def _check_images(files: ImageFiles, uri: str, *, header_lines: int) -> ImageFiles:
     """Raise unless every image exists: now, and not after an hour."""
     if storage.is_s3(files.root):
         stored = {found.name for found in storage.list_objects(files.root)}
@@ -256,10 +259,15 @@ def _check_images(files: ImageFiles, uri: str) -> ImageFiles:
     else:
         missing = [name for name in files.listed if not storage.exists(_image_uri(files.root, name))]
     if missing:
+        first = header_lines + files.listed.index(missing[0]) + 1
+        why = other_form(
+            missing[0], lambda name: not storage.is_s3(files.root) and storage.exists(_image_uri(files.root, name))
+        )
         named = ", ".join(missing[:NUM_NAMED]) + (", ..." if len(missing) > NUM_NAMED else "")
         raise InputError(
-            f"{len(missing)} of {len(files.listed)} images of {uri} do not exist below {files.root}: {named}; add "
-            "them, say with --images DIR where the paths start, or leave them out with --skip-bad-images"
+            f"{len(missing)} of {len(files.listed)} images of {uri} do not exist below {files.root}: {named} "
+            f"(the first in line {first}); add them, say with --images DIR where the paths start, or leave them out "
+            f"with --skip-bad-images{why}"
         )
     return files
 
