@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from mtl_dist.config import CheckpointConfig, Config, build_config, flatten
+from mtl_dist import storage
+from mtl_dist.config import CheckpointConfig, Config, build_config, dump_yaml, flatten
 from mtl_dist.errors import InputError
+from mtl_dist.objective.metrics import constant_scores
 from mtl_dist.runtime.checkpoint import (
     FORMAT,
     FREE,
@@ -29,19 +32,27 @@ from mtl_dist.runtime.checkpoint import (
     read_state,
 )
 from mtl_dist.runtime.lives import DamagedLives, read_lives
+from mtl_dist.runtime.loop import CONFIG_NAME
 from mtl_dist.runtime.members import load_model
 from mtl_dist.runtime.saving import HOUR_S, SCORES, plan_retention
+from mtl_dist.runtime.status import print_status
+from mtl_dist.runtime.tracking import METRICS, Tracker
 from mtl_dist.runtime.trained import open_trained
 from mtl_dist.sealed import seal
+from mtl_dist.tasks import LabelCounts
 
+COUNTS = LabelCounts(rows=4, va=4, expr=4, au=[4] * 12, expr_classes=[4] + [0] * 7, au_positives=[1] * 12, unlabelled=0)
 IDENTITY = {"training set": "a" * 64, "validation set": "b" * 64}
 
 
-def write_checkpoint(run: Path, step: int, score: float | None = None, *, life: str = "00000000") -> Path:
+def write_checkpoint(
+    run: Path, step: int, score: float | None = None, *, life: str = "00000000", total_steps: int | None = None
+) -> Path:
     """Write the files of a checkpoint as `saving.py` laid them out before COMMITs were sealed."""
     directory = run / "checkpoints" / f"step_{step:09d}_{life}"
     files = {}
-    contents = {"state.json": b'{"step": %d}' % step, "train.safetensors": bytes(100), "model.safetensors": b""}
+    state = {"step": step} | ({"total_steps": total_steps} if total_steps else {})
+    contents = {"state.json": json.dumps(state).encode(), "train.safetensors": bytes(100), "model.safetensors": b""}
     for name, data in contents.items():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_bytes(data)
@@ -61,8 +72,33 @@ def test_committed_checkpoints_are_listed_oldest_first(tmp_path):
     assert read_state(found[0]) == {"step": 5}
 
 
+@pytest.mark.parametrize("name", ["best", "step_000000005_00000000.bak"])
+def test_a_copy_of_a_checkpoint_beside_it_under_another_name_is_passed_over(name, tmp_path):
+    shutil.copytree(write_checkpoint(tmp_path, 5), tmp_path / "checkpoints" / name)
+    found, (skipped,) = committed(str(tmp_path))
+    assert [checkpoint.step for checkpoint in found] == [5]
+    assert f"checkpoints/{name}: not named step_<step>_<start>" in skipped
+
+
 def test_a_run_that_does_not_exist_has_none(tmp_path):
     assert committed(str(tmp_path / "nothing")) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("total_steps", "words"), [(20, "step 10 of 20 (epoch 1.00 of 2)"), (None, "step 10; of how many its data tells")]
+)
+def test_the_status_of_a_run_is_told_where_its_data_is_not_to_be_read(total_steps, words, tmp_path, capsys):
+    data = {"train": str(tmp_path / "gone"), "val": str(tmp_path / "gone")}
+    config = build_config({"data": data, "train": {"epochs": 2}})
+    storage.write_bytes(str(tmp_path / CONFIG_NAME), dump_yaml(config).encode())
+    write_checkpoint(tmp_path, 10, 1.25, total_steps=total_steps)
+    tracker = Tracker(str(tmp_path), resumed_at=10, num_ranks=1)
+    tracker.evaluated(10, 0, constant := constant_scores(COUNTS), constant)
+    storage.write_bytes(str(tmp_path / METRICS), b"".join(tracker.files()[METRICS]))
+    print_status(str(tmp_path))
+    told = " ".join(capsys.readouterr().out.split())
+    for expected in (words, "1.2500 best", "without the constant predictor's row: no shard set at", "epoch 1"):
+        assert expected in told, expected
 
 
 def flips(data: bytes) -> Iterator[bytes]:

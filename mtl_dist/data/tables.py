@@ -239,10 +239,11 @@ def _read_header(path: Path, options: TableOptions) -> _Header:
         if FORMATS[options.table_format].is_row(names):
             return _Header({name: name for name in layout}, layout)
         _check_has_names(path, names, options)
-    twice = sorted({name for name in names if names.count(name) > 1})
+    stripped = [name.strip() for name in names]
+    twice = sorted({name for name in stripped if stripped.count(name) > 1})
     if twice:
         raise InputError(f"{path} has several columns '{twice[0]}'; expected a header with every name once")
-    return _Header({name.strip(): name for name in names}, ())
+    return _Header(dict(zip(stripped, names)), ())
 
 
 def _check_has_names(path: Path, names: list[str], options: TableOptions) -> None:

@@ -137,6 +137,9 @@ def committed(run_uri: str) -> tuple[list[Checkpoint], list[str]]:
     found, skipped = [], []
     for directory in sorted({name.partition("/")[0] for name in stored}):
         uri = storage.join(root, directory)
+        if not DIRECTORY.fullmatch(directory):  # somebody's copy, for instance
+            skipped.append(f"{uri}: not named step_<step>_<start>, so no checkpoint of the run")
+            continue
         if f"{directory}/{COMMIT}" not in stored:
             skipped.append(f"{uri}: no {COMMIT} (its save did not finish)")
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import time
 from typing import Any
@@ -16,7 +17,7 @@ from mtl_dist.data.index import read_index
 from mtl_dist.errors import InputError, plain
 from mtl_dist.objective.metrics import constant_scores
 from mtl_dist.progress import progress_bar
-from mtl_dist.runtime.checkpoint import Checkpoint, best, committed, find_damage
+from mtl_dist.runtime.checkpoint import Checkpoint, best, committed, find_damage, read_state
 from mtl_dist.runtime.lives import read_lives
 from mtl_dist.runtime.loop import CONFIG_NAME
 from mtl_dist.runtime.plan import open_data
@@ -37,13 +38,14 @@ def print_status(run_uri: str) -> None:
     found, torn = committed(run_uri)
 
     step = max([checkpoint.step for checkpoint in found], default=0)
-    per_epoch = open_data(config).steps_per_epoch
-    total = per_epoch * config.train.epochs
-    state = "finished" if step >= total else "the same command continues it from there"
+    total = _total_steps(config, found)
     console.print(f"run          {run_uri}")
-    console.print(
-        f"saved        step {step} of {total} (epoch {step / per_epoch:.2f} of {config.train.epochs}); {state}"
-    )
+    if total:
+        epochs = config.train.epochs
+        state = "finished" if step >= total else "the same command continues it from there"
+        console.print(f"saved        step {step} of {total} (epoch {step / total * epochs:.2f} of {epochs}); {state}")
+    else:
+        console.print(f"saved        step {step}; of how many its data tells, which is not to be read here")
     console.print(f"starts       {len(lives)}, so {max(len(lives) - 1, 0)} restarts")
     if lives and lives[-1].get("typed"):
         console.print(f"command      {plain(lives[-1]['typed'])}", markup=False, soft_wrap=True)
@@ -60,7 +62,7 @@ def print_status(run_uri: str) -> None:
 
     evaluations = [record for record in records if record["kind"] == "eval"]
     if evaluations:
-        rows = {"constant predictor": constant_scores(read_index(config.data.val).labels)}
+        rows = _constant_row(config)
         print_scores(rows | {f"epoch {record['epoch'] + 1}": record["scores"] for record in evaluations})
     else:
         console.print("scores       none yet")
@@ -71,7 +73,7 @@ def print_ending(config: Config) -> None:
     uri = config.run.uri
     top = best(committed(uri)[0])
     evaluations = [record for record in read_records(uri) if record["kind"] == "eval"]
-    rows = {"constant predictor": constant_scores(read_index(config.data.val).labels)}
+    rows = _constant_row(config)
     if top:
         rows |= {f"best: epoch {it['epoch'] + 1}": it["scores"] for it in evaluations if it["step"] == top.step}
     rows |= {
@@ -89,6 +91,27 @@ def print_ending(config: Config) -> None:
         f"        python -m mtl_dist.ensemble --runs {run} OTHER_RUN --out {ensemble}",
         flush=True,
     )
+
+
+def _total_steps(config: Config, found: list[Checkpoint]) -> int | None:
+    """Return the steps of the whole run, as its newest readable checkpoint notes, else as its data tells; else None."""
+    for checkpoint in reversed(found):
+        with contextlib.suppress(ValueError, FileNotFoundError):  # damaged, or deleted meanwhile
+            if isinstance(total := read_state(checkpoint).get("total_steps"), int):
+                return total
+    try:
+        return open_data(config).steps_per_epoch * config.train.epochs
+    except InputError:  # not to be read from here: the storage alone tells of a run
+        return None
+
+
+def _constant_row(config: Config) -> dict[str, dict[str, Any]]:
+    """Return the constant predictor's row; nothing, and a note, where the validation set is not to be read here."""
+    try:
+        return {"constant predictor": constant_scores(read_index(config.data.val).labels)}
+    except InputError as error:
+        print(f"note: without the constant predictor's row: {plain(str(error))}", flush=True)
+        return {}
 
 
 def _lives_table(lives: list[dict[str, Any]]) -> Table:
