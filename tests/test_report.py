@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
+import re
+import shlex
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tyro
 
 from mtl_dist.config import build_config
+from mtl_dist.ensemble import EnsembleCommand
 from mtl_dist.errors import InputError
 from mtl_dist.objective.metrics import Predictions, Targets, constant_scores, metric_sums, scores
 from mtl_dist.objective.smoothing import video_names
@@ -23,6 +28,7 @@ from mtl_dist.report.drawing import method_styles
 from mtl_dist.report.evidence import Evidence, _warnings
 from mtl_dist.report.intervals import CHUNK, KEYS, bootstrap, number_videos, video_sums
 from mtl_dist.report.mistakes import worst_mistakes
+from mtl_dist.report.origin import ensemble_block
 from mtl_dist.report.page import Part, definitions, render_page, table_block
 from mtl_dist.report.pictures import choose_apart
 from mtl_dist.report.results import (
@@ -171,11 +177,21 @@ def test_a_task_whose_labels_are_of_one_video_has_no_interval_and_no_difference(
     assert (cells["expr"].below, cells["au"].below, cells["ccc_v"].below) == (
         "labels of one video", "rough: 3 videos", "")  # fmt: skip
     difference = dict(zip(SCORE_NAMES, differences_table(methods, drawn).rows[0][1:]))
-    assert difference["expr"].text == "no interval"
+    own, reference = (methods[place].results[0].scores["expr"] for place in (0, 1))
+    assert (difference["expr"].text, difference["expr"].below) == (f"{own - reference:+.4f}", "no interval")
     assert not any(difference[key].is_apart for key in ("expr", "au", "p"))
     sentences = " ".join(lead(Evidence(methods, count_labels(targets), [""], video, drawn, []), num_draws=50))
     assert "rough: AU 3. All labels of EXPR are of one video: there is no interval for what needs them." in sentences
     assert "(95% interval" not in sentences
+
+
+def test_the_lead_says_what_p_can_be_at_most_where_classes_or_units_do_not_occur():
+    methods = make_methods()
+    counts, images = count_labels(make_targets(60, 0)), [f"v{n}/1.jpg" for n in range(60)]
+    few = counts.model_copy(update={"expr_classes": [9, 0, 0, 0, 9, 0, 0, 0], "au_positives": [3] * 6 + [0] * 6})
+    drawn = bootstrap(methods, np.arange(60), num_draws=10, seed=0)
+    for labels, words in ((counts, "at most 3."), (few, "at most 1.75: 2 of 8 expressions and 6 of 12 action units")):
+        assert words in lead(Evidence(methods, labels, images, np.arange(60), drawn, []), num_draws=10)[0]
 
 
 def test_one_video_gives_no_interval():
@@ -329,6 +345,18 @@ def make_about(*runs: str, step: int = 9, view: str = "cropped", **options) -> d
     options = {"steps": ["weights"], "folds": 5, "half_windows": [0], "seed": 0} | options
     steps = {name: dict.fromkeys(SCORE_NAMES, 1.0) for name in ("plain mean", *options["steps"])}
     return {"members": members, "options": options, "steps": steps}
+
+
+def test_the_command_of_an_ensemble_on_the_page_is_one_that_its_command_line_takes():
+    about = make_about("runs/a b", "runs/c", steps=[], test_list=None, val=[], skip_bad_images=False, exif="apply")
+    for more in ({}, {"skip_bad_images": True, "test_list": "list.txt", "test_root": "data"}):
+        about["options"] |= more
+        ((plain, _),) = make_ensembles(about)
+        page = ensemble_block(plain._replace(uri="runs/ensemble"))
+        line = html.unescape(re.search("<code>python -m mtl_dist.ensemble (.*?)</code>", page)[1])
+        command = tyro.cli(EnsembleCommand, args=shlex.split(line))
+        assert (command.runs, command.out, command.seed) == (("runs/a b", "runs/c"), "runs/ensemble", 0)
+        assert (command.steps, command.skip_bad_images) == ((), bool(more))
 
 
 def test_ensembles_of_other_members_or_options_are_methods_of_their_own():

@@ -25,6 +25,7 @@ from mtl_dist.report.tables import (
     settings_table,
     steps_tables,
 )
+from mtl_dist.tasks import NUM_AUS, NUM_EXPRESSIONS, LabelCounts
 
 
 class Drawings(NamedTuple):
@@ -51,7 +52,6 @@ def lead(evidence: Evidence, *, num_draws: int) -> list[str]:
     """The sentences above the chapters: the score, the data, the intervals."""
     labels, drawn = evidence.labels, evidence.drawn
     best, floor = evidence.best, evidence.methods[0].results[0].scores["p"]
-    covers = best.shown.scores["covers"]
     p = float(np.mean(best.values("p")))
     between = drawn.interval(best.label, "p")
     shown = f" (95% interval {between.low:.4f} to {between.high:.4f})" if between else ""
@@ -60,7 +60,7 @@ def lead(evidence: Evidence, *, num_draws: int) -> list[str]:
     missing = labels.missing_tasks()
     lines = [
         f"{best.label[:1].upper()}{best.label[1:]} scores P = {p:.4f}{shown}{seeds}; the constant predictor "
-        f"{floor:.4f}. P is (CCC V + CCC A) / 2 + EXPR F1 + AU F1, here at most {len(covers)}.",
+        f"{floor:.4f}. P is (CCC V + CCC A) / 2 + EXPR F1 + AU F1, here at most {_most(labels)}.",
         f"{labels.rows:,} validation rows of {drawn.num_videos:,} videos: {labels.va:,} with valence and arousal, "
         f"{labels.expr:,} with an expression, {max(labels.au):,} with action units.",
     ]
@@ -91,6 +91,18 @@ def lead(evidence: Evidence, *, num_draws: int) -> list[str]:
             "show one person, the intervals are too narrow (a set made from a table with a column person draws people)."
         )
     return lines
+
+
+def _most(labels: LabelCounts) -> str:
+    """The highest P that the labels let anyone reach: in the mean of F1 a class or unit that never occurs counts 0."""
+    has_expr, has_au = (np.count_nonzero(counts) for counts in (labels.expr_classes, labels.au_positives))
+    most = (labels.va > 0) + has_expr / NUM_EXPRESSIONS + has_au / NUM_AUS
+    if most.is_integer():
+        return f"{most:.0f}"
+    return (
+        f"{most:.2f}: {has_expr} of {NUM_EXPRESSIONS} expressions and {has_au} of {NUM_AUS} action units occur, and F1 "
+        "is the mean over all"
+    )
 
 
 def compose(evidence: Evidence, drawings: Drawings) -> tuple[list[Table], list[Part]]:

@@ -58,9 +58,11 @@ def ensemble_block(result: Result) -> str:
     runs = [member["run"] for member in about["members"]]
     command = ["python", "-m", "mtl_dist.ensemble", "--runs", *runs, "--out", result.uri]
     for name, value in about.get("options", {}).items():
-        values = value if isinstance(value, list) else [value]
-        if value is not None and (values or name == "steps"):
-            command += [f"--{name.replace('_', '-')}", *map(str, values)]
+        flag, values = f"--{name.replace('_', '-')}", value if isinstance(value, list) else [value]
+        if value is True:
+            command.append(flag)
+        elif value is not None and value is not False and (values or name == "steps"):
+            command += [flag, *map(str, values)]
     rest = {key: value for key, value in about.items() if key not in ("scores", "rows", "covers", "p", "options")}
     return folded(
         f"{result.name}: ensemble of {len(runs)}",

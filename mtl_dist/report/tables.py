@@ -109,15 +109,14 @@ def differences_table(methods: list[Method], drawn: Bootstrap) -> Table | None:
         for key in SCORE_NAMES:
             mine, theirs = _mean(method, key), _mean(reference, key)
             between = drawn.difference(method.label, reference.label, key)
-            if mine is None or theirs is None or between is None:
-                row.append(number(None, missing=NO_LABELS if mine is None or theirs is None else "no interval"))
-            else:
-                between_text = f"{between.low:+.4f} to {between.high:+.4f}"
+            if mine is None or theirs is None:
+                row.append(number(None, missing=NO_LABELS))
+                continue
+            difference, below, is_apart = mine - theirs, "no interval", False
+            if between:
+                below = f"{between.low:+.4f} to {between.high:+.4f}"
                 is_apart = not between.low <= 0 <= between.high and drawn.videos(key) >= FEW_VIDEOS
-                difference = mine - theirs
-                row.append(
-                    Cell(f"{difference:+.4f}", difference, is_number=True, is_apart=is_apart, below=between_text)
-                )
+            row.append(Cell(f"{difference:+.4f}", difference, is_number=True, is_apart=is_apart, below=below))
         rows.append(row)
     return Table(
         "differences",

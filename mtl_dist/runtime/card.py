@@ -175,7 +175,8 @@ def _scores(scores: dict[str, Any] | None, constant: dict[str, Any] | None) -> s
 
 
 _SCORE_NOTES = """
-P = (CCC V + CCC A) / 2 + EXPR F1 + AU F1, at most 3. The checkpoint was chosen by this very set: expect less elsewhere.
+P = (CCC V + CCC A) / 2 + EXPR F1 + AU F1, at most 3, and less where no row has a class or a unit: F1 is the mean over
+all 8, and all 12. The checkpoint was chosen by this very set: expect less elsewhere.
 Read it beside the constant predictor, which gives the same answer for every picture.
 """.strip()
 
