@@ -195,8 +195,9 @@ def _check_command(command: EnsembleCommand) -> None:
         raise InputError(f"--val names {len(command.val)} sets for {len(command.runs)} runs; expected one each")
     if (command.test_list is None) != (command.test_root is None):
         raise InputError("--test-list and --test-root belong together: which frames to submit, and their images")
-    if command.skip_bad_images and not command.test_list:
-        raise InputError("--skip-bad-images is for the images of --test-list, and none is given; leave it out")
+    for flag, is_set in (("--skip-bad-images", command.skip_bad_images), ("--exif", command.exif != "apply")):
+        if is_set and not command.test_list:
+            raise InputError(f"{flag} is for the images of --test-list, and none is given; leave it out")
     check_numbers(BOUNDS, **vars(command))
     if not command.half_windows or not 0 <= min(command.half_windows) <= max(command.half_windows) < 10**6:
         raise InputError(f"--half-windows is {list(command.half_windows)}; expected numbers from 0, such as 0 5 10")

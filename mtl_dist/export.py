@@ -95,11 +95,15 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _check_apart(out: str, trained: Trained) -> None:
-    """Raise where the export would be taken for the run, or damage its checkpoints."""
+    """Raise where the export would be taken for a run, or damage its checkpoints."""
+    from mtl_dist.runtime.loop import CONFIG_NAME
+
     run_uri = storage.absolute(trained.uri.rpartition("/checkpoints/")[0])
     target = storage.join(storage.absolute(out))
     if target == run_uri or f"{target}/".startswith(f"{run_uri}/checkpoints/"):
         raise InputError(f"--out is {out}, where the run itself keeps its files; name another directory")
+    if storage.exists(storage.join(out, CONFIG_NAME)):  # whoever predicts with that run would take this one's weights
+        raise InputError(f"--out is {out}, which is a run; name another directory")
 
 
 def _check_out(out: str) -> None:

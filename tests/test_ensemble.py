@@ -17,13 +17,13 @@ from safetensors.numpy import load_file, save
 from mtl_dist import predict, storage
 from mtl_dist.data.annotations import FILES, read_annotations
 from mtl_dist.data.index import read_index
-from mtl_dist.data.submission import find_images, submission_text
+from mtl_dist.data.submission import TestImages, find_images, submission_text
 from mtl_dist.ensemble import EnsembleCommand, _calibrate, combine, main
 from mtl_dist.errors import InputError
 from mtl_dist.objective.metrics import Predictions, Targets, metric_sums, scores
 from mtl_dist.runtime import ensembling, members
 from mtl_dist.runtime.checkpoint import best, committed, read_model
-from mtl_dist.runtime.ensembling import TEST, VAL, map_here, table_name
+from mtl_dist.runtime.ensembling import FORMAT, TEST, VAL, Prediction, _key_of, map_here, table_name
 from mtl_dist.runtime.evaluate import Predicted
 from mtl_dist.runtime.launch import TaskFailed
 from mtl_dist.runtime.members import load_model, open_member, predict_member
@@ -247,6 +247,15 @@ def test_frames_without_a_picture_have_what_is_known_of_them(runs, dataset, tmp_
         main([*args, "--skip-bad-images"])
 
 
+def test_predictions_of_test_images_of_before_exif_was_read_do_not_hold(runs):
+    member, files = open_member(f"{runs}/cropped"), best(committed(f"{runs}/cropped")[0]).files
+    before = {"format": FORMAT, "model": files["model.safetensors"]["sha256"], "state": files["state.json"]["sha256"]}
+    how = Prediction(64, 0, "cpu", None, 1, 0, 0, True, False)
+    keys = [hashlib.sha256(json.dumps(before | {"test": "of images"}).encode()).hexdigest()]
+    keys += [_key_of(member, TestImages([], "of images"), how._replace(exif=exif)) for exif in ("apply", "ignore")]
+    assert len(set(keys)) == 3
+
+
 def test_several_members_of_one_view_and_a_single_one_are_ensembles(runs, tmp_path):
     """The second is another training by its weights, and has the same name."""
     shutil.copytree(runs / "cropped", tmp_path / "cropped")
@@ -397,6 +406,7 @@ def test_a_bad_test_list_is_one_message_before_anything_is_predicted(runs, datas
         (["--val", "x", "y"], "--val names 2 sets for 1 runs"),
         (["--test-list", "x"], "belong together"),
         (["--skip-bad-images"], "for the images of --test-list, and none is given"),
+        (["--exif", "ignore"], "--exif is for the images of --test-list, and none is given"),
         (["--steps", "weights", "weights"], "'weights' twice"),
     ],
 )

@@ -254,6 +254,14 @@ def test_what_cannot_be_deleted_is_named(tmp_path):
     storage.delete(f"{tmp_path}/gone")
 
 
+def test_an_export_into_another_run_which_would_then_predict_with_this_ones_weights_is_refused(run, runs):
+    other = runs / "cropped_aligned"
+    before = sorted(other.rglob("*"))
+    with pytest.raises(InputError, match=f"--out is {other}/, which is a run; name another directory"):
+        export.main([str(run), "--out", f"{other}/", "--formats", "safetensors"])
+    assert sorted(other.rglob("*")) == before
+
+
 def test_an_export_into_the_run_itself_is_refused(run):
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     for out in (run, f"{run}/", best(committed(str(run))[0]).uri, run / "checkpoints"):

@@ -180,6 +180,8 @@ def test_a_shard_set_of_another_view_is_refused(run, runs, tmp_path):
     pattern = rf"^--input is {other}, of view 'cropped_aligned'; expected 'cropped', that of --runs"
     with pytest.raises(InputError, match=r"--skip-bad-images is for image files, and .* is a shard set"):
         run_predict(run, other, tmp_path / "out.csv", "--skip-bad-images")
+    with pytest.raises(InputError, match=r"--exif is for image files, and .* is a shard set"):
+        run_predict(run, other, tmp_path / "out.csv", "--exif", "ignore")
     with pytest.raises(InputError, match=pattern):
         run_predict(run, other, tmp_path / "out.csv")
     assert not (tmp_path / "out.csv").exists()
@@ -572,6 +574,7 @@ def test_bad_options_are_refused_before_anything_is_predicted(run, faces, tmp_pa
         ((run, tmp_path / "list.txt", f"{tmp_path}/list.txt"), "the --input itself, which it would replace"),
         ((run, faces, tmp_path / "dir.csv"), r"dir\.csv, a directory; give a file's name"),
         ((run, tmp_path / "a, b.mp4", "out.csv", "--skip-bad-images"), r"for image files, and .* is a video"),
+        ((run, tmp_path / "a, b.mp4", "out.csv", "--exif", "ignore"), r"--exif is for image files, and .* is a video"),
         ((tmp_path, faces, tmp_path / "out.csv"), "has no committed checkpoint"),
         (
             (run / "checkpoints" / "step_000000099_00000000", faces, tmp_path / "out.csv"),

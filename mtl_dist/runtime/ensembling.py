@@ -129,8 +129,8 @@ def _key_of(member: Member, test: TestImages | None, how: Prediction) -> str:
     files = member.checkpoint.files
     about = {"format": FORMAT, "model": files[MODEL]["sha256"], "state": files[STATE]["sha256"]}
     about |= {"test": test.sha256} if test else {"val": member.val.sha256}
-    if test:  # tables of before these options still hold
-        about |= ({"skip_bad": True} if how.skip_bad else {}) | ({"exif": how.exif} if how.exif != "apply" else {})
+    if test:  # tables of before EXIF was read do not hold: they are of pictures as they are stored
+        about |= {"exif": how.exif} | ({"skip_bad": True} if how.skip_bad else {})
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
 

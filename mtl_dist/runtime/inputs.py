@@ -191,6 +191,7 @@ def open_frames(
         return _open_list(uri, images if images is not None else parent_uri(uri), skip_bad, exif)
     if is_video and not _is_directory(uri):
         _refuse_skipping(uri, skip_bad, _VIDEO)
+        _refuse_exif(uri, exif, "a video, whose frames are as a player shows them")
         return _open_video(uri, every, scratch)
     if suffix in IMAGE_SUFFIXES and not _is_directory(uri):
         _refuse_every(uri, every)
@@ -202,6 +203,7 @@ def open_frames(
         check_stored(uri, index)
         _refuse_every(uri, every)
         _refuse_skipping(uri, skip_bad, "a shard set, whose images were looked at when it was made")
+        _refuse_exif(uri, exif, "a shard set, whose images were turned or not when it was made")
         return ShardSet(index_dir(uri), index.rows, index.view, cache_dir)
     return _open_directory(uri, every, skip_bad, exif, scratch)
 
@@ -221,6 +223,11 @@ def _refuse_every(uri: str, every: int) -> None:
 def _refuse_skipping(uri: str, skip_bad: bool, what: str) -> None:
     if skip_bad:
         raise InputError(f"--skip-bad-images is for image files, and {uri} is {what}; leave it out")
+
+
+def _refuse_exif(uri: str, exif: Exif, what: str) -> None:
+    if exif != "apply":
+        raise InputError(f"--exif is for image files, and {uri} is {what}; leave it out")
 
 
 def _open_list(uri: str, root: str, skip_bad: bool, exif: Exif) -> ImageFiles:
@@ -314,6 +321,7 @@ def _open_directory(uri: str, every: int, skip_bad: bool, exif: Exif, scratch: P
         _refuse_every(uri, every)
         return ImageFiles(uri, _check_text(images), skip_bad, exif, others)
     _refuse_skipping(uri, skip_bad, f"a directory with {_VIDEO}")
+    _refuse_exif(uri, exif, "a directory with videos, whose frames are as a player shows them")
     return _open_videos(uri, _check_text(videos), every, scratch, others)
 
 
