@@ -306,21 +306,23 @@ def test_a_search_without_any_score_says_every_reason_in_full(tmp_path):
 
 
 def test_a_search_begun_before_a_setting_existed_continues(tmp_path):
-    config, search, space = Config(), SearchConfig(), {"optim.lr": {"choice": [0.1]}}
-    check_same_search(str(tmp_path), config, search, space)
+    config, search, space, data = Config(), SearchConfig(), {"optim.lr": {"choice": [0.1]}}, {"validation set": "0a"}
+    check_same_search(str(tmp_path), config, search, space, data=data)
     path = tmp_path / "search.json"
     stored = json.loads(path.read_text())
-    del stored["optim.nesterov"], stored["sha256"]
+    del stored["optim.nesterov"], stored["validation set"], stored["sha256"]
     path.write_text(json.dumps(stored))
-    check_same_search(str(tmp_path), config, search, space)
+    check_same_search(str(tmp_path), config, search, space, data=data)
     with pytest.raises(InputError, match=r"was begun with search\.trials 20, not 7"):
-        check_same_search(str(tmp_path), config, SearchConfig(trials=7), space)
+        check_same_search(str(tmp_path), config, SearchConfig(trials=7), space, data=data)
+    with pytest.raises(InputError, match="was begun with validation set '0a', not '0b'; give this one another"):
+        check_same_search(str(tmp_path), config, search, space, data={"validation set": "0b"})  # made anew meanwhile
     path.write_bytes(path.read_bytes().replace(b"0.001", b"0.003"))
     with pytest.raises(InputError, match=r"search\.json is damaged \(its checksum"):
-        check_same_search(str(tmp_path), config, search, space)
+        check_same_search(str(tmp_path), config, search, space, data=data)
     path.write_text("{")
     with pytest.raises(InputError, match=r"search\.json is damaged"):
-        check_same_search(str(tmp_path), config, search, space)
+        check_same_search(str(tmp_path), config, search, space, data=data)
 
 
 def test_the_command_to_train_with_what_was_found_is_whole(shards, tmp_path, capsys, monkeypatch):

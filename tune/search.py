@@ -72,7 +72,7 @@ class SearchCommand(CommandConfig):
 def main(args: list[str] | None = None) -> None:
     command = parse_command(SearchCommand, args, prog="python -m tune.search", description=__doc__)
     config, search = config_of(command), command.search
-    from mtl_dist.runtime.plan import plan_run
+    from mtl_dist.runtime.plan import open_data, plan_run
 
     space = read_space(search.space, config) if search.space else default_space(config)
     search_uri = storage.join(config.run.storage, search.name)
@@ -91,7 +91,7 @@ def main(args: list[str] | None = None) -> None:
             connect(config)
         print(f"{plan}\n{start}")
         return
-    check_same_search(search_uri, config, search, space)
+    check_same_search(search_uri, config, search, space, data=open_data(config).identity())
     results = run_search(config, search, space, search_uri)
     finish_search(config, results, search_uri)
 
@@ -297,15 +297,18 @@ def count_room(config: Config, nodes: list[dict[str, float]]) -> int | None:
     return room
 
 
-def check_same_search(search_uri: str, config: Config, search: SearchConfig, space: Space) -> None:
-    """Raise where this name belongs to a search of other settings; a restored search would mix the two."""
+def check_same_search(
+    search_uri: str, config: Config, search: SearchConfig, space: Space, *, data: dict[str, str]
+) -> None:
+    """Raise where this name belongs to a search of other settings, or of other data, which has checksums by the names
+    of its sets; a restored search would mix the two."""
     uri = storage.join(search_uri, "search.json")
-    wanted = _settings(config, search) | {"space": space}
+    wanted = _settings(config, search) | {"space": space} | data
     if storage.exists(uri):
         try:
             stored = unseal(storage.read_bytes(uri), unsealed=wanted)
-            # A setting that was unknown then was what its default is.
-            stored = _settings(Config(), SearchConfig()) | stored
+            # A setting that was unknown then was what its default is, and data as it is now.
+            stored = _settings(Config(), SearchConfig()) | data | stored
         except ValueError as error:
             raise InputError(
                 f"{uri} is damaged ({error}); restore it, or give this search another --search.name"
