@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -208,6 +209,15 @@ def test_what_may_be_read_for_ever_is_refused_by_name(endless, tmp_path):
             read()
 
 
+def test_a_small_file_asks_for_little_memory(tmp_path):
+    (tmp_path / "x").write_bytes(bytes(1000))
+    tracemalloc.start()
+    assert len(storage.read_bytes(str(tmp_path / "x"))) == 1000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
 def test_a_file_of_40_gb_is_refused_and_not_read(tmp_path):
     sparse = tmp_path / "x.jpg"
     sparse.touch()
@@ -220,7 +230,7 @@ def test_a_file_of_40_gb_is_refused_and_not_read(tmp_path):
         read_table(tmp_path / "x.csv", TableOptions())
     assert check_images((tmp_path, ["x.jpg"]))["x.jpg"].startswith("no picture")
     with pytest.raises(InputError, match=r"x\.jpg \(row 3\): no picture"):
-        writer._read_image(str(sparse), 3, np.empty(100, np.uint8))
+        writer._read_image(str(sparse), 3, np.empty(100, np.uint8), "apply")
 
 
 # -------------------------------------------------------------------------------------------------- the store, a while

@@ -26,6 +26,7 @@ from PIL import Image
 from mtl_dist import storage
 from mtl_dist.data import skipping, ustar, writer
 from mtl_dist.data.annotations import FILES, read_annotations
+from mtl_dist.data.claims import CLAIM_PREFIX
 from mtl_dist.data.columns import Columns, TableOptions
 from mtl_dist.data.decode import decode
 from mtl_dist.data.index import INDEX_NAME, dump_index, read_index
@@ -202,7 +203,7 @@ def test_two_different_sets_made_at_once_at_one_place_are_not_mixed(dataset, tmp
         for planned in (plans, again):
             writer.write_sets(planned, jobs=1, progress=lambda rows: None)
     verify(str(tmp_path / "cropped" / "train"))
-    assert not list(tmp_path.rglob(f"{writer.CLAIM_PREFIX}*"))
+    assert not list(tmp_path.rglob(f"{CLAIM_PREFIX}*"))
 
 
 def test_a_run_that_was_killed_while_it_made_a_set_does_not_keep_itself_out(dataset, tmp_path):
@@ -484,6 +485,20 @@ def test_a_table_becomes_both_views_by_two_runs(dataset, tmp_path, capsys):
         assert len({read_index(str(dest / view / split)).source_sha256 for view in VIEWS}) == 1
     people = [{int(text["image"][1]) // 2 for part, text in found.values() if part == split} for split in SPLITS]
     assert not people[0] & people[1]
+
+
+def test_shards_of_other_pictures_are_not_taken_for_these(dataset, tmp_path):
+    table, dest = write_table(dataset, tmp_path / "faces.csv"), tmp_path / "dest"
+
+    def run(images: str) -> None:
+        options = TableOptions(images=dataset / images)
+        create(table, str(dest), views=("cropped",), val_fraction=0.3, jobs=1, table=options)
+
+    run("cropped")
+    before = read_tree(dest)
+    with pytest.raises(InputError, match=r"holds shards of other pictures: that of row \d+ in shard-000000 is not"):
+        run("cropped_aligned")
+    assert read_tree(dest) == before
 
 
 def test_a_table_continued_with_other_choices_is_refused(dataset, tmp_path):

@@ -9,10 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
 import os
-import socket
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, wait
 from itertools import chain, repeat
@@ -22,10 +19,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from isal.isal_zlib import crc32  # zlib's, at a fifth of its time
+from safetensors.numpy import load
 
 from mtl_dist import storage
 from mtl_dist.data import ustar
 from mtl_dist.data.annotations import Annotations, other_form
+from mtl_dist.data.claims import CLAIM_PREFIX, claimed
 from mtl_dist.data.decode import (
     KINDS,
     MAX_IMAGE_BYTES,
@@ -46,7 +45,7 @@ MEMBER_OVERHEAD = 4 * ustar.BLOCK  # of a sample beside its image's bytes: two h
 READ_THREADS = 16
 SCRATCH_BYTES = 512 * 512 * 3  # larger pictures are decoded to memory of their own
 MAX_LISTED = 5  # faults named in one message
-CLAIM_PREFIX = ".being-made-"  # of an object beside the shards while they are made; then what they are made of
+MAX_COMPARED = 8  # finished shards, one picture of each
 
 
 class ShardJob(NamedTuple):
@@ -144,7 +143,7 @@ def plan_set(
         key: getattr(index, key)
         for key in ("format", "view", "split", "rows", "frames_per_shard", "shard_bytes", "seed", "source_sha256")
     }
-    claims.enter_context(_claimed(dest, fingerprint, sizes))
+    claims.enter_context(claimed(dest, fingerprint, sizes))
     jobs = []
     for begin, end in _cut(sizes[shuffled], frames_per_shard=frames_per_shard, shard_bytes=shard_bytes):
         about = {**fingerprint, "begin": begin, "rows_here": end - begin}
@@ -298,30 +297,6 @@ def _image_sizes(annotations: Annotations, images_dir: Path) -> np.ndarray:
     return sizes
 
 
-@contextlib.contextmanager
-def _claimed(dest: str, fingerprint: dict, sizes: np.ndarray) -> Iterator[None]:
-    """Keep others from making another set at `dest` meanwhile; raise an `InputError` where one is being made.
-
-    Each claims first and looks then, so that of two at once one at least sees the other. The same set may be made
-    twice at once: its bytes are the same.
-    """
-    made_of = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode() + sizes.tobytes()).hexdigest()[:16]
-    own = f"{CLAIM_PREFIX}{made_of}"
-    who = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S %Z')}"
-    storage.write_bytes(storage.join(dest, own), who.encode())
-    try:
-        for name in dict(storage.list_objects(dest)):
-            if name.startswith(CLAIM_PREFIX) and name != own:
-                claim = storage.join(dest, name)
-                raise InputError(
-                    f"another set is being made at {dest}, as {claim} says; choose another destination, wait for its "
-                    "end, or delete that file if what made it is gone"
-                )
-        yield
-    finally:
-        storage.delete(storage.join(dest, own))
-
-
 def _cut(sizes: np.ndarray, *, frames_per_shard: int | None, shard_bytes: int | None) -> list[tuple[int, int]]:
     """Return the [begin, end) of every shard over images of these bytes (N,), in the order they are written."""
     ends = np.cumsum(sizes + MEMBER_OVERHEAD)
@@ -356,7 +331,8 @@ def _find_done(dest: str, fingerprint: dict, jobs: list[ShardJob], exif: Exif) -
         if suffix != "safetensors" or stem not in expected:
             raise InputError(f"{dest} holds '{name}', which is not of this set; choose an empty destination")
         sidecars.append(stem)
-    done, lying = {}, 0
+    done, lying, by_name = {}, 0, {job.name: job for job in jobs}
+    compared = set(sidecars[:: -(-len(sidecars) // MAX_COMPARED) or 1])
     with DaemonThreads(READ_THREADS, "sidecar") as pool:
         found = pool.map(lambda stem: storage.read_bytes(storage.join(dest, f"{stem}.safetensors")), sidecars)
         for stem, data in zip(sidecars, found):
@@ -371,7 +347,29 @@ def _find_done(dest: str, fingerprint: dict, jobs: list[ShardJob], exif: Exif) -
             if sizes.get(f"{stem}.tar") == entry.tar_bytes and (indexed is None or indexed[stem] == entry):
                 done[stem] = entry
                 lying += about.get("lying", 0)
+                if stem in compared:
+                    _check_picture(dest, by_name[stem], data)
     return done, lying
+
+
+def _check_picture(dest: str, job: ShardJob, sidecar: bytes) -> None:
+    """Raise an `InputError` where the first picture of a finished shard is not the one that it would be made of now.
+
+    Labels alone do not tell one directory of pictures from another. What is stored anew (PNG, turned by EXIF) may have
+    other bytes after an update of a library: it is not compared.
+    """
+    path, arrays = f"{job.images_dir}/{job.labels.images[0]}", load(sidecar)
+    try:
+        with open(path, "rb", buffering=0) as file:
+            source = file.read(MAX_IMAGE_BYTES + 1)
+        is_kept = as_jpeg(source, np.empty(SCRATCH_BYTES, np.uint8), exif=job.exif).jpeg is source
+    except (OSError, DecodeError):  # said where pictures are read, if any is
+        return
+    if is_kept and (len(source), crc32(source)) != (int(arrays["length"][0]), int(arrays["crc32"][0])):
+        raise InputError(
+            f"{dest} holds shards of other pictures: that of row {job.labels.row[0]} in {job.name} is not {path} as it "
+            "is now; give the directory that they were made of, choose another destination, or delete it"
+        )
 
 
 def _check_same(dest: str, what: str, found: dict, expected: dict) -> None:
