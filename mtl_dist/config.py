@@ -62,7 +62,7 @@ Name = Annotated[str, AfterValidator(_check_name)]  # that becomes one part of a
 class RunConfig(Section):
     name: Name = "run"
     """The run's name. A run is its name: the same command continues it."""
-    storage: str = "runs"
+    storage: str = Field("runs", min_length=1)
     """Where runs live: a directory or s3://bucket/prefix. This run's files go to <storage>/<name>/."""
     seed: int = Field(0, ge=0, le=MAX_SEED)
     """Seeds the order, augmentation, initialisation and dropout."""

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 MAX_YAML_BYTES, MAX_YAML_NODES = 1 << 20, 10_000
+MAX_KEY = 100  # characters in a message
 
 
 def parse_object(data: bytes | str) -> dict[str, Any]:
@@ -38,6 +39,17 @@ def _count_nodes(node: yaml.Node | None, counted: dict[int, int]) -> int:
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) not in counted:
+        _check_keys(node)
         parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
         counted[id(node)] = 1 + sum(_count_nodes(part, counted) for part in parts)
     return counted[id(node)]
+
+
+def _check_keys(node: yaml.CollectionNode) -> None:
+    """Raise for a mapping that has a key twice: of two sections of one name, the first would be lost without a word."""
+    seen: set[str] = set()
+    for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+        if isinstance(key, yaml.ScalarNode):
+            if key.value in seen:
+                raise yaml.YAMLError(f"line {key.start_mark.line + 1} has the key '{key.value[:MAX_KEY]}' again")
+            seen.add(key.value)

@@ -199,6 +199,8 @@ def check_writable(uri: str, *, flag: str = "") -> None:
     `flag` is the option that names it.
     """
     check_lasting(uri, flag=flag)
+    if not uri:  # of a variable of the shell that is not set, perhaps: files would lie in /
+        raise InputError(f"{flag or 'the place to write to'} is empty; expected a directory or s3://bucket/prefix")
     if is_s3(uri):
         probe = join(uri, f".probe-{os.getpid()}")
         write_bytes(probe, b"")

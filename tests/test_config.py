@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from mtl_dist import storage
 from mtl_dist.config import Config, Section, build_config, dump_yaml, flatten, read_config_file, unflatten
 from mtl_dist.data.augment import augment, make_draws, normalise
 from mtl_dist.ensemble import EnsembleCommand
@@ -348,6 +349,20 @@ def test_yaml_that_asks_for_much_is_refused_in_one_short_message(text, tmp_path)
     assert len(str(refused.value)) < 1000
     with pytest.raises(InputError):
         read_space(tmp_path / "x.yaml", Config())
+
+
+@pytest.mark.parametrize("text", ["optim: {lr: 0.1}\ntrain: {epochs: 3}\noptim: {momentum: 0.5}", "a: {b: 1, b: 2}"])
+def test_a_key_that_yaml_has_twice_is_refused(text, tmp_path):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"x\.yaml is not YAML: line \d has the key '(optim|b)' again"):
+        read_config_file(str(tmp_path / "x.yaml"))
+
+
+def test_an_empty_place_to_write_to_is_refused():
+    with pytest.raises(InputError, match=r"run\.storage is ''"):
+        build_config({"run": {"storage": ""}})
+    with pytest.raises(InputError, match="--out is empty; expected a directory or s3://bucket/prefix"):
+        storage.check_writable("", flag="--out")
 
 
 def test_yaml_with_a_few_aliases_is_read(tmp_path):
