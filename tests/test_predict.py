@@ -598,9 +598,12 @@ def test_a_folder_is_listed_through_links_once_and_never_in_circles(tmp_path):
     (folder / "self.jpg").symlink_to(folder / "self.jpg")
     (elsewhere / "back").symlink_to(folder)
     (folder / f"{storage.PART_PREFIX}1.jpg").touch()
+    (folder / ".thumbnails").mkdir()
+    (folder / ".thumbnails" / "1.jpg").touch()
     assert open_frames(str(folder), scratch=tmp_path).listed == ("linked/1.jpg", "own/1.jpg", "own/2.jpg")
     # What is deleted is what is really there.
-    assert [name for name, _ in storage.list_objects(str(folder))] == ["own/1.jpg", "own/2.jpg"]
+    stored = [name for name, _ in storage.list_objects(str(folder))]
+    assert stored == [".thumbnails/1.jpg", "own/1.jpg", "own/2.jpg"]
     storage.delete_all(str(folder))
     assert (elsewhere / "1.jpg").exists()
     assert not folder.exists()
@@ -675,6 +678,13 @@ def test_names_that_no_table_can_hold_are_refused_at_once(run, tmp_path):
     for source in (folder, folder / f"{odd}.jpg", write_video(tmp_path / f"{odd}.mp4", frames=1)):
         with pytest.raises(InputError, match=r"file name 'caf\\udce9(\.jpg)?' is not UTF-8"):
             run_predict(run, source, tmp_path / "out.csv")
+
+
+def test_a_checkpoint_is_found_however_its_path_is_written(run, monkeypatch):
+    chosen = best(committed(str(run))[0]).uri
+    monkeypatch.chdir(run)
+    for name in (f"checkpoints/{Path(chosen).name}", f"{run}//checkpoints/./{Path(chosen).name}/", f"file://{chosen}"):
+        assert open_trained(name).uri == chosen
 
 
 def test_a_checkpoint_of_other_classes_is_refused_by_its_own_name_too(run, tmp_path):

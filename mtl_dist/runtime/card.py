@@ -114,9 +114,10 @@ _ONNX = """
 ```python
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
-face = Image.open("face.jpg").convert("RGB").resize(({size}, {size}), Image.Resampling.BILINEAR)
+face = ImageOps.exif_transpose(Image.open("face.jpg")).convert("RGB")
+face = face.resize(({size}, {size}), Image.Resampling.BILINEAR)
 images = np.asarray(face).transpose(2, 0, 1)[None]  # (N, 3, {size}, {size}) uint8
 va, expr, au = onnxruntime.InferenceSession("model.onnx").run(None, {{"images": images}})
 print(va, {classes}[expr[0].argmax()], au)

@@ -302,7 +302,7 @@ def _open_directory(uri: str, every: int, skip_bad: bool, exif: Exif, scratch: P
     if not storage.is_s3(uri) and not storage.local_path(uri).exists():
         raise InputError(f"--input {uri} does not exist; correct the path")
     every_name = [found.name for found in storage.list_objects(uri, follow_links=True)]
-    names = [name for name in every_name if not name.rpartition("/")[2].startswith(".")]
+    names = [name for name in every_name if not any(part.startswith(".") for part in name.split("/"))]
     images = [name for name in names if _suffix(name) in IMAGE_SUFFIXES]
     videos = [name for name in names if _suffix(name) in VIDEO_SUFFIXES]
     if not images and not videos:

@@ -74,11 +74,10 @@ def open_trained(uri: str) -> Trained:
     uri = uri.rstrip("/")
     if storage.exists(storage.join(uri, EXPORTED_CONFIG)):
         return _open_exported(uri)
-    parent, _, name = uri.rpartition("/")
-    if not DIRECTORY.fullmatch(name):
-        checkpoint, state, _ = open_checkpoint(uri)
+    if DIRECTORY.fullmatch(uri.rpartition("/")[2]):
+        checkpoint, state = _open_directory(storage.absolute(uri))  # of several ways to write it one
     else:
-        checkpoint, state = _open_directory(uri, parent)
+        checkpoint, state, _ = open_checkpoint(uri)
     return Trained(checkpoint, build_config(unflatten(state["config"])), state, state.get("view"))
 
 
@@ -106,8 +105,8 @@ def exported_config(trained: Trained, files: dict[str, dict[str, Any]]) -> Expor
     )
 
 
-def _open_directory(uri: str, parent: str) -> tuple[Checkpoint, dict[str, Any]]:
-    run_uri, _, checkpoints = parent.rpartition("/")
+def _open_directory(uri: str) -> tuple[Checkpoint, dict[str, Any]]:
+    run_uri, _, checkpoints = uri.rpartition("/")[0].rpartition("/")
     if checkpoints != "checkpoints":
         raise InputError(f"checkpoint {uri} is not in its run; expected <storage>/<run>/checkpoints/step_...")
     found, skipped = committed(run_uri)
