@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 
@@ -206,6 +207,15 @@ def test_all_pairs_of_a_set_of_one_shard_share_a_batch_equally_often():
     assert 50 < pairs.min() <= pairs.max() < 130  # 8.3 is one standard deviation
     neighbours = np.diag(together, 1)
     assert neighbours.mean() == pytest.approx(pairs.mean(), rel=0.05)
+
+
+def test_streams_that_read_of_one_block_share_it():
+    plan = Order(np.array([100_000]), 64, 64, 4, 0).plan(epoch=0, rank=0, num_ranks=1)
+    tracemalloc.start()
+    plan.samples_of(0, 1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 * 100_000 * 8  # bytes of a few copies of it, not of one a stream
 
 
 def test_the_first_version_is_what_runs_were_begun_with():

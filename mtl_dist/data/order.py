@@ -212,8 +212,13 @@ class EpochPlan:
             at += count
 
     def _shuffle(self, stream: int, start: int, stop: int) -> np.ndarray:
-        """Return the samples of the block at places [start, stop), shuffled; the latest of every stream is kept."""
+        """Return the samples of the block at places [start, stop), shuffled; the latest of every stream is kept.
+
+        From version 2 on it is the same for all streams that read of it: of a set of one large shard, all of them do.
+        """
         kept = self._shuffled.get(stream)
+        if self.order.version > 1 and (kept is None or kept[:2] != (start, stop)):
+            kept = next((block for block in self._shuffled.values() if block[:2] == (start, stop)), None)
         if kept is None or kept[:2] != (start, stop):
             places = np.arange(start, stop)
             shards = np.searchsorted(self._starts, places, side="right") - 1
@@ -221,7 +226,8 @@ class EpochPlan:
             # In version 1 a block belongs to a stream: a shard that two share is shuffled on its own in each.
             key = (stream, start) if self.order.version == 1 else (start,)
             _rng(self.order.seed, self.epoch, _BLOCK, *key).shuffle(samples)
-            kept = self._shuffled[stream] = (start, stop, samples)
+            kept = (start, stop, samples)
+        self._shuffled[stream] = kept
         return kept[2]
 
 
