@@ -25,7 +25,7 @@ from mtl_dist.report.chapters import lead
 from mtl_dist.report.classes import draw_confusion, draw_f1
 from mtl_dist.report.curves import draw_curves
 from mtl_dist.report.drawing import method_styles
-from mtl_dist.report.evidence import Evidence, _warnings
+from mtl_dist.report.evidence import Evidence, _taken_for_one, _warnings
 from mtl_dist.report.intervals import CHUNK, KEYS, bootstrap, number_videos, video_sums
 from mtl_dist.report.mistakes import worst_mistakes
 from mtl_dist.report.origin import ensemble_block
@@ -388,6 +388,17 @@ def test_ensembles_of_other_members_or_options_are_methods_of_their_own():
     ):  # fmt: skip
         assert methods(one, other) == named("e0", "e1")
         assert methods(one, other, moved) == named("e0", "e1")  # the third is another of the first
+
+
+def test_ensembles_of_runs_that_nothing_is_known_of_are_said_to_be_taken_for_one():
+    members = [make_member("one"), make_member("two", seed=1)]
+
+    def said(*runs: str) -> list[str]:
+        return _taken_for_one(label_ensembles(make_ensembles(*map(make_about, runs)), members, ["A", "A"]), members)
+
+    assert said("runs/one", "runs/two") == said("runs/one", "runs/x") == said("runs/x") == []
+    (sentence,) = said("runs/x", "runs/y")
+    assert sentence.startswith("Ensembles runs/ensemble-0, runs/ensemble-1 are shown as one method")
 
 
 def test_the_lead_is_about_the_best_ensemble_and_says_which():

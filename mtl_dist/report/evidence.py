@@ -15,6 +15,7 @@ from mtl_dist.report.results import (
     check_same_data,
     check_same_rows,
     constant_result,
+    find_run,
     group_methods,
     label_ensembles,
     label_runs,
@@ -24,7 +25,7 @@ from mtl_dist.report.results import (
     stale_members,
 )
 from mtl_dist.report.tables import reference_method
-from mtl_dist.runtime.members import check_apart, open_member, row_names, unique_names
+from mtl_dist.runtime.members import Member, check_apart, open_member, row_names, unique_names
 from mtl_dist.tasks import LabelCounts
 
 if TYPE_CHECKING:
@@ -77,7 +78,22 @@ def gather(command: ReportCommand, device: torch.device) -> Evidence:
     methods = group_methods(constant_result(runs[0].predicted, counts), runs, ensembles)
     video = number_videos(videos)
     drawn = bootstrap(methods, video, num_draws=command.draws, seed=SEED)
-    return Evidence(methods, counts, images, video, drawn, _warnings(runs, opened))
+    warnings = _warnings(runs, opened) + _taken_for_one(ensembles, members)
+    return Evidence(methods, counts, images, video, drawn, warnings)
+
+
+def _taken_for_one(ensembles: list[Result], members: list[Member]) -> list[str]:
+    """Say which ensembles are shown as one method although it is not known what their runs are."""
+    blind: dict[str, list[str]] = {}
+    for result in ensembles:
+        if result.score_file and any(not find_run(of.get("run"), members) for of in result.score_file["members"]):
+            blind.setdefault(result.method, []).append(result.uri)
+    return [
+        f"Ensembles {', '.join(uris)} are shown as one method, as if only seeds told them apart: of their runs that "
+        "are not reported here no more than the view is known. Report these runs too."
+        for uris in blind.values()
+        if len(uris) > 1
+    ]
 
 
 def _warnings(runs: list[Result], ensembles: list[list[Result]]) -> list[str]:
