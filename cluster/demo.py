@@ -32,10 +32,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from cluster.local import ClusterState, LocalCluster, down
 from cluster.processes import ClusterError
 from mtl_dist.data.annotations import FILES, read_annotations
-from mtl_dist.errors import PlainParser, run_command
+from mtl_dist.errors import InputError, PlainParser, run_command
 from mtl_dist.tasks import VIEWS
 
 DEMO_DIR = Path("demo")
+RENDERED_FACES = "rendered faces"
 BUCKET = "s3://mtl"
 RESULTS = ("score.json", "predictions.parquet", "calibrated.parquet", "table.txt")
 NUM_HOSTS, CPUS_PER_HOST = 2, 4  # logical CPUs: room for trial drivers beside ranks, whatever the machine has
@@ -97,7 +98,7 @@ def main(args: list[str] | None = None) -> None:
     command = parser.parse_args(args)
     recipe = plan_recipe(command.data)
     demo = DEMO_DIR / (command.data.resolve().name if command.data else "rendered")
-    begin(demo)
+    begin(demo, of=str(command.data.resolve()) if command.data else RENDERED_FACES)
     source = command.data or demo / "faces"
     console = Console(highlight=False)
     begun = time.monotonic()
@@ -130,13 +131,19 @@ def run_steps(console: Console, demo: Path, steps: list[Step]) -> None:
         progress.update(bar, completed=progress.tasks[0].total, left="")
 
 
-def begin(demo: Path) -> None:
-    """Start anew after a demo that finished; keep what an interrupted one has."""
+def begin(demo: Path, *, of: str) -> None:
+    """Start anew after a demo that finished; keep what an interrupted one has. Another data set's are left alone."""
+    note = demo / "data.txt"
+    if note.exists() and (other := note.read_text().strip()) != of:
+        raise InputError(
+            f"{demo} holds the demo of {other}, and this one is of {of}: move or remove {demo}, or rename the data"
+        )
     if (demo / "results" / "score.json").exists():
         down(demo / "cluster", purge=True)
         for name in ("cluster", "results", "logs"):
             shutil.rmtree(demo / name, ignore_errors=True)
     demo.mkdir(parents=True, exist_ok=True)
+    note.write_text(f"{of}\n")
 
 
 def plan_steps(source: Path, recipe: Recipe, *, render: bool) -> list[Step]:

@@ -9,11 +9,12 @@ import time
 import pytest
 
 from cluster import local
-from cluster.demo import StepFailed
+from cluster.demo import StepFailed, begin
 from cluster.local import up
 from cluster.parts import wait_until
 from cluster.processes import ClusterError
 from cluster.state import plan_state
+from mtl_dist.errors import InputError
 
 
 def test_a_busy_machine_is_told_with_its_load_and_a_remedy_and_without_a_page_of_addresses(tmp_path):
@@ -46,6 +47,18 @@ def test_a_cluster_that_does_not_start_leaves_no_directory(tmp_path, monkeypatch
     with pytest.raises(ValueError, match="no rclone on this machine"):
         up(tmp_path / "cluster", network="loopback")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_demo_of_other_data_of_the_same_name_leaves_results_alone(tmp_path):
+    demo = tmp_path / "demo" / "faces"
+    begin(demo, of="/one/faces")
+    (demo / "results").mkdir()
+    (demo / "results" / "score.json").write_text("{}")
+    with pytest.raises(InputError, match=f"{demo} holds the demo of /one/faces, and this one is of /two/faces: move"):
+        begin(demo, of="/two/faces")
+    assert (demo / "results" / "score.json").exists()
+    begin(demo, of="/one/faces")  # a finished one starts anew
+    assert not (demo / "results").exists()
 
 
 def test_a_demo_that_fails_says_what_failed_and_where_its_output_is(tmp_path):
