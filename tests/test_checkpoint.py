@@ -23,6 +23,7 @@ from mtl_dist.runtime.checkpoint import (
     FORMAT,
     FREE,
     Checkpoint,
+    _choose,
     best,
     check_same_run,
     committed,
@@ -46,12 +47,12 @@ IDENTITY = {"training set": "a" * 64, "validation set": "b" * 64}
 
 
 def write_checkpoint(
-    run: Path, step: int, score: float | None = None, *, life: str = "00000000", total_steps: int | None = None
+    run: Path, step: int, score: float | None = None, *, life: str = "00000000", state: dict | None = None
 ) -> Path:
     """Write the files of a checkpoint as `saving.py` laid them out before COMMITs were sealed."""
     directory = run / "checkpoints" / f"step_{step:09d}_{life}"
     files = {}
-    state = {"step": step} | ({"total_steps": total_steps} if total_steps else {})
+    state = {"step": step} | (state or {})
     contents = {"state.json": json.dumps(state).encode(), "train.safetensors": bytes(100), "model.safetensors": b""}
     for name, data in contents.items():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +92,7 @@ def test_the_status_of_a_run_is_told_where_its_data_is_not_to_be_read(total_step
     data = {"train": str(tmp_path / "gone"), "val": str(tmp_path / "gone")}
     config = build_config({"data": data, "train": {"epochs": 2}})
     storage.write_bytes(str(tmp_path / CONFIG_NAME), dump_yaml(config).encode())
-    write_checkpoint(tmp_path, 10, 1.25, total_steps=total_steps)
+    write_checkpoint(tmp_path, 10, 1.25, state={"total_steps": total_steps})
     tracker = Tracker(str(tmp_path), resumed_at=10, num_ranks=1)
     tracker.evaluated(10, 0, constant := constant_scores(COUNTS), constant)
     storage.write_bytes(str(tmp_path / METRICS), b"".join(tracker.files()[METRICS]))
@@ -261,6 +262,22 @@ def test_a_checkpoint_fits_its_own_configuration_and_free_settings_may_change():
     moved = build_config({"data": {"workers": 7, "cache_gib": 1.0}, "ray": {"num_ranks": 8}, "engine": {"threads": 3}})
     check_same_run(state, moved, IDENTITY, "here")
     assert set(FREE) <= set(flatten(Config()))
+
+
+def test_a_whole_checkpoint_whose_state_is_none_is_passed_over_for_the_one_before(tmp_path, capsys):
+    state = {"config": flatten(Config()), "identity": IDENTITY}
+    write_checkpoint(tmp_path, 5, state=state)
+    write_checkpoint(tmp_path, 10, state=state | {"scores": []})
+    chosen, _ = _choose(str(tmp_path), Config(), IDENTITY)
+    assert chosen.step == 5
+    assert "passed over" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("change", "words"), [({"order": 3}, "order 3"), ({"config": None}, "no config")])
+def test_a_checkpoint_of_another_version_is_refused_in_words(change, words):
+    state = {"config": flatten(Config()), "identity": IDENTITY, "order": 2} | change
+    with pytest.raises(InputError, match=words):
+        check_same_run(state, Config(), IDENTITY, "somewhere")
 
 
 @pytest.mark.parametrize(

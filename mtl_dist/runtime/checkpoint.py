@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mtl_dist import storage
 from mtl_dist.config import Config, explain_validation, flatten
+from mtl_dist.data.order import VERSIONS
 from mtl_dist.errors import InputError
 from mtl_dist.parsing import parse_object
 from mtl_dist.sealed import unseal
@@ -230,6 +231,13 @@ def best(checkpoints: list[Checkpoint]) -> Checkpoint | None:
 
 def check_same_run(state: dict[str, Any], config: Config, identity: dict[str, str], where: str) -> None:
     """Raise `InputError` unless a checkpoint's configuration and data are those of the run that wants it."""
+    if not all(isinstance(state.get(name), dict) for name in ("config", "identity")):
+        raise InputError(f"{where}/{STATE} is not what training writes: no config, or no identity; delete {where}")
+    if (version := state.get("order", VERSIONS[0])) not in VERSIONS:
+        raise InputError(
+            f"run '{config.run.name}' has a checkpoint of order {version!r} ({where}); this version of mtl_dist knows "
+            f"{', '.join(map(str, VERSIONS))}: continue it with the one that began it, or give it another --run.name"
+        )
     # A setting that is newer than the checkpoint has the default, which is what was done before there was a choice.
     stored, wanted = flatten(Config()) | state["config"], flatten(config)
     for key in sorted(stored.keys() | wanted.keys()):
@@ -257,7 +265,13 @@ def _choose(run_uri: str, config: Config, identity: dict[str, str]) -> tuple[Che
         if damage := find_damage(checkpoint):
             skipped.append(f"{checkpoint.uri}: {damage}")
             continue
-        state = read_state(checkpoint)
+        try:
+            state = read_state(checkpoint)
+        except InputError:
+            raise
+        except ValueError as error:  # whole by its checksums, and not what training writes
+            skipped.append(f"{checkpoint.uri}: {error}")
+            continue
         check_same_run(state, config, identity, checkpoint.uri)
         _say_skipped(skipped)
         print(f"continuing from {checkpoint.uri}", flush=True)
