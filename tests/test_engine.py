@@ -103,7 +103,9 @@ def test_one_row_a_rank_is_refused_for_batchnorm_over_single_cells_and_few_are_n
 
 
 @pytest.mark.parametrize("recipe", [{}, PER_TASK])
-def test_a_run_begun_with_the_old_order_continues_with_it_and_a_new_one_has_the_new(recipe, shards, tmp_path, group):
+def test_a_run_begun_with_the_old_order_continues_with_it_and_a_new_one_has_the_new(
+    recipe, shards, tmp_path, group, capsys
+):
     config = config_of(shards, tmp_path, "run", recipe, EVERY_STEP, {"train": {"epochs": 1, "eval_batch": 20}})
     fit(config, Context(0, 1, "first"))
     begun = committed(config.run.uri)[0][0]
@@ -114,7 +116,9 @@ def test_a_run_begun_with_the_old_order_continues_with_it_and_a_new_one_has_the_
     life = begin_life(config.run.uri, command="second", num_ranks=1)
     with Saver(config.run.uri, config.checkpoint, life=life) as saver:
         saver.save(*tensors, begun=0.0, state=state, scores={}, records={})
+    assert "an earlier version" not in capsys.readouterr().out
     fit(config, Context(0, 1, "third"))
+    assert "an earlier version began this run" in capsys.readouterr().out
     assert read_state(committed(config.run.uri)[0][-1])["order"] == 1
 
     data, reader = open_data(config), ShardReader(config.data.train, read_index(config.data.train), Cache())

@@ -43,6 +43,10 @@ OF_A_NODE = (
     "run.audit_dir", "data.train", "data.val", "data.workers", "data.prefetch", "data.cache_dir", "data.cache_gib",
     "engine.threads",
 )  # fmt: skip
+BEGUN_BEFORE = (
+    "note: an earlier version began this run. It goes on in the order that it has; from here on biases, positions and "
+    "tokens are not decayed, and balanced weights are 1/20 to 20"
+)
 MODULE, OPTIMIZER, BATCHNORM = "module/", "optimizer/", "batchnorm"  # of a checkpoint's train.safetensors
 
 
@@ -193,9 +197,10 @@ def restore(setup: Setup) -> tuple[Setup, Trained, int, dict[str, Any]]:
     if restored:
         setup = setup._replace(order=setup.order.of_version(restored.state.get("order", 1)))
     model = _build_model(config, pretrained=restored is None)
-    note = _note_batchnorm(model, config, num_ranks)
-    if note and setup.context.rank == 0:
-        print(note, flush=True)
+    began = BEGUN_BEFORE if restored and "order" not in restored.state else ""
+    for note in (began, _note_batchnorm(model, config, num_ranks)):
+        if note and setup.context.rank == 0:
+            print(note, flush=True)
     module = ObjectiveModule(model, config.loss, setup.data.train.labels, passes=max(len(setup.data.tasks), 1))
     average = WeightAverage(module.model, config.train.ema) if config.train.ema else None
     if restored:
