@@ -205,7 +205,7 @@ def test_a_source_that_is_no_data_set_is_named(tmp_path):
         ),
         (["--views", "cropped", "--columns.valence", "valense"], ["'valense'", "did you mean 'valence'?"]),
         (["--views", "cropped", "--images", "/absent"], ["--images /absent is not a directory"]),
-        (["--views", "cropped", "--val-fraction", "0.5"], ["table.csv, row 1 (from 0): expression is 'bored'"]),
+        (["--views", "cropped", "--val-fraction", "0.5"], ["table.csv, row 1 (from 0), line 3: expression is 'bored'"]),
         (["--views", "cropped", "--expressions", "bored"], ["'bored'", "expected NAME=CLASS"]),
         (["--views", "cropped", "--val-fraction", "0.5", "--expressions", "bored=-"], ["listed images do not exist"]),
     ],
@@ -456,8 +456,6 @@ def test_a_batch_larger_than_the_set_is_refused(shards, tmp_path):
         train(shards, tmp_path, "--train.global-batch", "64")
 
 
-@pytest.mark.parametrize("suffix", ["tar", "safetensors"])
-@pytest.mark.parametrize("split", ["train", "val"])
 def make_sets(dest: Path, *, train: str = "a", val: str = "a", shared: int = 0) -> list[str]:
     """Write shards of a table; return the arguments of a dry run with them.
 
@@ -534,6 +532,8 @@ def test_a_validation_set_of_training_pictures_is_refused_and_a_part_of_them_cou
     assert "note    3 of 10 validation pictures are training pictures too" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("suffix", ["tar", "safetensors"])
+@pytest.mark.parametrize("split", ["train", "val"])
 def test_a_shard_that_is_gone_is_found_before_training(copied, tmp_path, split, suffix):
     path = copied / "cropped" / split / f"shard-000001.{suffix}"
     path.unlink()
