@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import re
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -234,17 +234,17 @@ def test_an_out_that_cannot_be_written_is_refused_before_anything_is_made(run, t
     monkeypatch.setattr(trained, "load_trained", lambda found: pytest.fail("begun"))
     (tmp_path / "file").touch()
     (tmp_path / "earlier").mkdir()
-    real = tempfile.mkstemp
+    real = os.open
 
-    def mkstemp(*args, **options):
-        if Path(options["dir"]).name == "earlier":  # read-only, for everyone but root
+    def open_file(path, flags, *args, **options):
+        if flags & os.O_ACCMODE and "earlier" in Path(path).parts:  # read-only, for everyone but root
             raise PermissionError(13, "Permission denied")
-        return real(*args, **options)
+        return real(path, flags, *args, **options)
 
-    monkeypatch.setattr(tempfile, "mkstemp", mkstemp)
+    monkeypatch.setattr(os, "open", open_file)
     with pytest.raises(InputError, match=rf"--out is {tmp_path}/file, which is a file; expected a directory"):
         export.main([str(run), "--out", f"{tmp_path}/file"])
-    with pytest.raises(InputError, match=rf"{tmp_path}/earlier/.* cannot be written: Permission denied"):
+    with pytest.raises(InputError, match=rf"{tmp_path}/earlier cannot be written: Permission denied"):
         export.main([str(run), "--out", f"{tmp_path}/earlier/"])
     assert {path.name for path in tmp_path.rglob("*")} == {"file", "earlier"}
 

@@ -74,7 +74,7 @@ def stored(s3, shards) -> str:
 
 
 PARENT = """
-import os, sys, threading, time
+import os, signal, time
 from mtl_dist.processes import process_pool
 
 def work(_):
@@ -82,6 +82,7 @@ def work(_):
     time.sleep(3600)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup takes away
     with process_pool(2) as pool:
         list(pool.map(work, range(2)))
 """
