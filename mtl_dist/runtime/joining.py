@@ -25,6 +25,9 @@ HANDED_ON = (
 )
 
 
+PLAIN_PRINT = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}  # else what ranks print comes twice: Ray's log repeats it
+
+
 def join_cluster(alone: str) -> None:
     """Connect this process to its cluster; `alone` is what to do where none answers."""
     import ray
@@ -45,7 +48,7 @@ def join_cluster(alone: str) -> None:
 def runtime_env() -> dict[str, object]:
     """Return what Ray sets in every process of the job."""
     return {
-        "env_vars": {name: os.environ[name] for name in HANDED_ON if name in os.environ},
+        "env_vars": {name: os.environ[name] for name in HANDED_ON if name in os.environ} | PLAIN_PRINT,
         "worker_process_setup_hook": f"{__name__}.{begin_process.__name__}",
     }
 

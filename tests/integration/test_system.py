@@ -128,6 +128,7 @@ def test_two_ray_ranks_have_the_losses_of_one_process(cluster):
     frozen = ["--engine.batchnorm", "frozen"]
     done = submit(cluster, "mtl_dist.train", *run_args("cropped", "by-ray", *frozen, "--ray.num-ranks", "2", "2"))
     assert done.returncode == 0, done.stdout[-3000:]
+    assert done.stdout.count("start   2 ranks on cpu") == 1, "what a rank prints comes once"
     done = run_module("mtl_dist.train", "--local", *run_args("cropped", "by-hand", *frozen), env=cluster.client_env())
     assert done.returncode == 0, done.stderr
     steps = []
