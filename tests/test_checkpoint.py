@@ -129,12 +129,17 @@ def test_every_flipped_bit_of_a_commit_is_found_or_changes_nothing(tmp_path):
 
 def test_a_flipped_bit_of_a_commit_without_checksum_ends_in_no_traceback(tmp_path):
     """Of before COMMITs were sealed: those flips cannot all be found, but what opens can be read."""
-    commit = write_checkpoint(tmp_path, 5, 0.699) / "COMMIT.json"
+    commit, num_found = write_checkpoint(tmp_path, 5, 0.699) / "COMMIT.json", 0
     for data in flips(commit.read_bytes()):
         commit.write_bytes(data)
-        for checkpoint in committed(str(tmp_path))[0]:
-            find_damage(checkpoint)
-            best([checkpoint])
+        found, skipped = committed(str(tmp_path))
+        assert len(found) + len(skipped) == 1, data
+        for checkpoint in found:
+            assert checkpoint.step == 5, data
+            assert isinstance(find_damage(checkpoint), str | None), data
+            assert best([checkpoint]) in (checkpoint, None), data
+        num_found += len(skipped)
+    assert num_found > 2000
 
 
 @pytest.mark.parametrize(

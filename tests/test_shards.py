@@ -212,7 +212,9 @@ def test_a_run_that_was_killed_while_it_made_a_set_does_not_keep_itself_out(data
     writer.plan_sets(found, {"cropped": dataset / "cropped"}, str(tmp_path), seed=0, claims=killed)
     with contextlib.ExitStack() as claims:
         plans = writer.plan_sets(found, {"cropped": dataset / "cropped"}, str(tmp_path), seed=0, claims=claims)
-        writer.write_sets(plans, jobs=1, progress=lambda rows: None)
+        indexes = writer.write_sets(plans, jobs=1, progress=lambda rows: None)
+    assert [index.rows for index in indexes] == [40, 20]
+    assert not list(tmp_path.rglob(f"{CLAIM_PREFIX}*"))
     verify(str(tmp_path / "cropped" / "val"))
 
 
