@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 
-CELLS = ((1, "passive"), (2, "active"), (2, "passive"))  # threads, OMP_WAIT_POLICY; spinning is libgomp's default
+CELLS = ((1, "passive"), (2, "active"), (2, "passive"))  # threads, OMP_WAIT_POLICY
 BATCH = 24
 BUSY = "while True: pass"
 MEASURE = f"""
