@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 from benchmarks.loader import write_results
 from mtl_dist.errors import run_command
 from mtl_dist.machine import num_cpus
+from mtl_dist.processes import with_parent
 from mtl_dist.progress import progress_bar
 from mtl_dist.storage import atomic_path
 
@@ -185,7 +186,7 @@ def run_one(command: list[str], log: Path) -> None:
     with log.open("a") as file:
         file.write("$ " + shlex.join(["python", "-m", *command]) + "\n")
         file.flush()
-        done = subprocess.run([sys.executable, "-m", *command], stdout=file, stderr=subprocess.STDOUT)
+        done = subprocess.run(with_parent([sys.executable, "-m", *command]), stdout=file, stderr=subprocess.STDOUT)
     if done.returncode:
         raise SystemExit(f"error: '{shlex.join(command[:2])}' ended with {done.returncode}; what it said is in {log}")
 

@@ -51,6 +51,7 @@ from mtl_dist.data.index import read_index
 from mtl_dist.data.loader import train_batches
 from mtl_dist.data.order import Order
 from mtl_dist.data.reader import ShardReader
+from mtl_dist.processes import with_parent
 from tests.s3_server import BUCKET, S3Server
 
 STREAMS, BLOCK_SHARDS, PREFETCH = 16, 4, 4
@@ -123,7 +124,7 @@ def bench_create(root: Path, source: Path, rounds: int) -> dict:
         shutil.rmtree(root, ignore_errors=True)
         command = [sys.executable, "-m", "mtl_dist.shards", "create", str(source), str(root), "--views", VIEW]
         begun = time.perf_counter()
-        subprocess.run([*command, "--jobs", str(jobs)], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(with_parent([*command, "--jobs", str(jobs)]), check=True, stdout=subprocess.DEVNULL)
         return len(files) / (time.perf_counter() - begun)
 
     contenders = {"read, decode and write, 1 process": limit}

@@ -27,6 +27,7 @@ from cluster import faults, parts
 from cluster.local import LocalCluster
 from cluster.processes import find_processes
 from cluster.state import ClusterState
+from mtl_dist.processes import with_parent
 from mtl_dist.runtime.audit import read_audit
 from mtl_dist.runtime.lives import read_lives
 from mtl_dist.runtime.tracking import read_records
@@ -73,7 +74,9 @@ class Run:
     def submit(self) -> None:
         log = (self.audit / f"{self.name}.log").open("ab")
         environment = {**os.environ, **self.cluster.client_env()}
-        self.process = subprocess.Popen(self.command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        self.process = subprocess.Popen(
+            with_parent(self.command), env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
 
     def steps(self) -> list[tuple[float, int]]:
         return read_audit(self.audit, self.name, global_batch=BATCH, num_steps=NUM_STEPS).finished_at
@@ -277,7 +280,7 @@ def make_data(root: Path) -> None:
         [*shards, "synth", faces, "--num-train", str(ROWS), "--num-val", "48"],
         [*shards, "create", faces, "s3://mtl/faces", "--views", "cropped", "--frames-per-shard", "20"],
     ):
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=REPO)
+        subprocess.run(with_parent(command), check=True, stdout=subprocess.DEVNULL, cwd=REPO)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ import statistics
 import subprocess
 import sys
 
+from mtl_dist.processes import with_parent
+
 CELLS = ((1, "passive"), (2, "active"), (2, "passive"))  # threads, OMP_WAIT_POLICY
 BATCH = 24
 BUSY = "while True: pass"
@@ -42,7 +44,7 @@ print(steps * {BATCH} / (time.monotonic() - begun))
 def measure(threads: int, policy: str, *, seconds: float) -> float:
     """Return images/s of one process."""
     env = {**os.environ, "OMP_WAIT_POLICY": policy}
-    command = [sys.executable, "-c", MEASURE, str(threads), str(seconds)]
+    command = with_parent([sys.executable, "-c", MEASURE, str(threads), str(seconds)])
     return float(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
 
 
@@ -52,7 +54,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0)
     options = parser.parse_args()
     for where in ("alone", "beside a busy process"):
-        busy = subprocess.Popen([sys.executable, "-c", BUSY]) if where != "alone" else None
+        busy = subprocess.Popen(with_parent([sys.executable, "-c", BUSY])) if where != "alone" else None
         try:
             rounds = [[measure(*cell, seconds=options.seconds) for cell in CELLS] for _ in range(options.rounds)]
         finally:

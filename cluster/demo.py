@@ -33,6 +33,7 @@ from cluster.local import ClusterState, LocalCluster, down
 from cluster.processes import ClusterError
 from mtl_dist.data.annotations import FILES, read_annotations
 from mtl_dist.errors import InputError, PlainParser, run_command
+from mtl_dist.processes import with_parent
 from mtl_dist.tasks import VIEWS
 
 DEMO_DIR = Path("demo")
@@ -240,7 +241,8 @@ def run_step(step: Step, cluster: ClusterState, show: Display, log: Path) -> Non
     log.parent.mkdir(parents=True, exist_ok=True)
     env = {**os.environ, **cluster.client_env(), "PYTHONUNBUFFERED": "1"}
     with log.open("w") as file, subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True
+        with_parent(command), env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+        text=True,
     ) as process:  # fmt: skip
         try:
             is_over = False

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -32,6 +33,12 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+def with_parent(command: list[str]) -> list[str]:
+    """Return a command that is sent SIGTERM when the thread that started it ends; as it is where no `setpriv` is."""
+    setpriv = shutil.which("setpriv")  # of util-linux; the kernel does the rest
+    return [setpriv, "--pdeathsig", "TERM", *command] if setpriv else command
 
 
 def _begin(begin: Callable[..., Any] | None, args: tuple) -> None:

@@ -104,6 +104,21 @@ def test_a_pools_processes_end_with_the_one_that_started_them(tmp_path, number):
         time.sleep(0.05)
 
 
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="no setpriv here")
+def test_a_command_of_the_demo_ends_with_it(tmp_path):
+    script = "from mtl_dist.processes import with_parent; import subprocess; "
+    script += "subprocess.run(with_parent(['sh', '-c', 'echo $$; exec sleep 3600']))"
+    env = {**os.environ, "PYTHONPATH": str(REPO)}
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=env) as parent:
+        pid = int(parent.stdout.readline())
+        assert is_running(pid)
+        parent.kill()
+    give_up = time.monotonic() + 60
+    while is_running(pid):
+        assert time.monotonic() < give_up, pid
+        time.sleep(0.05)
+
+
 def is_running(pid: int) -> bool:
     try:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()  # a zombie has ended
