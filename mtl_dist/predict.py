@@ -197,6 +197,8 @@ def _write(
     out: str, predicted: Predicted, names: list[str], seconds: np.ndarray | None, listed: Sequence[str] | None
 ) -> str:
     """Write --out; of the challenge's file say which of the `listed` names had no picture, and what they have."""
+    import numpy as np
+
     from mtl_dist.data.submission import submission_text
     from mtl_dist.objective.metrics import AU_THRESHOLD
     from mtl_dist.runtime.predictions import fill_missing, prediction_table, write_parquet
@@ -204,7 +206,9 @@ def _write(
     if _is_submission(out):
         _check_names(out, names)
         va, expr, au = predicted.predictions
-        filled = fill_missing(listed or names, predicted.rows, (va, expr.argmax(-1), au > AU_THRESHOLD))
+        # Rows are places in a list of images alone: those of a video or a shard set have gaps of their own.
+        rows = np.arange(len(names)) if listed is None else predicted.rows
+        filled = fill_missing(listed or names, rows, (va, expr.argmax(-1), au > AU_THRESHOLD))
         storage.write_bytes(out, submission_text(listed or names, *filled.values).encode())
         return filled.note
     table = prediction_table(predicted, names, labels=_has_labels(predicted), seconds=seconds)

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from mtl_dist import predict, storage
+from mtl_dist.data.columns import TableOptions
 from mtl_dist.data.decode import MAX_IMAGE_BYTES, decode
 from mtl_dist.data.submission import find_images, read_test_list
 from mtl_dist.data.synthetic import write_synthetic
@@ -34,6 +35,7 @@ from mtl_dist.runtime.parts import Task, _results, predict_frames
 from mtl_dist.runtime.predictions import read_predictions
 from mtl_dist.runtime.trained import load_trained, open_trained
 from mtl_dist.runtime.videos import count_frames, video_batches
+from mtl_dist.shards import create
 from mtl_dist.tasks import AUS, EXPRESSIONS
 from mtl_dist.threads import DaemonThreads
 from tests.conftest import assert_one_message, run_here
@@ -399,6 +401,41 @@ def test_the_challenges_file_has_a_line_for_frames_without_a_picture(run, tmp_pa
         "5 of 8 frames have no picture, such as a/00011.png: 3 have the values of the last frame before in their "
         "video, 2 have none before and zeros (Neutral, no action unit)"
     ) in capsys.readouterr().out
+
+
+def submission_lines(path: Path) -> list[tuple[str, int]]:
+    """Image and expression of every line."""
+    cells = [line.split(",") for line in path.read_text().splitlines()[1:]]
+    return [(image, int(expression)) for image, _, _, expression, *_ in cells]
+
+
+def test_the_challenges_file_of_some_frames_of_a_video_has_a_line_for_each(run, tmp_path, capsys):
+    video = write_video(tmp_path / "clip.mp4", frames=7)
+    for name in ("out.csv", "out.txt"):
+        run_predict(run, video, tmp_path / name, "--every-frames", "3")
+    wanted = [(row["image"], EXPRESSIONS.index(row["expression"])) for row in read_rows(tmp_path / "out.csv")]
+    assert submission_lines(tmp_path / "out.txt") == wanted
+    assert [image for image, _ in wanted] == [f"clip/{n:05d}.jpg" for n in (1, 4, 7)]
+    assert "no picture" not in capsys.readouterr().out
+
+
+def test_the_challenges_file_of_a_set_has_a_line_for_each_of_its_rows_also_where_some_are_left_out(
+    run, faces, tmp_path, capsys
+):
+    names = sorted(path.relative_to(faces).as_posix() for path in faces.rglob("*.jpg"))[:9]
+    splits = ["train", "val", "train", "test", "val", "train", "train", "train", "val"]
+    lines = [f"{name},1,{split}" for name, split in zip(names, splits, strict=True)]
+    (tmp_path / "t.csv").write_text("\n".join(["image,expression,split", *lines]))
+    create(tmp_path / "t.csv", str(tmp_path), views=("cropped",), jobs=1, table=TableOptions(images=faces))
+    capsys.readouterr()
+    for name in ("out.csv", "out.txt"):
+        run_predict(run, tmp_path / "cropped" / "val", tmp_path / name)
+    rows = read_rows(tmp_path / "out.csv")
+    assert [int(row["row"]) for row in rows] == [1, 4, 8]
+    wanted = [(row["image"], EXPRESSIONS.index(row["expression"])) for row in rows]
+    assert submission_lines(tmp_path / "out.txt") == wanted
+    assert [image for image, _ in wanted] == [names[row] for row in (1, 4, 8)]
+    assert "no picture" not in capsys.readouterr().out
 
 
 def test_ctrl_c_does_not_wait_for_what_threads_are_reading():
