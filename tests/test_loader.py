@@ -512,6 +512,21 @@ def test_eviction_keeps_the_bound_and_takes_what_was_used_longest_ago(s3, tmp_pa
     assert kept == [0, 2, 3]
 
 
+def test_eviction_takes_nothing_that_the_cache_did_not_make(s3, tmp_path):
+    names = ["thesis.pdf", "thesis", "a" * 39, "a" * 41, "A" * 40, "a" * 40 + ".pdf", "notes.part", "notes.lock"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"of somebody" * 1000)
+    (tmp_path / "film.part").mkdir()
+    (tmp_path / "film.part" / "object").write_bytes(b"of somebody" * 1000)
+    cache, first, second = Cache(tmp_path, max_bytes=1000), *(put(f"s3://mtl/own/{n}", n.encode() * 1000) for n in "12")
+    cache.open(**first).close()
+    cache.open(**second).close()
+    assert not cache.path(first["uri"], first["sha256"]).exists()
+    assert cache.path(second["uri"], second["sha256"]).exists(), "what is somebody else's does not count"
+    assert {path.name for path in tmp_path.iterdir() if path.stat().st_size != 1000} == {*names, "film.part"}
+    assert (tmp_path / "film.part" / "object").exists()
+
+
 def test_eviction_never_removes_what_is_open(s3, tmp_path):
     cache = Cache(tmp_path / "cache", max_bytes=2000)
     objects = [put(f"s3://mtl/open/{number}", bytes([number]) * 1000) for number in range(4)]
@@ -565,6 +580,35 @@ def test_in_a_cache_of_another_user_one_has_a_directory_of_ones_own(s3, tmp_path
     os.chown(tmp_path / "cache", 0, 0)  # and its owner's eviction leaves it alone
     Cache(tmp_path / "cache", max_bytes=1).open(**put("s3://mtl/shared-2", b"z")).close()
     assert ours.path(about["uri"], about["sha256"]).exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a directory to another user")
+@pytest.mark.parametrize("planted", ["directory", "link"])
+def test_what_another_user_put_at_the_place_of_ones_own_cache_is_refused(s3, tmp_path, planted):
+    shared, about = tmp_path / "shared", put("s3://mtl/planted", b"x" * 1000)
+    shared.mkdir()
+    shared.chmod(0o1777)
+    os.chown(shared, 65534, 65534)
+    own = shared / f"user-{os.geteuid()}"
+    Cache(shared).open(**about).close()
+    assert own.stat().st_mode & 0o777 == 0o700, "nobody else may write there"
+    own.rename(tmp_path / "moved")
+    (tmp_path / "theirs").mkdir()
+    own.mkdir() if planted == "directory" else own.symlink_to(tmp_path / "theirs")
+    os.chown(own, 65534, 65534, follow_symlinks=False)
+    with pytest.raises(InputError, match=rf"cache directory {own} is of user 65534, who .* set data\.cache_dir to"):
+        Cache(shared).open(**about)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file to another user")
+def test_a_cached_file_of_another_user_is_fetched_anew(s3, tmp_path):
+    cache, about = Cache(tmp_path), put("s3://mtl/replaced", b"x" * 1000)
+    path = cache.path(about["uri"], about["sha256"])
+    path.write_bytes(b"y" * 1000)  # where all may write, as in /tmp
+    os.chown(path, 65534, 65534)
+    with cache.open(**about) as file:
+        assert file.read() == b"x" * 1000
+    assert path.stat().st_uid == os.geteuid()
 
 
 def test_a_cache_that_cannot_be_written_is_named(s3, tmp_path):

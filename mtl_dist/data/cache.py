@@ -5,8 +5,9 @@ is downloaded under a lock to a temporary name, checked against the index, then 
 The lock is a file of its own, which its holder removes: who waited for it begins anew.
 Readers hold a shared lock on what they have open, and eviction takes only what nobody holds: jobs with bounds of their
 own can share a directory, and the smallest bound holds for what is not open. Open files can exceed it, as one that is
-larger than the bound does. Files are one user's: in a directory of another user each has a subdirectory, because files
-that somebody else can replace prove nothing, and theirs may be unreadable.
+larger than the bound does. Whatever has another name than the cache gives is somebody's, and stays.
+Files are one user's: in a directory of another user each has a subdirectory, because files that somebody else made or
+can replace prove nothing, and theirs may be unreadable.
 
 A disk that fills up before the bound is reached costs the cache everything nobody holds; if that is not enough, the run
 ends with an `InputError`. A download that fails fails for all who wait for it, so their waits do not add up: a store
@@ -20,6 +21,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import BinaryIO
@@ -31,6 +33,8 @@ from mtl_dist.errors import InputError, StorageError
 GIB = 1 << 30
 FULL = (errno.ENOSPC, errno.EDQUOT)
 MAX_NOTE_BYTES = 2000
+NAME_DIGITS = 40  # of a hash, in hexadecimal
+OWN_NAME = re.compile(rf"[0-9a-f]{{{NAME_DIGITS}}}(\.part|\.lock)?")  # of everything that a cache makes
 
 
 class Cache:
@@ -38,7 +42,9 @@ class Cache:
 
     def __init__(self, directory: Path | None = None, *, max_bytes: int = 50 * GIB):
         default = os.environ.get("MTL_CACHE_DIR") or "~/.cache/mtl_dist/shards"
-        self.directory = _own_directory(Path(directory or default).expanduser())
+        given = Path(directory or default).expanduser()
+        self.directory = given if _is_ours(given) else given / f"user-{os.geteuid()}"
+        self._is_in_anothers = self.directory != given
         self.max_bytes = max_bytes
 
     def open(self, uri: str, *, sha256: str, size: int) -> BinaryIO:
@@ -51,6 +57,7 @@ class Cache:
             return _open_in_place(uri, size)
         path = self.path(uri, sha256)
         try:
+            self._make_directory()
             try:
                 return self._open_cached(uri, path, sha256=sha256, size=size)
             except OSError as error:
@@ -68,11 +75,24 @@ class Cache:
             ) from None
 
     def path(self, uri: str, sha256: str) -> Path:
-        return self.directory / hashlib.sha256(f"{uri}\n{sha256}".encode()).hexdigest()[:40]
+        return self.directory / hashlib.sha256(f"{uri}\n{sha256}".encode()).hexdigest()[:NAME_DIGITS]
 
     def forget(self, uri: str, sha256: str) -> None:
         """Remove a copy that turned out to be damaged on this disk."""
         self.path(uri, sha256).unlink(missing_ok=True)
+
+    def _make_directory(self) -> None:
+        if not self._is_in_anothers:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            return
+        with contextlib.suppress(FileExistsError):
+            self.directory.mkdir(mode=0o700)
+        if (owner := self.directory.lstat().st_uid) != os.geteuid():
+            raise InputError(
+                f"cache directory {self.directory} is of user {owner}, who could put anything there; expected one of "
+                f"user {os.geteuid()}, who runs this; set data.cache_dir to a directory of your own, or have that one "
+                "removed"
+            )
 
     def _open_cached(self, uri: str, path: Path, *, sha256: str, size: int) -> BinaryIO:
         while True:
@@ -83,17 +103,17 @@ class Cache:
             if file is None:
                 continue
             found = os.fstat(file.fileno())
-            if found.st_nlink and found.st_size == size:  # 0 links: evicted between opening and locking
-                with contextlib.suppress(PermissionError):  # another user's, of an earlier version
-                    os.utime(file.fileno())  # eviction goes by it; most mounts do not keep it by themselves
+            # Else cut short when the machine went down, or put there by somebody who may write here too.
+            is_good = found.st_size == size and found.st_uid == os.geteuid()
+            if is_good and found.st_nlink:  # 0 links: evicted between opening and locking
+                os.utime(file.fileno())  # eviction goes by it; most mounts do not keep it by themselves
                 return file
             file.close()
-            if found.st_size != size:
-                path.unlink(missing_ok=True)  # cut short when the machine went down
+            if not is_good:
+                path.unlink(missing_ok=True)
 
     def _fetch(self, uri: str, path: Path, *, sha256: str, size: int) -> BinaryIO | None:
         """Download, check and open an object; None where another process has done so meanwhile."""
-        self.directory.mkdir(parents=True, exist_ok=True)
         lock_path = path.with_suffix(".lock")
         with lock_path.open("a+b", buffering=0) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # one download a node; released by the kernel when a process dies
@@ -118,7 +138,7 @@ class Cache:
     def _evict(self, *, room_for: int, max_bytes: int) -> None:
         """Remove the files used longest ago until `room_for` more bytes fit; what a process holds open stays."""
         found, total = [], 0
-        for path in self.directory.iterdir():
+        for path in filter(lambda path: OWN_NAME.fullmatch(path.name), self.directory.iterdir()):
             with contextlib.suppress(FileNotFoundError):
                 if path.suffix in (".part", ".lock"):
                     if not _remove_leftovers(path) and path.suffix == ".part":  # a download under way
@@ -135,13 +155,11 @@ class Cache:
                 total -= size
 
 
-def _own_directory(directory: Path) -> Path:
-    """Return this directory, or what is this user's own in it where it is another's."""
+def _is_ours(directory: Path) -> bool:
     try:
-        is_ours = directory.stat().st_uid == os.geteuid()
+        return directory.stat().st_uid == os.geteuid()
     except OSError:  # not there yet, or not to be looked at: said where it is used
-        return directory
-    return directory if is_ours else directory / f"user-{os.geteuid()}"
+        return True
 
 
 def _open_locked(path: Path) -> BinaryIO:
