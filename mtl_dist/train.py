@@ -45,12 +45,13 @@ def _main(args: list[str] | None) -> None:
     from mtl_dist.runtime.plan import plan_run
     from mtl_dist.runtime.setup import check_start
     from mtl_dist.runtime.status import print_ending
-    from mtl_dist.runtime.torchrun import is_torchrun, torchrun_rank
+    from mtl_dist.runtime.torchrun import is_first_of_node, is_torchrun, torchrun_rank
 
     is_local = command.local or is_torchrun()
     rank, world = torchrun_rank()
     num_ranks = (world, world) if is_local else config.ray.num_ranks
-    plan = plan_run(config, num_ranks=num_ranks)
+    # What one rank refuses ends all of its node: one of each compares, so that no node waits for another's.
+    plan = plan_run(config, num_ranks=num_ranks, compares=not is_local or is_first_of_node())
     if command.dry_run:
         if rank:
             return

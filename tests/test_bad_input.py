@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import shutil
 import time
@@ -530,6 +531,17 @@ def test_a_validation_set_of_training_pictures_is_refused_and_a_part_of_them_cou
         train_main(make_sets(tmp_path / "all", shared=10))
     train_main(make_sets(tmp_path / "some", shared=3))
     assert "note    3 of 10 validation pictures are training pictures too" in capsys.readouterr().out
+
+
+def test_under_torchrun_the_first_rank_of_each_node_alone_reads_both_sets_for_shared_pictures(tmp_path, monkeypatch):
+    args = [arg for arg in make_sets(tmp_path, shared=10) if arg != "--local"]
+    for name, value in {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    for rank in range(4):  # of two nodes
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(rank % 2))
+        with contextlib.nullcontext() if rank % 2 else pytest.raises(InputError, match="10 of 10 validation pictures"):
+            train_main(args)
 
 
 @pytest.mark.parametrize("suffix", ["tar", "safetensors"])

@@ -44,6 +44,7 @@ from mtl_dist.tasks import LabelCounts
 
 COUNTS = LabelCounts(rows=4, va=4, expr=4, au=[4] * 12, expr_classes=[4] + [0] * 7, au_positives=[1] * 12, unlabelled=0)
 IDENTITY = {"training set": "a" * 64, "validation set": "b" * 64}
+STATE = {"config": flatten(Config()), "identity": IDENTITY, "step": 5, "scores": {}}
 
 
 def write_checkpoint(
@@ -52,7 +53,7 @@ def write_checkpoint(
     """Write the files of a checkpoint as `saving.py` laid them out before COMMITs were sealed."""
     directory = run / "checkpoints" / f"step_{step:09d}_{life}"
     files = {}
-    state = {"step": step} | (state or {})
+    state = {"step": step, "scores": {}} | (state or {})
     contents = {"state.json": json.dumps(state).encode(), "train.safetensors": bytes(100), "model.safetensors": b""}
     for name, data in contents.items():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +71,7 @@ def test_committed_checkpoints_are_listed_oldest_first(tmp_path):
     found, skipped = committed(str(tmp_path))
     assert [checkpoint.step for checkpoint in found] == [5, 10, 1000000]
     assert not skipped
-    assert read_state(found[0]) == {"step": 5}
+    assert read_state(found[0]) == {"step": 5, "scores": {}}
 
 
 @pytest.mark.parametrize("name", ["best", "step_000000005_00000000.bak"])
@@ -167,7 +168,8 @@ def test_a_damaged_checkpoint_is_passed_over_with_the_reason(damage, reason, tmp
 
 def test_a_flipped_bit_is_found_when_the_file_is_read(tmp_path):
     directory = write_checkpoint(tmp_path, 5)
-    (directory / "state.json").write_bytes(b'{"step": 6}')
+    state = directory / "state.json"
+    state.write_bytes(state.read_bytes().replace(b"5", b"6"))
     (checkpoint,), _ = committed(str(tmp_path))
     with pytest.raises(ValueError, match=r"state\.json is damaged"):
         read_state(checkpoint)
@@ -262,25 +264,32 @@ def test_retention_by_the_hour_survives_a_clock_that_is_set_back():
 
 
 def test_a_checkpoint_fits_its_own_configuration_and_free_settings_may_change():
-    state = {"config": flatten(Config()), "identity": IDENTITY}
-    check_same_run(state, Config(), IDENTITY, "here")
+    check_same_run(STATE, Config(), IDENTITY, "here")
     moved = build_config({"data": {"workers": 7, "cache_gib": 1.0}, "ray": {"num_ranks": 8}, "engine": {"threads": 3}})
-    check_same_run(state, moved, IDENTITY, "here")
+    check_same_run(STATE, moved, IDENTITY, "here")
     assert set(FREE) <= set(flatten(Config()))
 
 
 def test_a_whole_checkpoint_whose_state_is_none_is_passed_over_for_the_one_before(tmp_path, capsys):
-    state = {"config": flatten(Config()), "identity": IDENTITY}
-    write_checkpoint(tmp_path, 5, state=state)
-    write_checkpoint(tmp_path, 10, state=state | {"scores": []})
+    write_checkpoint(tmp_path, 5, state=STATE)
+    write_checkpoint(tmp_path, 10, state=STATE | {"scores": []})
     chosen, _ = _choose(str(tmp_path), Config(), IDENTITY)
     assert chosen.step == 5
     assert "passed over" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("change", "words"), [({"order": 3}, "order 3"), ({"config": None}, "no config")])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"order": 3}, "order 3"),
+        ({"config": None}, "no config"),
+        ({"step": None}, "no step; delete somewhere"),
+        ({"scores": None}, "no scores"),
+        ({"config": flatten(Config()) | {"model.weights": 3}}, r"model\.weights 3 .*--run\.name"),
+    ],
+)
 def test_a_checkpoint_of_another_version_is_refused_in_words(change, words):
-    state = {"config": flatten(Config()), "identity": IDENTITY, "order": 2} | change
+    state = STATE | {"order": 2} | change
     with pytest.raises(InputError, match=words):
         check_same_run(state, Config(), IDENTITY, "somewhere")
 
@@ -290,15 +299,14 @@ def test_a_checkpoint_of_another_version_is_refused_in_words(change, words):
     [("optim", "lr", 0.5), ("model", "name", "b"), ("run", "seed", 3), ("train", "epochs", 9)],
 )
 def test_another_configuration_is_refused_naming_the_field(section, key, value):
-    state = {"config": flatten(Config()), "identity": IDENTITY}
     with pytest.raises(InputError, match=rf"{section}\.{key}.*--run.name"):
-        check_same_run(state, build_config({section: {key: value}}), IDENTITY, "here")
+        check_same_run(STATE, build_config({section: {key: value}}), IDENTITY, "here")
     with pytest.raises(InputError, match="another validation set"):
-        check_same_run(state, Config(), {**IDENTITY, "validation set": "c" * 64}, "here")
+        check_same_run(STATE, Config(), {**IDENTITY, "validation set": "c" * 64}, "here")
 
 
 def test_a_setting_newer_than_a_checkpoint_has_its_default_there():
-    state = {"config": flatten(Config()), "identity": IDENTITY}
+    state = STATE | {"config": flatten(Config())}
     del state["config"]["model.freeze_backbone"]
     check_same_run(state, Config(), IDENTITY, "here")
     with pytest.raises(InputError, match="freeze_backbone"):
@@ -334,8 +342,9 @@ def test_every_flipped_bit_of_the_list_of_starts_is_found_or_changes_nothing(tmp
     start = {"life": "1f3a9c2e", "started": "2026-11-29T12:00:00Z", "step": 3, "num_ranks": 2}
     starts = [start | {"host": "a", "command": "c", "typed": "python"}]
     where = tmp_path / "lives.json"
-    where.write_text(json.dumps(starts))  # of before it was sealed
-    assert read_lives(str(tmp_path)) == starts
+    for whole in (json.dumps(starts).encode(), seal({"starts": starts})):  # the first: of before it was sealed
+        where.write_bytes(whole)
+        assert read_lives(str(tmp_path)) == starts
     for data in flips(seal({"starts": starts})):
         where.write_bytes(data)
         with contextlib.suppress(DamagedLives):

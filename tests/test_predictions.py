@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,6 +13,7 @@ import torch.multiprocessing as mp
 
 from mtl_dist.errors import InputError
 from mtl_dist.objective.metrics import Predictions, Targets
+from mtl_dist.runtime.checkpoint import on_rank_0
 from mtl_dist.runtime.evaluate import Predicted, check_predictions
 from mtl_dist.runtime.predictions import prediction_table, read_key, read_predictions, write_parquet
 from mtl_dist.runtime.step import NonFiniteLoss
@@ -107,7 +110,7 @@ def test_a_table_with_a_prediction_that_is_not_finite_is_refused_by_its_image(va
 
 
 def rank_main(rank: int, store: str, out: str) -> None:
-    """One of two ranks, of which the second alone predicts what is not finite."""
+    """One of two ranks, of which the second alone predicts what is not finite, and the first fails unforeseen."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     predicted = make_predicted(10)
     check_predictions(predicted, 4)
@@ -117,15 +120,20 @@ def rank_main(rank: int, store: str, out: str) -> None:
     try:
         check_predictions(predicted, 5)
     except NonFiniteLoss as error:
-        with open(f"{out}/{rank}", "w") as file:
-            file.write(str(error))
+        Path(f"{out}/{rank}").write_text(str(error))
+    try:
+        on_rank_0(lambda: {}["step"])
+    except RuntimeError as error:
+        Path(f"{out}/alone-{rank}").write_text(f"{error}, of {type(error.__cause__).__name__}")
     dist.destroy_process_group()
 
 
-def test_all_ranks_end_alike_where_one_predicts_what_is_not_finite(tmp_path):
+def test_all_ranks_end_alike_where_one_predicts_what_is_not_finite_or_rank_0_fails_in_any_way(tmp_path):
     mp.spawn(rank_main, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
     said = [(tmp_path / name).read_text() for name in "01"]
     assert said == ["evaluation after step 5: predictions of 2 row(s) are not finite: 3, 9"] * 2
+    said = [(tmp_path / f"alone-{rank}").read_text() for rank in (0, 1)]
+    assert said == [f"rank 0 failed: KeyError: 'step', of {cause}" for cause in ("KeyError", "NoneType")]
 
 
 def test_decisions_of_action_units_are_sealed_with_their_table(tmp_path):

@@ -1,5 +1,6 @@
 """A run that starts from the backbone of another, and keeps it frozen; what cannot be started from."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -11,9 +12,11 @@ from mtl_dist import storage
 from mtl_dist.config import build_config, read_config_file
 from mtl_dist.errors import InputError
 from mtl_dist.presets import load_preset
+from mtl_dist.runtime import setup
 from mtl_dist.runtime.checkpoint import committed
 from mtl_dist.runtime.plan import plan_run
-from mtl_dist.runtime.pretrained import build_pretrained
+from mtl_dist.runtime.pretrained import _place_of_weights, build_pretrained
+from mtl_dist.runtime.setup import check_start
 from tests.conftest import assert_one_message, run_here, run_module
 
 
@@ -77,6 +80,14 @@ def test_a_run_its_checkpoint_and_its_file_are_the_same_weights_local_and_in_the
     ):  # fmt: skip
         found = build_pretrained(config_from(uri)).backbone.state_dict()
         assert all(torch.equal(value, given[f"backbone.{key}"]) for key, value in found.items()), uri
+
+
+def test_what_rank_0_tells_of_weights_holds_on_nodes_that_have_them_elsewhere(runs):
+    (checkpoint,), _ = committed(f"{runs}/faces")
+    place, sha256 = _place_of_weights(f"{runs}/faces/")
+    assert place == f"/checkpoints/{Path(checkpoint.uri).name}/model.safetensors"
+    assert sha256 == checkpoint.files["model.safetensors"]["sha256"]
+    assert _place_of_weights(checkpoint.uri) == ("/model.safetensors", sha256)
 
 
 def test_what_is_no_weights_is_refused_with_what_would_be(runs, s3, tmp_path):
@@ -197,6 +208,31 @@ def test_a_dry_run_refuses_what_would_not_start(flags, words, shards, tmp_path, 
     done = run_here(*train_args(shards, tmp_path / "runs", "new", "--local", "--dry-run", *flags))
     assert_one_message(done, words)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "size"),
+    [
+        ({"model": {"freeze_backbone": True}}, 4),  # of bytes a parameter: all weights
+        ({}, 4),  # SGD's momentum
+        ({"optim": {"momentum": 0.0}}, 4),
+        ({"train": {"ema": 0.5}}, 8),  # the raw weights beside averages, and the momentum
+        ({"optim": {"name": "adamw"}}, 8),
+        ({"optim": {"name": "adamw"}, "train": {"ema": 0.5}}, 12),
+    ],
+)
+def test_a_model_whose_checkpoints_would_be_too_large_to_continue_from_is_refused_at_the_start(
+    changes, size, monkeypatch
+):
+    model, optim = {"weights": "none", "freeze_backbone": False}, {"name": "sgd", "momentum": 0.9}
+    config = build_config(load_preset("small-baseline"), {"model": model, "optim": optim}, changes)
+    about = {"has_gpu": False, "num_ranks": (1, 1), "begins": True}
+    count = int(re.search(r"([\d,]+) parameters", check_start(config, **about))[1].replace(",", ""))
+    monkeypatch.setattr(setup, "MAX_TENSOR_BYTES", count * size + 10_000)  # and BatchNorm's statistics
+    check_start(config, **about)
+    monkeypatch.setattr(setup, "MAX_TENSOR_BYTES", count * size - 1)
+    with pytest.raises(InputError, match=r"a file of [\d,]+ bytes, and no run continues .* smaller model"):
+        check_start(config, **about)
 
 
 def test_a_dry_run_under_ray_has_the_device_and_the_ranks_that_ray_will_give(shards, tmp_path, monkeypatch):

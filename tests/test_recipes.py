@@ -137,15 +137,18 @@ def test_ranks_of_other_settings_or_other_data_are_refused_on_every_rank(shards,
         (config, {"optim": {"lr": 0.1}}, {"optim": {"lr": 0.2}}),
         (config, {}, {"data": {"train": f"{other}/cropped/train"}}),
         (config, {}, {"data": {"train": f"{moved}/cropped/train", "workers": 2}, "engine": {"threads": 1}}),
+        (config, {"model": {"weights": "/one/faces.pth"}}, {"model": {"weights": "/two/faces.pth"}}),
+        (config, {"model": {"weights": "/one/faces.pth"}}, {"model": {"weights": "/one/others.pth"}}),
     ]
     messages = mp.get_context("spawn").SimpleQueue()
     mp.spawn(disagreeing_rank, (str(tmp_path / "store"), runs, messages), nprocs=2)
     said = [messages.get() for _ in range(2 * len(runs))]
     for rank in (0, 1):
-        lr, data, agreed = [text for of, text in said if of == rank]
+        lr, data, agreed, moved_weights, other_weights = [text for of, text in said if of == rank]
         assert "rank 1 has optim.lr 0.2, and rank 0 has 0.1" in lr
         assert re.search("rank 1 has training set '[0-9a-f]{64}', and rank 0 has '", data)
-        assert agreed == "agreed"
+        assert agreed == moved_weights == "agreed"
+        assert "rank 1 has model.weights 'others.pth', and rank 0 has 'faces.pth'" in other_weights
 
 
 BALANCERS = {

@@ -114,13 +114,21 @@ def load_checkpoint(run_uri: str, config: Config, identity: dict[str, str]) -> R
 
 
 def on_rank_0(call: Callable[[], Any]) -> Any:
-    """Return on every rank what `call` returns on rank 0. What it raises is raised on every rank."""
+    """Return on every rank what `call` returns on rank 0. What it raises is raised on every rank.
+
+    Where there are no ranks, this process is all of them.
+    """
+    if not dist.is_initialized():
+        return call()
     answer: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             answer = [call(), None]
         except (InputError, OSError, RuntimeError) as error:
             answer = [None, error]
+        except Exception as error:  # of a class that others may be unable to make from what is sent
+            answer = [None, RuntimeError(f"rank 0 failed: {type(error).__name__}: {error}")]
+            answer[1].__cause__ = error  # stays here, with its traceback
     dist.broadcast_object_list(answer, src=0)
     result, error = answer
     if error:
@@ -229,10 +237,21 @@ def best(checkpoints: list[Checkpoint]) -> Checkpoint | None:
     return max(scored, key=lambda c: (c.score, c.step, *newness(c)), default=None)
 
 
+def find_lack(state: dict[str, Any]) -> str:
+    """Say what of a state is not there, or no such thing; empty where all is."""
+    kinds = {"config": dict, "identity": dict, "step": int, "scores": dict}
+    return next((f"no {name}" for name, kind in kinds.items() if not isinstance(state.get(name), kind)), "")
+
+
+def weights_name(uri: Any) -> str:
+    """Return the part of `model.weights` that is the same on all nodes, and wherever a job's files are uploaded to."""
+    return str(uri).rstrip("/").rpartition("/")[2]
+
+
 def check_same_run(state: dict[str, Any], config: Config, identity: dict[str, str], where: str) -> None:
     """Raise `InputError` unless a checkpoint's configuration and data are those of the run that wants it."""
-    if not all(isinstance(state.get(name), dict) for name in ("config", "identity")):
-        raise InputError(f"{where}/{STATE} is not what training writes: no config, or no identity; delete {where}")
+    if lack := find_lack(state):
+        raise InputError(f"{where}/{STATE} is not what training writes: {lack}; delete {where}")
     if (version := state.get("order", VERSIONS[0])) not in VERSIONS:
         raise InputError(
             f"run '{config.run.name}' has a checkpoint of order {version!r} ({where}); this version of mtl_dist knows "
@@ -241,10 +260,10 @@ def check_same_run(state: dict[str, Any], config: Config, identity: dict[str, st
     # A setting that is newer than the checkpoint has the default, which is what was done before there was a choice.
     stored, wanted = flatten(Config()) | state["config"], flatten(config)
     for key in sorted(stored.keys() | wanted.keys()):
-        # Weights are read at a run's first start. Where a job's working directory is uploaded, their path changes.
+        # Weights are read at a run's first start.
         mine, other = (tree.get(key) for tree in (wanted, stored))
         if key == "model.weights":
-            mine, other = (uri.rstrip("/").rpartition("/")[2] for uri in (mine, other))
+            mine, other = weights_name(mine), weights_name(other)
         if key not in FREE and mine != other:
             raise InputError(
                 f"run '{config.run.name}' has a checkpoint with {key} {stored.get(key)!r} ({where}), but the "

@@ -293,7 +293,7 @@ def _look_at(progress: _Progress, setup: Setup, tracker: Tracker | None, saver: 
 
 
 def _flat_scores(result: dict[str, Any]) -> dict[str, float]:
-    return {key: result[key] for key in ("p", "ccc_v", "ccc_a", *TASKS) if result[key] is not None}
+    return {key: result[key] for key in ("p", "ccc_v", "ccc_a", *TASKS) if result.get(key) is not None}
 
 
 def _is_due(count: int, every: int | None) -> bool:

@@ -23,7 +23,7 @@ from mtl_dist.errors import InputError
 from mtl_dist.models import TooLarge, at_most, build_model
 from mtl_dist.objective.metrics import Predictions, Targets
 from mtl_dist.objective.smoothing import video_names
-from mtl_dist.runtime.checkpoint import CLASSES, Checkpoint, best, committed, read_model, read_state
+from mtl_dist.runtime.checkpoint import CLASSES, Checkpoint, best, committed, find_lack, read_model, read_state
 from mtl_dist.runtime.evaluate import Predicted, predict
 
 MAX_CUT_OFF = 200_000_000  # parameters: VGG's are 124 million
@@ -117,8 +117,8 @@ def open_checkpoint(run_uri: str) -> Opened:
 
 def check_classes(checkpoint: Checkpoint, state: dict) -> None:
     """Raise `InputError` where a checkpoint's outputs would be taken for those of other classes."""
-    if not all(isinstance(state.get(name), dict) for name in ("config", "identity")):
-        raise InputError(f"{checkpoint.uri}/state.json is not what training writes: no config, or no identity")
+    if lack := find_lack(state):
+        raise InputError(f"{checkpoint.uri}/state.json is not what training writes: {lack}")
     # Checkpoints of before the order was noted have this one: there has been no other.
     if state.get("classes", CLASSES) != CLASSES:
         raise InputError(

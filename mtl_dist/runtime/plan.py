@@ -139,10 +139,11 @@ class Plan(NamedTuple):
         return self.text
 
 
-def plan_run(config: Config, *, num_ranks: tuple[int, int] | None = None) -> Plan:
+def plan_run(config: Config, *, num_ranks: tuple[int, int] | None = None, compares: bool = True) -> Plan:
     """Check what the storage can tell before ranks start, and say what will happen. Raises `InputError`.
 
-    `num_ranks` is the least and the most; None: `ray.num_ranks`.
+    `num_ranks` is the least and the most; None: `ray.num_ranks`. `compares`: also look for pictures that both sets
+    have, for which up to 128 MiB are read.
     """
     from mtl_dist.runtime.checkpoint import check_same_run, committed, read_state
     from mtl_dist.runtime.pretrained import check_pretrained
@@ -167,9 +168,11 @@ def plan_run(config: Config, *, num_ranks: tuple[int, int] | None = None) -> Pla
         check_pretrained(config)
     if config.run.audit_dir:
         storage.check_writable(str(config.run.audit_dir), flag="--run.audit-dir")
-    shared = find_shared(config.data.train, data.train, config.data.val, data.val)
-    check_shared(shared, config.data.train, config.data.val)
-    notes = [*note_labels(config, data), *filter(None, [shared.note()])]
+    notes = note_labels(config, data)
+    if compares:
+        shared = find_shared(config.data.train, data.train, config.data.val, data.val)
+        check_shared(shared, config.data.train, config.data.val)
+        notes += filter(None, [shared.note()])
     text = _describe(config, data, notes, done=done, num_ranks=num_ranks or config.ray.num_ranks)
     return Plan(text, begins=not done)
 

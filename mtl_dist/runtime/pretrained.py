@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch.distributed as dist
 from torch import nn
 
 from mtl_dist import storage
@@ -12,7 +9,7 @@ from mtl_dist.config import Config
 from mtl_dist.errors import InputError
 from mtl_dist.models import build_model
 from mtl_dist.models.backbones import check_backbone
-from mtl_dist.runtime.checkpoint import COMMIT, DIRECTORY, MODEL, Checkpoint, read_commit
+from mtl_dist.runtime.checkpoint import COMMIT, DIRECTORY, MODEL, Checkpoint, on_rank_0, read_commit
 from mtl_dist.runtime.members import open_checkpoint
 from mtl_dist.runtime.step import non_finite
 
@@ -45,7 +42,10 @@ def _build(config: Config) -> nn.Module:
     weights = config.model.weights
     if weights in ("none", "imagenet") or (not storage.is_s3(weights) and not storage.local_path(weights).is_dir()):
         return build_model(config.model, seed=config.run.seed, input_size=config.input_size)
-    uri, sha256 = _agree_on_weights(weights)
+    # Rank 0 chooses: the best checkpoint of a run that still trains may be another one a second later. Nodes may have
+    # the run at paths of their own.
+    place, sha256 = on_rank_0(lambda: _place_of_weights(weights))
+    uri = weights.rstrip("/") + place
     with storage.scratch_directory("weights") as scratch:
         path = scratch / uri.rpartition("/")[2]
         try:
@@ -57,20 +57,10 @@ def _build(config: Config) -> nn.Module:
         return build_model(config.model, seed=config.run.seed, input_size=config.input_size, weights_file=path)
 
 
-def _agree_on_weights(uri: str) -> tuple[str, str | None]:
-    """Let rank 0 choose: the best checkpoint of a run that still trains may be another one a second later."""
-    chosen: list[Any] = [None]
-    is_alone = not dist.is_initialized() or dist.get_world_size() == 1
-    if is_alone or dist.get_rank() == 0:
-        try:
-            chosen[0] = find_weights(uri)
-        except (InputError, OSError) as error:  # for every rank to raise
-            chosen[0] = error
-    if not is_alone:
-        dist.broadcast_object_list(chosen, src=0)
-    if isinstance(chosen[0], Exception):
-        raise chosen[0]
-    return chosen[0]
+def _place_of_weights(weights: str) -> tuple[str, str | None]:
+    """Return the file to read as what comes after `weights`, and its sha256 where that is known."""
+    uri, sha256 = find_weights(weights)
+    return uri.removeprefix(weights.rstrip("/")), sha256
 
 
 def find_weights(uri: str) -> tuple[str, str | None]:

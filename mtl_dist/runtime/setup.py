@@ -28,7 +28,7 @@ from mtl_dist.runtime.averaging import (
     sync_batchnorm,
     write_batchnorm,
 )
-from mtl_dist.runtime.checkpoint import Restored, load_checkpoint
+from mtl_dist.runtime.checkpoint import MAX_TENSOR_BYTES, Restored, load_checkpoint, weights_name
 from mtl_dist.runtime.device import check_device, keep_freed_memory, pick_device
 from mtl_dist.runtime.engine import build_engine, read_optimizer, restore_optimizer
 from mtl_dist.runtime.plan import Data, build_order, open_data
@@ -43,6 +43,7 @@ OF_A_NODE = (
     "run.audit_dir", "data.train", "data.val", "data.workers", "data.prefetch", "data.cache_dir", "data.cache_gib",
     "engine.threads",
 )  # fmt: skip
+STATES = {"adamw": 2, "sgd": 1}  # that an optimizer has of each trained parameter, at most
 BEGUN_BEFORE = (
     "note: an earlier version began this run. It goes on in the order that it has; from here on biases, positions and "
     "tokens are not decayed, and balanced weights are 1/20 to 20"
@@ -168,6 +169,7 @@ def check_ranks_agree(config: Config, data: Data) -> None:
     Launchers of several nodes each read a command line and, where data is local, files of their own.
     """
     mine = {name: value for name, value in flatten(config).items() if name not in OF_A_NODE} | data.identity()
+    mine["model.weights"] = weights_name(config.model.weights)
     of_ranks: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(of_ranks, mine)
     for rank, theirs in enumerate(of_ranks):
@@ -227,9 +229,26 @@ def _note_batchnorm(model: nn.Module, config: Config, num_ranks: int) -> str:
 def _build_model(config: Config, *, pretrained: bool) -> nn.Module:
     """Build the model, with pretrained weights unless a checkpoint's replace them."""
     if pretrained:
-        return build_pretrained(config)
-    model = config.model.model_copy(update={"weights": "none"})
-    return build_model(model, seed=config.run.seed, input_size=config.input_size)
+        model = build_pretrained(config)
+    else:
+        settings = config.model.model_copy(update={"weights": "none"})
+        model = build_model(settings, seed=config.run.seed, input_size=config.input_size)
+    _check_size(model, config)
+    return model
+
+
+def _check_size(model: nn.Module, config: Config) -> None:
+    """Raise `InputError` where a checkpoint would have a larger file than continuing reads."""
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    states = STATES[config.optim.name] * sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    # Of the two files the larger: the weights, or the optimizer's states with the raw weights where those are averages.
+    needed = max(weights, states + (weights if config.train.ema else 0))
+    if needed > MAX_TENSOR_BYTES:
+        raise InputError(
+            f"a checkpoint would have a file of {needed:,} bytes, and no run continues from one of more than "
+            f"{MAX_TENSOR_BYTES:,}: {describe_size(model)} by {config.optim.name}, train.ema {config.train.ema:g}; "
+            "choose a smaller model.backbone, or --model.freeze-backbone"
+        )
 
 
 def _restore_weights(module: ObjectiveModule, average: WeightAverage | None, restored: Restored) -> None:

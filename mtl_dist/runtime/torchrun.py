@@ -23,6 +23,11 @@ def torchrun_rank() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def is_first_of_node() -> bool:
+    """Whether this process is the first of its node's ranks, or alone."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def join_torchrun(backend: str, timeout: timedelta) -> str:
     """Meet the other ranks of torchrun; return the names of all their launchers, one a node.
 
