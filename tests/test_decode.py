@@ -37,14 +37,25 @@ def test_a_picture_is_turned_as_its_exif_says(kind, orientation):
     found = decode_picture(data)
     np.testing.assert_array_equal(found.pixels, wanted)
     assert found.pixels.shape[:2] == ((40, 24) if orientation > 4 else (24, 40))
-    if kind != "TIFF":  # whose own orientation is no EXIF: PIL applies it
-        assert (found.orientation, found.width, found.height) == (orientation, 40, 24)
-        ignored = decode_picture(data, exif="ignore")
-        assert ignored.pixels.shape == (24, 40, 3)
-        assert ignored.orientation == orientation
+    assert (found.orientation, found.width, found.height) == (orientation, 40, 24)
+    ignored = decode_picture(data, exif="ignore")
+    assert ignored.orientation == orientation
+    stored = decode_picture(saved(quarters(), kind, quality=95)).pixels
+    np.testing.assert_array_equal(ignored.pixels, stored)
     small = decode_picture(data, 16).pixels.astype(int)
     corners = small[[1, 1, -2, -2], [1, -2, 1, -2], 0]
     assert np.abs(corners - wanted[[1, 1, -2, -2], [1, -2, 1, -2], 0]).max() < 12
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "tiff_adobe_deflate"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+def test_a_tiff_is_turned_or_not_as_every_other_kind_however_it_is_packed(mode, compression):
+    image, scratch = quarters().convert(mode), np.empty(10_000, np.uint8)
+    lying = saved(image, "TIFF", 6, compression=compression)
+    upright = saved(image.transpose(Image.Transpose.ROTATE_270), "TIFF", compression=compression)
+    assert as_jpeg(lying, scratch) == (as_jpeg(upright, scratch).jpeg, 6)
+    as_stored = saved(image, "TIFF", compression=compression)
+    assert as_jpeg(lying, scratch, exif="ignore") == (as_jpeg(as_stored, scratch).jpeg, 6)
 
 
 @pytest.mark.parametrize("orientation", [0, 9, None])

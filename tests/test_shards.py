@@ -198,6 +198,8 @@ def test_two_different_sets_made_at_once_at_one_place_are_not_mixed(dataset, tmp
         plans = writer.plan_sets(found, dirs, str(tmp_path), seed=0, claims=claims)
         with pytest.raises(InputError, match=r"another set is being made at .*/cropped/train, as .*delete that file"):
             writer.plan_sets(found, dirs, str(tmp_path), seed=1, claims=others)
+        with pytest.raises(InputError, match="another set is being made at"):  # of turned pictures, or not
+            writer.plan_sets(found, dirs, str(tmp_path), seed=0, claims=others, exif="ignore")
         others.close()
         again = writer.plan_sets(found, dirs, str(tmp_path), seed=0, claims=others)  # the same bytes: allowed
         for planned in (plans, again):
@@ -615,17 +617,22 @@ def test_pictures_of_other_kinds_are_kept_as_jpeg_and_a_jpeg_byte_for_byte(datas
     assert seen == set(paths)
 
 
-def test_pictures_that_are_not_stored_upright_are_turned_and_counted(dataset, tmp_path, capsys):
-    source, exif = Path(shutil.copytree(dataset, tmp_path / "source")), Image.Exif()
+def lay_down(source: Path, names: list[str]) -> None:
+    """Turn pictures on their side, and have their EXIF say so."""
+    exif = Image.Exif()
     exif[0x112] = 6
-    names = read_annotations(source / FILES["train"]).images
-    lying = [name for name in dict.fromkeys(names) if names.count(name) == 1][:3]
-    for name in lying:
-        path = source / "cropped" / name
+    for path in (source / "cropped" / name for name in names):
         with Image.open(path) as image:
             turned = image.transpose(Image.Transpose.ROTATE_90)
         path.unlink()
         turned.save(path, "JPEG", exif=exif, quality=95)
+
+
+def test_pictures_that_are_not_stored_upright_are_turned_and_counted(dataset, tmp_path, capsys):
+    source = Path(shutil.copytree(dataset, tmp_path / "source"))
+    names = read_annotations(source / FILES["train"]).images
+    lying = [name for name in dict.fromkeys(names) if names.count(name) == 1][:3]
+    lay_down(source, lying)
     for choice, said in (("apply", "were turned"), ("ignore", "were taken as they are stored")):
         for _ in range(2):  # the second time all is there, and is counted
             create(source, str(tmp_path / choice), views=("cropped",), frames_per_shard=7, jobs=1, exif=choice)
@@ -640,6 +647,35 @@ def test_pictures_that_are_not_stored_upright_are_turned_and_counted(dataset, tm
                 assert np.abs(decode(stored).astype(int) - upright).mean() < 3
     with pytest.raises(InputError, match="has exif apply, this set exif ignore"):
         create(source, str(tmp_path / "apply"), views=("cropped",), frames_per_shard=7, jobs=1, exif="ignore")
+
+
+def test_a_set_that_an_earlier_version_began_is_continued_unless_turned_pictures_would_come_to_others(
+    dataset, tmp_path
+):
+    source = Path(shutil.copytree(dataset, tmp_path / "source"))
+    options = {"views": ("cropped",), "frames_per_shard": 7, "jobs": 1}
+    create(source, str(tmp_path / "upright"), **options)
+    names = read_annotations(source / FILES["train"]).images
+    rows = parse_sidecar((tmp_path / "upright/cropped/train/shard-000000.safetensors").read_bytes()).row
+    lay_down(source, [names[rows[-1]]])
+    create(source, str(tmp_path / "lying"), **options, exif="ignore")
+    for made in ("upright", "lying"):
+        train = tmp_path / made / "cropped" / "train"
+        (train / INDEX_NAME).unlink()
+        (train / "shard-000003.safetensors").unlink()
+        for path in train.glob("*.safetensors"):  # as of before EXIF was read
+            about = {key: value for key, value in read_about(path.read_bytes()).items() if key not in ("lying", "exif")}
+            path.write_bytes(dump_sidecar(parse_sidecar(path.read_bytes()), about))
+    before = read_tree(tmp_path / "lying")
+    pattern = rf"earlier version.*: {source}/cropped/{names[rows[-1]]} of shard-000000 is not stored upright.*--exif ig"
+    with pytest.raises(InputError, match=pattern):
+        create(source, str(tmp_path / "lying"), **options)
+    assert read_tree(tmp_path / "lying") == before
+    create(source, str(tmp_path / "lying"), **options, exif="ignore")
+    shutil.rmtree(source)
+    create(Path(shutil.copytree(dataset, source)), str(tmp_path / "upright"), **options)
+    for made in ("upright", "lying"):
+        verify(str(tmp_path / made / "cropped" / "train"))
 
 
 def tar_members(directory: Path) -> dict[int, bytes]:

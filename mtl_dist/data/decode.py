@@ -139,11 +139,23 @@ def as_jpeg(data: bytes, scratch: np.ndarray, *, exif: Exif = "apply") -> Stored
     return StoredPicture(jpeg, picture.orientation)
 
 
+def lies_for_earlier_versions(data: bytes) -> bool:
+    """Whether a picture is not stored upright and `as_jpeg` left it so before it read EXIF; Pillow turned TIFF then."""
+    if _is_jpeg(data):
+        return _jpeg_orientation(data) != 1
+    kind = _kind(data, READ_BY_PILLOW)
+    return kind not in (None, "TIFF") and _read_orientation(data, kind) != 1
+
+
 def turn(pixels: np.ndarray, swap: bool, mirror_x: bool, mirror_y: bool) -> np.ndarray:
     """Return a view of (H, W, ...) pixels: axes swapped, then mirrored left and right, and up and down."""
     if swap:
         pixels = pixels.swapaxes(0, 1)
     return pixels[:: -1 if mirror_y else 1, :: -1 if mirror_x else 1]
+
+
+def _turn_back(pixels: np.ndarray, swap: bool, mirror_x: bool, mirror_y: bool) -> np.ndarray:
+    return turn(turn(pixels, False, mirror_x, mirror_y), swap, False, False)
 
 
 def flatten(pixels: np.ndarray) -> np.ndarray:
@@ -207,14 +219,16 @@ def _kind(data: bytes, kinds: dict[bytes, str]) -> str | None:
 
 
 def _jpeg_orientation(data: bytes) -> int:
-    if _EXIF not in data:  # 0.1 us where Pillow takes 100
-        return 1
+    return 1 if _EXIF not in data else _read_orientation(data, "JPEG")  # 0.1 us where Pillow takes 100
+
+
+def _read_orientation(data: bytes, kind: str) -> int:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+        with Image.open(io.BytesIO(data), formats=[kind]) as image:
             return _orientation(image)
-    except Exception:  # whatever Pillow makes of what `decode` can read
+    except Exception:  # whatever Pillow makes of what can be read
         return 1
 
 
@@ -242,10 +256,14 @@ def _decode_by_pillow(data: bytes) -> tuple[np.ndarray, int]:
                 raise ForeignPicture(f"{kind} of mode {image.mode}; expected 8 bits a channel")
             if (frames := getattr(image, "n_frames", 1)) > 1:
                 raise ForeignPicture(f"{kind} of {frames} moving pictures; expected one that stands still")
-            orientation = 1 if kind == "TIFF" else _orientation(image)  # Pillow turns a TIFF itself
+            orientation = _orientation(image)
             if image.has_transparency_data:
-                return flatten(np.asarray(image.convert("RGBA"))), orientation
-            return np.array(image.convert("RGB")), orientation
+                pixels = flatten(np.asarray(image.convert("RGBA")))
+            else:
+                pixels = np.array(image.convert("RGB"))
+            if kind == "TIFF" and orientation != 1:  # which Pillow turns itself
+                pixels = np.ascontiguousarray(_turn_back(pixels, *_TURNS[orientation]))
+            return pixels, orientation
     except DecodeError:
         raise
     except Image.DecompressionBombError as error:

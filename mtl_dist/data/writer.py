@@ -33,6 +33,7 @@ from mtl_dist.data.decode import (
     ForeignPicture,
     StoredPicture,
     as_jpeg,
+    lies_for_earlier_versions,
 )
 from mtl_dist.data.index import FORMAT, INDEX_NAME, Index, ShardEntry, dump_index, read_index
 from mtl_dist.data.sidecar import Sidecar, dump_sidecar, pack_names, read_about
@@ -143,7 +144,7 @@ def plan_set(
         key: getattr(index, key)
         for key in ("format", "view", "split", "rows", "frames_per_shard", "shard_bytes", "seed", "source_sha256")
     }
-    claims.enter_context(claimed(dest, fingerprint, sizes))
+    claims.enter_context(claimed(dest, fingerprint | {"exif": exif}, sizes))
     jobs = []
     for begin, end in _cut(sizes[shuffled], frames_per_shard=frames_per_shard, shard_bytes=shard_bytes):
         about = {**fingerprint, "begin": begin, "rows_here": end - begin}
@@ -331,7 +332,7 @@ def _find_done(dest: str, fingerprint: dict, jobs: list[ShardJob], exif: Exif) -
         if suffix != "safetensors" or stem not in expected:
             raise InputError(f"{dest} holds '{name}', which is not of this set; choose an empty destination")
         sidecars.append(stem)
-    done, lying, by_name = {}, 0, {job.name: job for job in jobs}
+    done, lying, by_name, silent = {}, 0, {job.name: job for job in jobs}, []
     compared = set(sidecars[:: -(-len(sidecars) // MAX_COMPARED) or 1])
     with DaemonThreads(READ_THREADS, "sidecar") as pool:
         found = pool.map(lambda stem: storage.read_bytes(storage.join(dest, f"{stem}.safetensors")), sidecars)
@@ -347,9 +348,38 @@ def _find_done(dest: str, fingerprint: dict, jobs: list[ShardJob], exif: Exif) -
             if sizes.get(f"{stem}.tar") == entry.tar_bytes and (indexed is None or indexed[stem] == entry):
                 done[stem] = entry
                 lying += about.get("lying", 0)
+                if "lying" not in about:
+                    silent.append(by_name[stem])
                 if stem in compared:
                     _check_picture(dest, by_name[stem], data)
+    if exif == "apply" and len(done) < len(jobs):
+        _check_turned(dest, silent)
     return done, lying
+
+
+def _check_turned(dest: str, silent: list[ShardJob]) -> None:
+    """Raise an `InputError` where a finished shard that says nothing of EXIF has a picture that is not upright.
+
+    Earlier versions turned none, and said nothing; nor does a shard of this one of which all are upright. So pictures
+    are looked at once more, where others are about to be turned.
+    """
+    with DaemonThreads(READ_THREADS, "picture") as pool:
+        for job, path in zip(silent, pool.map(_find_lying, silent)):
+            if path:
+                raise InputError(
+                    f"{dest} holds shards of an earlier version, which turned no picture as its EXIF says: {path} of "
+                    f"{job.name} is not stored upright, and others would be turned; continue with --exif ignore, "
+                    "choose another destination, or delete it"
+                )
+
+
+def _find_lying(job: ShardJob) -> str | None:
+    for name in dict.fromkeys(job.labels.images):
+        path = f"{job.images_dir}/{name}"
+        with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:  # gone: the shard has it already
+            if lies_for_earlier_versions(file.read(MAX_IMAGE_BYTES + 1)):
+                return path
+    return None
 
 
 def _check_picture(dest: str, job: ShardJob, sidecar: bytes) -> None:
