@@ -450,6 +450,19 @@ def test_pictures_of_no_video_belong_to_their_persons_and_are_no_film(tmp_path):
     assert smoothed.tolist() == [*range(16), 17.5, 17.5, 17.5, 17.5]
 
 
+def test_a_picture_of_nobody_known_is_no_film_where_several_persons_are(tmp_path):
+    persons = {"photos": ["a", "a", "b", "", "", ""], "film": ["c", "", "c"], "others": ["", ""]}
+    rows = [[f"{directory}/{i:04d}.jpg", "1", person] for directory, people in persons.items()
+            for i, person in enumerate(people)]  # fmt: skip
+    rows += [["1.jpg", "1", ""], ["2.jpg", "1", "a"]]
+    found = read(write(tmp_path / "t.csv", *rows, header=["image", "expression", "person"])).annotations
+    a, b = "person: a", "person: b"
+    alone = [f"photos/{i:04d}.jpg" for i in (3, 4, 5)]
+    assert found.videos == [a, a, b, *alone, *["film"] * 3, *["others"] * 2, "1.jpg", a]
+    values, timeline = np.arange(13.0)[:, None], make_timeline(found.images, found.videos)
+    assert smooth(values, timeline, np.array([50]))[:, 0].tolist() == [*range(6), *[7] * 3, *[9.5] * 2, 11, 12]
+
+
 def test_videos_that_a_table_names_are_in_the_shards_and_part_what_is_scored(tmp_path):
     """Of images without directories: else every image would be a video, and weights fitted on its neighbours."""
     rows = [[f"{i:04d}.jpg", str(i % 8), "" if i == 7 else f"vidéo {i // 5}", "val" if i >= 20 else "train"]

@@ -94,21 +94,19 @@ def read_table(path: Path, options: TableOptions) -> Table:
 def _name_by_person(images: list[str], persons: pa.Array) -> list[str] | None:
     """Name what images belong together: their directory, or the person where that is no video; None: always that.
 
-    A directory with pictures of several persons, or none at all, is no video.
+    A directory with pictures of several persons, or none at all, is no video: a picture of nobody known stands alone.
     """
     directories, people = video_of(pa.array(images, pa.large_string())).to_pylist(), persons.to_pylist()
     seen: dict[str, set[str]] = {}
     for directory, person in zip(directories, people):
         if person:
             seen.setdefault(directory, set()).add(person)
-    is_by_person = [
-        bool(p) and (not directory or len(seen[directory]) > 1) for directory, p in zip(directories, people)
-    ]
-    if not any(is_by_person):
+    is_video = [bool(directory) and len(seen.get(directory, ())) < 2 for directory in directories]
+    if all(is_there or not person for is_there, person in zip(is_video, people)):
         return None
     return [
-        f"{PERSON}{person}" if by_person else directory or image
-        for image, directory, person, by_person in zip(images, directories, people, is_by_person)
+        directory if is_there else f"{PERSON}{person}" if person else image
+        for image, directory, person, is_there in zip(images, directories, people, is_video)
     ]
 
 
