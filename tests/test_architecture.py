@@ -41,7 +41,8 @@ ONLY_IMPORTERS = {
     "botocore": ("mtl_dist.s3", "cluster", "benchmarks"),
     "deepspeed": ("mtl_dist.runtime.engine",),
     "ray": ("mtl_dist.runtime.launch", "mtl_dist.runtime.joining", "mtl_dist.runtime.stopping", "tune", "cluster"),
-    "pickle": ("mtl_dist.models.backbones",),  # for the name of an exception: torch.load(weights_only=True) raises it
+    # For the name of an exception, which torch.load(weights_only=True) and Ray's reading of its own state raise.
+    "pickle": ("mtl_dist.models.backbones", "tune.search"),
     "concurrent.futures.ProcessPoolExecutor": ("mtl_dist.processes",),  # whose processes end with their parent
     "multiprocessing": ("mtl_dist.processes", "mtl_dist.runtime.parts"),
     "subprocess": ("cluster", "benchmarks"),

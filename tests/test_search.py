@@ -16,12 +16,12 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from ray.tune import Result
 
 from mtl_dist.config import Config, build_config
-from mtl_dist.errors import InputError, RunFailed, StorageError
+from mtl_dist.errors import MAX_SEED, InputError, RunFailed, StorageError
 from mtl_dist.presets import load_preset
 from mtl_dist.runtime.joining import quiet_loggers
 from tests.conftest import assert_one_message, run_here
 from tune.experiment import Asha, RandomSearch, Reporter, build_searcher
-from tune.search import SearchConfig, best_yaml, check_same_search, count_room, finish_search
+from tune.search import SearchConfig, _read_earlier, best_yaml, check_same_search, count_room, finish_search
 from tune.space import build_param_space, default_space, read_space
 from tune.trial import DIVERGED, LOWEST_P
 
@@ -193,9 +193,9 @@ def test_a_cluster_without_room_for_a_driver_beside_its_ranks_is_refused_where_r
         count_room(build_config({"ray": {"num_ranks": 2}}), [{"CPU": 1}, {"CPU": 1}])
 
 
-def optuna_search(limit: int):
+def optuna_search(limit: int, seed: int = 0):
     pytest.importorskip("optuna")
-    searcher = build_searcher("optuna", seed=0, limit=limit)
+    searcher = build_searcher("optuna", seed=seed, limit=limit)
     searcher.set_search_properties("p", "max", {"x": tune.uniform(0, 1)})
     return searcher
 
@@ -208,6 +208,11 @@ def test_optuna_draws_no_more_trials_than_may_run_at_once_and_learns_how_earlier
     again.restore(str(tmp_path / "state"))
     again.on_trial_complete("a", {"p": 1.5})
     assert [trial.value for trial in again.searcher._ot_study.trials] == [1.5, None]
+
+
+def test_optuna_takes_every_seed_that_a_run_may_have_and_draws_by_it():
+    drawn = [optuna_search(1, seed).suggest("a")["x"] for seed in (MAX_SEED, MAX_SEED, MAX_SEED - 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def asha(earlier=None, *names: str) -> Asha:
@@ -241,6 +246,22 @@ def test_a_search_that_continues_stops_trials_by_what_earlier_ones_scored():
 def test_a_search_whose_state_ray_could_not_read_ends_and_does_not_begin_anew():
     with pytest.raises(StorageError, match="could not be continued"):
         asha({"a": []}, "new")
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (cloudpickle.dumps([*range(100)])[:-20], "UnpicklingError: pickle data was truncated"),
+        (b"\x80\x04cray.gone\nThing\n.", "ModuleNotFoundError: No module named 'ray.gone'"),
+        (b"", "EOFError"),
+    ],
+)
+def test_a_state_of_a_search_that_was_cut_or_is_of_another_version_is_refused_in_words(value, words, tmp_path):
+    state = {"trial_data": [], "runner_data": {"_type": "CLOUDPICKLE_FALLBACK", "value": value.hex()}}
+    (tmp_path / "tune").mkdir()
+    (tmp_path / "tune" / "experiment_state-1.json").write_text(json.dumps(state))
+    with pytest.raises(InputError, match=rf"{tmp_path}/tune, which .* cannot be read \({words}.*another --search.name"):
+        _read_earlier(str(tmp_path))
 
 
 def failed_trial(tmp_path, error: Exception, *, num_failures: int) -> SimpleNamespace:

@@ -32,7 +32,7 @@ def build_searcher(algorithm: str, *, seed: int, limit: int | None) -> BasicVari
         raise InputError(
             "search.algorithm is optuna, which is not installed; pip install 'mtl_dist[search]' on every node"
         ) from None
-    searcher = OptunaSearch(seed=seed)
+    searcher = OptunaSearch(seed=seed % 2**32)  # numpy's old generator takes no more
     return LimitedSearch(searcher, max_concurrent=limit) if limit else searcher
 
 

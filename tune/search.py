@@ -17,6 +17,7 @@ import io
 import json
 import math
 import os
+import pickle
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
@@ -159,7 +160,7 @@ def _read_earlier(search_uri: str) -> tuple[dict[str, list[tuple[int, float]]], 
         frames = analysis.trial_dataframes
         ended = [trial for trial in analysis.trials if trial.status == trial.TERMINATED]
         return {trial.trial_id: evaluations(frames.get(trial.trial_id)) for trial in analysis.trials}, len(ended)
-    except (ValueError, LookupError, TypeError, AttributeError, EOFError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, EOFError, ImportError, pickle.UnpicklingError) as error:
         raise InputError(
             f"{where}, which the search needs to continue, cannot be read ({type(error).__name__}: {error}); "
             "delete it to run all trials again, or give another --search.name"
