@@ -115,7 +115,7 @@ def main(args: list[str] | None = None) -> None:
         elif not isinstance(frames, ShardSet):
             videos = frames.videos if isinstance(frames, VideoFiles) else [frames]
             _check_names(command.out, [video.title for video in videos])
-        storage.check_writable(parent_uri(command.out), flag="--out")
+        storage.check_writable(parent_uri(command.out))
         task = Task(models, frames, device, command.batch, command.workers)
         processes = _num_processes(command, device, num_batches=-(-frames.num_frames // command.batch))
         with progress_bar("predicting", frames.num_frames * task.num_passes) as advance:
@@ -157,6 +157,7 @@ def _skipped(command: PredictCommand, frames: ImageFiles, predicted: Predicted) 
 
 def _check(command: PredictCommand) -> None:
     """Raise for what is wrong before anything heavy is imported or opened."""
+    storage.check_lasting(command.out, flag="--out")
     if not command.out.lower().endswith(SUFFIXES):
         raise InputError(f"--out is {command.out}; expected a name that ends with {', '.join(SUFFIXES)}")
     if not command.runs:

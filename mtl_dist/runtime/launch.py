@@ -1,5 +1,7 @@
-"""Start ranks: this process alone or as one of torchrun's, or under Ray Train. With tune/ and cluster/ the only
-importer of ray."""
+"""Start ranks: this process alone or as one of torchrun's, or under Ray Train.
+
+Ray is imported here, in joining.py and stopping.py, in tune/ and cluster/, and nowhere else.
+"""
 
 from __future__ import annotations
 

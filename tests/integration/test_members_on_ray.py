@@ -98,8 +98,10 @@ def test_members_predicted_on_the_cluster_are_those_predicted_here(ray_address, 
     assert "predicting 1 member(s) over the cluster: cropped" in capsys.readouterr().out
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as a task of one CPU has: on some processors sums depend on their number
-    main(["--runs", str(run), "--out", f"{tmp_path}/here", "--local"])
-    torch.set_num_threads(threads)
+    try:
+        main(["--runs", str(run), "--out", f"{tmp_path}/here", "--local"])
+    finally:
+        torch.set_num_threads(threads)
     assert "over the cluster" not in capsys.readouterr().out
     for name in ("score.json", "members/cropped.parquet"):
         assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
