@@ -28,7 +28,8 @@ from typing import NamedTuple
 
 from mtl_dist.errors import InputError
 
-SCRATCH_PREFIX = "mtl_dist-scratch-"  # of a directory in the system's place for temporary ones
+# Of a directory in the system's place for temporary ones; then the host's name, what for, and random letters.
+SCRATCH_PREFIX = "mtl_dist-scratch-"
 MAX_BYTES = 1 << 30  # of what is read at once, unless its reader says otherwise
 PART_PREFIX = ".part-"  # of a file that is being written; then the host's name and random letters
 ABANDONED_S = 24 * 3600  # of another host: nothing is written for a day
@@ -283,7 +284,7 @@ def scratch_directory(purpose: str) -> Iterator[Path]:
     place = Path(tempfile.gettempdir())
     _remove_abandoned_scratch(place, os.getpid())
     while True:
-        scratch = Path(tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{purpose}-", dir=place))
+        scratch = Path(tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{socket.gethostname()}-{purpose}-", dir=place))
         try:
             handle = os.open(scratch, os.O_RDONLY)
         except FileNotFoundError:  # removed by another process before it was opened
@@ -302,16 +303,22 @@ def scratch_directory(purpose: str) -> Iterator[Path]:
 
 @functools.lru_cache
 def _remove_abandoned_scratch(place: Path, pid: int) -> None:
-    """Remove this user's scratch directories that no process holds; once a process."""
+    """Remove this user's scratch directories that no process holds; once a process. Places may be shared by hosts."""
     for scratch in place.glob(f"{SCRATCH_PREFIX}*"):
         with contextlib.suppress(OSError):  # another user's, removed meanwhile, or in use
             handle = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
-                if os.fstat(handle).st_uid == os.geteuid():
+                is_ours = scratch.name.rsplit("-", 2)[0] == f"{SCRATCH_PREFIX}{socket.gethostname()}"
+                if os.fstat(handle).st_uid == os.geteuid() and _may_be_abandoned(scratch, is_ours=is_ours):
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     shutil.rmtree(scratch, ignore_errors=True)
             finally:
                 os.close(handle)
+
+
+def _may_be_abandoned(path: Path, *, is_ours: bool) -> bool:
+    """Whether a lock tells if this is in use: of another host's it may not be seen, so a day is waited."""
+    return is_ours or time.time() - path.stat().st_mtime > ABANDONED_S
 
 
 def _open_part(directory: Path) -> tuple[int, Path]:
@@ -328,15 +335,11 @@ def _open_part(directory: Path) -> tuple[int, Path]:
 
 @functools.lru_cache
 def _remove_abandoned(directory: Path, pid: int) -> None:
-    """Remove what killed processes were writing here; once a directory and process, because listing costs.
-
-    Locks tell of processes of this host, on whatever file system. Those of other hosts may not be seen: a day is
-    waited.
-    """
+    """Remove what killed processes were writing here; once a directory and process, because listing costs."""
     for part in directory.glob(f"{PART_PREFIX}*"):
         with contextlib.suppress(OSError), part.open("r+b") as file:  # removed by another, or locked: being written
-            is_ours = part.name.startswith(f"{PART_PREFIX}{socket.gethostname()}-")
-            if is_ours or time.time() - part.stat().st_mtime > ABANDONED_S:
+            is_ours = part.name.rpartition("-")[0] == f"{PART_PREFIX}{socket.gethostname()}"
+            if _may_be_abandoned(part, is_ours=is_ours):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 part.unlink()
 

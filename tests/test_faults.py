@@ -784,14 +784,17 @@ def test_what_a_killed_writer_leaves_is_removed_and_what_is_being_written_stays(
     for process in (dead, alive):
         assert process.stdout.readline() == b"writing\n"
     elsewhere, long_ago = tmp_path / ".part-another-host-abc", tmp_path / ".part-another-host-def"
-    for other in (elsewhere, long_ago):
+    longer_name = tmp_path / f".part-{socket.gethostname()}-2-abc"  # of the host "this-one-2"
+    for other in (elsewhere, long_ago, longer_name):
         other.write_bytes(b"half")
     os.utime(long_ago, (0, 0))
     dead.send_signal(signal.SIGKILL)
     dead.wait()
     try:
-        assert len(list(tmp_path.iterdir())) == 4
+        assert len(list(tmp_path.iterdir())) == 5
         storage.write_bytes(str(path), b"whole")
+        assert longer_name.exists()
+        longer_name.unlink()
         left = {other for other in tmp_path.iterdir() if other.name.startswith(f".part-{socket.gethostname()}-")}
         assert len(left) == 1
         with left.pop().open("rb") as part, pytest.raises(BlockingIOError):
@@ -829,6 +832,22 @@ def test_the_scratch_of_a_killed_process_is_removed_and_that_of_a_living_one_sta
     finally:
         alive.kill()
         alive.wait()
+
+
+def test_the_scratch_of_another_host_stays_for_a_day(tmp_path, monkeypatch):
+    """Of a shared place whose locks are seen on their own host alone: that nobody holds it says nothing."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    here = socket.gethostname()
+    hosts = {"here": here, "other": "another-host", "longer": f"{here}-2", "old": "old-host"}
+    places = {name: tmp_path / f"{storage.SCRATCH_PREFIX}{host}-save-abcd_123" for name, host in hosts.items()}
+    places["earlier version"] = tmp_path / f"{storage.SCRATCH_PREFIX}save-abcd_123"
+    for place in places.values():
+        place.mkdir()
+        (place / "object").write_bytes(b"half")
+    os.utime(places["old"], (0, 0))
+    with storage.scratch_directory("test") as scratch:
+        assert {name for name, place in places.items() if place.exists()} == {"other", "longer", "earlier version"}
+        assert scratch.name.startswith(f"{storage.SCRATCH_PREFIX}{here}-test-")
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o600), (0o022, 0o644), (0o002, 0o664)])
