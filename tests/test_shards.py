@@ -29,7 +29,7 @@ from mtl_dist.data.annotations import FILES, read_annotations
 from mtl_dist.data.claims import CLAIM_PREFIX
 from mtl_dist.data.columns import Columns, TableOptions
 from mtl_dist.data.decode import decode
-from mtl_dist.data.index import INDEX_NAME, dump_index, read_index
+from mtl_dist.data.index import INDEX_NAME, Index, dump_index, read_index
 from mtl_dist.data.overlap import find_shared
 from mtl_dist.data.sheet import choose_samples, draw_sheet
 from mtl_dist.data.sidecar import dump_sidecar, parse_sidecar, read_about
@@ -373,6 +373,17 @@ def test_a_flipped_bit_anywhere_in_an_index_is_found(shards, tmp_path):
         (tmp_path / INDEX_NAME).write_bytes(damaged)
         with pytest.raises(InputError):
             read_index(str(tmp_path))
+
+
+def test_a_field_that_a_later_version_adds_damages_no_set_and_changes_no_identity(shards):
+    class Later(Index):
+        added: str | None = None
+
+    raw = json.loads((shards / "cropped" / "train" / INDEX_NAME).read_bytes())
+    claimed = raw.pop("sha256")
+    assert Later.model_validate(raw).sha256 == claimed
+    assert Later.model_validate(raw | {"added": "x"}).sha256 != claimed
+    assert json.loads(dump_index(Later.model_validate(raw))) == raw | {"sha256": claimed}
 
 
 @pytest.mark.parametrize(

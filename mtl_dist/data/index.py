@@ -64,13 +64,16 @@ class Index(_Strict):
 
     @property
     def sha256(self) -> str:
-        """Identity of the set's content: checkpoints carry it."""
-        return hashlib.sha256(_canonical(self.model_dump())).hexdigest()
+        """Identity of the set's content: checkpoints carry it. It is of what index.json holds, as it was read.
+
+        A field that a later version adds, with a default, changes the identity of no set that was made before.
+        """
+        return hashlib.sha256(_canonical(self.model_dump(exclude_unset=True))).hexdigest()
 
 
 def dump_index(index: Index) -> bytes:
     """Serialise with a checksum of itself, so that a flipped bit is found on reading."""
-    return json.dumps({**index.model_dump(), "sha256": index.sha256}, indent=1).encode() + b"\n"
+    return json.dumps({**index.model_dump(exclude_unset=True), "sha256": index.sha256}, indent=1).encode() + b"\n"
 
 
 def read_index(uri: str) -> Index:
