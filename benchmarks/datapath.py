@@ -45,13 +45,13 @@ from benchmarks.loader import (
     write_results,
 )
 from mtl_dist import storage
-from mtl_dist.data.annotations import FILES, read_annotations
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.index import read_index
 from mtl_dist.data.loader import train_batches
 from mtl_dist.data.order import Order
 from mtl_dist.data.reader import ShardReader
 from mtl_dist.processes import with_parent
+from mtl_dist.shards.annotations import FILES, read_annotations
 from tests.s3_server import BUCKET, S3Server
 
 STREAMS, BLOCK_SHARDS, PREFETCH = 16, 4, 4

@@ -17,9 +17,9 @@ from mtl_dist.objective.calibration import STEPS, stack_members
 from mtl_dist.objective.crossfit import cross_fit, make_folds
 from mtl_dist.objective.metrics import Predictions, Targets, scores
 from mtl_dist.objective.smoothing import Timeline
+from mtl_dist.predicting.predictions import Predicted
 from mtl_dist.report.intervals import bootstrap
 from mtl_dist.report.results import Method, Result
-from mtl_dist.runtime.predictions import Predicted
 from mtl_dist.tasks import NUM_AUS, NUM_EXPRESSIONS
 
 FOLDS, DRAWS, HALF_WINDOWS = 5, 100, (0, 1, 2, 4, 8, 16)

@@ -31,13 +31,13 @@ import simplejpeg
 import torch
 from PIL import Image
 
-from mtl_dist.data.annotations import FILES, HEADER, read_annotations
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.index import read_index
 from mtl_dist.data.loader import train_batches
 from mtl_dist.data.order import Order
 from mtl_dist.data.reader import ShardReader
-from mtl_dist.data.writer import plan_set, write_sets
+from mtl_dist.shards.annotations import FILES, HEADER, read_annotations
+from mtl_dist.shards.writer import plan_set, write_sets
 
 BATCH, SIZE, SHARD_ROWS, VIEW = 64, 112, 1000, "cropped_aligned"
 NOISE = 3.2  # of the camera, in grey levels: 112 x 112 pixels then take about 6 KB
@@ -103,7 +103,7 @@ def write_results(out: Path, results: dict) -> None:
 
 def make_images(root: Path, count: int) -> Path:
     """Write a labelled set of `count` JPEGs in the s-Aff-Wild2 layout: 200 rendered faces, each with new noise."""
-    from mtl_dist.data.synthetic import write_synthetic
+    from mtl_dist.synthetic.render import write_synthetic
 
     faces = root.with_name("faces")
     write_synthetic(faces, num_train=200, num_val=20, jobs=2)

@@ -24,9 +24,9 @@ from mtl_dist import storage
 from mtl_dist.config import CheckpointConfig, build_config
 from mtl_dist.models import build_model
 from mtl_dist.presets import load_preset
-from mtl_dist.runtime.checkpoint import COMMIT, committed
-from mtl_dist.runtime.lives import begin_life
-from mtl_dist.runtime.saving import Saver
+from mtl_dist.runs.checkpoint import COMMIT, committed
+from mtl_dist.runs.lives import begin_life
+from mtl_dist.training.saving import Saver
 from tests.s3_server import BUCKET, S3Server
 
 

@@ -28,9 +28,9 @@ from cluster.local import LocalCluster
 from cluster.processes import find_processes
 from cluster.state import ClusterState
 from mtl_dist.processes import with_parent
-from mtl_dist.runtime.audit import read_audit
-from mtl_dist.runtime.lives import read_lives
-from mtl_dist.runtime.tracking import read_records
+from mtl_dist.runs.lives import read_lives
+from mtl_dist.training.audit import read_audit
+from mtl_dist.training.tracking import read_records
 
 HOSTS = 3
 ROWS, BATCH, EPOCHS, EVERY_STEPS = 480, 24, 30, 20

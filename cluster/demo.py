@@ -31,9 +31,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cluster.local import ClusterState, LocalCluster, down
 from cluster.processes import ClusterError
-from mtl_dist.data.annotations import FILES, read_annotations
 from mtl_dist.errors import InputError, PlainParser, run_command
 from mtl_dist.processes import with_parent
+from mtl_dist.shards.annotations import FILES, read_annotations
 from mtl_dist.tasks import VIEWS
 
 DEMO_DIR = Path("demo")

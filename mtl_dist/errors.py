@@ -22,6 +22,10 @@ class StorageError(OSError):
     """The store did not answer as it should after every retry; carries the URI and the store's own words."""
 
 
+class NonFiniteLoss(InputError):
+    """Training diverged: the loss of a step, its weights or what they predict are not finite. All ranks raise it."""
+
+
 class RunFailed(RuntimeError):
     """Training failed, and neither the user nor another try mends it. The message says where it stands."""
 

@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-    from mtl_dist.runtime.evaluate import Predicted
-    from mtl_dist.runtime.frames import Seen
-    from mtl_dist.runtime.inputs import ImageFiles
-    from mtl_dist.runtime.trained import Trained
+    from mtl_dist.data.frames import Seen
+    from mtl_dist.predicting.evaluate import Predicted
+    from mtl_dist.predicting.inputs import ImageFiles
+    from mtl_dist.runs.trained import Trained
 
 SUFFIXES = (".csv", ".parquet", ".txt")
 BOUNDS = OPTION_BOUNDS | {"every_frames": (1, 10**9), "processes": (1, 1024)}
@@ -85,12 +85,12 @@ def main(args: list[str] | None = None) -> None:
     _check(command)
     import numpy as np
 
+    from mtl_dist.device import named_device
+    from mtl_dist.predicting.inputs import ImageFiles, ShardSet, VideoFile, VideoFiles, open_frames, parent_uri
+    from mtl_dist.predicting.predictions import check_finite
+    from mtl_dist.predicting.spread import Task, predict_frames
     from mtl_dist.progress import progress_bar
-    from mtl_dist.runtime.device import named_device
-    from mtl_dist.runtime.inputs import ImageFiles, ShardSet, VideoFile, VideoFiles, open_frames, parent_uri
-    from mtl_dist.runtime.parts import Task, predict_frames
-    from mtl_dist.runtime.predictions import check_finite
-    from mtl_dist.runtime.trained import open_trained
+    from mtl_dist.runs.trained import open_trained
 
     models = tuple(open_trained(run) for run in command.runs)
     view = _common_view(command.runs, models)
@@ -200,9 +200,9 @@ def _write(
     """Write --out; of the challenge's file say which of the `listed` names had no picture, and what they have."""
     import numpy as np
 
-    from mtl_dist.data.submission import submission_text
     from mtl_dist.objective.metrics import AU_THRESHOLD
-    from mtl_dist.runtime.predictions import fill_missing, prediction_table, write_parquet
+    from mtl_dist.predicting.predictions import fill_missing, prediction_table, write_parquet
+    from mtl_dist.predicting.submission import submission_text
 
     if _is_submission(out):
         _check_names(out, names)
@@ -232,7 +232,7 @@ def _is_submission(out: str) -> bool:
 
 def _report(command: PredictCommand, predicted: Predicted, skipped: list[str], *, num_expected: int) -> None:
     from mtl_dist.objective.metrics import constant_scores, metric_sums, scores
-    from mtl_dist.runtime.tracking import print_scores
+    from mtl_dist.training.tracking import print_scores
 
     if _has_labels(predicted):
         from mtl_dist.data.index import read_index

@@ -15,7 +15,7 @@ from mtl_dist import storage
 from mtl_dist.config import dump_yaml
 from mtl_dist.errors import run_command
 from mtl_dist.presets import CommandConfig, config_of, parse_command
-from mtl_dist.runtime.restarts import ending_restarts
+from mtl_dist.training.restarts import ending_restarts
 
 
 class TrainCommand(CommandConfig):
@@ -36,16 +36,17 @@ def main(args: list[str] | None = None) -> None:
 def _main(args: list[str] | None) -> None:
     command = parse_command(TrainCommand, args, prog="python -m mtl_dist.train", description=__doc__)
     if command.status:
-        from mtl_dist.runtime.status import print_status
+        from mtl_dist.training.status import print_status
 
         print_status(storage.absolute(command.status))
         return
     config = config_of(command)
-    from mtl_dist.runtime.launch import connect, has_cluster, has_gpus, run_local, run_ray
-    from mtl_dist.runtime.plan import plan_run
-    from mtl_dist.runtime.setup import check_start
-    from mtl_dist.runtime.status import print_ending
-    from mtl_dist.runtime.torchrun import is_first_of_node, is_torchrun, torchrun_rank
+    from mtl_dist.joining import has_cluster
+    from mtl_dist.training.launch import connect, has_gpus, run_local, run_ray
+    from mtl_dist.training.plan import plan_run
+    from mtl_dist.training.setup import check_start
+    from mtl_dist.training.status import print_ending
+    from mtl_dist.training.torchrun import is_first_of_node, is_torchrun, torchrun_rank
 
     is_local = command.local or is_torchrun()
     rank, world = torchrun_rank()

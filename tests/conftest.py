@@ -12,12 +12,15 @@ import sys
 import time
 from pathlib import Path
 
+# Before torch is imported, for processes that tests start too: on some processors sums depend on the number of threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import simplejpeg
 
-from mtl_dist.data.annotations import HEADER
 from mtl_dist.errors import run_command
+from mtl_dist.shards.annotations import HEADER
 
 REPO = Path(__file__).parent.parent
 LONDON = REPO.parent / "shared" / "data" / "london_faces"
@@ -96,7 +99,7 @@ def dataset(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def shards(dataset, tmp_path_factory) -> Path:
     """Shards of both views and splits of `dataset`."""
-    from mtl_dist.shards import create
+    from mtl_dist.shards.__main__ import create
 
     root = tmp_path_factory.mktemp("shards")
     create(dataset, str(root), frames_per_shard=7, jobs=1)

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from mtl_dist import storage
 from mtl_dist.errors import run_command
-from mtl_dist.runtime.checkpoint import COMMIT, TRAIN
-from mtl_dist.runtime.saving import Saver
-from mtl_dist.runtime.watchdog import Watchdog
+from mtl_dist.runs.checkpoint import COMMIT, TRAIN
 from mtl_dist.train import main
+from mtl_dist.training.saving import Saver
+from mtl_dist.training.watchdog import Watchdog
 
 PHASES = (
     "between steps",

@@ -16,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from mtl_dist.runtime import parts
+from mtl_dist.predicting import spread as parts
 
 aten = torch.ops.aten
 COPIES = {aten._to_copy.default, aten.copy_.default}  # read one device and write another

@@ -6,7 +6,7 @@ import os
 import signal
 from dataclasses import dataclass
 
-from mtl_dist.runtime.inputs import ImageFiles
+from mtl_dist.predicting.inputs import ImageFiles
 
 
 @dataclass(frozen=True)

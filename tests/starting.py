@@ -13,9 +13,9 @@ from datetime import timedelta
 from pathlib import Path
 
 from mtl_dist.errors import InputError
-from mtl_dist.runtime.launch import LocalContext
-from mtl_dist.runtime.lives import begin_life
-from mtl_dist.runtime.torchrun import join_torchrun
+from mtl_dist.runs.lives import begin_life
+from mtl_dist.training.launch import LocalContext
+from mtl_dist.training.torchrun import join_torchrun
 
 if __name__ == "__main__":
     run, damaged, marker = sys.argv[1:]

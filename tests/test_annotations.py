@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mtl_dist.data.annotations import HEADER, read_annotations
 from mtl_dist.errors import InputError
+from mtl_dist.shards.annotations import HEADER, read_annotations
 from mtl_dist.tasks import AUS
 
 GOOD = ["7/00001.jpg", "0.5", "-0.25", "3", *"010010000011"]

@@ -16,20 +16,18 @@ FILES = [path for package in PACKAGES for path in sorted((REPO / package).rglob(
 # From the bottom up. A module imports from layers below its own, and from its own package.
 LAYERS = [
     {"mtl_dist.tasks", "mtl_dist.errors", "mtl_dist.threads", "mtl_dist.parsing", "mtl_dist.processes"},
-    {"mtl_dist.s3", "mtl_dist.sealed", "mtl_dist.machine"},
+    {"mtl_dist.s3", "mtl_dist.sealed", "mtl_dist.machine", "mtl_dist.ranks", "mtl_dist.joining"},
     {"mtl_dist.storage", "mtl_dist.progress"},
     {"mtl_dist.config"},
-    {"mtl_dist.presets"},
+    {"mtl_dist.presets", "mtl_dist.device"},
     {"mtl_dist.data", "mtl_dist.models", "mtl_dist.objective"},
-    {"mtl_dist.runtime"},
-    {
-        "mtl_dist.train",
-        "mtl_dist.shards",
-        "mtl_dist.ensemble",
-        "mtl_dist.predict",
-        "mtl_dist.export",
-        "mtl_dist.report",
-    },
+    {"mtl_dist.shards"},
+    {"mtl_dist.synthetic"},
+    {"mtl_dist.runs"},
+    {"mtl_dist.predicting"},
+    {"mtl_dist.training"},
+    {"mtl_dist.ensemble", "mtl_dist.export", "mtl_dist.report"},
+    {"mtl_dist.train", "mtl_dist.predict", "mtl_dist.shards.__main__"},
     {"tune", "cluster"},
     {"benchmarks"},
 ]
@@ -39,12 +37,19 @@ LAYER_OF = {unit: number for number, units in enumerate(LAYERS) for unit in unit
 ONLY_IMPORTERS = {
     "boto3": ("mtl_dist.s3", "cluster", "benchmarks"),
     "botocore": ("mtl_dist.s3", "cluster", "benchmarks"),
-    "deepspeed": ("mtl_dist.runtime.engine",),
-    "ray": ("mtl_dist.runtime.launch", "mtl_dist.runtime.joining", "mtl_dist.runtime.stopping", "tune", "cluster"),
+    "deepspeed": ("mtl_dist.training.engine",),
+    "ray": (
+        "mtl_dist.joining",
+        "mtl_dist.training.launch",
+        "mtl_dist.training.stopping",
+        "mtl_dist.predicting.cluster",
+        "tune",
+        "cluster",
+    ),
     # For the name of an exception, which torch.load(weights_only=True) and Ray's reading of its own state raise.
     "pickle": ("mtl_dist.models.backbones", "tune.search"),
     "concurrent.futures.ProcessPoolExecutor": ("mtl_dist.processes",),  # whose processes end with their parent
-    "multiprocessing": ("mtl_dist.processes", "mtl_dist.runtime.parts"),
+    "multiprocessing": ("mtl_dist.processes", "mtl_dist.predicting.spread"),
     "subprocess": ("cluster", "benchmarks"),
 }
 DRAWERS = {"utils", "util", "common", "helpers", "misc", "core", "base"}
@@ -83,7 +88,8 @@ IMPORTS = [found for path in FILES for found in read_imports(path)]
 
 def unit_of(name: str) -> str | None:
     """The unit of `LAYERS` a module, or a name in it, belongs to; None for libraries."""
-    return next((unit for unit in LAYER_OF if name == unit or name.startswith(f"{unit}.")), None)
+    units = [unit for unit in LAYER_OF if name == unit or name.startswith(f"{unit}.")]
+    return max(units, key=len, default=None)
 
 
 def is_within(name: str, packages: tuple[str, ...]) -> bool:

@@ -13,7 +13,7 @@ from mtl_dist.errors import InputError
 from mtl_dist.models import build_model, libraries
 from mtl_dist.models.backbones import build_backbone, check_backbone, load_backbone_weights, load_imagenet_weights
 from mtl_dist.models.regions import NUM_REGIONS
-from mtl_dist.runtime.averaging import sync_batchnorm
+from mtl_dist.training.averaging import sync_batchnorm
 
 SIZE = 96
 # Family by family: the name, the channels and the cells a side of images of 96 pixels that its paper gives.

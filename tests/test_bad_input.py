@@ -16,18 +16,18 @@ from PIL import Image
 from cluster.local import main as cluster_main
 from mtl_dist import storage
 from mtl_dist.config import Config
-from mtl_dist.data.annotations import FILES, read_annotations
 from mtl_dist.data.cache import Cache
-from mtl_dist.data.columns import Columns, TableOptions
 from mtl_dist.data.index import INDEX_NAME, read_index
 from mtl_dist.data.reader import ShardReader
 from mtl_dist.data.sidecar import parse_sidecar
 from mtl_dist.errors import InputError
-from mtl_dist.runtime import launch, same_disk
-from mtl_dist.runtime.inputs import open_frames
-from mtl_dist.runtime.plan import Data, note_labels
-from mtl_dist.shards import create, inspect, synth, verify
+from mtl_dist.predicting.inputs import open_frames
+from mtl_dist.shards.__main__ import create, inspect, synth, verify
+from mtl_dist.shards.annotations import FILES, read_annotations
+from mtl_dist.shards.columns import Columns, TableOptions
 from mtl_dist.train import main as train_main
+from mtl_dist.training import launch, same_disk
+from mtl_dist.training.plan import Data, note_labels
 from tests.conftest import assert_one_message, run_here, run_module
 from tests.s3_server import free_port
 from tune.trial import check_seen

@@ -19,7 +19,7 @@ from mtl_dist import storage
 from mtl_dist.config import CheckpointConfig, Config, build_config, dump_yaml, flatten
 from mtl_dist.errors import InputError
 from mtl_dist.objective.metrics import constant_scores
-from mtl_dist.runtime.checkpoint import (
+from mtl_dist.runs.checkpoint import (
     FORMAT,
     FREE,
     Checkpoint,
@@ -32,15 +32,14 @@ from mtl_dist.runtime.checkpoint import (
     read_model,
     read_state,
 )
-from mtl_dist.runtime.lives import DamagedLives, read_lives
-from mtl_dist.runtime.loop import CONFIG_NAME
-from mtl_dist.runtime.members import load_model
-from mtl_dist.runtime.saving import HOUR_S, SCORES, plan_retention
-from mtl_dist.runtime.status import print_status
-from mtl_dist.runtime.tracking import METRICS, Tracker
-from mtl_dist.runtime.trained import open_trained
+from mtl_dist.runs.lives import DamagedLives, read_lives
+from mtl_dist.runs.trained import load_model, open_trained
 from mtl_dist.sealed import seal
 from mtl_dist.tasks import LabelCounts
+from mtl_dist.training.loop import CONFIG_NAME
+from mtl_dist.training.saving import HOUR_S, SCORES, plan_retention
+from mtl_dist.training.status import print_status
+from mtl_dist.training.tracking import METRICS, Tracker
 
 COUNTS = LabelCounts(rows=4, va=4, expr=4, au=[4] * 12, expr_classes=[4] + [0] * 7, au_positives=[1] * 12, unlabelled=0)
 IDENTITY = {"training set": "a" * 64, "validation set": "b" * 64}

@@ -16,12 +16,12 @@ import yaml
 from mtl_dist import storage
 from mtl_dist.config import Config, Section, build_config, dump_yaml, flatten, read_config_file, unflatten
 from mtl_dist.data.augment import augment, make_draws, normalise
-from mtl_dist.ensemble import EnsembleCommand
+from mtl_dist.ensemble.__main__ import EnsembleCommand
 from mtl_dist.errors import InputError, nearest
 from mtl_dist.predict import PredictCommand
 from mtl_dist.presets import PRESETS, CommandConfig, config_of, load_preset, parse_command, with_absolute_paths
 from mtl_dist.report.__main__ import ReportCommand
-from mtl_dist.shards import create, inspect, synth, verify
+from mtl_dist.shards.__main__ import create, inspect, synth, verify
 from tests.conftest import REPO, assert_one_message, run_here
 from tune.search import SearchConfig
 from tune.space import read_space

@@ -17,17 +17,18 @@ import torch.distributed as dist
 from torch import nn
 from torch.testing import assert_close
 
-from mtl_dist import ensemble, predict
+from mtl_dist import predict
 from mtl_dist.config import build_config, unflatten
 from mtl_dist.data.augment import normalise
+from mtl_dist.ensemble import __main__ as ensemble
 from mtl_dist.models import build_model
 from mtl_dist.objective.module import ObjectiveModule
+from mtl_dist.predicting import spread as parts
 from mtl_dist.presets import PRESETS
-from mtl_dist.runtime import parts
-from mtl_dist.runtime.checkpoint import committed
-from mtl_dist.runtime.engine import build_engine, build_optimizer
-from mtl_dist.runtime.step import train_step
+from mtl_dist.runs.checkpoint import committed
 from mtl_dist.tasks import Batch, LabelCounts, Labels, Outputs
+from mtl_dist.training.engine import build_engine, build_optimizer
+from mtl_dist.training.step import train_step
 from tests import fake_gpus as gpus_that_are_not
 from tests.fake_gpus import fake_gpus
 

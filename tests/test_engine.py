@@ -19,14 +19,14 @@ from mtl_dist.models.heads import AUHead
 from mtl_dist.models.regions import GatedConv, RegionLinear
 from mtl_dist.objective.module import ObjectiveModule
 from mtl_dist.presets import PRESETS, load_preset
-from mtl_dist.runtime.averaging import check_batchnorm
-from mtl_dist.runtime.checkpoint import MODEL, TRAIN, committed, read_state, read_tensors
-from mtl_dist.runtime.engine import build_engine, build_optimizer
-from mtl_dist.runtime.lives import begin_life, read_lives
-from mtl_dist.runtime.loop import fit
-from mtl_dist.runtime.plan import build_order, open_data
-from mtl_dist.runtime.saving import Saver
+from mtl_dist.runs.checkpoint import MODEL, TRAIN, committed, read_state, read_tensors
+from mtl_dist.runs.lives import begin_life, read_lives
 from mtl_dist.tasks import LabelCounts
+from mtl_dist.training.averaging import check_batchnorm
+from mtl_dist.training.engine import build_engine, build_optimizer
+from mtl_dist.training.loop import fit
+from mtl_dist.training.plan import build_order, open_data
+from mtl_dist.training.saving import Saver
 from tests.test_recipes import EVERY_STEP, PER_TASK, Context, config_of
 from tests.test_training import cut_back
 

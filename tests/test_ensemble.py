@@ -15,21 +15,23 @@ import pytest
 from safetensors.numpy import load_file, save
 
 from mtl_dist import predict, storage
-from mtl_dist.data.annotations import FILES, read_annotations
 from mtl_dist.data.index import read_index
-from mtl_dist.data.submission import TestImages, find_images, submission_text
-from mtl_dist.ensemble import EnsembleCommand, _calibrate, combine, main
+from mtl_dist.ensemble.__main__ import EnsembleCommand, _calibrate, combine, main
 from mtl_dist.errors import InputError
 from mtl_dist.objective.metrics import Predictions, Targets, metric_sums, scores
-from mtl_dist.runtime import ensembling, members
-from mtl_dist.runtime.checkpoint import best, committed, read_model
-from mtl_dist.runtime.ensembling import FORMAT, TEST, VAL, Prediction, _key_of, map_here, table_name
-from mtl_dist.runtime.evaluate import Predicted
-from mtl_dist.runtime.launch import TaskFailed
-from mtl_dist.runtime.members import load_model, open_member, predict_member
-from mtl_dist.runtime.predictions import PredictionTable, read_predictions
+from mtl_dist.predicting import ensembling
+from mtl_dist.predicting.cluster import TaskFailed
+from mtl_dist.predicting.ensembling import FORMAT, TEST, VAL, Prediction, _key_of, map_here, table_name
+from mtl_dist.predicting.evaluate import Predicted
+from mtl_dist.predicting.members import open_member, predict_member
+from mtl_dist.predicting.predictions import PredictionTable, read_predictions
+from mtl_dist.predicting.submission import TestImages, find_images, submission_text
+from mtl_dist.runs import trained
+from mtl_dist.runs.checkpoint import best, committed, read_model
+from mtl_dist.runs.trained import load_model
 from mtl_dist.sealed import seal, unseal
-from mtl_dist.shards import create
+from mtl_dist.shards.__main__ import create
+from mtl_dist.shards.annotations import FILES, read_annotations
 from mtl_dist.tasks import AUS, EXPRESSIONS, VIEWS
 from tests.conftest import assert_one_message, run_here, run_module, write_dataset
 from tests.test_training import train
@@ -138,7 +140,7 @@ def test_the_job_writes_everything_twice_the_same_and_reads_each_checkpoint_once
         assert [int(au) for au in aus] == [tested[image][f"p_{name}"] > t for name, t in thresholds.items()]
 
     read = []
-    monkeypatch.setattr(members, "read_model", lambda of: read.append(of.uri) or read_model(of))
+    monkeypatch.setattr(trained, "read_model", lambda of: read.append(of.uri) or read_model(of))
     main([*map(str, args), str(tmp_path / "second")])
     assert read == [member["checkpoint"] for member in report["members"]]
     assert files_below(tmp_path / "first") == files_below(tmp_path / "second")

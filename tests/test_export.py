@@ -20,20 +20,22 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.numpy import load_file, save
 
-from mtl_dist import export, predict, storage
+from mtl_dist import predict, storage
 from mtl_dist.config import ModelConfig
 from mtl_dist.data.decode import decode
-from mtl_dist.data.synthetic import write_synthetic
+from mtl_dist.data.frames import unlabelled
 from mtl_dist.errors import InputError
+from mtl_dist.export import __main__ as export
+from mtl_dist.export import graph
+from mtl_dist.export.card import write_card
+from mtl_dist.export.graph import PixelModel, largest_difference, resize_matrix, run_onnx, write_onnx
 from mtl_dist.models import build_model
-from mtl_dist.runtime import graph, trained
-from mtl_dist.runtime.card import write_card
-from mtl_dist.runtime.checkpoint import best, committed
-from mtl_dist.runtime.evaluate import predict as predict_batches
-from mtl_dist.runtime.frames import unlabelled
-from mtl_dist.runtime.graph import PixelModel, largest_difference, resize_matrix, run_onnx, write_onnx
-from mtl_dist.runtime.trained import load_trained, open_trained
+from mtl_dist.predicting.evaluate import predict as predict_batches
+from mtl_dist.runs import trained
+from mtl_dist.runs.checkpoint import best, committed
+from mtl_dist.runs.trained import load_trained, open_trained
 from mtl_dist.sealed import seal, unseal
+from mtl_dist.synthetic.render import write_synthetic
 from tests.conftest import LONDON
 from tests.test_checkpoint import flips
 from tests.test_ensemble import rewrite

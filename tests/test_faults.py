@@ -25,18 +25,18 @@ import pytest
 from mtl_dist import s3 as requests
 from mtl_dist import storage
 from mtl_dist.config import Config, read_config_file
-from mtl_dist.data import writer
-from mtl_dist.data.annotations import read_annotations
 from mtl_dist.data.cache import Cache
-from mtl_dist.data.columns import TableOptions
+from mtl_dist.data.frames import read_image
 from mtl_dist.data.index import read_index
 from mtl_dist.data.loader import train_batches
 from mtl_dist.data.order import Order
 from mtl_dist.data.reader import ShardReader
-from mtl_dist.data.skipping import check_images
-from mtl_dist.data.tables import read_table
 from mtl_dist.errors import InputError, StorageError
-from mtl_dist.runtime.frames import read_image
+from mtl_dist.shards import writer
+from mtl_dist.shards.annotations import read_annotations
+from mtl_dist.shards.columns import TableOptions
+from mtl_dist.shards.skipping import check_images
+from mtl_dist.shards.tables import read_table
 from tests.conftest import REPO, run_here, run_module, within
 from tests.s3_proxy import BUSY, EXPIRED, FOR_EVER, S3Proxy
 from tune.space import read_space

@@ -21,7 +21,7 @@ from mtl_dist.data.decode import DecodeError, decode, decode_into
 from mtl_dist.data.index import INDEX_NAME, MAX_INDEX_BYTES, dump_index, read_index
 from mtl_dist.data.reader import ShardReader
 from mtl_dist.errors import InputError
-from mtl_dist.shards import verify
+from mtl_dist.shards.__main__ import verify
 from tests.conftest import within
 
 SIZE = 48

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from mtl_dist.data.index import read_index
-from mtl_dist.runtime.checkpoint import committed
-from mtl_dist.runtime.tracking import read_records
+from mtl_dist.runs.checkpoint import committed
+from mtl_dist.training.tracking import read_records
 from tests.conftest import run_here, run_module
 from tests.golden.worlds import HERE, TOLERANCES, VALUES, distances, measure, newest_archive, unpack
 

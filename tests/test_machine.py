@@ -25,7 +25,7 @@ def run_python(code: str, *before: str) -> subprocess.CompletedProcess[str]:
 def test_cpus_are_those_that_the_affinity_allows():
     code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); import mtl_dist.machine as m"
     assert run_python(f"{code}; print(m.num_cpus())").stdout == "1\n"
-    assert run_python(f"{code}; from mtl_dist.shards import CORES; print(CORES)").stdout == "1\n"
+    assert run_python(f"{code}; from mtl_dist.shards.__main__ import CORES; print(CORES)").stdout == "1\n"
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ class CountingCache(Cache):
 @pytest.mark.parametrize("per_task", [False, True])
 def test_shards_in_hand_are_kept_open_however_many_they_are(dataset, tmp_path, per_task, monkeypatch):
     """40 shards of a row, of which an epoch opens each once; it opened them again and again beyond a fixed number."""
-    from mtl_dist.shards import create
+    from mtl_dist.shards.__main__ import create
 
     create(dataset, str(tmp_path), views=("cropped",), frames_per_shard=1, jobs=1)
     uri = str(tmp_path / "cropped" / "train")
@@ -106,7 +106,7 @@ def test_torchs_threads_sleep_where_nobody_asked_them_to_spin(typed, expected, m
     if typed:
         monkeypatch.setenv("OMP_WAIT_POLICY", typed)
     monkeypatch.setenv("OMP_DISPLAY_ENV", "true")
-    code = "import mtl_dist.runtime.device; from mtl_dist.runtime.joining import runtime_env; print(runtime_env())"
+    code = "import mtl_dist.device; from mtl_dist.joining import runtime_env; print(runtime_env())"
     done = run_python(code)
     assert f"OMP_WAIT_POLICY = '{expected}'" in done.stderr
     assert f"'OMP_WAIT_POLICY': '{expected.lower()}'" in done.stdout

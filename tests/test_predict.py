@@ -21,21 +21,22 @@ import torch
 from PIL import Image
 
 from mtl_dist import predict, storage
-from mtl_dist.data.columns import TableOptions
 from mtl_dist.data.decode import MAX_IMAGE_BYTES, decode
-from mtl_dist.data.submission import find_images, read_test_list
-from mtl_dist.data.synthetic import write_synthetic
+from mtl_dist.data.frames import BadImage, _ahead, image_batches, read_image
+from mtl_dist.data.videos import count_frames, video_batches
 from mtl_dist.errors import InputError, StorageError
-from mtl_dist.runtime import inputs, parts
-from mtl_dist.runtime.checkpoint import COMMIT, best, committed
-from mtl_dist.runtime.frames import BadImage, _ahead, image_batches, read_image
-from mtl_dist.runtime.inputs import open_frames
-from mtl_dist.runtime.members import open_member, predict_member
-from mtl_dist.runtime.parts import Task, _results, predict_frames
-from mtl_dist.runtime.predictions import read_predictions
-from mtl_dist.runtime.trained import load_trained, open_trained
-from mtl_dist.runtime.videos import count_frames, video_batches
-from mtl_dist.shards import create
+from mtl_dist.predicting import inputs
+from mtl_dist.predicting import spread as parts
+from mtl_dist.predicting.inputs import open_frames
+from mtl_dist.predicting.members import open_member, predict_member
+from mtl_dist.predicting.predictions import read_predictions
+from mtl_dist.predicting.spread import Task, _results, predict_frames
+from mtl_dist.predicting.submission import find_images, read_test_list
+from mtl_dist.runs.checkpoint import COMMIT, best, committed
+from mtl_dist.runs.trained import load_trained, open_trained
+from mtl_dist.shards.__main__ import create
+from mtl_dist.shards.columns import TableOptions
+from mtl_dist.synthetic.render import write_synthetic
 from mtl_dist.tasks import AUS, EXPRESSIONS
 from mtl_dist.threads import DaemonThreads
 from tests.conftest import assert_one_message, run_here

@@ -11,12 +11,11 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from mtl_dist.errors import InputError
+from mtl_dist.errors import InputError, NonFiniteLoss
 from mtl_dist.objective.metrics import Predictions, Targets
-from mtl_dist.runtime.checkpoint import on_rank_0
-from mtl_dist.runtime.evaluate import Predicted, check_predictions
-from mtl_dist.runtime.predictions import prediction_table, read_key, read_predictions, write_parquet
-from mtl_dist.runtime.step import NonFiniteLoss
+from mtl_dist.predicting.evaluate import Predicted, check_predictions
+from mtl_dist.predicting.predictions import prediction_table, read_key, read_predictions, write_parquet
+from mtl_dist.runs.checkpoint import on_rank_0
 
 
 def make_predicted(num_rows: int, seed: int = 0) -> Predicted:

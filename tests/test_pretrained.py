@@ -12,11 +12,11 @@ from mtl_dist import storage
 from mtl_dist.config import build_config, read_config_file
 from mtl_dist.errors import InputError
 from mtl_dist.presets import load_preset
-from mtl_dist.runtime import setup
-from mtl_dist.runtime.checkpoint import committed
-from mtl_dist.runtime.plan import plan_run
-from mtl_dist.runtime.pretrained import _place_of_weights, build_pretrained
-from mtl_dist.runtime.setup import check_start
+from mtl_dist.runs.checkpoint import committed
+from mtl_dist.runs.pretrained import _place_of_weights, build_pretrained
+from mtl_dist.training import setup
+from mtl_dist.training.plan import plan_run
+from mtl_dist.training.setup import check_start
 from tests.conftest import assert_one_message, run_here, run_module
 
 

@@ -27,16 +27,16 @@ from mtl_dist.data.loader import train_batches
 from mtl_dist.errors import InputError
 from mtl_dist.objective.module import ObjectiveModule
 from mtl_dist.presets import load_preset
-from mtl_dist.runtime.audit import read_audit
-from mtl_dist.runtime.engine import learning_rate
-from mtl_dist.runtime.lives import read_lives
-from mtl_dist.runtime.loop import fit
-from mtl_dist.runtime.plan import open_data, plan_run
-from mtl_dist.runtime.setup import check_ranks_agree
-from mtl_dist.runtime.step import draw_passes, seed_dropout, split_batch, train_step
-from mtl_dist.runtime.tracking import read_records
-from mtl_dist.shards import create
+from mtl_dist.runs.lives import read_lives
+from mtl_dist.shards.__main__ import create
 from mtl_dist.tasks import TASKS, Batch, Labels, Outputs
+from mtl_dist.training.audit import read_audit
+from mtl_dist.training.engine import learning_rate
+from mtl_dist.training.loop import fit
+from mtl_dist.training.plan import open_data, plan_run
+from mtl_dist.training.setup import check_ranks_agree
+from mtl_dist.training.step import draw_passes, seed_dropout, split_batch, train_step
+from mtl_dist.training.tracking import read_records
 from tests.conftest import write_dataset
 from tests.test_training import cut_back, final_weights, losses
 
@@ -237,7 +237,7 @@ def test_the_audit_of_a_run_per_task_counts_each_tasks_batches(runs, shards, num
 def test_task_batches_carry_the_labels_of_their_task_alone_and_rows_that_have_some(shards, tmp_path):
     from mtl_dist.data.cache import Cache
     from mtl_dist.data.reader import ShardReader
-    from mtl_dist.runtime.plan import build_order
+    from mtl_dist.training.plan import build_order
 
     config = config_of(shards, tmp_path, "run", PER_TASK)
     data = open_data(config)
@@ -358,7 +358,7 @@ def test_micro_batches_hold_every_row_once_and_each_task_in_its_part(rows, parts
 def test_the_order_of_a_whole_epoch_is_that_without_the_setting(shards, tmp_path):
     """epoch_fraction 1 and masked sampling are the defaults."""
     from mtl_dist.data.order import Order
-    from mtl_dist.runtime.plan import build_order
+    from mtl_dist.training.plan import build_order
 
     config = config_of(shards, tmp_path, "run")
     data = open_data(config)

@@ -14,10 +14,12 @@ import pytest
 import tyro
 
 from mtl_dist.config import build_config
-from mtl_dist.ensemble import EnsembleCommand
+from mtl_dist.ensemble.__main__ import EnsembleCommand
 from mtl_dist.errors import InputError
 from mtl_dist.objective.metrics import Predictions, Targets, constant_scores, metric_sums, scores
 from mtl_dist.objective.smoothing import video_names
+from mtl_dist.predicting.evaluate import Predicted
+from mtl_dist.predicting.members import Member, unique_names
 from mtl_dist.report.__main__ import main
 from mtl_dist.report.affect import draw_affect
 from mtl_dist.report.calibration import draw_reliability
@@ -53,11 +55,9 @@ from mtl_dist.report.tables import (
     settings_table,
     steps_tables,
 )
-from mtl_dist.runtime.checkpoint import Checkpoint
-from mtl_dist.runtime.evaluate import Predicted
-from mtl_dist.runtime.members import Member, unique_names
-from mtl_dist.runtime.tracking import SCORE_NAMES
+from mtl_dist.runs.checkpoint import Checkpoint
 from mtl_dist.tasks import TASKS, LabelCounts
+from mtl_dist.training.tracking import SCORE_NAMES
 from tests.conftest import assert_one_message, run_here
 
 

@@ -17,16 +17,17 @@ import torch
 
 from mtl_dist import storage
 from mtl_dist.data.augment import normalise
-from mtl_dist.ensemble import main as ensemble
+from mtl_dist.ensemble.__main__ import main as ensemble
 from mtl_dist.errors import InputError
+from mtl_dist.predicting.members import open_member
 from mtl_dist.report import results
 from mtl_dist.report.__main__ import main as report
 from mtl_dist.report.drawing import DPI
 from mtl_dist.report.pictures import Pictures
-from mtl_dist.runtime.checkpoint import best, committed
-from mtl_dist.runtime.members import load_model, open_member
+from mtl_dist.runs.checkpoint import best, committed
+from mtl_dist.runs.trained import load_model
 from mtl_dist.sealed import seal, unseal
-from mtl_dist.shards import main as make_shards
+from mtl_dist.shards.__main__ import main as make_shards
 from mtl_dist.tasks import AUS, EXPRESSIONS, VIEWS
 from tests.conftest import write_dataset
 from tests.test_report_figures import SMALLEST_DENSE, SMALLEST_PHOTO, SMALLEST_POINTS

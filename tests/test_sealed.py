@@ -5,8 +5,8 @@ import json
 import pytest
 
 from mtl_dist.report.results import SCORE_KEYS
-from mtl_dist.runtime.launch import _read_note
 from mtl_dist.sealed import seal, unseal
+from mtl_dist.training.launch import _read_note
 from tests.test_checkpoint import flips
 
 CONTENTS = {

@@ -17,8 +17,8 @@ from ray.tune import Result
 
 from mtl_dist.config import Config, build_config
 from mtl_dist.errors import MAX_SEED, InputError, RunFailed, StorageError
+from mtl_dist.joining import quiet_loggers
 from mtl_dist.presets import load_preset
-from mtl_dist.runtime.joining import quiet_loggers
 from tests.conftest import assert_one_message, run_here
 from tune.experiment import Asha, RandomSearch, Reporter, build_searcher
 from tune.search import SearchConfig, _read_earlier, best_yaml, check_same_search, count_room, finish_search

@@ -24,17 +24,17 @@ import pytest
 from PIL import Image
 
 from mtl_dist import storage
-from mtl_dist.data import skipping, ustar, writer
-from mtl_dist.data.annotations import FILES, read_annotations
-from mtl_dist.data.claims import CLAIM_PREFIX
-from mtl_dist.data.columns import Columns, TableOptions
 from mtl_dist.data.decode import decode
 from mtl_dist.data.index import INDEX_NAME, Index, dump_index, read_index
-from mtl_dist.data.overlap import find_shared
-from mtl_dist.data.sheet import choose_samples, draw_sheet
 from mtl_dist.data.sidecar import dump_sidecar, parse_sidecar, read_about
 from mtl_dist.errors import InputError
-from mtl_dist.shards import create, inspect, verify
+from mtl_dist.shards import skipping, ustar, writer
+from mtl_dist.shards.__main__ import create, inspect, verify
+from mtl_dist.shards.annotations import FILES, read_annotations
+from mtl_dist.shards.claims import CLAIM_PREFIX
+from mtl_dist.shards.columns import Columns, TableOptions
+from mtl_dist.shards.overlap import find_shared
+from mtl_dist.shards.sheet import choose_samples, draw_sheet
 from mtl_dist.tasks import AUS, EXPRESSIONS, SPLITS, VIEWS
 from tests.conftest import REPO, assert_one_message, run_here, run_module, write_dataset
 

@@ -20,11 +20,11 @@ from safetensors.numpy import load_file
 from mtl_dist import storage
 from mtl_dist.config import CheckpointConfig
 from mtl_dist.errors import InputError
-from mtl_dist.runtime.audit import read_audit
-from mtl_dist.runtime.checkpoint import committed, find_damage
-from mtl_dist.runtime.lives import Stale, Superseded, begin_life, read_lives
-from mtl_dist.runtime.saving import Saver
-from mtl_dist.runtime.watchdog import EXIT_CODE
+from mtl_dist.runs.checkpoint import committed, find_damage
+from mtl_dist.runs.lives import Stale, Superseded, begin_life, read_lives
+from mtl_dist.training.audit import read_audit
+from mtl_dist.training.saving import Saver
+from mtl_dist.training.watchdog import EXIT_CODE
 from tests.conftest import REPO, run_module
 from tests.dying import PHASES
 from tests.test_training import STEPS_PER_EPOCH, train_args

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mtl_dist.data.annotations import FILES, HEADER
-from mtl_dist.data.canvas import ALIGNED_PX
-from mtl_dist.data.faces import render_views
-from mtl_dist.data.person import Look, make_identity
-from mtl_dist.data.synthetic import PARAMETERS_FILE, write_synthetic
-from mtl_dist.data.synthetic_plan import annotation_text, plan_splits
+from mtl_dist.shards.annotations import FILES, HEADER
+from mtl_dist.synthetic.canvas import ALIGNED_PX
+from mtl_dist.synthetic.faces import render_views
+from mtl_dist.synthetic.person import Look, make_identity
+from mtl_dist.synthetic.plan import annotation_text, plan_splits
+from mtl_dist.synthetic.render import PARAMETERS_FILE, write_synthetic
 from mtl_dist.tasks import AUS, EXPRESSIONS, VIEWS
 from tests.conftest import run_here
 

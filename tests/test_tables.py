@@ -16,18 +16,19 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 from simplejpeg import encode_jpeg
 
-from mtl_dist import shards
-from mtl_dist.data.annotations import FILES, find_bad_name, is_image_name
-from mtl_dist.data.annotations import HEADER as ANNOTATIONS_HEADER
-from mtl_dist.data.columns import Columns, TableOptions
 from mtl_dist.data.index import read_index
-from mtl_dist.data.sources import Source, read_source
-from mtl_dist.data.splits import group_rows, split_by_video, video_of
-from mtl_dist.data.tables import read_table
+from mtl_dist.data.names import find_bad_name, is_image_name
 from mtl_dist.errors import InputError
 from mtl_dist.objective.smoothing import make_timeline, smooth
+from mtl_dist.predicting.members import Member, row_names
 from mtl_dist.report.intervals import number_videos
-from mtl_dist.runtime.members import Member, row_names
+from mtl_dist.shards import __main__ as shards
+from mtl_dist.shards.annotations import FILES
+from mtl_dist.shards.annotations import HEADER as ANNOTATIONS_HEADER
+from mtl_dist.shards.columns import Columns, TableOptions
+from mtl_dist.shards.sources import Source, read_source
+from mtl_dist.shards.splits import group_rows, split_by_video, video_of
+from mtl_dist.shards.tables import read_table
 from mtl_dist.tasks import AUS, EXPRESSIONS
 
 AU_NAMES = [f"AU{number}" for number in AUS]

@@ -12,8 +12,8 @@ from tensorboardX.proto.event_pb2 import Event
 
 from mtl_dist import storage
 from mtl_dist.errors import InputError
-from mtl_dist.runtime import tracking
-from mtl_dist.runtime.tracking import METRICS, Tracker, read_records
+from mtl_dist.training import tracking
+from mtl_dist.training.tracking import METRICS, Tracker, read_records
 
 
 def test_the_speed_of_a_single_last_step_counts_its_time_and_a_run_that_goes_on_has_a_checkpoint(tmp_path, capsys):

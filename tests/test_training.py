@@ -16,9 +16,9 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
 from mtl_dist.config import build_config
-from mtl_dist.runtime.checkpoint import best, committed, find_damage
-from mtl_dist.runtime.lives import read_lives
-from mtl_dist.runtime.tracking import read_records
+from mtl_dist.runs.checkpoint import best, committed, find_damage
+from mtl_dist.runs.lives import read_lives
+from mtl_dist.training.tracking import read_records
 from tests.conftest import REPO, assert_one_message, run_module
 
 STEPS_PER_EPOCH = 5  # 40 rows in batches of 8

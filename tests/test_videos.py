@@ -14,9 +14,9 @@ import pytest
 from av.stream import Disposition
 
 from mtl_dist.data.decode import resize
+from mtl_dist.data.frames import Seen
+from mtl_dist.data.videos import count_frames, video_batches
 from mtl_dist.errors import InputError
-from mtl_dist.runtime.frames import Seen
-from mtl_dist.runtime.videos import count_frames, video_batches
 
 ONE = 1 << 16  # of a display matrix
 SIZE = 64

@@ -73,7 +73,7 @@ class SearchCommand(CommandConfig):
 def main(args: list[str] | None = None) -> None:
     command = parse_command(SearchCommand, args, prog="python -m tune.search", description=__doc__)
     config, search = config_of(command), command.search
-    from mtl_dist.runtime.plan import open_data, plan_run
+    from mtl_dist.training.plan import open_data, plan_run
 
     space = read_space(search.space, config) if search.space else default_space(config)
     search_uri = storage.join(config.run.storage, search.name)
@@ -81,8 +81,9 @@ def main(args: list[str] | None = None) -> None:
     plan = plan_run(probe)
     print(f"search  {search.trials} trials of {config.train.epochs} epochs over {json.dumps(space)}")
     if command.dry_run:
-        from mtl_dist.runtime.launch import connect, has_cluster
-        from mtl_dist.runtime.setup import check_start
+        from mtl_dist.joining import has_cluster
+        from mtl_dist.training.launch import connect
+        from mtl_dist.training.setup import check_start
         from tune.experiment import build_searcher
 
         has_gpu = config.ray.gpus_per_rank > 0
@@ -105,7 +106,7 @@ def run_search(config: Config, search: SearchConfig, space: Space, search_uri: s
     from ray import tune
     from ray.tune.logger import JsonLoggerCallback
 
-    from mtl_dist.runtime.launch import connect, ray_storage
+    from mtl_dist.training.launch import connect, ray_storage
     from tune.experiment import Asha, Reporter, build_searcher
 
     connect(config)
@@ -148,7 +149,7 @@ def _read_earlier(search_uri: str) -> tuple[dict[str, list[tuple[int, float]]], 
     """Return what the trials of an interrupted search scored, by their ids, and how many of them have ended well."""
     from ray import tune
 
-    from mtl_dist.runtime.launch import ray_storage
+    from mtl_dist.training.launch import ray_storage
     from tune.experiment import evaluations
 
     where = storage.join(search_uri, EXPERIMENT)

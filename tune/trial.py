@@ -30,8 +30,8 @@ def run_trial(params: dict[str, Any], *, base: dict[str, Any], search_uri: str) 
     from ray import tune
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    from mtl_dist.runtime.launch import run_ray
-    from mtl_dist.runtime.loop import NonFiniteLoss
+    from mtl_dist.errors import NonFiniteLoss
+    from mtl_dist.training.launch import run_ray
 
     check_seen(search_uri)
     config = trial_config(base, params, tune.get_context().get_trial_id(), storage.join(search_uri, "trials"))
@@ -52,6 +52,6 @@ def check_seen(search_uri: str) -> None:
 
 def num_epochs(run_uri: str) -> int:
     """Return after how many epochs a run was last evaluated."""
-    from mtl_dist.runtime.tracking import read_records
+    from mtl_dist.training.tracking import read_records
 
     return max((record["epoch"] + 1 for record in read_records(run_uri) if record["kind"] == "eval"), default=0)

@@ -1,1 +1,1 @@
-"""Data: annotation text, shards and their index, the order, reading, decoding, augmentation, synthetic faces."""
+"""Data: the path of a batch, from shards, pictures and videos to the device."""

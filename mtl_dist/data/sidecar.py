@@ -17,8 +17,8 @@ import pyarrow as pa
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from mtl_dist.data.annotations import MAX_NAME_BYTES, find_bad_name
 from mtl_dist.data.decode import MAX_IMAGE_BYTES
+from mtl_dist.data.names import MAX_NAME_BYTES, find_bad_name
 from mtl_dist.tasks import NUM_AUS, NUM_EXPRESSIONS
 
 MAX_ROW = 10**9 - 1  # nine digits name its members

@@ -86,3 +86,8 @@ def _build_heads(config: ModelConfig, backbone: Backbone, input_size: int | None
 def num_parameters(module: nn.Module) -> int:
     """Count the parameters of `module`, trained or not."""
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def non_finite(module: nn.Module) -> list[str]:
+    """Return the names of the parameters and buffers that hold what is not a number or infinite."""
+    return [name for name, tensor in module.state_dict().items() if not bool(torch.isfinite(tensor).all())]

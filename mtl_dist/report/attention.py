@@ -13,7 +13,7 @@ from mtl_dist.report.drawing import Figure, canvas, save_png
 from mtl_dist.report.pictures import Pictures, choose_apart
 from mtl_dist.report.results import Method, Result
 from mtl_dist.report.tables import write_csv
-from mtl_dist.runtime.members import load_model
+from mtl_dist.runs.trained import load_model
 from mtl_dist.tasks import AUS, NUM_AUS
 
 SIDE = 160  # pixels of a drawn face

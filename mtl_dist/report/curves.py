@@ -9,8 +9,8 @@ import numpy as np
 from mtl_dist.report.drawing import Figure, Style, canvas, save_png
 from mtl_dist.report.results import CONSTANT, ENSEMBLE, Method, Result
 from mtl_dist.report.tables import write_csv
-from mtl_dist.runtime.tracking import read_records
 from mtl_dist.tasks import TASKS
+from mtl_dist.training.tracking import read_records
 
 SCORE_FIGURES = {
     "au_accuracy": ("fig2_au_accuracy", "Figure 2. AU accuracy", "AU accuracy"),

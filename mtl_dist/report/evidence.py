@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from mtl_dist import storage
+from mtl_dist.predicting.members import Member, check_apart, open_member, row_names, unique_names
 from mtl_dist.progress import progress_bar
 from mtl_dist.report.intervals import Bootstrap, bootstrap, number_videos
 from mtl_dist.report.results import (
@@ -25,7 +26,6 @@ from mtl_dist.report.results import (
     stale_members,
 )
 from mtl_dist.report.tables import reference_method
-from mtl_dist.runtime.members import Member, check_apart, open_member, row_names, unique_names
 from mtl_dist.tasks import LabelCounts
 
 if TYPE_CHECKING:

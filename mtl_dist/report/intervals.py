@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from mtl_dist.data.splits import group_rows
 from mtl_dist.objective.metrics import MetricSums
 from mtl_dist.report.results import Method, Result
+from mtl_dist.shards.splits import group_rows
 from mtl_dist.tasks import NUM_AUS, NUM_EXPRESSIONS
 
 KEYS = ("p", "ccc_v", "ccc_a", "va", "expr", "au")

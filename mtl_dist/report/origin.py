@@ -10,8 +10,8 @@ from mtl_dist.config import dump_yaml
 from mtl_dist.report.page import definitions, folded, paragraph, preformatted, table_block
 from mtl_dist.report.results import Result
 from mtl_dist.report.tables import Table, number, text
-from mtl_dist.runtime.checkpoint import MODEL
-from mtl_dist.runtime.lives import read_lives
+from mtl_dist.runs.checkpoint import MODEL
+from mtl_dist.runs.lives import read_lives
 
 
 def run_block(result: Result) -> str:

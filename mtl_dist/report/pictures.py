@@ -10,7 +10,7 @@ from PIL import Image
 
 from mtl_dist.data.cache import GIB, Cache
 from mtl_dist.data.reader import ShardReader
-from mtl_dist.runtime.members import Member
+from mtl_dist.predicting.members import Member
 from mtl_dist.tasks import Batch
 
 

@@ -27,10 +27,10 @@ from mtl_dist.objective.metrics import (
     metric_sums,
     scores,
 )
-from mtl_dist.runtime.checkpoint import FREE, MODEL
-from mtl_dist.runtime.evaluate import Predicted
-from mtl_dist.runtime.members import Member, predict_member, row_names, unique_names
-from mtl_dist.runtime.predictions import check_finite, prediction_table, read_key, read_predictions, write_parquet
+from mtl_dist.predicting.evaluate import Predicted
+from mtl_dist.predicting.members import Member, predict_member, row_names, unique_names
+from mtl_dist.predicting.predictions import check_finite, prediction_table, read_key, read_predictions, write_parquet
+from mtl_dist.runs.checkpoint import FREE, MODEL
 from mtl_dist.sealed import unseal
 from mtl_dist.tasks import AUS, NUM_AUS, NUM_EXPRESSIONS, LabelCounts
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from mtl_dist.config import flatten
 from mtl_dist.report.intervals import FEW_VIDEOS, Bootstrap
 from mtl_dist.report.results import CONSTANT, ENSEMBLE, TRAINING_SET, Method, Result
-from mtl_dist.runtime.tracking import SCORE_NAMES
 from mtl_dist.tasks import AUS, EXPRESSIONS, TASKS, LabelCounts
+from mtl_dist.training.tracking import SCORE_NAMES
 
 # Tables 1-5 of Haider et al. 2022 (arXiv 2207.10878).
 PAPER_TABLES = {"expr": "EXPR F1", "au": "AU F1", "ccc_v": "CCC valence", "ccc_a": "CCC arousal", "p": "P"}

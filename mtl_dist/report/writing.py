@@ -7,6 +7,8 @@ import time
 from typing import TYPE_CHECKING
 
 from mtl_dist import storage
+from mtl_dist.device import named_device
+from mtl_dist.predicting.members import Member
 from mtl_dist.progress import progress_bar
 from mtl_dist.report import page
 from mtl_dist.report.affect import draw_affect
@@ -20,8 +22,6 @@ from mtl_dist.report.evidence import Evidence, gather
 from mtl_dist.report.mistakes import worst_mistakes
 from mtl_dist.report.pictures import Pictures
 from mtl_dist.report.results import CONSTANT, Method
-from mtl_dist.runtime.device import named_device
-from mtl_dist.runtime.members import Member
 from mtl_dist.sealed import seal, unseal
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from safetensors.numpy import load_file
 
 from mtl_dist.config import Config, build_config
 from mtl_dist.presets import load_preset
-from mtl_dist.runtime.checkpoint import committed
-from mtl_dist.runtime.tracking import read_records
+from mtl_dist.runs.checkpoint import committed
+from mtl_dist.training.tracking import read_records
 from tests.conftest import run_here
 from tests.test_recipes import run_ranks
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mtl_dist.ensemble import main
+from mtl_dist.ensemble.__main__ import main
 from mtl_dist.errors import InputError
-from mtl_dist.runtime import launch
-from mtl_dist.runtime.launch import TaskFailed, map_over_cluster
+from mtl_dist.predicting import cluster
+from mtl_dist.predicting.cluster import TaskFailed, map_over_cluster
 
 pytestmark = pytest.mark.integration
 
@@ -86,8 +86,8 @@ def test_tasks_that_no_node_can_run_say_so_while_they_wait(ray_address, tmp_path
     def stop(message: str, **options) -> None:
         raise TimeoutError(message)
 
-    monkeypatch.setattr(launch, "LOOK_EVERY_S", 0.1)
-    monkeypatch.setattr(launch, "print", stop, raising=False)
+    monkeypatch.setattr(cluster, "LOOK_EVERY_S", 0.1)
+    monkeypatch.setattr(cluster, "print", stop, raising=False)
     with pytest.raises(TimeoutError, match=r"needs 64 CPU .* none of the cluster's 1 node.* waiting for one"):
         list(map_over_cluster(fail, {"a": tmp_path / "a"}, cpus=64, gpus=0, retries=2, autoscaling=True))
     assert not (tmp_path / "a").exists()

@@ -199,7 +199,7 @@ def test_ranks_that_fail_without_end_end_in_one_message_that_names_them(capsys):
     from ray.exceptions import RayActorError
     from ray.train import WorkerGroupError
 
-    from mtl_dist.runtime.launch import _gave_up
+    from mtl_dist.training.launch import _gave_up
 
     config = build_config({"run": {"name": "x", "storage": "runs"}})
     for failure, code, words in (

@@ -1,0 +1,1 @@
+"""The export of a model: safetensors, ONNX, and a card."""

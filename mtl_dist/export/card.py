@@ -1,0 +1,193 @@
+"""The model card of an export, README.md: what it is, how to use it, what it was trained on and how well it does."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+from mtl_dist.runs.checkpoint import MODEL
+from mtl_dist.runs.trained import Trained
+from mtl_dist.tasks import AUS, EXPRESSIONS, TASKS
+from mtl_dist.training.tracking import SCORE_NAMES
+
+ONNX = "model.onnx"
+_TASK_NAMES = {"va": "valence and arousal", "expr": "expression", "au": "action units"}
+_MODELS = {
+    "a": "the members of the ensemble system of Haider et al. 2022 (arXiv 2207.10878)",
+    "b": "SMM-EmotionNet (Deng 2022, arXiv 2203.12845)",
+    "baseline": "the baseline of the ABAW challenges (arXiv 2202.10659)",
+}
+_VIEWS = {
+    "cropped": "the face and a little around it, as it was in the frame",
+    "cropped_aligned": "the face alone, turned and scaled so that the eyes are at the same places in every picture",
+}
+
+
+class Checked(NamedTuple):
+    """How the ONNX graph was compared with torch."""
+
+    difference: float  # the largest, of any VA or probability
+    num_faces: int
+    num_random: int
+
+
+def write_card(
+    trained: Trained, *, files: dict[str, dict[str, Any]], constant: dict[str, Any] | None, checked: Checked | None
+) -> str:
+    """Write README.md; `constant` are the constant predictor's scores on the validation set, where it could be read."""
+    config, size = trained.config, trained.config.data.image_size
+    parts = [
+        _title(trained),
+        _io(trained),
+        _TORCH.format(size=size) if MODEL in files else "",
+        _ONNX.format(size=size, classes=list(EXPRESSIONS)) if ONNX in files else "",
+        _files(files, checked),
+        _training(trained, config.model.weights),
+        _scores(trained.state["scores"] if trained.checkpoint.scores else None, constant),
+        _LIMITS,
+    ]
+    return "\n".join(part.strip("\n") + "\n" for part in parts if part)
+
+
+def _title(trained: Trained) -> str:
+    model = trained.config.model
+    is_bf16 = trained.config.engine.autocast == "bf16"
+    bf16 = (
+        "\nIt was evaluated with bfloat16 autocast; the weights are fp32, and ONNX computes in fp32." if is_bf16 else ""
+    )
+    view = trained.view
+    cut = f" as those of view `{view}` are: {_VIEWS.get(view, 'that of its training data')}" if view else ""
+    return f"""
+---
+library_name: mtl_dist
+pipeline_tag: image-classification
+license: other
+tags: [facial-affect, valence-arousal, facial-expression, action-units]
+---
+
+# Facial affect: valence and arousal, 8 expressions, 12 action units
+
+Model `{model.name}` with backbone `{model.backbone}`, as in {_MODELS.get(model.name, "mtl_dist")}.
+Trained and exported by mtl_dist: step {trained.checkpoint.step} of run `{trained.config.run.name}`.
+It reads one picture cut to one face{cut}.{bf16}
+"""
+
+
+def _io(trained: Trained) -> str:
+    size, side = trained.config.data.image_size, trained.config.input_size
+    resized = f", then resized to {side} x {side} on the device" if side != size else ""
+    return f"""
+## Inputs and outputs
+
+- in: RGB, 0 to 255, resized to {size} x {size} (bilinear, antialiased){resized}, divided by 255 and normalised with
+  ImageNet's mean and standard deviation. In {ONNX} all but the first resize is part of the graph.
+- `va`: valence, arousal in [-1, 1]
+- `expr`: probabilities of {", ".join(EXPRESSIONS)}
+- `au`: probabilities of action units {", ".join(map(str, AUS))} (FACS numbers), each by itself; on above 0.5
+"""
+
+
+_TORCH = """
+## torch
+
+```python
+import torch
+
+from mtl_dist.data.augment import normalise
+from mtl_dist.data.frames import read_image
+from mtl_dist.runs.trained import load_trained, open_trained
+
+trained = open_trained(".")  # this directory; the weights are checked against config.json
+model = load_trained(trained)
+images = torch.from_numpy(read_image("face.jpg", {size})).permute(2, 0, 1)[None, None]  # (samples, frames, 3, H, W)
+with torch.no_grad():
+    outputs = model(normalise(images, trained.config.input_size))
+print(outputs.va, outputs.expr_logits.softmax(-1), outputs.au_logits.sigmoid())
+```
+
+or, for many, `python -m mtl_dist.predict --runs THIS_DIRECTORY --input photos/ --out photos.csv`.
+"""
+
+_ONNX = """
+## onnxruntime
+
+```python
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+face = ImageOps.exif_transpose(Image.open("face.jpg")).convert("RGB")
+face = face.resize(({size}, {size}), Image.Resampling.BILINEAR)
+images = np.asarray(face).transpose(2, 0, 1)[None]  # (N, 3, {size}, {size}) uint8
+va, expr, au = onnxruntime.InferenceSession("model.onnx").run(None, {{"images": images}})
+print(va, {classes}[expr[0].argmax()], au)
+```
+"""
+
+
+def _files(files: dict[str, dict[str, Any]], checked: Checked | None) -> str:
+    lines = [f"- `{name}`: {about['bytes']:,} bytes, sha256 `{about['sha256']}`" for name, about in files.items()]
+    if checked:
+        lines.append(
+            f"- {ONNX} run by onnxruntime differs from torch by {checked.difference:.1e} at most (any VA or "
+            f"probability; {checked.num_faces} faces and {checked.num_random} pictures of noise, fp32, CPU)"
+        )
+    return "## Files\n\n" + "\n".join(lines)
+
+
+def _training(trained: Trained, weights: str) -> str:
+    """Where the backbone began is told by kind: a path would be one of the machine it was trained on."""
+    began = {"none": "random initialisation", "imagenet": "weights trained on ImageNet"}.get(
+        weights, "a file of weights"
+    )
+    sets = [f"- {name}: sha256 `{sha256}` (of its index)" for name, sha256 in trained.state["identity"].items()]
+    config = trained.config
+    settings = {"loss": config.loss, "optim": config.optim, "train": config.train, "augment": config.augment}
+    dumped = json.dumps({name: section.model_dump(mode="json") for name, section in settings.items()})
+    return "\n".join(
+        [
+            "## Training",
+            "",
+            f"The backbone began from {began}; seed {config.run.seed}.",
+            "",
+            *sets,
+            f"- settings: `{dumped}`",
+        ]
+    )
+
+
+def _scores(scores: dict[str, Any] | None, constant: dict[str, Any] | None) -> str:
+    """Write the table, a row for the constant predictor, with what it does not say."""
+    if scores is None:
+        return "## Scores on the validation set\n\nThis checkpoint was not evaluated."
+    rows = {"constant predictor": constant} if constant else {}
+    lines = [f"| | {' | '.join(SCORE_NAMES.values())} |", f"|---{'|---' * len(SCORE_NAMES)}|"]
+    for name, row in (rows | {"this model": scores}).items():
+        cells = ["no labels" if row[key] is None else f"{row[key]:.4f}" for key in SCORE_NAMES]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    notes = [
+        f"The validation set has no labels for {_TASK_NAMES[task]}: these outputs were never scored."
+        for task in TASKS
+        if task not in scores["covers"]
+    ]
+    if not constant:
+        notes.append("The constant predictor's scores are missing: the validation set was not reachable.")
+    return "\n\n".join(["## Scores on the validation set", "\n".join(lines), *notes, _SCORE_NOTES])
+
+
+_SCORE_NOTES = """
+P = (CCC V + CCC A) / 2 + EXPR F1 + AU F1, at most 3, and less where no row has a class or a unit: F1 is the mean over
+all 8, and all 12. The checkpoint was chosen by this very set: expect less elsewhere.
+Read it beside the constant predictor, which gives the same answer for every picture.
+""".strip()
+
+_LIMITS = """
+## Limits and licence
+
+- It estimates how a face looks to annotators, not what a person feels. It is no ground for decisions about people.
+- It finds no faces, and says nothing when there is none: cut faces out as those of the training data were.
+- Frames are judged one by one. Other cameras, ages, skin colours, poses and head coverings than those of the training
+  data were not tested; labels carry their annotators' habits.
+- The weights come from the training data and the initial weights above, whose licences bind you: s-Aff-Wild2 and
+  AffectNet are for non-commercial research and may not be passed on. Set `license` above to what applies.
+"""

@@ -1,0 +1,1 @@
+"""What weights say of frames: evaluation, predictions, the members of an ensemble."""

@@ -1,0 +1,87 @@
+"""A function of many items, as tasks of a Ray cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from mtl_dist.errors import InputError
+from mtl_dist.joining import join_cluster, note_idle_gpus
+
+LOOK_EVERY_S = 60.0  # whether tasks that wait have a node to wait for
+
+
+class TaskFailed(RuntimeError):
+    """A task of `map_over_cluster` that failed every time; carries its name and the last reason."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(f"{name}: {reason}")
+        self.name, self.reason = name, reason
+
+
+def map_over_cluster(
+    function: Callable[[Any], Any],
+    items: dict[str, Any],
+    *,
+    cpus: float,
+    gpus: float,
+    retries: int,
+    autoscaling: bool = False,
+) -> Iterator[tuple[str, Any]]:
+    """Run `function` of every item as a Ray task of that name; yield (name, result) as they finish.
+
+    A task that raises, or whose worker or node dies, is run again up to `retries` times, where there is room; an
+    `InputError` is raised here at once, and `TaskFailed` for a task that keeps failing. The others are cancelled then.
+    """
+    import ray
+    from ray.exceptions import RayError
+
+    join_cluster("predict in this process with --local")
+    if not gpus:
+        note_idle_gpus("prediction", "--gpus-per-member 1")
+    if not autoscaling and (lack := _lack_of_room(cpus, gpus)):
+        raise InputError(
+            f"{lack}; ask for fewer (--cpus-per-member, --gpus-per-member), or add nodes (--autoscaling: they come by "
+            "themselves)"
+        )
+    options = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": retries, "retry_exceptions": True}
+    # A worker that has used one GPU stays on it: Ray starts another for the next task only where it is told here.
+    task = ray.remote(max_calls=1)(_answer) if gpus else ray.remote(_answer)
+    names = {task.options(name=name, **options).remote(function, item): name for name, item in items.items()}
+    try:
+        while names:
+            done, _ = ray.wait(list(names), num_returns=1, timeout=LOOK_EVERY_S)
+            if not done:
+                if lack := _lack_of_room(cpus, gpus):  # Ray waits for one without a word, for ever
+                    print(f"{lack}: waiting for one; what was finished is kept where this is ended", flush=True)
+                continue
+            name = names.pop(done[0])
+            try:
+                answer = ray.get(done[0])
+            except RayError as error:
+                cause = getattr(error, "cause", None) or error
+                raise TaskFailed(name, f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}") from error
+            if isinstance(answer, InputError):
+                raise answer
+            yield name, answer
+    finally:
+        for left in names:
+            ray.cancel(left, force=True)
+
+
+def _lack_of_room(cpus: float, gpus: float) -> str:
+    """Say that no node could run a task of this size, were it idle; empty where one could."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
+        return ""
+    return f"a task needs {cpus:g} CPU and {gpus:g} GPU, and none of the cluster's {len(nodes)} node(s) has as many"
+
+
+def _answer(function: Callable[[Any], Any], item: Any) -> Any:
+    """Call a function; what no second try mends comes back as a result, which Ray does not retry."""
+    try:
+        return function(item)
+    except InputError as error:
+        return error

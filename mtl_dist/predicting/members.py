@@ -1,0 +1,136 @@
+"""A finished run as something that predicts: its best checkpoint, its model, its validation set.
+
+What the ensemble, the report, prediction and export start from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from mtl_dist import storage
+from mtl_dist.config import Config, build_config, unflatten
+from mtl_dist.data.cache import GIB, Cache
+from mtl_dist.data.index import Index, check_stored, read_index
+from mtl_dist.data.loader import eval_batches
+from mtl_dist.data.reader import ShardReader
+from mtl_dist.errors import InputError
+from mtl_dist.objective.metrics import Predictions, Targets
+from mtl_dist.objective.smoothing import video_names
+from mtl_dist.predicting.evaluate import Predicted, predict
+from mtl_dist.runs.checkpoint import Checkpoint
+from mtl_dist.runs.trained import load_model, open_checkpoint
+
+
+class Member(NamedTuple):
+    """A run with its best checkpoint and its validation set."""
+
+    run_uri: str
+    checkpoint: Checkpoint
+    config: Config
+    val_uri: str
+    val: Index
+    train_sha256: str = ""  # of the index it was trained on
+    newest_step: int = 0  # of its checkpoints; the best may be an earlier one
+    total_steps: int | None = None  # of the whole run; None: saved before this was noted
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run was trained to its end."""
+        return self.total_steps is None or self.newest_step >= self.total_steps
+
+
+def open_member(run_uri: str, val_uri: str | None = None) -> Member:
+    """Find a run's best committed checkpoint and its validation set. Raises `InputError`."""
+    checkpoint, state, newest_step = open_checkpoint(run_uri)
+    config = build_config(unflatten(state["config"]))
+    moved = "" if val_uri else "; where the set has moved since training, say where it is with --val, one set a run"
+    val_uri = val_uri or config.data.val
+    try:
+        val = read_index(val_uri)
+        check_stored(val_uri, val)
+    except InputError as error:
+        raise InputError(f"the validation set of run {run_uri}: {error}{moved}") from None
+    if val.sha256 != state["identity"].get("validation set"):
+        raise InputError(
+            f"{val_uri} is not the validation set that {checkpoint.uri} was scored on; give the right one with --val"
+        )
+    return Member(
+        run_uri, checkpoint, config, val_uri, val, state["identity"].get("training set", ""), newest_step,
+        state.get("total_steps"))  # fmt: skip
+
+
+def unique_names(uris: Sequence[str], *, taken: tuple[str, ...] = ()) -> list[str]:
+    """Return the last parts of URIs, numbered where two are equal or a name is `taken`."""
+    names: list[str] = []
+    for uri in uris:
+        name = stem = storage.join(uri).rpartition("/")[2]
+        number = 1
+        while name in (*taken, *names):
+            number += 1
+            name = f"{stem}-{number}"
+        names.append(name)
+    return names
+
+
+def check_apart(out: str, runs: Sequence[str]) -> None:
+    """Raise `InputError` where --out would put files among those of a run."""
+    target = storage.join(storage.absolute(out), "")
+    for run in runs:
+        if target.startswith(storage.join(storage.absolute(run), "")):
+            raise InputError(f"--out is {out}, where the run {run} keeps its own files; name another directory")
+
+
+def predict_member(
+    member: Member,
+    *,
+    device: torch.device,
+    batch: int = 64,
+    workers: int = 1,
+    cache_dir: Path | None = None,
+    progress: Callable[[int], None] = lambda count: None,
+    model: nn.Module | None = None,
+) -> Predicted:
+    """Predict a member's validation set with its checkpoint; rows in ascending order.
+
+    `model` is what `load_model` returned, where it is wanted for more than this.
+    """
+    config = member.config
+    cache = Cache(cache_dir, max_bytes=int(config.data.cache_gib * GIB))
+    batches = eval_batches(
+        ShardReader(member.val_uri, member.val, cache), batch=batch, rank=0, num_ranks=1,
+        size=config.data.image_size, workers=workers, prefetch=config.data.prefetch)  # fmt: skip
+    predicted = predict(
+        (model or load_model(member.checkpoint, config)).to(device),
+        batches,
+        device=device,
+        size=config.input_size,
+        bf16=config.engine.autocast == "bf16",
+        progress=progress,
+    )
+    by_row = np.argsort(predicted.rows)
+    return Predicted(
+        predicted.rows[by_row],
+        Predictions(*(array[by_row] for array in predicted.predictions)),
+        Targets(*(array[by_row] for array in predicted.targets)),
+    )
+
+
+class RowNames(NamedTuple):
+    """What validation rows are called, in ascending order of rows."""
+
+    images: list[str]
+    videos: list[str]
+
+
+def row_names(member: Member, cache_dir: Path | None = None) -> RowNames:
+    """Return the names of a member's validation rows and of their videos."""
+    rows, images, videos = ShardReader(member.val_uri, member.val, Cache(cache_dir)).names()
+    places = np.argsort(rows)
+    images, videos = ([names[place] for place in places] for names in (images, videos))
+    return RowNames(images, [own or video for own, video in zip(videos, video_names(images))])

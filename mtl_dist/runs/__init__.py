@@ -1,0 +1,1 @@
+"""A run as its storage has it: checkpoints, starts, weights."""

@@ -1,0 +1,233 @@
+"""Trained weights under the names users have for them: a run, one of its checkpoints, or an exported directory."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, NamedTuple
+
+import pydantic
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from mtl_dist import storage
+from mtl_dist.config import Config, build_config, explain_validation, flatten, unflatten
+from mtl_dist.data.augment import IMAGENET_MEAN, IMAGENET_STD
+from mtl_dist.errors import InputError
+from mtl_dist.models import TooLarge, at_most, build_model
+from mtl_dist.runs.checkpoint import (
+    CLASSES,
+    DIRECTORY,
+    MAX_TENSOR_BYTES,
+    MODEL,
+    Checkpoint,
+    CommittedFile,
+    best,
+    committed,
+    find_lack,
+    read_model,
+    read_state,
+)
+from mtl_dist.sealed import unseal
+from mtl_dist.tasks import AUS, EXPRESSIONS
+
+EXPORT_FORMAT = "mtl_dist-export-1"
+EXPORTED_CONFIG = "config.json"
+# What a model needs of the configuration to predict as it was evaluated; the rest is how it was trained.
+KEPT = ("data.image_size", "model.", "engine.autocast")
+MAX_CONFIG_BYTES = 1 << 20
+MAX_CUT_OFF = 200_000_000  # parameters: VGG's are 124 million
+
+
+class Trained(NamedTuple):
+    """Weights that predict, not yet read."""
+
+    checkpoint: Checkpoint  # an exported directory has one too: its one file, where it came from
+    config: Config
+    state: dict[str, Any]  # state.json of a checkpoint; empty for an exported directory
+    view: str | None  # of the pictures it was trained on; None: saved before this was noted
+
+    @property
+    def uri(self) -> str:
+        return self.checkpoint.uri
+
+
+class ExportedConfig(BaseModel):
+    """config.json of an exported directory: all that is needed to use its weights, here or elsewhere."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: str = EXPORT_FORMAT
+    config: dict[str, Any]  # {dotted path: value}: `KEPT`
+    image_size: int  # side in pixels that images are resized to first, as uint8
+    input_size: int  # side in pixels of the network's input: resized again on the device where it differs
+    view: str | None = None  # of the pictures it was trained on; exports of before this was noted have none
+    pixel_scale: float = 1 / 255
+    mean: tuple[float, float, float] = IMAGENET_MEAN  # of RGB, after the scale
+    std: tuple[float, float, float] = IMAGENET_STD
+    va: tuple[str, ...] = ("valence", "arousal")
+    expressions: tuple[str, ...] = EXPRESSIONS
+    aus: tuple[int, ...] = AUS
+    step: int
+    scores: dict[str, float]  # of the checkpoint on its validation set
+    saved_at: float  # Unix time
+    files: dict[str, CommittedFile]
+    data: dict[str, str]  # identity of the sets: {"training set": sha256, "validation set": sha256}
+
+
+def open_trained(uri: str) -> Trained:
+    """Find a run's best checkpoint, a checkpoint by its directory, or an exported directory. Raises `InputError`."""
+    uri = uri.rstrip("/")
+    if storage.exists(storage.join(uri, EXPORTED_CONFIG)):
+        return _open_exported(uri)
+    if DIRECTORY.fullmatch(uri.rpartition("/")[2]):
+        checkpoint, state = _open_directory(storage.absolute(uri))  # of several ways to write it one
+    else:
+        checkpoint, state, _ = open_checkpoint(uri)
+    return Trained(checkpoint, build_config(unflatten(state["config"])), state, state.get("view"))
+
+
+def load_trained(trained: Trained) -> nn.Module:
+    """Build the model on the CPU with its weights, in evaluation mode. Raises `InputError`."""
+    if not trained.state:
+        _check_weights(trained.checkpoint)
+    return load_model(trained.checkpoint, trained.config)
+
+
+def exported_config(trained: Trained, files: dict[str, dict[str, Any]]) -> ExportedConfig:
+    """Describe a checkpoint that is exported to `files`."""
+    config, checkpoint = trained.config, trained.checkpoint
+    kept = {key: value for key, value in flatten(config).items() if key.startswith(KEPT)}
+    return ExportedConfig(
+        config=kept | {"model.weights": "none"},  # what training started from, a path of that machine perhaps
+        image_size=config.data.image_size,
+        input_size=config.input_size,
+        view=trained.view,
+        step=checkpoint.step,
+        scores=checkpoint.scores,
+        saved_at=checkpoint.saved_at,
+        files=files,
+        data=trained.state["identity"],
+    )
+
+
+def _open_directory(uri: str) -> tuple[Checkpoint, dict[str, Any]]:
+    run_uri, _, checkpoints = uri.rpartition("/")[0].rpartition("/")
+    if checkpoints != "checkpoints":
+        raise InputError(f"checkpoint {uri} is not in its run; expected <storage>/<run>/checkpoints/step_...")
+    found, skipped = committed(run_uri)
+    for checkpoint in found:
+        if checkpoint.uri == uri:
+            try:
+                state = read_state(checkpoint)
+            except FileNotFoundError:
+                raise deleted(checkpoint) from None
+            except ValueError as error:
+                raise InputError(f"{error}; name another checkpoint, or the run") from None
+            check_classes(checkpoint, state)
+            return checkpoint, state
+    why = [reason for reason in skipped if reason.startswith(f"{uri}:")] or [f"{uri} does not exist"]
+    raise InputError(f"no finished checkpoint: {why[0]}; name another, or the run {run_uri}")
+
+
+def _open_exported(uri: str) -> Trained:
+    where = storage.join(uri, EXPORTED_CONFIG)
+    try:
+        data = storage.read_bytes(where, max_bytes=MAX_CONFIG_BYTES)
+        exported = ExportedConfig.model_validate(unseal(data, unsealed=ExportedConfig.model_fields))
+    except pydantic.ValidationError as error:
+        raise InputError(f"{where} is not what mtl_dist.export writes: {explain_validation(error)[:1000]}") from None
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{where} is damaged ({error}); export the run again") from None
+    if exported.format != EXPORT_FORMAT:
+        raise InputError(f"{where} has format '{exported.format}'; this version reads '{EXPORT_FORMAT}'")
+    if exported.expressions != EXPRESSIONS or exported.aus != AUS:
+        raise InputError(
+            f"{where} has other classes: {list(exported.expressions)}, AU {list(exported.aus)}; expected "
+            f"{list(EXPRESSIONS)}, AU {list(AUS)}, in this order"
+        )
+    if (exported.pixel_scale, exported.mean, exported.std) != (1 / 255, IMAGENET_MEAN, IMAGENET_STD):
+        raise InputError(f"{where} asks for another normalisation than ImageNet's, which this version has no other of")
+    if MODEL not in exported.files or not storage.exists(storage.join(uri, MODEL)):
+        raise InputError(f"{uri} holds no {MODEL}; export the run with --formats safetensors")
+    files = {name: file.model_dump() for name, file in exported.files.items()}
+    checkpoint = Checkpoint(uri, exported.step, exported.scores, exported.saved_at, files)
+    return Trained(checkpoint, build_config(unflatten(exported.config)), {}, exported.view)
+
+
+def _check_weights(checkpoint: Checkpoint) -> None:
+    where = storage.join(checkpoint.uri, MODEL)
+    about = checkpoint.files[MODEL]
+    data = storage.read_bytes(where, max_bytes=min(about["bytes"], MAX_TENSOR_BYTES))
+    if hashlib.sha256(data).hexdigest() != about["sha256"]:
+        raise InputError(f"{where} is damaged: its sha256 is not what {EXPORTED_CONFIG} says; export the run again")
+
+
+class Opened(NamedTuple):
+    """A run's best checkpoint."""
+
+    checkpoint: Checkpoint
+    state: dict[str, Any]
+    newest_step: int  # of all its checkpoints
+
+
+def open_checkpoint(run_uri: str) -> Opened:
+    """Find a run's best committed checkpoint and read its state. Raises `InputError`."""
+    found, skipped = committed(run_uri)
+    chosen = best(found)
+    if chosen is None:
+        reasons = f" ({'; '.join(skipped)})" if skipped else ""
+        raise InputError(
+            f"run {run_uri} has no committed checkpoint with a score{reasons}; train it first, or correct the name"
+        )
+    try:
+        state = read_state(chosen)
+    except FileNotFoundError:
+        raise deleted(chosen) from None
+    except ValueError as error:
+        raise InputError(f"{error}; delete {chosen.uri} to use the next best checkpoint") from None
+    check_classes(chosen, state)
+    return Opened(chosen, state, found[-1].step)
+
+
+def check_classes(checkpoint: Checkpoint, state: dict) -> None:
+    """Raise `InputError` where a checkpoint's outputs would be taken for those of other classes."""
+    if lack := find_lack(state):
+        raise InputError(f"{checkpoint.uri}/state.json is not what training writes: {lack}")
+    # Checkpoints of before the order was noted have this one: there has been no other.
+    if state.get("classes", CLASSES) != CLASSES:
+        raise InputError(
+            f"{checkpoint.uri} has other classes, or another order of them: {state['classes']}; expected {CLASSES}; "
+            "its outputs would be taken for those of others: train it again"
+        )
+
+
+def load_model(checkpoint: Checkpoint, config: Config) -> nn.Module:
+    """Build a checkpoint's model on the CPU with its weights, in evaluation mode. Raises `InputError`."""
+    try:
+        weights = read_model(checkpoint)
+        # A stranger's configuration may ask for any network. Libraries' are built with classifiers that are cut off.
+        with at_most(2 * sum(tensor.numel() for tensor in weights.values()) + MAX_CUT_OFF):
+            model = build_model(config.model.model_copy(update={"weights": "none"}), input_size=config.input_size)
+        model.load_state_dict(weights)
+    except FileNotFoundError:
+        raise deleted(checkpoint) from None
+    except TooLarge as error:
+        raise InputError(
+            f"{checkpoint.uri}: its configuration asks for a network of {error}, and its weights are fewer than half "
+            "as many: they do not belong together"
+        ) from None
+    except InputError:
+        raise
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"{checkpoint.uri}: {error}; delete it to use the next best checkpoint") from None
+    return model.eval()
+
+
+def deleted(checkpoint: Checkpoint) -> InputError:
+    """What to say of a checkpoint that was there a moment ago."""
+    return InputError(
+        f"{checkpoint.uri} was deleted meanwhile: its run is training and keeps the newest and best checkpoints only; "
+        "start again"
+    )

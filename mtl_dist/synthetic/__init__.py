@@ -1,0 +1,1 @@
+"""Rendered faces with labels: a data set for those who have none."""

@@ -1,0 +1,210 @@
+"""What a run will do, found out before anything starts: its data, its order, its checkpoints, its size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from mtl_dist import storage
+from mtl_dist.config import Config
+from mtl_dist.data.index import Index, check_pair, check_stored, read_index
+from mtl_dist.data.order import Order, TaskOrders, build_task_orders
+from mtl_dist.data.reader import ShardReader
+from mtl_dist.errors import InputError
+from mtl_dist.shards.overlap import check_shared, find_shared
+from mtl_dist.tasks import AUS, TASKS, LabelCounts
+
+
+class Data(NamedTuple):
+    """The two sets of a run, and how many steps an epoch over the first has."""
+
+    train: Index
+    val: Index
+    steps_per_epoch: int
+    tasks: tuple[str, ...]  # that a step reads a batch of each; none: one batch with the labels of all
+
+    def identity(self) -> dict[str, str]:
+        """What a checkpoint must agree with besides the configuration."""
+        return {"training set": self.train.sha256, "validation set": self.val.sha256}
+
+
+def open_data(config: Config) -> Data:
+    """Read both indexes and check that they fit each other and the configuration. Raises `InputError`.
+
+    Everything is found out from the indexes: how many rows carry a label of any AU is taken to be how many carry the AU
+    that most carry, which is at most too few.
+    """
+    for flag, uri in (("data.train", config.data.train), ("data.val", config.data.val)):
+        if not uri:
+            raise InputError(f"--{flag} is not given; expected the directory or s3:// prefix that holds an index.json")
+    train, val = read_index(config.data.train), read_index(config.data.val)
+    check_pair(train, val)
+    _check_labels(config, train, val)
+    batch, share, rows, tasks = config.train.global_batch, config.data.epoch_fraction, {"": train.rows}, ()
+    if config.data.sampling == "per_task":
+        counts = (train.labels.va, train.labels.expr, max(train.labels.au))
+        rows = {f" with labels of {task}": count for task, count in zip(TASKS, counts) if count}
+        tasks = tuple(task for task, count in zip(TASKS, counts) if count)
+    for which, count in rows.items():
+        if _share_of(count, share) < batch:
+            part = f", of which an epoch reads {share:g} (data.epoch_fraction)" if share < 1 else ""
+            raise InputError(
+                f"train.global_batch is {batch}, but {config.data.train} has {count} rows{which}{part}; use a smaller "
+                "batch"
+            )
+    if not rows:
+        raise InputError(f"data.sampling is per_task, but {config.data.train} has no labels of any task")
+    return Data(train, val, _share_of(min(rows.values()), share) // batch, tasks)
+
+
+def _trained(config: Config, train: Index) -> list[str]:
+    """Tasks with a loss and labels."""
+    return [task for task in TASKS if config.loss.weight(task) and task not in train.labels.missing_tasks()]
+
+
+def _check_labels(config: Config, train: Index, val: Index) -> None:
+    """Raise where nothing would be learnt, or nothing of it scored."""
+    weighted = ", ".join(f"loss.{task} {config.loss.weight(task):g}" for task in TASKS)
+    labels = {name: index.labels.missing_tasks() for name, index in (("train", train), ("val", val))}
+    found = {name: ", ".join(t for t in TASKS if t not in missing) or "no task" for name, missing in labels.items()}
+    trained = _trained(config, train)
+    if not trained:
+        raise InputError(
+            f"{config.data.train} has labels of {found['train']}, and the weights of losses are {weighted}: nothing "
+            "would be trained; give a set with labels, or a weight to a task that has some"
+        )
+    if not set(trained) - set(labels["val"]):
+        raise InputError(
+            f"{config.data.val} has labels of {found['val']}, and trained are {', '.join(trained)}: nothing of it "
+            "would be scored, and no checkpoint could be chosen; give a validation set with labels of these"
+        )
+
+
+def note_labels(config: Config, data: Data) -> list[str]:
+    """Say what is trained and not scored, scored and not trained, or neither though it has a loss."""
+    trained = _trained(config, data.train)
+    unscored = data.val.labels.missing_tasks()
+    notes = [
+        f"{task} is trained and not scored: the validation set has no labels of it"
+        for task in trained
+        if task in unscored
+    ]
+    for task in TASKS:
+        if task in trained:
+            continue
+        why = "its loss has weight 0" if not config.loss.weight(task) else "the training set has no labels of it"
+        notes.append(f"{task} is {'not' if task in unscored else 'scored and not'} trained: {why}")
+    if "au" in trained and "au" not in unscored:
+        pairs = list(zip(AUS, data.train.labels.au, data.val.labels.au))
+        for what, units in (
+            ("trained and not scored", [number for number, train, val in pairs if train and not val]),
+            ("scored and not trained", [number for number, train, val in pairs if val and not train]),
+        ):
+            if units:
+                notes.append(f"{', '.join(f'AU{number}' for number in units)}: {what}, for want of labels")
+    return notes
+
+
+def _share_of(count: int, share: float) -> int:
+    return math.floor(count * share + 1e-9)  # 0.29 of 100 is 29
+
+
+def build_order(
+    config: Config, data: Data, reader: ShardReader, progress: Callable[[int], None] = lambda count: None
+) -> Order | TaskOrders:
+    """Make the order of training. `per_task` sampling reads every sidecar; `progress` is told of shards."""
+    settings = {
+        "global_batch": config.train.global_batch,
+        "streams": config.num_streams,
+        "block_shards": config.data.block_shards,
+        "seed": config.run.seed,
+    }
+    shard_rows, steps = data.train.shard_rows, data.steps_per_epoch
+    if data.tasks:
+        labelled = reader.labelled_samples(progress)
+        chosen = {task: labelled[task] for task in data.tasks}
+        return build_task_orders(chosen, shard_rows, epoch_steps=steps, **settings)
+    is_whole = config.data.epoch_fraction == 1
+    return Order(shard_rows, epoch_steps=None if is_whole else steps, **settings)
+
+
+class Plan(NamedTuple):
+    """What a run will do."""
+
+    text: str
+    begins: bool  # there is no checkpoint to go on from
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def plan_run(config: Config, *, num_ranks: tuple[int, int] | None = None, compares: bool = True) -> Plan:
+    """Check what the storage can tell before ranks start, and say what will happen. Raises `InputError`.
+
+    `num_ranks` is the least and the most; None: `ray.num_ranks`. `compares`: also look for pictures that both sets
+    have, for which up to 128 MiB are read.
+    """
+    from mtl_dist.runs.checkpoint import check_same_run, committed, read_state
+    from mtl_dist.runs.pretrained import check_pretrained
+
+    data = open_data(config)
+    check_stored(config.data.train, data.train)
+    check_stored(config.data.val, data.val)
+    storage.check_writable(config.run.uri)
+    found, _ = committed(config.run.uri)
+    for checkpoint in reversed(found):
+        try:
+            state = read_state(checkpoint)
+        except InputError:
+            raise
+        except ValueError:
+            continue  # damaged: the run will pass it over too, and say so
+        check_same_run(state, config, data.identity(), checkpoint.uri)
+        done = checkpoint.step
+        break
+    else:
+        done = 0
+        check_pretrained(config)
+    if config.run.audit_dir:
+        storage.check_writable(str(config.run.audit_dir), flag="--run.audit-dir")
+    notes = note_labels(config, data)
+    if compares:
+        shared = find_shared(config.data.train, data.train, config.data.val, data.val)
+        check_shared(shared, config.data.train, config.data.val)
+        notes += filter(None, [shared.note()])
+    text = _describe(config, data, notes, done=done, num_ranks=num_ranks or config.ray.num_ranks)
+    return Plan(text, begins=not done)
+
+
+def _describe(config: Config, data: Data, notes: list[str], *, done: int, num_ranks: tuple[int, int]) -> str:
+    train, val, steps = data.train, data.val, data.steps_per_epoch
+    total = steps * config.train.epochs
+    low, high = num_ranks
+    where = f", continues from step {done}" if done else ", begins"
+    if done >= total:
+        where = f", is finished (step {done} of {total}): nothing is left to do"
+    frozen = " (frozen)" if config.model.freeze_backbone else ""
+    batch = config.train.global_batch
+    size_mb = sum(shard.tar_bytes for shard in train.shards) / 1e6
+    pixels_mb = batch * max(len(data.tasks), 1) * 3 * config.input_size**2 * 4 / 1e6
+    ranks = (f"{high}" if low == high else f"{low} to {high}") + " rank" + "s" * (high > 1)
+    num_left = train.rows - steps * batch
+    left_out = f"{num_left} rows an epoch are left out, others each time" if num_left else "every row once an epoch"
+    if data.tasks:
+        left_out = f"each of {len(data.tasks)} batches, of rows with labels of {', '.join(data.tasks)}"
+    lines = [
+        f"run     {config.run.uri}{where}",
+        f"train   {config.data.train}: {train.rows} rows of {train.view}, {_labelled(train.labels)}, "
+        f"{len(train.shards)} shards, {size_mb:.1f} MB",
+        f"val     {config.data.val}: {val.rows} rows, {_labelled(val.labels)}, {len(val.shards)} shards",
+        f"steps   {steps} an epoch, {total} in all; {left_out}",
+        f"batch   {batch} over {ranks}, {config.num_streams} streams, {pixels_mb:.0f} MB of pixels",
+        f"model   {config.model.name}, backbone {config.model.backbone}{frozen}, weights {config.model.weights}, "
+        f"input {config.input_size} x {config.input_size}",
+    ]
+    return "\n".join([*lines, *(f"note    {note}" for note in notes)])
+
+
+def _labelled(counts: LabelCounts) -> str:
+    return f"labelled va {counts.va}, expr {counts.expr}, au {max(counts.au)}"

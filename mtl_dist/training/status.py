@@ -1,0 +1,137 @@
+"""What the storage of a run tells of it, whoever trains it and wherever: `python -m mtl_dist.train --status RUN`."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from mtl_dist import storage
+from mtl_dist.config import Config, build_config, read_config_file
+from mtl_dist.data.index import read_index
+from mtl_dist.errors import InputError, plain
+from mtl_dist.objective.metrics import constant_scores
+from mtl_dist.progress import progress_bar
+from mtl_dist.runs.checkpoint import Checkpoint, best, committed, find_damage, read_state
+from mtl_dist.runs.lives import read_lives
+from mtl_dist.training.loop import CONFIG_NAME
+from mtl_dist.training.plan import open_data
+from mtl_dist.training.tracking import print_scores, read_records
+
+
+def print_status(run_uri: str) -> None:
+    """Print where a run is, its starts, its checkpoints and whether each is whole, and its scores.
+
+    Every file of every checkpoint is read. Raises `InputError` where there is no run.
+    """
+    where = storage.join(run_uri, CONFIG_NAME)
+    if not storage.exists(where):
+        raise InputError(f"no run at '{run_uri}': {CONFIG_NAME} does not exist; expected <run.storage>/<run.name>")
+    config = build_config(read_config_file(where))
+    console = Console(highlight=False, width=None if Console().is_terminal else 140)
+    lives, records = read_lives(run_uri), read_records(run_uri)
+    found, torn = committed(run_uri)
+
+    step = max([checkpoint.step for checkpoint in found], default=0)
+    total = _total_steps(config, found)
+    console.print(f"run          {run_uri}")
+    if total:
+        epochs = config.train.epochs
+        state = "finished" if step >= total else "the same command continues it from there"
+        console.print(f"saved        step {step} of {total} (epoch {step / total * epochs:.2f} of {epochs}); {state}")
+    else:
+        console.print(f"saved        step {step}; of how many its data tells, which is not to be read here")
+    console.print(f"starts       {len(lives)}, so {max(len(lives) - 1, 0)} restarts")
+    if lives and lives[-1].get("typed"):
+        console.print(f"command      {plain(lives[-1]['typed'])}", markup=False, soft_wrap=True)
+    console.print(_lives_table(lives))
+
+    top, damage = best(found), {}
+    with progress_bar("reading checkpoints", len(found)) as advance:
+        for checkpoint in found:
+            damage[checkpoint.uri] = find_damage(checkpoint)
+            advance(1)
+    console.print(_checkpoints_table(found, top, damage))
+    for reason in [*filter(None, damage.values()), *torn]:
+        console.print(f"passed over  {plain(reason)}", markup=False, soft_wrap=True)
+
+    evaluations = [record for record in records if record["kind"] == "eval"]
+    if evaluations:
+        rows = _constant_row(config)
+        print_scores(rows | {f"epoch {record['epoch'] + 1}": record["scores"] for record in evaluations})
+    else:
+        console.print("scores       none yet")
+
+
+def print_ending(config: Config) -> None:
+    """Print the best and the last scores of a finished run, where its best checkpoint is, and what to do with it."""
+    uri = config.run.uri
+    top = best(committed(uri)[0])
+    evaluations = [record for record in read_records(uri) if record["kind"] == "eval"]
+    rows = _constant_row(config)
+    if top:
+        rows |= {f"best: epoch {it['epoch'] + 1}": it["scores"] for it in evaluations if it["step"] == top.step}
+    rows |= {
+        f"last: epoch {it['epoch'] + 1}": it["scores"] for it in evaluations[-1:] if not top or it["step"] > top.step
+    }
+    print_scores(rows, title=f"run {uri}")
+    if not top:
+        return
+    run, report = shlex.quote(uri), shlex.quote(f"{config.run.name}-report")
+    ensemble = shlex.quote(storage.join(config.run.storage, "ensemble"))
+    print(
+        f"best    {top.uri} (P {top.score:.4f})\n"
+        f"next    python -m mtl_dist.predict --runs {run} --input PICTURES --out predictions.csv\n"
+        f"        python -m mtl_dist.report {run} --out {report}\n"
+        f"        python -m mtl_dist.ensemble --runs {run} OTHER_RUN --out {ensemble}",
+        flush=True,
+    )
+
+
+def _total_steps(config: Config, found: list[Checkpoint]) -> int | None:
+    """Return the steps of the whole run, as its newest readable checkpoint notes, else as its data tells; else None."""
+    for checkpoint in reversed(found):
+        with contextlib.suppress(ValueError, FileNotFoundError):  # damaged, or deleted meanwhile
+            if isinstance(total := read_state(checkpoint).get("total_steps"), int):
+                return total
+    try:
+        return open_data(config).steps_per_epoch * config.train.epochs
+    except InputError:  # not to be read from here: the storage alone tells of a run
+        return None
+
+
+def _constant_row(config: Config) -> dict[str, dict[str, Any]]:
+    """Return the constant predictor's row; nothing, and a note, where the validation set is not to be read here."""
+    try:
+        return {"constant predictor": constant_scores(read_index(config.data.val).labels)}
+    except InputError as error:
+        print(f"note: without the constant predictor's row: {plain(str(error))}", flush=True)
+        return {}
+
+
+def _lives_table(lives: list[dict[str, Any]]) -> Table:
+    table = Table("started", "from step", "ranks", "rank 0 on")
+    for life in lives:
+        cells = life["started"], "" if life["step"] is None else life["step"], life["num_ranks"], life["host"]
+        table.add_row(*(escape(plain(str(cell))) for cell in cells))
+    return table
+
+
+def _checkpoints_table(found: list[Checkpoint], top: Checkpoint | None, damage: dict[str, str | None]) -> Table:
+    table = Table("checkpoint", "step", "saved", "MB", "P", "whole")
+    for checkpoint in found:
+        score = "" if checkpoint.score is None else f"{checkpoint.score:.4f}{' best' if checkpoint is top else ''}"
+        table.add_row(
+            checkpoint.uri.rpartition("/")[2],
+            str(checkpoint.step),
+            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(checkpoint.saved_at)),
+            f"{sum(about['bytes'] for about in checkpoint.files.values()) / 1e6:.1f}",
+            score,
+            "no" if damage[checkpoint.uri] else "yes",
+        )
+    return table

@@ -1,0 +1,94 @@
+"""One optimizer step: augmentation on the device, micro-batches, the loss of the global batch, the balancer's share."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mtl_dist.config import Config
+from mtl_dist.data.augment import augment, make_draws
+from mtl_dist.errors import NonFiniteLoss
+from mtl_dist.models import non_finite
+from mtl_dist.objective.losses import TaskSums, global_losses
+from mtl_dist.objective.module import ObjectiveModule, StepLoss
+from mtl_dist.ranks import gather_lists
+from mtl_dist.tasks import Batch, Labels
+
+
+class MicroBatch(NamedTuple):
+    """What one forward of the engine takes."""
+
+    inputs: Tensor  # (n, T, 3, S, S)
+    labels: Labels
+
+
+def train_step(
+    engine, batch: Batch, config: Config, *, epoch: int, step: int, device: torch.device, rank: int
+) -> StepLoss:
+    """Take one optimizer step on this rank's part of the global batch, in `train.accumulation` micro-batches."""
+    module: ObjectiveModule = engine.module
+    draws = draw_passes(batch.rows, seed=config.run.seed, epoch=epoch, passes=module.passes)
+    inputs = augment(batch.inputs.to(device, non_blocking=True), draws.to(device), config.augment, config.input_size)
+    parts = split_batch(inputs, batch.labels.to(device), parts=config.train.accumulation, passes=module.passes)
+
+    # The losses of the whole batch need the sums of the whole batch before the first backward: CCC is no mean.
+    total = _sum_up(module, parts, config, step=step, rank=rank) if len(parts) > 1 else None
+    for number, part in enumerate(parts):
+        seed_dropout(config.run.seed, step, rank, number)
+        loss = engine(*part, total, parts=len(parts))
+        engine.backward(loss.total)
+        engine.step()
+    after = None
+    if module.balancer.looks_after_steps:
+        sums = _sum_up(module, parts, config, step=step, rank=rank)
+        after = global_losses(sums, sums, scale=1.0)
+    module.balancer.stepped(loss.tasks, loss.present, after)
+    return loss._replace(total=loss.total.detach())
+
+
+def draw_passes(rows: Tensor, *, seed: int, epoch: int, passes: int) -> Tensor:
+    """Draw the augmentation of rows (B, T): (B, T, NUM_DRAWS); another one in each of `passes` equal parts, as the
+    same row can be in the batches of several tasks."""
+    parts = enumerate(rows.tensor_split(passes))
+    return torch.cat([make_draws(part, seed=seed, epoch=epoch * passes + number) for number, part in parts])
+
+
+def split_batch(inputs: Tensor, labels: Labels, *, parts: int, passes: int) -> list[MicroBatch]:
+    """Cut a batch into micro-batches, each with its part of all `passes` equal parts of the batch (a task's rows)."""
+    if parts == 1:
+        return [MicroBatch(inputs, labels)]
+    if passes == 1:
+        columns = [tensor.tensor_split(parts) for tensor in labels]
+        return [MicroBatch(part, Labels(*label)) for part, *label in zip(inputs.tensor_split(parts), *columns)]
+    of_tasks = [rows.tensor_split(parts) for rows in torch.arange(len(inputs), device=inputs.device).chunk(passes)]
+    rows_of_parts = [torch.cat(rows) for rows in zip(*of_tasks)]
+    return [MicroBatch(inputs[rows], Labels(*(tensor[rows] for tensor in labels))) for rows in rows_of_parts]
+
+
+def _sum_up(module: ObjectiveModule, parts: list[MicroBatch], config: Config, *, step: int, rank: int) -> TaskSums:
+    """Return the sums of the whole step over all ranks, by forward passes without gradients and with its dropout."""
+    total = None
+    for number, part in enumerate(parts):
+        seed_dropout(config.run.seed, step, rank, number)
+        with torch.autocast(part.inputs.device.type, torch.bfloat16, enabled=config.engine.autocast == "bf16"):
+            sums = module.sums(*part)
+        total = sums if total is None else total.plus(sums)
+    return total.detached_total()
+
+
+def seed_dropout(seed: int, step: int, rank: int, part: int) -> None:
+    """Key torch's generator, which only dropout draws from, by (seed, step, rank, part): there is no state to save."""
+    (key,) = np.random.SeedSequence([seed, step, rank, part]).generate_state(1, np.uint64)
+    torch.manual_seed(int(key >> np.uint64(1)))
+
+
+def check_finite(module: nn.Module, step: int) -> None:
+    """Raise before weights are saved that are no numbers: a finite loss can have gradients that are not.
+
+    Every rank calls it: BatchNorm's statistics are each rank's own.
+    """
+    if wrong := list(dict.fromkeys(gather_lists(non_finite(module)))):
+        raise NonFiniteLoss(f"step {step}: weights are not finite ({', '.join(wrong[:3])})")
