@@ -46,8 +46,7 @@ ONLY_IMPORTERS = {
         "tune",
         "cluster",
     ),
-    # For the name of an exception, which torch.load(weights_only=True) and Ray's reading of its own state raise.
-    "pickle": ("mtl_dist.models.backbones", "tune.search"),
+    "pickle": ("tune.search",),  # for the name of an exception, which Ray's reading of its own state raises
     "concurrent.futures.ProcessPoolExecutor": ("mtl_dist.processes",),  # whose processes end with their parent
     "multiprocessing": ("mtl_dist.processes", "mtl_dist.predicting.spread"),
     "subprocess": ("cluster", "benchmarks"),

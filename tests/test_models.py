@@ -14,7 +14,8 @@ from mtl_dist import config
 from mtl_dist.config import ModelConfig
 from mtl_dist.errors import InputError
 from mtl_dist.models import MODELS, build_model, num_parameters
-from mtl_dist.models.backbones import BACKBONES, build_backbone, load_backbone_weights
+from mtl_dist.models.backbone import load_backbone_weights
+from mtl_dist.models.backbones import BACKBONES, build_backbone
 from mtl_dist.models.regions import EMBEDDING_DIM, NUM_REGIONS, RegionEmbeddings
 
 

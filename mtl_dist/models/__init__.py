@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from mtl_dist.errors import InputError
-from mtl_dist.models.backbones import Backbone, build_backbone, load_backbone_weights, load_imagenet_weights
+from mtl_dist.models.backbone import Backbone, load_backbone_weights, load_imagenet_weights
+from mtl_dist.models.backbones import build_backbone
 from mtl_dist.models.baseline import Baseline
 from mtl_dist.models.emotionnet import EnsembleNet, SMMEmotionNet
 

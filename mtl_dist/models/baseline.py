@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mtl_dist.models.backbones import Backbone, flat_frames
+from mtl_dist.models.backbone import Backbone, flat_frames
 from mtl_dist.tasks import NUM_AUS, NUM_EXPRESSIONS, Outputs
 
 MAX_CELLS = 7  # a side, as in torchvision's VGG

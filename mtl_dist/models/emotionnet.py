@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mtl_dist.models.backbones import Backbone, flat_frames
+from mtl_dist.models.backbone import Backbone, flat_frames
 from mtl_dist.models.heads import AUHead, RegionMeanHead
 from mtl_dist.models.regions import (
     EMBEDDING_DIM,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from mtl_dist.errors import InputError
-from mtl_dist.models.backbones import Backbone, download_failed, download_torchvision
+from mtl_dist.models.backbone import Backbone, download_failed, download_torchvision
 
 logger = logging.getLogger(__name__)
 

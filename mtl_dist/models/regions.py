@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtl_dist.models.backbones import init_convs
+from mtl_dist.models.backbone import init_convs
 from mtl_dist.tasks import AUS
 
 HIDDEN_AUS = (5, 9, 14, 16, 17)
