@@ -20,7 +20,7 @@ from mtl_dist.ensemble.__main__ import EnsembleCommand
 from mtl_dist.errors import InputError, nearest
 from mtl_dist.predict import PredictCommand
 from mtl_dist.presets import PRESETS, CommandConfig, config_of, load_preset, parse_command, with_absolute_paths
-from mtl_dist.report.__main__ import ReportCommand
+from mtl_dist.report.options import ReportCommand
 from mtl_dist.shards.__main__ import create, inspect, synth, verify
 from tests.conftest import REPO, assert_one_message, run_here
 from tune.search import SearchConfig

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from mtl_dist import storage
 from mtl_dist.predicting.members import Member, check_apart, open_member, row_names, unique_names
 from mtl_dist.progress import progress_bar
 from mtl_dist.report.intervals import Bootstrap, bootstrap, number_videos
+from mtl_dist.report.options import ReportCommand
 from mtl_dist.report.results import (
     Method,
     Result,
@@ -27,11 +29,6 @@ from mtl_dist.report.results import (
 )
 from mtl_dist.report.tables import reference_method
 from mtl_dist.tasks import LabelCounts
-
-if TYPE_CHECKING:
-    import torch
-
-    from mtl_dist.report.__main__ import ReportCommand
 
 SEED = 0  # of the bootstrap: the same results give the same intervals
 

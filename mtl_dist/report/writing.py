@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from typing import TYPE_CHECKING
+from pathlib import Path
+
+import torch
 
 from mtl_dist import storage
 from mtl_dist.device import named_device
@@ -20,14 +22,10 @@ from mtl_dist.report.curves import draw_curves
 from mtl_dist.report.drawing import method_styles
 from mtl_dist.report.evidence import Evidence, gather
 from mtl_dist.report.mistakes import worst_mistakes
+from mtl_dist.report.options import ReportCommand
 from mtl_dist.report.pictures import Pictures
 from mtl_dist.report.results import CONSTANT, Method
 from mtl_dist.sealed import seal, unseal
-
-if TYPE_CHECKING:
-    import torch
-
-    from mtl_dist.report.__main__ import ReportCommand
 
 PAGE_NAME = "report.html"
 LISTING_NAME = "data/written.json"  # the names of the figures and tables
@@ -37,7 +35,9 @@ def write_report(command: ReportCommand, *, written: str) -> str:
     """Write the report and return its page's URI; `written` is the command as it was typed. Raises `InputError`."""
     device = named_device(command.device)
     evidence = gather(command, device)
-    drawings = draw(evidence, command, device)
+    drawings = draw(
+        evidence, device=device, num_faces=command.faces, num_errors=command.errors, cache_dir=command.cache_dir
+    )
     tables, parts = compose(evidence, drawings)
     val = evidence.methods[1].shown.member.val
     footer = [
@@ -78,8 +78,10 @@ def _remove_earlier(out: str, files: dict[str, bytes]) -> None:
     storage.write_bytes(where, seal({"files": sorted(files)}))
 
 
-def draw(evidence: Evidence, command: ReportCommand, device: torch.device) -> Drawings:
-    """Draw every figure."""
+def draw(
+    evidence: Evidence, *, device: torch.device, num_faces: int, num_errors: int, cache_dir: Path | None
+) -> Drawings:
+    """Draw every figure; `num_errors` are the pictures of each task."""
     methods, images, video = evidence.methods, evidence.images, evidence.video
     styles = method_styles(methods)
     real = [method for method in methods if method.label != CONSTANT]
@@ -97,18 +99,18 @@ def draw(evidence: Evidence, command: ReportCommand, device: torch.device) -> Dr
             advance(1)
             affect += draw_affect(method, place)
             advance(1)
-        faces = choose_faces(trained[0].shown, images, video, count=command.faces)
+        faces = choose_faces(trained[0].shown, images, video, count=num_faces)
         for place, method in enumerate(trained, start=1):
             if faces:
-                figure = draw_attention(method, place, faces, images=images, device=device, cache_dir=command.cache_dir)
+                figure = draw_attention(method, place, faces, images=images, device=device, cache_dir=cache_dir)
                 if figure:
                     attention.append(figure)
                 else:
                     without.append(method.label)
             advance(1)
         shown_from = _pictures_of(evidence.best, trained)
-        pictures = Pictures(shown_from, command.cache_dir)
-        mistakes = worst_mistakes(evidence.best.shown, pictures, images, video, count=command.errors)
+        pictures = Pictures(shown_from, cache_dir)
+        mistakes = worst_mistakes(evidence.best.shown, pictures, images, video, count=num_errors)
         advance(1)
     confusion = [figure for figure in confusion if figure]
     return Drawings(curves, notes, confusion, f1, reliability, calibration, affect, attention, without, mistakes)
