@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,6 +114,21 @@ def test_imports_point_down_only():
         if there and here != there and not (here and LAYER_OF[here] > LAYER_OF[there]):
             wrong.append(f"{found.importer}:{found.line} imports {found.imported}")
     assert wrong == []
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """Not inside functions and for types alone either: who reads one of the circle has to read them all."""
+    modules = {module_name(path) for path in FILES}
+    imported: dict[str, set[str]] = {module: set() for module in modules}
+    for found in IMPORTS:
+        parts = found.imported.split(".")
+        names = {".".join(parts[:length]) for length in range(1, len(parts) + 1)}
+        # A package comes with its modules; to its own modules that is no import.
+        imported[found.importer] |= {name for name in modules & names if not is_within(found.importer, (name,))}
+    try:
+        graphlib.TopologicalSorter(imported).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
 
 
 @pytest.mark.parametrize("library", ONLY_IMPORTERS)
