@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DATA ?=
 
-.PHONY: help install demo results test test-all lint bench clean
+.PHONY: help install demo results quick test test-all lint bench clean
 
 help:
 	@echo "make install         virtual environment in .venv with everything"
 	@echo "make demo            the whole system on this machine: cluster, shards, search, training, ensemble, score"
 	@echo "make demo DATA=DIR   the same on your data in the s-Aff-Wild2 layout"
 	@echo "make results         baseline, B and A on rendered faces, three seeds each, and the page that compares them"
+	@echo "make quick           the tests that need no server, no Ray and no training: two minutes, for the hand at the keyboard"
 	@echo "make test            the tests"
 	@echo "make test-all        the tests and the slow ones: every failure at every moment"
 	@echo "make bench           the loader beside its peers, and the order at scale"
@@ -36,8 +37,15 @@ demo: $(STAMP)
 results: $(STAMP)
 	@$(BIN)/python -m benchmarks.comparators
 
+# Files side by side on the cores; what starts a cluster has the machine to itself.
+SIDE_BY_SIDE := --numprocesses auto --maxprocesses 8 --dist loadfile
+
+quick: $(STAMP) lint
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not whole and not integration and not slow'
+
 test: $(STAMP) lint
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not integration and not slow'
+	@$(BIN)/python -m pytest -m 'integration and not slow'
 
 # In an environment of its own: the peers want older releases of what we use.
 bench: $(STAMP)
@@ -46,8 +54,8 @@ bench: $(STAMP)
 	$(VENV)-bench/bin/python -m benchmarks.scale
 	$(VENV)-bench/bin/python -m benchmarks.loader
 
-test-all: $(STAMP) lint
-	@$(BIN)/python -m pytest -m 'slow or not slow'
+test-all: test
+	@$(BIN)/python -m pytest -m slow
 
 lint: $(STAMP)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -26,6 +26,13 @@ REPO = Path(__file__).parent.parent
 LONDON = REPO.parent / "shared" / "data" / "london_faces"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep what starts from trained runs or the S3 server out of `make quick`."""
+    for item in items:
+        if {"runs", "s3"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("whole")
+
+
 def write_dataset(root: Path, *, num_train: int = 40, num_val: int = 20, size: int = 48, seed: int = 0) -> Path:
     """Write a labelled set of noise images in the s-Aff-Wild2 layout, with duplicates and missing labels."""
     rng = np.random.default_rng(seed)

@@ -297,6 +297,7 @@ def test_help_answers_with_examples_and_without_heavy_imports(module):
     assert done.stderr.splitlines()[-1] == "HEAVY []"
 
 
+@pytest.mark.whole
 def test_make_results_tells_the_time_of_all_its_calls_and_of_their_processes(tmp_path):
     from benchmarks.comparators import read_spent, timed
 

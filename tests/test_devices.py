@@ -32,6 +32,8 @@ from mtl_dist.training.step import train_step
 from tests import fake_gpus as gpus_that_are_not
 from tests.fake_gpus import fake_gpus
 
+pytestmark = pytest.mark.whole
+
 SYSTEMS = ("a", "b", "baseline", "a-paper", "b-paper")
 BACKBONES = ("timm:convnext_femto", "timm:vit_tiny_patch16_224", "torchvision:swin_t", "timm:efficientnet_b0")
 BALANCERS = ("fixed", "uncertainty", "dwa", "famo")

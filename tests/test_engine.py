@@ -30,6 +30,8 @@ from mtl_dist.training.saving import Saver
 from tests.test_recipes import EVERY_STEP, PER_TASK, Context, config_of
 from tests.test_training import cut_back
 
+pytestmark = pytest.mark.whole
+
 
 @pytest.fixture
 def group(monkeypatch):

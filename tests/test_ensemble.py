@@ -475,6 +475,7 @@ def test_a_member_that_fails_is_tried_again_here_and_then_named():
         list(map_here(lambda item: (_ for _ in ()).throw(InputError("yours")), {"a": 4}, retries=5))
 
 
+@pytest.mark.whole
 def test_a_photograph_set_without_va_and_au_trains_and_says_what_the_score_covers(tmp_path):
     source = write_dataset(tmp_path / "source")
     for path in source.glob("*.txt"):

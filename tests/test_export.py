@@ -170,6 +170,7 @@ def test_the_graphs_pixels_in_probabilities_out_are_those_of_predict(sizes):
         np.testing.assert_allclose(mine.numpy(), theirs, atol=1e-5)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("name", "backbone", "sizes"),
     [

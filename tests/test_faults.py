@@ -41,6 +41,8 @@ from tests.conftest import REPO, run_here, run_module, within
 from tests.s3_proxy import BUSY, EXPIRED, FOR_EVER, S3Proxy
 from tune.space import read_space
 
+pytestmark = pytest.mark.whole
+
 SIZE = 48
 TIMEOUT_S = 0.5  # where something stalls; 30 s of users
 ATTEMPTS = 4

@@ -13,6 +13,8 @@ from mtl_dist.training.tracking import read_records
 from tests.conftest import run_here, run_module
 from tests.golden.worlds import HERE, TOLERANCES, VALUES, distances, measure, newest_archive, unpack
 
+pytestmark = pytest.mark.whole
+
 ARCHIVES = sorted(path.name for path in (HERE / "formats").glob("*.tar.xz"))
 FLOATS = 1e-4  # between processors, of predictions
 

@@ -98,6 +98,7 @@ def test_shards_in_hand_are_kept_open_however_many_they_are(dataset, tmp_path, p
     assert len(sidecars) == len(set(sidecars))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("typed", "expected"), [(None, "PASSIVE"), ("active", "ACTIVE")])
 def test_torchs_threads_sleep_where_nobody_asked_them_to_spin(typed, expected, monkeypatch):
     """As OpenMP itself tells; also in processes that Ray starts, which import torch before anything of ours."""

@@ -382,6 +382,7 @@ def test_a_failed_download_says_what_to_do_instead(tmp_path, monkeypatch):
 # --- Learning ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.whole
 def test_every_head_learns_sixteen_random_images_by_heart():
     model = build_model(make_config(dropout=0.0))
     inputs = make_inputs(16, 1, 75)

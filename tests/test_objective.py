@@ -97,6 +97,7 @@ def rank_main(rank, cuts, init_file, config, module, batch, parts, results):
 CUTS = {2: [(0, 7), (7, 24)], 3: [(0, 8), (8, 16), (16, 24)], 5: [(0, 1), (1, 9), (9, 10), (10, 20), (20, 24)]}
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("num_ranks", "parts", "balancing"),
     [

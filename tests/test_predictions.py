@@ -127,6 +127,7 @@ def rank_main(rank: int, store: str, out: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.whole
 def test_all_ranks_end_alike_where_one_predicts_what_is_not_finite_or_rank_0_fails_in_any_way(tmp_path):
     mp.spawn(rank_main, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
     said = [(tmp_path / name).read_text() for name in "01"]

@@ -19,6 +19,8 @@ from mtl_dist.training.plan import plan_run
 from mtl_dist.training.setup import check_start
 from tests.conftest import assert_one_message, run_here, run_module
 
+pytestmark = pytest.mark.whole
+
 
 def train_args(shards, runs, name, *more):
     return [

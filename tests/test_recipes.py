@@ -40,6 +40,8 @@ from mtl_dist.training.tracking import read_records
 from tests.conftest import write_dataset
 from tests.test_training import cut_back, final_weights, losses
 
+pytestmark = pytest.mark.whole
+
 PER_TASK = {"data": {"sampling": "per_task"}}
 EVERY_STEP = {"checkpoint": {"every_steps": 1, "keep_last": 99}}
 # Adam makes much of the last bits of small gradients.

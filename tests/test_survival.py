@@ -29,6 +29,8 @@ from tests.conftest import REPO, run_module
 from tests.dying import PHASES
 from tests.test_training import STEPS_PER_EPOCH, train_args
 
+pytestmark = pytest.mark.whole
+
 NUM_STEPS = 2 * STEPS_PER_EPOCH
 FAST = [("in a step", 4, 1), ("before COMMIT", 4, 0)]
 slow = pytest.mark.slow

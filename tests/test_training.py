@@ -21,6 +21,8 @@ from mtl_dist.runs.lives import read_lives
 from mtl_dist.training.tracking import read_records
 from tests.conftest import REPO, assert_one_message, run_module
 
+pytestmark = pytest.mark.whole
+
 STEPS_PER_EPOCH = 5  # 40 rows in batches of 8
 
 
