@@ -6,7 +6,6 @@ Precedence: preset < `--config FILE` < flags. Everything is frozen and unknown k
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from mtl_dist import storage
 from mtl_dist.errors import MAX_SEED, InputError, StorageError, nearest
+from mtl_dist.families import FAMILIES, check_backbone_name, describe_backbones, describe_families, min_input_size
 from mtl_dist.parsing import MAX_YAML_BYTES, parse_yaml
 from mtl_dist.tasks import TASKS
 
@@ -24,10 +24,6 @@ MAX_SHOWN = 200  # characters of a value in a message
 MAX_PARTS = 8  # of a dotted key: more are those of no setting
 # The most of what is counted (steps, epochs, files), of a time, of a batch and of a side in pixels.
 MAX_COUNT, MAX_SECONDS, MAX_BATCH, MAX_SIDE = 10**9, 10**7, 2**20, 2048
-# Pixels: below it InceptionV3 has nothing left to pool. `small` stands for it: what runs with it runs with both.
-MIN_INPUT_SIZE = {"inception_v3": 75, "small": 75}
-BACKBONES = ("inception_v3", "vgg16", "small", "vgg_small")
-LIBRARIES = ("torchvision", "timm")
 
 
 class Section(BaseModel):
@@ -135,12 +131,10 @@ class AugmentConfig(Section):
 
 
 class ModelConfig(Section):
-    name: Literal["a", "b", "baseline"] = "a"
-    """a: the ensemble system (arXiv 2207.10878); b: its parent SMM-EmotionNet (arXiv 2203.12845); baseline: the
-    challenge's (arXiv 2202.10659), fully connected layers over the backbone's features."""
-    backbone: str = "inception_v3"
-    """inception_v3, vgg16, small or vgg_small (for laptops), or any of a library: torchvision:convnext_tiny,
-    timm:vit_small_patch16_224. Libraries' end where a cell is 16 x 16 pixels at most."""
+    name: Literal[*FAMILIES] = Field("a", description=describe_families())
+    backbone: Annotated[str, AfterValidator(check_backbone_name)] = Field(
+        "inception_v3", description=describe_backbones()
+    )
     weights: str = "imagenet"
     """The backbone's: imagenet (downloaded), a file or s3:// URI of a state dict, one of our runs or checkpoints, whose
     backbone is taken, or none: random initialisation."""
@@ -149,22 +143,8 @@ class ModelConfig(Section):
     image_size: int | None = Field(None, ge=32, le=MAX_SIDE)
     """Side of the model's input after cropping on the device; None: data.image_size."""
     hidden: int = Field(4096, ge=1, le=2**16)
-    """Width of the baseline's two fully connected layers."""
+    """Width of two fully connected layers."""
     dropout: float = Field(0.3, ge=0, lt=1)
-
-    @field_validator("backbone")
-    @classmethod
-    def _is_a_name(cls, name: str) -> str:
-        library, colon, variant = name.partition(":")
-        if not colon and library not in BACKBONES:
-            raise ValueError(
-                f"{nearest(name, BACKBONES)}; is it a library's? then timm:{name} or torchvision:{name}"
-                if re.fullmatch(r"[\w.\-]+", name)
-                else f"{nearest(name, BACKBONES)}; or torchvision:NAME, timm:NAME"
-            )
-        if colon and (library not in LIBRARIES or not re.fullmatch(r"[\w.\-]+", variant)):
-            raise ValueError("expected torchvision:NAME or timm:NAME, such as timm:convnext_tiny")
-        return name
 
 
 class LossConfig(Section):
@@ -316,7 +296,7 @@ class Config(Section):
                 f"data.streams {streams} does not divide train.global_batch {batch}: every stream gives "
                 f"the same number of samples to a step; use one of {_divisors(batch)}"
             )
-        if self.input_size < (least := MIN_INPUT_SIZE.get(self.model.backbone, 0)):
+        if self.input_size < (least := min_input_size(self.model.backbone)):
             raise ValueError(
                 f"the model's input would be {self.input_size} pixels a side (data.image_size, or model.image_size); "
                 f"the backbone needs {least} at least"

@@ -6,6 +6,7 @@ import sys
 from typing import Any, TypeVar
 
 import tyro
+from pydantic import Field
 
 from mtl_dist import storage
 from mtl_dist.config import Config, Section, build_config, read_config_file
@@ -47,16 +48,16 @@ PAPER: dict[str, Any] = {
 
 # Each holds only what differs from the defaults of config.py.
 PRESETS: dict[str, dict[str, Any]] = {
-    # The ensemble system, arXiv 2207.10878: SGD, lr 0.001, batch 24, 50 epochs, InceptionV3 at 299. Images are read at
+    # SGD, lr 0.001, batch 24, 50 epochs, InceptionV3 at 299. Images are read at
     # 112 pixels, the size of cropped_aligned, and made larger on the device: `--data.image-size 299` keeps more of
     # `cropped`, whose images may be larger, at seven times the pixels to load.
     "a": {"model": {"name": "a", "image_size": 299}},
-    # Its parent SMM-EmotionNet, arXiv 2203.12845, on our one masked batch.
+    # On our one masked batch.
     "b": {"model": {"name": "b", "image_size": 299}},
     # Both by the recipe that was published.
     "a-paper": PAPER | {"model": {"name": "a", "image_size": 299}},
     "b-paper": PAPER | {"model": {"name": "b", "image_size": 299}},
-    # The challenge's baseline, arXiv 2202.10659: VGG16 with frozen convolutions. Theirs were trained on faces: give
+    # VGG16 with frozen convolutions. Theirs were trained on faces: give
     # such weights with model.weights. Images of 112 pixels, as the challenge hands them out; A's optimizer and epochs.
     "baseline": {"model": {"name": "baseline", "backbone": "vgg16", "freeze_backbone": True, "dropout": 0.5}},
     # A, B and the baseline on a laptop.
@@ -82,9 +83,7 @@ Command = TypeVar("Command", bound=Section)
 class CommandConfig(Config):
     """A command's flags: the whole configuration, and where it starts from."""
 
-    preset: str = "a"
-    """Named complete configuration to start from: a, b, baseline; a-paper, b-paper (the published training recipe); on
-    a laptop small, small-b, small-baseline."""
+    preset: str = Field("a", description=f"Named complete configuration to start from: {', '.join(PRESETS)}.")
     config: str | None = None
     """YAML file (or s3:// URI) over the preset; flags go over both."""
 

@@ -1,6 +1,7 @@
 """The models: published counts and shapes, the region algebra against written-out layers, weights, learning."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -10,13 +11,14 @@ from torch import nn
 from torchvision.models import vgg16
 from torchvision.models.inception import Inception3
 
-from mtl_dist import config
 from mtl_dist.config import ModelConfig
 from mtl_dist.errors import InputError
+from mtl_dist.families import FAMILIES, OWN_BACKBONES
 from mtl_dist.models import MODELS, build_model, num_parameters
 from mtl_dist.models.backbone import load_backbone_weights
 from mtl_dist.models.backbones import BACKBONES, build_backbone
 from mtl_dist.models.regions import EMBEDDING_DIM, NUM_REGIONS, RegionEmbeddings
+from tests.conftest import REPO
 
 
 def make_config(**changes):
@@ -155,6 +157,14 @@ def test_the_baseline_has_no_attention_to_show(models):
     assert hasattr(models["a", "vgg_small"], "attention_maps")
 
 
+def test_a_family_has_a_class_a_row_in_readme_and_settings_that_exist():
+    readme = (REPO / "README.md").read_text()
+    assert MODELS.keys() == FAMILIES.keys()
+    for name, family in FAMILIES.items():
+        assert re.search(rf"^\| `{name}` \| .*{re.escape(family.what.partition(',')[0])}", readme, re.MULTILINE), name
+        assert set(family.reads) <= ModelConfig.model_fields.keys()
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_every_parameter_gets_a_gradient_but_the_unused_prediction_head(name):
     model = build_model(make_config(name=name))
@@ -178,7 +188,6 @@ def test_autocast_to_bfloat16_stays_close_to_float32(models):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": "z"}, "unknown model 'z'; known: a, b, baseline"),
         ({"backbone": "vgg"}, "unknown backbone 'vgg': did you mean 'vgg16'.*or torchvision:NAME, timm:NAME"),
         ({"backbone": "keras:vgg16"}, "unknown library 'keras' of backbone keras:vgg16; known: timm, torchvision"),
         ({"backbone": "timm:resnet18"}, "timm:resnet18 is built for one size of images; give model.image_size"),
@@ -199,7 +208,7 @@ def test_the_configuration_refuses_a_backbone_that_cannot_be_a_name(name):
 
 
 def test_the_configuration_knows_the_backbones_that_there_are():
-    assert set(config.BACKBONES) == set(BACKBONES)
+    assert set(OWN_BACKBONES) == set(BACKBONES)
     for name in ("vgg16", "timm:vit_tiny_patch16_224.augreg_in21k", "torchvision:convnext_tiny"):
         assert make_config(backbone=name).backbone == name
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple
 
+from mtl_dist.families import FAMILIES
 from mtl_dist.runs.checkpoint import MODEL
 from mtl_dist.runs.trained import Trained
 from mtl_dist.tasks import AUS, EXPRESSIONS, TASKS
@@ -12,11 +13,6 @@ from mtl_dist.training.tracking import SCORE_NAMES
 
 ONNX = "model.onnx"
 _TASK_NAMES = {"va": "valence and arousal", "expr": "expression", "au": "action units"}
-_MODELS = {
-    "a": "the members of the ensemble system of Haider et al. 2022 (arXiv 2207.10878)",
-    "b": "SMM-EmotionNet (Deng 2022, arXiv 2203.12845)",
-    "baseline": "the baseline of the ABAW challenges (arXiv 2202.10659)",
-}
 _VIEWS = {
     "cropped": "the face and a little around it, as it was in the frame",
     "cropped_aligned": "the face alone, turned and scaled so that the eyes are at the same places in every picture",
@@ -57,6 +53,7 @@ def _title(trained: Trained) -> str:
     )
     view = trained.view
     cut = f" as those of view `{view}` are: {_VIEWS.get(view, 'that of its training data')}" if view else ""
+    family = FAMILIES[model.name]
     return f"""
 ---
 library_name: mtl_dist
@@ -67,7 +64,7 @@ tags: [facial-affect, valence-arousal, facial-expression, action-units]
 
 # Facial affect: valence and arousal, 8 expressions, 12 action units
 
-Model `{model.name}` with backbone `{model.backbone}`, as in {_MODELS.get(model.name, "mtl_dist")}.
+Model `{model.name}` with backbone `{model.backbone}`, as in {family.what} ({family.paper}).
 Trained and exported by mtl_dist: step {trained.checkpoint.step} of run `{trained.config.run.name}`.
 It reads one picture cut to one face{cut}.{bf16}
 """

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from mtl_dist.errors import InputError
+from mtl_dist.families import FAMILIES
 from mtl_dist.models.backbone import Backbone, load_backbone_weights, load_imagenet_weights
 from mtl_dist.models.backbones import build_backbone
 from mtl_dist.models.baseline import Baseline
@@ -20,7 +21,7 @@ from mtl_dist.models.emotionnet import EnsembleNet, SMMEmotionNet
 if TYPE_CHECKING:
     from mtl_dist.config import ModelConfig
 
-MODELS = {"a": EnsembleNet, "b": SMMEmotionNet, "baseline": Baseline}
+MODELS = {"a": EnsembleNet, "b": SMMEmotionNet, "baseline": Baseline}  # of every name in `families.FAMILIES`
 
 
 def build_model(
@@ -33,11 +34,9 @@ def build_model(
     file: models read no storage. The global random state is left as it was.
 
     Raises:
-        InputError: an unknown name, or weights that do not fit the backbone.
+        InputError: an unknown backbone, or weights that do not fit it.
         InputError: ImageNet weights could not be downloaded.
     """
-    if config.name not in MODELS:
-        raise InputError(f"unknown model {config.name!r}; known: {', '.join(sorted(MODELS))}")
     if weights_file is None and config.weights.startswith("s3://"):
         raise InputError(f"fetch {config.weights} first and give build_model its local copy as weights_file")
 
@@ -78,10 +77,9 @@ def at_most(parameters: int) -> Iterator[None]:
 
 
 def _build_heads(config: ModelConfig, backbone: Backbone, input_size: int | None) -> nn.Module:
-    """Build what comes after the backbone, and the model of both."""
-    if config.name == "baseline":
-        return Baseline(backbone, dropout=config.dropout, hidden=config.hidden, input_size=input_size)
-    return MODELS[config.name](backbone, dropout=config.dropout)
+    """Build what comes after the backbone, and the model of both, with the settings that its family reads."""
+    own = {name: getattr(config, name) for name in FAMILIES[config.name].reads}
+    return MODELS[config.name](backbone, input_size=input_size, **own)
 
 
 def num_parameters(module: nn.Module) -> int:

@@ -83,12 +83,12 @@ class EnsembleNet(EmotionNet):
     and average over regions.
     """
 
-    def __init__(self, backbone: Backbone, *, dropout: float):
+    def __init__(self, backbone: Backbone, *, dropout: float, input_size: int | None = None):
         super().__init__(backbone, dropout=dropout, expr_hidden=(512, 128), va_hidden=(128,), prediction_head=False)
 
 
 class SMMEmotionNet(EmotionNet):
     """System B (Deng 2022, arXiv 2203.12845): linear heads; 2,402,397 parameters after the InceptionV3 backbone."""
 
-    def __init__(self, backbone: Backbone, *, dropout: float):
+    def __init__(self, backbone: Backbone, *, dropout: float, input_size: int | None = None):
         super().__init__(backbone, dropout=dropout, expr_hidden=(), va_hidden=(), prediction_head=True)

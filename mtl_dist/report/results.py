@@ -18,6 +18,7 @@ from mtl_dist import storage
 from mtl_dist.config import flatten
 from mtl_dist.data.index import Index
 from mtl_dist.errors import InputError
+from mtl_dist.families import FAMILIES
 from mtl_dist.objective.metrics import (
     AU_THRESHOLD,
     MetricSums,
@@ -37,14 +38,11 @@ from mtl_dist.tasks import AUS, NUM_AUS, NUM_EXPRESSIONS, LabelCounts
 CONSTANT, ENSEMBLE, CALIBRATED = "constant predictor", "ensemble", "ensemble, calibrated"
 TOLERANCE = 1e-3  # of P: tables hold float32
 CACHE_FORMAT = "mtl_dist-report-1"
-BASELINE, SYSTEM_B, SYSTEM_A = "baseline", "B (SMM-EmotionNet)", "A"
-MODEL_LABELS = {"baseline": BASELINE, "b": SYSTEM_B, "a": SYSTEM_A}
 ALL = slice(None)
 # Of score.json, before it was sealed.
 SCORE_KEYS = ("p", "p_calibrated", "covers", "scores", "steps", "calibration", "members", "rows", "test", "options")
 TRAINING_SET = "training set"  # what settings call the checksum of its index
 COMBINING = ("steps", "folds", "half_windows")  # options of an ensemble that make it another method
-ORDER = (BASELINE, SYSTEM_B, SYSTEM_A)  # as the paper's tables have them; other models after these
 
 
 class Result(NamedTuple):
@@ -126,7 +124,7 @@ def label_runs(members: list[Member]) -> list[str]:
     plain = []
     for member in members:
         name, view = member.config.model.name, member.val.view
-        label = MODEL_LABELS.get(name, name)
+        label = FAMILIES[name].title
         plain.append(f"{label} {view.replace('_', ' ')}" if name == "a" or len(views[name]) > 1 else label)
     settings, names = [_settings(member) for member in members], unique_names([member.run_uri for member in members])
     seeds = [member.config.run.seed for member in members]
@@ -327,11 +325,12 @@ def _is_calibrated(result: Result) -> bool:
 
 
 def _place(label: str) -> int:
-    """Where a label stands in `ORDER`, whatever view or name is added to it."""
+    """Where a label's family stands among all, whatever view or name is added to it."""
+    titles = [family.title for family in FAMILIES.values()]
     fits = (
-        place for place, known in enumerate(ORDER) if label == known or label.startswith((f"{known} ", f"{known},"))
+        place for place, title in enumerate(titles) if label == title or label.startswith((f"{title} ", f"{title},"))
     )
-    return next(fits, len(ORDER))
+    return next(fits, len(titles))
 
 
 def _scores(predicted: Predicted) -> dict[str, Any]:
