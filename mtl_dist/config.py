@@ -393,8 +393,14 @@ def dump_yaml(config: Config) -> str:
 
 def flatten(config: Config) -> dict[str, Any]:
     """Return {dotted path: JSON value} of every setting."""
-    tree = json.loads(config.model_dump_json())
-    return {f"{section}.{key}": value for section, values in tree.items() for key, value in values.items()}
+    return _flatten(json.loads(config.model_dump_json()), "")
+
+
+def _flatten(tree: dict[str, Any], path: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _flatten(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+    return found
 
 
 def _merge(target: dict[str, Any], layer: dict[str, Any]) -> None:

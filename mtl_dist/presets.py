@@ -11,6 +11,7 @@ from pydantic import Field
 from mtl_dist import storage
 from mtl_dist.config import Config, Section, build_config, read_config_file
 from mtl_dist.errors import InputError, PlainParser, nearest, plain_refusals
+from mtl_dist.unread import check_read, is_written
 
 # What the systems have in common on a laptop: random initialisation, for synthetic faces and first tries.
 LAPTOP: dict[str, Any] = {
@@ -95,11 +96,14 @@ def parse_command(command: type[Command], args: list[str] | None, *, prog: str, 
     early.add_argument("--preset", default="a")
     early.add_argument("--config")
     known, _ = early.parse_known_args([part for part in args if part not in ("-h", "--help")])
-    resolved = build_config(load_preset(known.preset), read_config_file(known.config) if known.config else {})
+    preset, file = load_preset(known.preset), read_config_file(known.config) if known.config else {}
+    resolved = build_config(preset, file)
     sections = {name: getattr(resolved, name) for name in Config.model_fields}
     default = command(**sections, preset=known.preset, config=known.config)
     with plain_refusals(prog):
-        return tyro.cli(command, default=default, args=args, prog=prog, description=description)
+        found = tyro.cli(command, default=default, args=args, prog=prog, description=description)
+    check_read(found, build_config(preset), *([resolved] if is_written(file) else []))
+    return found
 
 
 def config_of(command: CommandConfig) -> Config:

@@ -20,6 +20,7 @@ LAYERS = [
     {"mtl_dist.families", "mtl_dist.s3", "mtl_dist.sealed", "mtl_dist.machine", "mtl_dist.ranks", "mtl_dist.joining"},
     {"mtl_dist.storage", "mtl_dist.progress"},
     {"mtl_dist.config"},
+    {"mtl_dist.unread"},
     {"mtl_dist.presets", "mtl_dist.device"},
     {"mtl_dist.data", "mtl_dist.models", "mtl_dist.objective"},
     {"mtl_dist.shards"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,12 +19,14 @@ from mtl_dist.config import Config, Section, build_config, dump_yaml, flatten, r
 from mtl_dist.data.augment import augment, make_draws, normalise
 from mtl_dist.ensemble.__main__ import EnsembleCommand
 from mtl_dist.errors import InputError, nearest
+from mtl_dist.families import FAMILIES
 from mtl_dist.predict import PredictCommand
 from mtl_dist.presets import PRESETS, CommandConfig, config_of, load_preset, parse_command, with_absolute_paths
 from mtl_dist.report.options import ReportCommand
+from mtl_dist.runs.checkpoint import check_same_run
 from mtl_dist.shards.__main__ import create, inspect, synth, verify
 from tests.conftest import REPO, assert_one_message, run_here
-from tune.search import SearchConfig
+from tune.search import SearchConfig, best_yaml
 from tune.space import read_space
 
 
@@ -35,13 +38,13 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):
     preset = parse("--preset", "small")
     path = tmp_path / "config.yaml"
     path.write_text("optim: {lr: 0.5, momentum: 0.25}\ndata.workers: 7\n")
-    found = parse("--preset", "small", "--config", str(path), "--optim.lr", "0.125")
+    found = parse("--preset", "small", "--config", str(path), "--optim.lr", "0.125", "--optim.name", "sgd")
     assert found.optim.lr == 0.125  # of the flag
     assert found.optim.momentum == 0.25  # of the file
     assert found.data.workers == 7  # of the file, as a dotted key
     assert found.optim.weight_decay == preset.optim.weight_decay != Config().optim.weight_decay  # of the preset
     changed = {key for key, value in flatten(found).items() if value != flatten(preset)[key]}
-    assert changed == {"optim.lr", "optim.momentum", "data.workers"}
+    assert changed == {"optim.name", "optim.lr", "optim.momentum", "data.workers"}
 
 
 def test_the_order_of_flags_does_not_matter(tmp_path):
@@ -369,3 +372,67 @@ def test_an_empty_place_to_write_to_is_refused():
 def test_yaml_with_a_few_aliases_is_read(tmp_path):
     (tmp_path / "x.yaml").write_text("loss: {va: &one 2.0, expr: *one}")
     assert read_config_file(str(tmp_path / "x.yaml")) == {"loss": {"va": 2.0, "expr": 2.0}}
+
+
+UNREAD = [  # flags that nothing reads, what reads them, and what is said
+    (["--model.hidden", "8"], ["--model.name", "baseline"], "model.name is a; it is for baseline"),
+    (["--optim.momentum", "0.5"], ["--optim.name", "sgd"], "optim.name is adamw; it is for sgd"),
+    (["--optim.no-nesterov"], ["--optim.name", "sgd"], "optim.name is adamw; it is for sgd"),
+    (["--augment.crop-scale", "0.5", "1"], [], "augment.resize is 200, which is there instead"),
+    (["--data.prefetch", "9"], ["--data.workers", "1"], "data.workers is 0; it is for 1 or more"),
+]
+
+
+@pytest.mark.parametrize(("flags", "remedy", "words"), UNREAD)
+def test_a_setting_that_is_changed_and_not_read_is_refused_by_flag_and_in_a_file(flags, remedy, words, tmp_path):
+    base = ["--preset", "small", "--data.workers", "0", "--augment.resize", "200"]
+    with pytest.raises(InputError, match=re.escape(words)):
+        parse(*base, *flags)
+    keep = base if remedy else base[:-2]
+    found = parse(*keep, *remedy, *flags)
+    changed = {key: value for key, value in flatten(found).items() if value != flatten(parse(*keep, *remedy))[key]}
+    (tmp_path / "part.yaml").write_text(yaml.safe_dump(changed))
+    assert parse(*keep, *remedy, "--config", str(tmp_path / "part.yaml")) == found
+    with pytest.raises(InputError, match=re.escape(words)):
+        parse(*base, "--config", str(tmp_path / "part.yaml"))
+    assert parse(
+        *base, "--config", str(tmp_path / "part.yaml"), *remedy, *([] if remedy else ["--augment.resize", "None"])
+    )
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("model", FAMILIES)
+def test_what_a_preset_or_the_default_has_is_not_refused_beside_another_choice(name, model):
+    for more in ([], ["--optim.name", "adamw"], ["--augment.resize", "400"], ["--data.workers", "0"]):
+        parse("--preset", name, "--model.name", model, *more)
+    parse("--preset", "small", "--model.hidden", "4096")  # the default
+    parse("--preset", "small-baseline", "--model.name", "a", "--model.hidden", "256")  # the preset's
+
+
+def test_a_configuration_that_a_run_wrote_is_taken_as_it_is_and_flags_over_it_are_not(tmp_path):
+    path = tmp_path / "config.yaml"
+    config = build_config(load_preset("small"), {"model": {"hidden": 8}, "optim": {"momentum": 0.5}})
+    path.write_text(dump_yaml(config))
+    assert parse("--config", str(path)) == with_absolute_paths(config)
+    with pytest.raises(InputError, match=r"model\.hidden is 9, and nothing reads it: model\.name is a"):
+        parse("--config", str(path), "--model.hidden", "9")
+    config = with_absolute_paths(build_config(load_preset("small")))
+    path.write_text(best_yaml(config, {"optim.lr": 0.5}))
+    assert parse("--config", str(path)).optim.lr == 0.5
+
+
+def test_what_is_not_read_does_not_make_a_run_another(tmp_path):
+    state = {"config": flatten(build_config(load_preset("small"), {"model": {"hidden": 8}})), "identity": {}}
+    state |= {"step": 1, "scores": {}}
+    check_same_run(state, build_config(load_preset("small")), {}, "here")
+    with pytest.raises(InputError, match=r"model\.hidden"):
+        check_same_run(state, build_config(load_preset("small"), {"model": {"name": "baseline"}}), {}, "here")
+
+
+def test_a_search_space_of_what_no_draw_reads_is_refused(tmp_path):
+    path, config = tmp_path / "space.yaml", build_config(load_preset("small"))
+    path.write_text("optim.momentum: {uniform: [0.5, 0.9]}\n")
+    with pytest.raises(InputError, match=r"nothing reads optim\.momentum: optim\.name is adamw"):
+        read_space(path, config)
+    path.write_text("optim.momentum: {uniform: [0.5, 0.9]}\noptim.name: {choice: [sgd, adamw]}\n")
+    assert read_space(path, config).keys() == {"optim.momentum", "optim.name"}

@@ -15,6 +15,7 @@ from mtl_dist import storage
 from mtl_dist.config import Config, build_config, flatten, unflatten
 from mtl_dist.errors import InputError, nearest
 from mtl_dist.parsing import MAX_YAML_BYTES, parse_yaml
+from mtl_dist.unread import find_unread, why_unread
 
 # Learning rates relative to the preset's are found in `default_space`; loss weights matter by their ratios.
 LOSS_WEIGHTS = {"loguniform": [0.3, 3.0]}
@@ -82,13 +83,15 @@ def build_param_space(space: Space) -> dict[str, Any]:
 def check_draws(where: str, space: Space, config: Config) -> None:
     """Raise `InputError` where a draw from the space is no valid configuration: settings must fit together too."""
     rng, base = np.random.default_rng(0), json.loads(config.model_dump_json())
-    refused = []
+    refused, unread = [], dict.fromkeys(space, "")
     for _ in range(DRAWS):
         params = {key: _draw(distribution, rng) for key, distribution in space.items()}
         try:
-            build_config(base, unflatten(params))
+            found = find_unread(build_config(base, unflatten(params)))
         except InputError as error:
             refused.append((params, error))
+        else:
+            unread = {key: why for key in unread if (why := why_unread(key, found))}
     if refused:
         params, error = refused[0]
         drawn = ", ".join(f"{key} {value!r}" for key, value in params.items())
@@ -96,6 +99,8 @@ def check_draws(where: str, space: Space, config: Config) -> None:
             f"{where}: {len(refused)} of {DRAWS} drawn configurations are invalid, such as {drawn}: {error}; narrow "
             "the space"
         )
+    if unread:
+        raise InputError(f"{where}: {'; '.join(f'nothing reads {key}: {why}' for key, why in unread.items())}")
 
 
 def _draw(distribution: dict[str, list], rng: np.random.Generator) -> Any:

@@ -30,6 +30,7 @@ from mtl_dist.errors import InputError
 from mtl_dist.parsing import parse_object
 from mtl_dist.sealed import unseal
 from mtl_dist.tasks import AUS, EXPRESSIONS
+from mtl_dist.unread import find_unread, why_unread
 
 FORMAT = "mtl_dist-checkpoint-2"
 COMMIT, STATE, MODEL, TRAIN = "COMMIT.json", "state.json", "model.safetensors", "train.safetensors"
@@ -258,13 +259,13 @@ def check_same_run(state: dict[str, Any], config: Config, identity: dict[str, st
             f"{', '.join(map(str, VERSIONS))}: continue it with the one that began it, or give it another --run.name"
         )
     # A setting that is newer than the checkpoint has the default, which is what was done before there was a choice.
-    stored, wanted = flatten(Config()) | state["config"], flatten(config)
+    stored, wanted, unread = flatten(Config()) | state["config"], flatten(config), find_unread(config)
     for key in sorted(stored.keys() | wanted.keys()):
         # Weights are read at a run's first start.
         mine, other = (tree.get(key) for tree in (wanted, stored))
         if key == "model.weights":
             mine, other = weights_name(mine), weights_name(other)
-        if key not in FREE and mine != other:
+        if key not in FREE and mine != other and not why_unread(key, unread):
             raise InputError(
                 f"run '{config.run.name}' has a checkpoint with {key} {stored.get(key)!r} ({where}), but the "
                 f"configuration says {wanted.get(key)!r}; give the run another --run.name, or the same {key}"

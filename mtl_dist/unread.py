@@ -1,0 +1,60 @@
+"""Settings that nothing reads: the chosen model, optimizer, augmentation or loader has no use for them.
+
+A setting that was changed and is not read is a mistake that would go unnoticed, so commands refuse it. Changed is what
+flags, a file or a search space give, unless the preset or the default has that value. A file that holds every section
+was written by a run or a search: it names all settings there are, and is taken as it is. Configurations that are stored
+with weights are not asked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mtl_dist.config import Config, flatten
+from mtl_dist.errors import InputError
+from mtl_dist.families import FAMILIES
+
+NOT_WRITTEN = {"run", "ray"}  # sections that best.yaml leaves out
+
+
+def find_unread(config: Config) -> dict[str, str]:
+    """Return the settings, or whole sections, that nothing reads, each with the reason and what would read it."""
+    chosen, found = config.model.name, {}
+    for name in dict.fromkeys(name for family in FAMILIES.values() for name in family.reads):
+        if name not in FAMILIES[chosen].reads:
+            readers = " or ".join(other for other, family in FAMILIES.items() if name in family.reads)
+            found[f"model.{name}"] = f"model.name is {chosen}; it is for {readers}"
+    optim, augment = config.optim, config.augment
+    if optim.name != "sgd":
+        found |= {f"optim.{name}": f"optim.name is {optim.name}; it is for sgd" for name in ("momentum", "nesterov")}
+    elif not optim.momentum:
+        found["optim.nesterov"] = "optim.momentum is 0; it is for more"
+    if augment.resize is not None:
+        found["augment.crop_scale"] = f"augment.resize is {augment.resize}, which is there instead"
+    if not (augment.brightness or augment.contrast or augment.saturation or augment.hue):
+        found["augment.jitter_p"] = "augment.brightness, contrast, saturation and hue are all 0"
+    if not config.data.workers:
+        found["data.prefetch"] = "data.workers is 0; it is for 1 or more"
+    return found
+
+
+def why_unread(setting: str, unread: dict[str, str]) -> str | None:
+    """Return what `find_unread` found of a setting, or of the section that it is in; None where it is read."""
+    return next((why for entry, why in unread.items() if setting == entry or setting.startswith(f"{entry}.")), None)
+
+
+def check_read(config: Config, *others: Config) -> None:
+    """Raise `InputError` for a setting that nothing reads, unless the default or one of `others` has its value."""
+    unread, known = find_unread(config), [flatten(other) for other in (Config(), *others)]
+    wrong = [
+        f"{setting} is {value!r}, and nothing reads it: {why}"
+        for setting, value in flatten(config).items()
+        if (why := why_unread(setting, unread)) and all(value != other.get(setting) for other in known)
+    ]
+    if wrong:
+        raise InputError(f"{'; '.join(wrong)}. Leave it out, or choose what reads it")
+
+
+def is_written(layer: dict[str, Any]) -> bool:
+    """Whether a configuration file was written by a run or a search."""
+    return Config.model_fields.keys() - NOT_WRITTEN <= layer.keys()
