@@ -17,7 +17,7 @@ import yaml
 from mtl_dist import storage
 from mtl_dist.config import Config, Section, build_config, dump_yaml, flatten, read_config_file, unflatten
 from mtl_dist.data.augment import augment, make_draws, normalise
-from mtl_dist.ensemble.__main__ import EnsembleCommand
+from mtl_dist.ensemble.options import EnsembleCommand
 from mtl_dist.errors import InputError, nearest
 from mtl_dist.families import FAMILIES
 from mtl_dist.predict import PredictCommand

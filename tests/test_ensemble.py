@@ -16,7 +16,10 @@ from safetensors.numpy import load_file, save
 
 from mtl_dist import predict, storage
 from mtl_dist.data.index import read_index
-from mtl_dist.ensemble.__main__ import EnsembleCommand, _calibrate, combine, main
+from mtl_dist.ensemble.__main__ import main
+from mtl_dist.ensemble.calibrated import calibrate
+from mtl_dist.ensemble.job import combine
+from mtl_dist.ensemble.options import EnsembleCommand
 from mtl_dist.errors import InputError
 from mtl_dist.objective.metrics import Predictions, Targets, metric_sums, scores
 from mtl_dist.predicting import ensembling
@@ -331,7 +334,7 @@ def test_single_images_that_are_dealt_into_folds_are_noted(capsys):
     command = EnsembleCommand(("run",), "out", steps=("temperature",))
     images = [f"{number:02d}.jpg" for number in range(20)]
     for videos, words in ((images, "single images are dealt into folds"), ([name[:1] for name in images], "")):
-        fitted = _calibrate([PredictionTable(make_predicted(np.arange(20), 1), images, videos)], command)
+        fitted = calibrate([PredictionTable(make_predicted(np.arange(20), 1), images, videos)], command)
         assert len(set(fitted.folds)) == (5 if words else 2)
         assert words in (printed := capsys.readouterr().out)
         assert ("note: " in printed) == bool(words)

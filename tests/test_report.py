@@ -14,7 +14,7 @@ import pytest
 import tyro
 
 from mtl_dist.config import build_config
-from mtl_dist.ensemble.__main__ import EnsembleCommand
+from mtl_dist.ensemble.options import EnsembleCommand
 from mtl_dist.errors import InputError
 from mtl_dist.objective.metrics import Predictions, Targets, constant_scores, metric_sums, scores
 from mtl_dist.objective.smoothing import video_names

@@ -1,0 +1,176 @@
+"""Make an ensemble: predict every member, average, score, calibrate, write."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mtl_dist import storage
+from mtl_dist.ensemble.calibrated import about_calibration, calibrate
+from mtl_dist.ensemble.options import RECORDED, EnsembleCommand
+from mtl_dist.ensemble.outputs import render_tables, render_test, write_files
+from mtl_dist.errors import InputError
+from mtl_dist.objective.metrics import constant_scores, metric_sums, scores
+from mtl_dist.predicting.ensembling import TEST, VAL, Prediction, predict_members, table_name
+from mtl_dist.predicting.evaluate import Predicted
+from mtl_dist.predicting.members import Member, check_apart, open_member, unique_names
+from mtl_dist.predicting.predictions import PredictionTable
+from mtl_dist.predicting.submission import TestImages, find_images, read_test_list
+from mtl_dist.sealed import seal
+from mtl_dist.training.tracking import print_scores
+
+RESERVED = ("constant predictor", "ensemble")  # rows of the scores that are no member's
+
+
+def make_ensemble(command: EnsembleCommand) -> None:
+    """Predict every member, write --out and say what came out. Raises `InputError`."""
+    test_names = read_test_list(command.test_list) if command.test_list else None
+    members = _open_members(command)
+    test = _find_test_images(command, members, test_names) if test_names else None
+    storage.check_writable(command.out, flag="--out")
+    tables = predict_members(members, command.out, how=_how(command), test_names=test_names, test=test)
+    found = [tables[name][VAL] for name in members]
+    _check_names(list(members), found)
+    mean = combine([table.predicted for table in found])
+    results = _score(members, found, mean)
+    fitted = calibrate(found, command)
+    steps = {name: scores(sums) for name, sums in fitted.crossfit.sums.items()} if fitted else {}
+
+    first = next(iter(members.values()))
+    report = {
+        "p": results["ensemble"]["p"],
+        "p_calibrated": list(steps.values())[-1]["p"] if steps else None,
+        "covers": results["ensemble"]["covers"],
+        "scores": results,
+        "steps": steps,
+        "calibration": about_calibration(fitted, command, list(members), found[0]) if fitted else None,
+        "members": [_about_member(name, member) for name, member in members.items()],
+        "rows": first.val.rows,
+        "test": {"list": command.test_list, "rows": len(test_names)} if test_names else None,
+        "options": {name: getattr(command, name) for name in RECORDED},
+    }
+    notes: list[str] = []
+    files = render_tables(mean, found[0], fitted, results, _step_rows(steps))
+    if test_names:
+        predicted = [tables[name][TEST].predicted for name in members]
+        test_files, notes = render_test(test_names, predicted, fitted.final if fitted else None)
+        files |= test_files
+    write_files(command.out, files | {"score.json": seal(report)})
+    _say(report, notes, num_folds=len(fitted.crossfit.calibrations) if fitted else 0)
+    print("wrote " + ", ".join(storage.join(command.out, name) for name in (*files, "score.json")))
+
+
+def _open_members(command: EnsembleCommand) -> dict[str, Member]:
+    """Open the runs, by names that tell them apart."""
+    opened = [open_member(run, *command.val[place : place + 1]) for place, run in enumerate(command.runs)]
+    members = dict(zip(unique_names([member.run_uri for member in opened], taken=RESERVED), opened))
+    check_members(opened)
+    check_apart(command.out, command.runs)
+    return members
+
+
+def check_members(members: list[Member]) -> None:
+    """Raise `InputError` naming two members that are one, or whose rows are of different data."""
+    first = members[0]
+    for place, member in enumerate(members):
+        if same := [m for m in members[:place] if m.checkpoint.files == member.checkpoint.files]:
+            raise InputError(
+                f"{same[0].run_uri} and {member.run_uri} are one and the same: both have the checkpoint "
+                f"{member.checkpoint.uri}; a member counts once"
+            )
+        if member.val.source_sha256 != first.val.source_sha256:
+            pairs = ((first, "is scored on"), (member, "on"))
+            sets = " and ".join(
+                f"{m.run_uri} {verb} {m.val_uri} (index {m.val.sha256[:12]}, of source {m.val.source_sha256[:12]})"
+                for m, verb in pairs
+            )
+            raise InputError(
+                f"{sets}: validation sets from different sources, or from other choices of rows; make all from one "
+                "source with the same options, or ensemble them apart"
+            )
+
+
+def _find_test_images(command: EnsembleCommand, members: dict[str, Member], names: list[str]) -> dict[str, TestImages]:
+    """Find the images of the test list in every view that a member reads."""
+    views = sorted({member.val.view for member in members.values()})
+    skip = command.skip_bad_images
+    return {view: find_images(command.test_root, view, names, skip_missing=skip) for view in views}
+
+
+def _how(command: EnsembleCommand) -> Prediction:
+    return Prediction(
+        command.batch, command.workers, command.device, command.cache_dir, command.cpus_per_member,
+        command.gpus_per_member, command.retries, command.local, command.autoscaling, command.skip_bad_images,
+        command.exif)  # fmt: skip
+
+
+def _check_names(names: list[str], tables: list[PredictionTable]) -> None:
+    for name, table in zip(names, tables):
+        if table.images != tables[0].images:
+            place = next((i for i, pair in enumerate(zip(table.images, tables[0].images)) if len(set(pair)) > 1), 0)
+            raise InputError(
+                f"the validation sets of {names[0]} and {name} have other images for one row, such as "
+                f"{tables[0].images[place]} and {table.images[place]}; make both from one source"
+            )
+
+
+def combine(members: list[Predicted]) -> Predicted:
+    """Average probabilities and VA of members, row by row. Raises `InputError` where rows or labels do not pair."""
+    first = members[0]
+    for other in members[1:]:
+        if not np.array_equal(first.rows, other.rows):
+            odd = np.setxor1d(first.rows, other.rows)[:5].tolist()
+            raise InputError(
+                f"the members' validation sets do not hold the same rows (such as {odd}); make them from one source"
+            )
+        for name, mine, theirs in zip(first.targets._fields, first.targets, other.targets):
+            if not np.array_equal(mine, theirs):
+                raise InputError(f"the members' labels differ ({name}) for one row; make their sets from one source")
+    columns = zip(*(member.predictions for member in members))
+    return first._replace(predictions=type(first.predictions)(*(np.mean(column, axis=0) for column in columns)))
+
+
+def _score(members: dict[str, Member], found: list[PredictionTable], mean: Predicted) -> dict[str, dict[str, Any]]:
+    """Score the constant predictor, every member and their plain mean."""
+    first = next(iter(members.values()))
+    results = {"constant predictor": constant_scores(first.val.labels)}
+    for name, table in zip(members, found):
+        results[name] = scores(metric_sums(table.predicted.predictions, table.predicted.targets))
+    return results | {"ensemble": scores(metric_sums(mean.predictions, mean.targets))}
+
+
+def _step_rows(steps: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Name every step with what it adds to P over the one before it."""
+    rows, before = {}, None
+    for name, scored in steps.items():
+        rows[name if before is None else f"{name} ({scored['p'] - before:+.4f} P)"] = scored
+        before = scored["p"]
+    return rows
+
+
+def _about_member(name: str, member: Member) -> dict[str, Any]:
+    return {
+        "name": name,
+        "run": member.run_uri,
+        "view": member.val.view,
+        "checkpoint": member.checkpoint.uri,
+        "step": member.checkpoint.step,
+        "p_in_training": member.checkpoint.score,
+        "validation_set": {"uri": member.val_uri, "sha256": member.val.sha256},
+        "predictions": table_name(name, VAL),
+    }
+
+
+def _say(report: dict[str, Any], notes: list[str], *, num_folds: int) -> None:
+    """Print what score.json says."""
+    print_scores(report["scores"], title=f"{report['rows']} validation rows")
+    if steps := report["steps"]:
+        print_scores(_step_rows(steps), title=f"what each step adds, fitted on other videos ({num_folds} folds)")
+        if report["test"] and report["p_calibrated"] < report["p"]:
+            print(
+                "note: submission.txt is calibrated, which lowered P on other videos; name the --steps to keep, or none"
+            )
+    for note in notes:
+        print(f"note: {note}")
+    print(f"challenge score P {report['p']:.4f} of {len(report['covers'])} task(s): {', '.join(report['covers'])}")
