@@ -26,12 +26,11 @@ from mtl_dist.data.decode import decode
 from mtl_dist.data.frames import unlabelled
 from mtl_dist.errors import InputError
 from mtl_dist.export import __main__ as export
-from mtl_dist.export import graph
+from mtl_dist.export import job
 from mtl_dist.export.card import write_card
 from mtl_dist.export.graph import PixelModel, largest_difference, resize_matrix, run_onnx, write_onnx
 from mtl_dist.models import build_model
 from mtl_dist.predicting.evaluate import predict as predict_batches
-from mtl_dist.runs import trained
 from mtl_dist.runs.checkpoint import best, committed
 from mtl_dist.runs.trained import load_trained, open_trained
 from mtl_dist.sealed import seal, unseal
@@ -194,8 +193,8 @@ def test_models_become_graphs_that_answer_alike(tmp_path, name, backbone, sizes)
 
 
 def test_a_graph_that_answers_otherwise_is_an_error_and_nothing_is_left(run, exported, faces, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "TOLERANCE", 0.0)  # which no two runtimes keep to
-    monkeypatch.setattr(graph, "write_onnx", lambda model, path, **sizes: shutil.copy(exported / "model.onnx", path))
+    monkeypatch.setattr(job, "TOLERANCE", 0.0)  # which no two runtimes keep to
+    monkeypatch.setattr(job, "write_onnx", lambda model, path, **sizes: shutil.copy(exported / "model.onnx", path))
     with pytest.raises(SystemExit, match=r"^error: the ONNX graph of .* does not answer as torch does") as ended:
         export.main([str(run), "--out", str(tmp_path / "out"), "--images", str(faces)])
     assert isinstance(ended.value.code, str)  # printed to stderr, exit code 1
@@ -234,7 +233,7 @@ def test_a_run_without_a_finished_checkpoint_is_refused(tmp_path):
 
 
 def test_an_out_that_cannot_be_written_is_refused_before_anything_is_made(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(trained, "load_trained", lambda found: pytest.fail("begun"))
+    monkeypatch.setattr(job, "load_trained", lambda found: pytest.fail("begun"))
     (tmp_path / "file").touch()
     (tmp_path / "earlier").mkdir()
     real = os.open

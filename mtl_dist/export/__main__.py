@@ -13,210 +13,21 @@ and the exit code is 1. `python -m mtl_dist.predict --runs OUT` predicts with wh
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
 import tyro
 
-from mtl_dist import storage
-from mtl_dist.errors import InputError, plain_refusals, run_command
-from mtl_dist.sealed import seal
-
-if TYPE_CHECKING:
-    import numpy as np
-    from torch import nn
-
-    from mtl_dist.export.card import Checked
-    from mtl_dist.runs.trained import Trained
-
-TOLERANCE = 1e-4
-NUM_FACES = 64
-NUM_RANDOM = 8
-CHECK_BATCH = 16
+from mtl_dist.errors import plain_refusals, run_command
+from mtl_dist.export.options import ExportCommand, check_command
 
 PROG = "python -m mtl_dist.export"
-
-
-@dataclass(frozen=True)
-class ExportCommand:
-    run: Annotated[str, tyro.conf.Positional]
-    """Run (<storage>/<name>: its best checkpoint), or one of its checkpoints (.../checkpoints/step_...)."""
-    out: str
-    """Directory or s3:// prefix to write to; an earlier export there is replaced."""
-    formats: tuple[Literal["safetensors", "onnx"], ...] = ("safetensors", "onnx")
-    """What to write beside config.json and README.md."""
-    images: str | None = None
-    """Faces to compare torch and onnxruntime on: a directory, list, video or shard set. None: the validation set."""
-    cache_dir: Path | None = None
-    """Per-node cache of shards; None: $MTL_CACHE_DIR or ~/.cache/mtl_dist/shards."""
 
 
 def main(args: list[str] | None = None) -> None:
     with plain_refusals(PROG):
         command = tyro.cli(ExportCommand, args=args, prog=PROG, description=__doc__)
-    if not command.formats:
-        raise InputError("--formats is empty; expected safetensors, onnx or both")
-    from mtl_dist.export.card import ONNX, write_card
-    from mtl_dist.export.graph import check_onnx_installed
-    from mtl_dist.runs.checkpoint import MODEL
-    from mtl_dist.runs.trained import EXPORTED_CONFIG, exported_config, load_trained, open_trained
+    check_command(command)
+    from mtl_dist.export.job import export  # torch and all, which --help does not wait for
 
-    if "onnx" in command.formats:
-        check_onnx_installed()
-    trained = open_trained(command.run)
-    if not trained.state:
-        raise InputError(f"{command.run} is an export already; name the run that it came from")
-    _check_apart(command.out, trained)
-    _check_out(command.out)
-    with storage.scratch_directory("export") as scratch:
-        files: dict[str, dict[str, Any]] = {}
-        model = load_trained(trained)
-        _check_weights(model, trained.uri)
-        if "safetensors" in command.formats:
-            _write_weights(model, scratch / MODEL)
-            files[MODEL] = _about(scratch / MODEL)
-        checked = None
-        if "onnx" in command.formats:
-            faces = _read_faces(command, trained, scratch)
-            checked = _export_onnx(model, trained, faces, scratch / ONNX)
-            files[ONNX] = _about(scratch / ONNX)
-        card = write_card(trained, files=files, constant=_constant_scores(trained), checked=checked)
-        # config.json is what makes it an export: away first, and there again when all else is.
-        for name in (EXPORTED_CONFIG, MODEL, ONNX):
-            storage.delete(storage.join(command.out, name))
-        for name in files:
-            storage.upload(scratch / name, storage.join(command.out, name))
-        storage.write_bytes(storage.join(command.out, "README.md"), card.encode())
-        config = exported_config(trained, files).model_dump(mode="json")
-        storage.write_bytes(storage.join(command.out, EXPORTED_CONFIG), seal(config))
-    print(f"exported {trained.uri} to {command.out}: {', '.join((*files, 'README.md', EXPORTED_CONFIG))}")
-
-
-def _check_apart(out: str, trained: Trained) -> None:
-    """Raise where the export would be taken for a run, or damage its checkpoints."""
-    from mtl_dist.training.loop import CONFIG_NAME
-
-    run_uri = storage.absolute(trained.uri.rpartition("/checkpoints/")[0])
-    target = storage.join(storage.absolute(out))
-    if target == run_uri or f"{target}/".startswith(f"{run_uri}/checkpoints/"):
-        raise InputError(f"--out is {out}, where the run itself keeps its files; name another directory")
-    if storage.exists(storage.join(out, CONFIG_NAME)):  # whoever predicts with that run would take this one's weights
-        raise InputError(f"--out is {out}, which is a run; name another directory")
-
-
-def _check_out(out: str) -> None:
-    """Raise unless files can be written to --out: now, and not after the graph was made."""
-    from mtl_dist.predicting.inputs import parent_uri
-
-    storage.check_lasting(out, flag="--out")
-    if storage.is_s3(out):  # a bucket has nothing above it
-        storage.check_writable(out)
-        return
-    if storage.exists(out):
-        raise InputError(f"--out is {out}, which is a file; expected a directory, which may be there already or not")
-    # Not --out itself where there is none, which would be left behind empty where the graph is refused.
-    storage.check_writable(out if storage.local_path(out).is_dir() else parent_uri(out.rstrip("/")))
-
-
-def _check_weights(model: nn.Module, uri: str) -> None:
-    from mtl_dist.models import non_finite
-
-    if wrong := non_finite(model):
-        raise InputError(f"{uri} has weights that are not finite ({', '.join(wrong[:3])}); train it again")
-
-
-def _write_weights(model: nn.Module, path: Path) -> None:
-    from safetensors.torch import save_file
-
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, path, metadata={"format": "pt"})
-
-
-def _export_onnx(model: nn.Module, trained: Trained, faces: np.ndarray, path: Path) -> Checked:
-    """Write the graph and compare it with torch. Ends the command where they differ by more than `TOLERANCE`."""
-    import numpy as np
-
-    from mtl_dist.export.card import Checked
-    from mtl_dist.export.graph import largest_difference, run_onnx, write_onnx
-    from mtl_dist.predicting.predictions import check_finite
-
-    config = trained.config
-    size = config.data.image_size
-    print(f"writing ONNX of {trained.uri} ...", flush=True)
-    write_onnx(model, path, image_size=size, input_size=config.input_size)
-    noise = np.random.default_rng(0).integers(0, 256, (NUM_RANDOM, 3, size, size), np.uint8)
-    differences = {}
-    for name, images in (("faces", faces), ("pictures of noise", noise)):
-        answers = _run_torch(model, images, config.input_size)
-        numbers = range(1, len(images) + 1)
-        check_finite(answers, [f"number {number} of the {name}" for number in numbers], source=trained.uri)
-        found = largest_difference(run_onnx(path, images, batch=CHECK_BATCH), answers)
-        differences[name] = found
-        print(f"onnxruntime and torch differ by {found:.1e} at most on {len(images)} {name} (at most {TOLERANCE:.0e})")
-        if not found <= TOLERANCE:  # NaN neither
-            sys.exit(
-                f"error: the ONNX graph of {trained.uri} does not answer as torch does: {found:.1e} on {name}, at most "
-                f"{TOLERANCE:.0e} is let through; nothing was written. --formats safetensors exports the weights alone"
-            )
-    return Checked(max(differences.values()), len(faces), len(noise))
-
-
-def _run_torch(model: nn.Module, images: np.ndarray, input_size: int):
-    """Predict (n, 3, S, S) uint8 as predict and the ensemble do, in fp32."""
-    import torch
-
-    from mtl_dist.data.frames import unlabelled
-    from mtl_dist.predicting.evaluate import predict
-
-    pixels = images.transpose(0, 2, 3, 1)
-    starts = range(0, len(pixels), CHECK_BATCH)
-    batches = [unlabelled(pixels[i : i + CHECK_BATCH], range(len(pixels[i : i + CHECK_BATCH]))) for i in starts]
-    return predict(model, batches, device=torch.device("cpu"), size=input_size).predictions
-
-
-def _read_faces(command: ExportCommand, trained: Trained, scratch: Path) -> np.ndarray:
-    """Read up to `NUM_FACES` pictures (n, 3, S, S) uint8 as the model takes them."""
-    import numpy as np
-
-    from mtl_dist.predicting.inputs import open_frames
-
-    config = trained.config
-    uri = command.images or config.data.val
-    try:
-        frames = open_frames(uri, scratch=scratch, cache_dir=command.cache_dir)
-    except InputError as error:
-        if command.images:
-            raise
-        raise InputError(
-            f"the run's validation set, which torch and onnxruntime are compared on, cannot be read ({error}); give "
-            "other faces with --images, a directory or shard set"
-        ) from None
-    found, parts = 0, []
-    batches = frames.batches(config.data.image_size, batch=CHECK_BATCH, workers=0, part=0, num_parts=1)
-    for batch in batches:
-        parts.append(batch.inputs[:, 0].numpy().copy())
-        found += len(parts[-1])
-        if found >= NUM_FACES:
-            break
-    return np.concatenate(parts)[:NUM_FACES]
-
-
-def _constant_scores(trained: Trained) -> dict[str, Any] | None:
-    """Score the constant predictor on the run's validation set; None where the set is not where it was."""
-    from mtl_dist.data.index import read_index
-    from mtl_dist.objective.metrics import constant_scores
-
-    try:
-        val = read_index(trained.config.data.val)
-    except InputError:
-        return None
-    return constant_scores(val.labels) if val.sha256 == trained.state["identity"]["validation set"] else None
-
-
-def _about(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": storage.sha256_of(path)}
+    export(command)
 
 
 if __name__ == "__main__":
