@@ -20,7 +20,7 @@ from mtl_dist.data.augment import augment, make_draws, normalise
 from mtl_dist.ensemble.options import EnsembleCommand
 from mtl_dist.errors import InputError, nearest
 from mtl_dist.families import FAMILIES
-from mtl_dist.predict import PredictCommand
+from mtl_dist.predict.options import PredictCommand
 from mtl_dist.presets import PRESETS, CommandConfig, config_of, load_preset, parse_command, with_absolute_paths
 from mtl_dist.report.options import ReportCommand
 from mtl_dist.runs.checkpoint import check_same_run
@@ -291,7 +291,12 @@ sys.exit(code)
 
 
 @pytest.mark.parametrize(
-    "module", ["mtl_dist.shards", "mtl_dist.train", "mtl_dist.ensemble", "tune.search", "cluster.local"]
+    "module",
+    [
+        *(f"mtl_dist.{name}" for name in ("shards", "train", "predict", "ensemble", "export", "report")),
+        "tune.search",
+        "cluster.local",
+    ],
 )
 def test_help_answers_with_examples_and_without_heavy_imports(module):
     done = subprocess.run([sys.executable, "-c", HELP, module], capture_output=True, text=True, cwd=REPO, timeout=60)

@@ -17,12 +17,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.testing import assert_close
 
-from mtl_dist import predict
 from mtl_dist.config import build_config, unflatten
 from mtl_dist.data.augment import normalise
 from mtl_dist.ensemble import __main__ as ensemble
 from mtl_dist.models import build_model
 from mtl_dist.objective.module import ObjectiveModule
+from mtl_dist.predict import __main__ as predict
 from mtl_dist.predicting import spread as parts
 from mtl_dist.presets import PRESETS
 from mtl_dist.runs.checkpoint import committed

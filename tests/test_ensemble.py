@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file, save
 
-from mtl_dist import predict, storage
+from mtl_dist import storage
 from mtl_dist.data.index import read_index
 from mtl_dist.ensemble.__main__ import main
 from mtl_dist.ensemble.calibrated import calibrate
@@ -22,6 +22,7 @@ from mtl_dist.ensemble.job import combine
 from mtl_dist.ensemble.options import EnsembleCommand
 from mtl_dist.errors import InputError
 from mtl_dist.objective.metrics import Predictions, Targets, metric_sums, scores
+from mtl_dist.predict import __main__ as predict
 from mtl_dist.predicting import ensembling
 from mtl_dist.predicting.cluster import TaskFailed
 from mtl_dist.predicting.ensembling import FORMAT, TEST, VAL, Prediction, _key_of, map_here, table_name

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.numpy import load_file, save
 
-from mtl_dist import predict, storage
+from mtl_dist import storage
 from mtl_dist.config import ModelConfig
 from mtl_dist.data.decode import decode
 from mtl_dist.data.frames import unlabelled
@@ -30,6 +30,7 @@ from mtl_dist.export import job
 from mtl_dist.export.card import write_card
 from mtl_dist.export.graph import PixelModel, largest_difference, resize_matrix, run_onnx, write_onnx
 from mtl_dist.models import build_model
+from mtl_dist.predict import __main__ as predict
 from mtl_dist.predicting.evaluate import predict as predict_batches
 from mtl_dist.runs.checkpoint import best, committed
 from mtl_dist.runs.trained import load_trained, open_trained

@@ -20,13 +20,14 @@ import pytest
 import torch
 from PIL import Image
 
-from mtl_dist import predict, storage
+from mtl_dist import storage
 from mtl_dist.data.decode import MAX_IMAGE_BYTES, decode
 from mtl_dist.data.frames import BadImage, _ahead, image_batches, read_image
 from mtl_dist.data.videos import count_frames, video_batches
 from mtl_dist.errors import InputError, StorageError
+from mtl_dist.predict import __main__ as predict
+from mtl_dist.predict import job
 from mtl_dist.predicting import inputs
-from mtl_dist.predicting import spread as parts
 from mtl_dist.predicting.inputs import open_frames
 from mtl_dist.predicting.members import open_member, predict_member
 from mtl_dist.predicting.predictions import read_predictions
@@ -170,7 +171,7 @@ def test_several_models_give_the_mean_of_their_probabilities(run, faces, tmp_pat
 
 
 def test_models_of_two_views_are_refused(run, runs, faces, tmp_path, monkeypatch):
-    monkeypatch.setattr(parts, "predict_frames", lambda *args, **options: pytest.fail("predicted"))
+    monkeypatch.setattr(job, "predict_frames", lambda *args, **options: pytest.fail("predicted"))
     aligned = runs / "cropped_aligned"
     pattern = rf"^--runs names {run}, of view 'cropped', and {aligned}, of view 'cropped_aligned'; .*mtl_dist\.ensemble"
     with pytest.raises(InputError, match=pattern):
@@ -478,7 +479,7 @@ def test_a_video_without_a_count_of_frames_is_refused_where_it_ends_before_its_t
 
 @pytest.mark.skipif("libx264" not in av.codecs_available, reason="this PyAV writes no H.264")
 def test_an_mp4_that_was_cut_is_refused_at_once_though_its_table_of_frames_is_whole(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(parts, "predict_frames", lambda *args, **options: pytest.fail("predicted"))
+    monkeypatch.setattr(job, "predict_frames", lambda *args, **options: pytest.fail("predicted"))
     whole = write_video(tmp_path / "whole.mp4", frames=100, codec="libx264", movflags="faststart")
     assert count_frames(whole) == 100
     for share in (0.5, 0.97):
@@ -603,7 +604,7 @@ def test_bad_input_is_one_message_that_names_it_and_nothing_is_written(run, tmp_
 
 
 def test_bad_options_are_refused_before_anything_is_predicted(run, faces, tmp_path, monkeypatch):
-    monkeypatch.setattr(parts, "predict_frames", lambda *args, **options: pytest.fail("predicted"))
+    monkeypatch.setattr(job, "predict_frames", lambda *args, **options: pytest.fail("predicted"))
     (tmp_path / "out.csv").write_text("an earlier file")
     (tmp_path / "dir.csv").mkdir()
     cases = [

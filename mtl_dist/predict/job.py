@@ -1,97 +1,35 @@
-"""Predict valence, arousal, expression and action units of face images, with one trained model or the mean of several.
-
-Examples:
-    python -m mtl_dist.predict --runs runs/cropped --input photos/ --out photos.csv
-    python -m mtl_dist.predict --runs runs/cropped runs/other --input face.mp4 --every-frames 5 --out face.parquet
-    python -m mtl_dist.predict --runs s3://bucket/runs/cropped --input DATA_SHARDS/cropped/val --out val.parquet
-    python -m mtl_dist.predict --runs exported/ --input test_set.txt --images DATA/cropped --out predictions.txt
-
---input is a directory of images or of videos (below it and behind links too, in the order of their names), a list of
-images (.txt, a path a line, with or without a header), a video file, or a shard set, whose labels are scored. Images
-are JPEG, PNG, WEBP, BMP, GIF or TIFF; what is transparent is seen on black, and what is not stored upright is
-turned as its EXIF says (--exif ignore: not). Frames of videos are as a player shows them.
-
-The models expect faces: pictures cut to one face as those they were trained on, so several are of one view, and a
-shard set is of theirs (mtl_dist.ensemble combines views). No face detector is included. Of a video every frame's
-middle square is taken, so give one that follows a face, or cut the faces out first.
-
---out is written whole or not at all: .csv and .parquet have a row a frame (row, image, valence, arousal, expression,
-p_<class>, p_AU<number>, of a video the frame's seconds from where it starts, and labels where there are some), .txt is
-the file of the challenge (AUs on above 0.5).
-"""
+"""Predict an input with one model or the mean of several, and write it down."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
-import tyro
+import numpy as np
+import pyarrow as pa
+import torch
+from pyarrow import csv
 
 from mtl_dist import storage
-from mtl_dist.data.decode import Exif
-from mtl_dist.errors import OPTION_BOUNDS, InputError, check_numbers, plain_refusals, run_command
+from mtl_dist.data.frames import Seen
+from mtl_dist.data.index import read_index
+from mtl_dist.device import named_device
+from mtl_dist.errors import InputError
+from mtl_dist.objective.metrics import AU_THRESHOLD, constant_scores, metric_sums, scores
+from mtl_dist.predict.options import PredictCommand
+from mtl_dist.predicting.evaluate import Predicted
+from mtl_dist.predicting.inputs import ImageFiles, ShardSet, VideoFile, VideoFiles, open_frames, parent_uri
+from mtl_dist.predicting.predictions import check_finite, fill_missing, prediction_table, write_parquet
+from mtl_dist.predicting.spread import Task, predict_frames
+from mtl_dist.predicting.submission import submission_text
+from mtl_dist.progress import progress_bar
+from mtl_dist.runs.trained import Trained, open_trained
+from mtl_dist.training.tracking import print_scores
 
-if TYPE_CHECKING:
-    import numpy as np
-    import pyarrow as pa
-
-    from mtl_dist.data.frames import Seen
-    from mtl_dist.predicting.evaluate import Predicted
-    from mtl_dist.predicting.inputs import ImageFiles
-    from mtl_dist.runs.trained import Trained
-
-SUFFIXES = (".csv", ".parquet", ".txt")
-BOUNDS = OPTION_BOUNDS | {"every_frames": (1, 10**9), "processes": (1, 1024)}
 MAX_REASONS = 100  # images that are read again, to say what is wrong with them
 
-PROG = "python -m mtl_dist.predict"
 
-
-@dataclass(frozen=True)
-class PredictCommand:
-    runs: tuple[str, ...]
-    """What predicts: runs (<storage>/<name>: the best checkpoint), checkpoints of runs (.../checkpoints/step_...), or
-    directories that mtl_dist.export wrote. Of several, probabilities and VA are averaged."""
-    input: str
-    """Directory of images or of videos, list of images (.txt), video file, or shard set; local or s3://."""
-    out: str
-    """File to write, local or s3://: .csv, .parquet, or .txt for the challenge's format."""
-    images: str | None = None
-    """Where the paths of a list start; None: beside the list."""
-    every_frames: int = 1
-    """Of a video take the first of every so many frames."""
-    skip_bad_images: bool = False
-    """Leave out image files that are not there or cannot be decoded, and name them; else the first ends the command.
-    The challenge's file has a line for them too: the values of the last frame before in the video, else zeros and
-    Neutral."""
-    exif: Exif = "apply"
-    """Turn image files as their EXIF says, as `shards create` does, or `ignore` it."""
-    batch: int = 64
-    """Images per forward pass."""
-    workers: int = 1
-    """Decoding threads of a process; videos have their own."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    processes: int | None = None
-    """Processes, each with a GPU and a part of the input. None: one for each GPU that torch sees, or 1 on CPUs."""
-    cache_dir: Path | None = None
-    """Per-node cache of shards; None: $MTL_CACHE_DIR or ~/.cache/mtl_dist/shards."""
-
-
-def main(args: list[str] | None = None) -> None:
-    with plain_refusals(PROG):
-        command = tyro.cli(PredictCommand, args=args, prog=PROG, description=__doc__)
-    _check(command)
-    import numpy as np
-
-    from mtl_dist.device import named_device
-    from mtl_dist.predicting.inputs import ImageFiles, ShardSet, VideoFile, VideoFiles, open_frames, parent_uri
-    from mtl_dist.predicting.predictions import check_finite
-    from mtl_dist.predicting.spread import Task, predict_frames
-    from mtl_dist.progress import progress_bar
-    from mtl_dist.runs.trained import open_trained
-
+def predict_input(command: PredictCommand) -> None:
+    """Predict --input and write --out, whole or not at all. Raises `InputError`."""
     models = tuple(open_trained(run) for run in command.runs)
     view = _common_view(command.runs, models)
     device = named_device(command.device).type
@@ -139,8 +77,6 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _seconds(seen: Seen, rows: np.ndarray) -> np.ndarray:
-    import numpy as np
-
     return np.array([seen.seconds[row] for row in rows.tolist()], np.float64)
 
 
@@ -153,20 +89,6 @@ def _skipped(command: PredictCommand, frames: ImageFiles, predicted: Predicted) 
         )
     lines = [frames.why_bad(row) for row in bad[:MAX_REASONS]]
     return lines + [f"image {frames.listed[row]}" for row in bad[MAX_REASONS:]]
-
-
-def _check(command: PredictCommand) -> None:
-    """Raise for what is wrong before anything heavy is imported or opened."""
-    storage.check_lasting(command.out, flag="--out")
-    if not command.out.lower().endswith(SUFFIXES):
-        raise InputError(f"--out is {command.out}; expected a name that ends with {', '.join(SUFFIXES)}")
-    if not command.runs:
-        raise InputError("--runs names no run; expected one at least")
-    if storage.absolute(command.out) == storage.absolute(command.input):
-        raise InputError(f"--out is {command.out}, the --input itself, which it would replace; give another name")
-    if Path(command.out).is_dir():
-        raise InputError(f"--out is {command.out}, a directory; give a file's name, such as {command.out}/out.csv")
-    check_numbers(BOUNDS, **vars(command))
 
 
 def _common_view(runs: Sequence[str], models: Sequence[Trained]) -> str | None:
@@ -182,8 +104,6 @@ def _common_view(runs: Sequence[str], models: Sequence[Trained]) -> str | None:
 
 
 def _num_processes(command: PredictCommand, device: str, *, num_batches: int) -> int:
-    import torch
-
     gpus = torch.cuda.device_count() if device == "cuda" else 1
     return max(1, min(command.processes or gpus, num_batches))
 
@@ -198,12 +118,6 @@ def _write(
     out: str, predicted: Predicted, names: list[str], seconds: np.ndarray | None, listed: Sequence[str] | None
 ) -> str:
     """Write --out; of the challenge's file say which of the `listed` names had no picture, and what they have."""
-    import numpy as np
-
-    from mtl_dist.objective.metrics import AU_THRESHOLD
-    from mtl_dist.predicting.predictions import fill_missing, prediction_table, write_parquet
-    from mtl_dist.predicting.submission import submission_text
-
     if _is_submission(out):
         _check_names(out, names)
         va, expr, au = predicted.predictions
@@ -218,9 +132,6 @@ def _write(
 
 
 def _write_csv(out: str, table: pa.Table) -> None:
-    import pyarrow as pa
-    from pyarrow import csv
-
     sink = pa.BufferOutputStream()
     csv.write_csv(table, sink)
     storage.write_bytes(out, sink.getvalue().to_pybytes())
@@ -231,12 +142,7 @@ def _is_submission(out: str) -> bool:
 
 
 def _report(command: PredictCommand, predicted: Predicted, skipped: list[str], *, num_expected: int) -> None:
-    from mtl_dist.objective.metrics import constant_scores, metric_sums, scores
-    from mtl_dist.training.tracking import print_scores
-
     if _has_labels(predicted):
-        from mtl_dist.data.index import read_index
-
         rows = {"constant predictor": constant_scores(read_index(command.input).labels)}
         rows["prediction"] = scores(metric_sums(predicted.predictions, predicted.targets))
         print_scores(rows, title=f"{len(predicted.rows)} rows")
@@ -251,7 +157,3 @@ def _report(command: PredictCommand, predicted: Predicted, skipped: list[str], *
 def _has_labels(predicted: Predicted) -> bool:
     targets = predicted.targets
     return bool(targets.va_mask.any() or targets.expr_mask.any() or targets.au_mask.any())
-
-
-if __name__ == "__main__":
-    run_command(main, interrupted="nothing was written")

@@ -1,0 +1,1 @@
+"""Predictions of images, lists, videos and shard sets, as a file."""

@@ -1,0 +1,43 @@
+"""Predict valence, arousal, expression and action units of face images, with one trained model or the mean of several.
+
+Examples:
+    python -m mtl_dist.predict --runs runs/cropped --input photos/ --out photos.csv
+    python -m mtl_dist.predict --runs runs/cropped runs/other --input face.mp4 --every-frames 5 --out face.parquet
+    python -m mtl_dist.predict --runs s3://bucket/runs/cropped --input DATA_SHARDS/cropped/val --out val.parquet
+    python -m mtl_dist.predict --runs exported/ --input test_set.txt --images DATA/cropped --out predictions.txt
+
+--input is a directory of images or of videos (below it and behind links too, in the order of their names), a list of
+images (.txt, a path a line, with or without a header), a video file, or a shard set, whose labels are scored. Images
+are JPEG, PNG, WEBP, BMP, GIF or TIFF; what is transparent is seen on black, and what is not stored upright is
+turned as its EXIF says (--exif ignore: not). Frames of videos are as a player shows them.
+
+The models expect faces: pictures cut to one face as those they were trained on, so several are of one view, and a
+shard set is of theirs (mtl_dist.ensemble combines views). No face detector is included. Of a video every frame's
+middle square is taken, so give one that follows a face, or cut the faces out first.
+
+--out is written whole or not at all: .csv and .parquet have a row a frame (row, image, valence, arousal, expression,
+p_<class>, p_AU<number>, of a video the frame's seconds from where it starts, and labels where there are some), .txt is
+the file of the challenge (AUs on above 0.5).
+"""
+
+from __future__ import annotations
+
+import tyro
+
+from mtl_dist.errors import plain_refusals, run_command
+from mtl_dist.predict.options import PredictCommand, check_command
+
+PROG = "python -m mtl_dist.predict"
+
+
+def main(args: list[str] | None = None) -> None:
+    with plain_refusals(PROG):
+        command = tyro.cli(PredictCommand, args=args, prog=PROG, description=__doc__)
+    check_command(command)
+    from mtl_dist.predict.job import predict_input  # torch and all, which --help does not wait for
+
+    predict_input(command)
+
+
+if __name__ == "__main__":
+    run_command(main, interrupted="nothing was written")

@@ -1,0 +1,58 @@
+"""What is to be predicted, with what, and where to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mtl_dist import storage
+from mtl_dist.data.decode import Exif
+from mtl_dist.errors import OPTION_BOUNDS, InputError, check_numbers
+
+SUFFIXES = (".csv", ".parquet", ".txt")
+BOUNDS = OPTION_BOUNDS | {"every_frames": (1, 10**9), "processes": (1, 1024)}
+
+
+@dataclass(frozen=True)
+class PredictCommand:
+    runs: tuple[str, ...]
+    """What predicts: runs (<storage>/<name>: the best checkpoint), checkpoints of runs (.../checkpoints/step_...), or
+    directories that mtl_dist.export wrote. Of several, probabilities and VA are averaged."""
+    input: str
+    """Directory of images or of videos, list of images (.txt), video file, or shard set; local or s3://."""
+    out: str
+    """File to write, local or s3://: .csv, .parquet, or .txt for the challenge's format."""
+    images: str | None = None
+    """Where the paths of a list start; None: beside the list."""
+    every_frames: int = 1
+    """Of a video take the first of every so many frames."""
+    skip_bad_images: bool = False
+    """Leave out image files that are not there or cannot be decoded, and name them; else the first ends the command.
+    The challenge's file has a line for them too: the values of the last frame before in the video, else zeros and
+    Neutral."""
+    exif: Exif = "apply"
+    """Turn image files as their EXIF says, as `shards create` does, or `ignore` it."""
+    batch: int = 64
+    """Images per forward pass."""
+    workers: int = 1
+    """Decoding threads of a process; videos have their own."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    processes: int | None = None
+    """Processes, each with a GPU and a part of the input. None: one for each GPU that torch sees, or 1 on CPUs."""
+    cache_dir: Path | None = None
+    """Per-node cache of shards; None: $MTL_CACHE_DIR or ~/.cache/mtl_dist/shards."""
+
+
+def check_command(command: PredictCommand) -> None:
+    """Raise `InputError` for what is wrong whatever the models and the input hold."""
+    storage.check_lasting(command.out, flag="--out")
+    if not command.out.lower().endswith(SUFFIXES):
+        raise InputError(f"--out is {command.out}; expected a name that ends with {', '.join(SUFFIXES)}")
+    if not command.runs:
+        raise InputError("--runs names no run; expected one at least")
+    if storage.absolute(command.out) == storage.absolute(command.input):
+        raise InputError(f"--out is {command.out}, the --input itself, which it would replace; give another name")
+    if Path(command.out).is_dir():
+        raise InputError(f"--out is {command.out}, a directory; give a file's name, such as {command.out}/out.csv")
+    check_numbers(BOUNDS, **vars(command))
