@@ -33,7 +33,7 @@ from mtl_dist.runs.checkpoint import (
     read_state,
 )
 from mtl_dist.runs.lives import DamagedLives, read_lives
-from mtl_dist.runs.trained import load_model, open_trained
+from mtl_dist.runs.weights import Weights, load_weights, open_weights
 from mtl_dist.sealed import seal
 from mtl_dist.tasks import LabelCounts
 from mtl_dist.training.loop import CONFIG_NAME
@@ -322,7 +322,7 @@ def test_a_configuration_of_more_parameters_than_its_weights_is_refused_before_t
     (directory / "COMMIT.json").write_text(json.dumps(commit))
     (checkpoint,), _ = committed(str(tmp_path))
     with pytest.raises(InputError, match="asks for a network of more than 200000002 parameters"):
-        load_model(checkpoint, build_config({"model": model}))
+        load_weights(Weights(checkpoint, build_config({"model": model}), {"step": 5}, None, 5))
 
 
 @pytest.mark.parametrize("text", ["[" * 10**5, "[]", '{"scores": []}', '{"step": 5, "config": []}'])
@@ -334,7 +334,7 @@ def test_a_state_of_anothers_that_is_none_is_refused(text, tmp_path):
     (directory / "COMMIT.json").write_text(json.dumps(commit))
     for uri in (tmp_path, directory):
         with pytest.raises(InputError, match=r"not JSON|not an object|has the scores|state\.json is not what"):
-            open_trained(str(uri))
+            open_weights(str(uri))
 
 
 def test_every_flipped_bit_of_the_list_of_starts_is_found_or_changes_nothing(tmp_path):

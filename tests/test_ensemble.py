@@ -30,9 +30,9 @@ from mtl_dist.predicting.evaluate import Predicted
 from mtl_dist.predicting.members import open_member, predict_member
 from mtl_dist.predicting.predictions import PredictionTable, read_predictions
 from mtl_dist.predicting.submission import TestImages, find_images, submission_text
-from mtl_dist.runs import trained
+from mtl_dist.runs import weights
 from mtl_dist.runs.checkpoint import best, committed, read_model
-from mtl_dist.runs.trained import load_model
+from mtl_dist.runs.weights import load_weights
 from mtl_dist.sealed import seal, unseal
 from mtl_dist.shards.__main__ import create
 from mtl_dist.shards.annotations import FILES, read_annotations
@@ -144,7 +144,7 @@ def test_the_job_writes_everything_twice_the_same_and_reads_each_checkpoint_once
         assert [int(au) for au in aus] == [tested[image][f"p_{name}"] > t for name, t in thresholds.items()]
 
     read = []
-    monkeypatch.setattr(trained, "read_model", lambda of: read.append(of.uri) or read_model(of))
+    monkeypatch.setattr(weights, "read_model", lambda of: read.append(of.uri) or read_model(of))
     main([*map(str, args), str(tmp_path / "second")])
     assert read == [member["checkpoint"] for member in report["members"]]
     assert files_below(tmp_path / "first") == files_below(tmp_path / "second")
@@ -302,7 +302,7 @@ def test_tasks_name_no_path_that_depends_on_where_they_run(runs, tmp_path, monke
     with pytest.raises(InputError, match="seen"):
         main(["--runs", "cropped", *sets, "--out", str(tmp_path / "out")])
     (task,) = tasks
-    paths = (task.member.checkpoint.uri, task.member.val_uri, task.how.cache_dir)
+    paths = (task.member.weights.uri, task.member.val_uri, task.how.cache_dir)
     assert all(Path(path).is_absolute() for path in paths), paths
 
 
@@ -437,9 +437,9 @@ def test_a_validation_set_that_has_moved_is_found_by_the_flag_that_the_message_n
 def test_a_checkpoint_that_its_run_deletes_meanwhile_is_one_message(runs, tmp_path):
     shutil.copytree(runs / "cropped", tmp_path / "run")
     member = open_member(str(tmp_path / "run"))
-    shutil.rmtree(member.checkpoint.uri)
+    shutil.rmtree(member.weights.uri)
     with pytest.raises(InputError, match="deleted meanwhile: its run is training"):
-        load_model(member.checkpoint, member.config)
+        load_weights(member.weights)
 
 
 @pytest.mark.parametrize("place", ["disk", "s3"])

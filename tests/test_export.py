@@ -33,7 +33,7 @@ from mtl_dist.models import build_model
 from mtl_dist.predict import __main__ as predict
 from mtl_dist.predicting.evaluate import predict as predict_batches
 from mtl_dist.runs.checkpoint import best, committed
-from mtl_dist.runs.trained import load_trained, open_trained
+from mtl_dist.runs.weights import load_weights, open_weights
 from mtl_dist.sealed import seal, unseal
 from mtl_dist.synthetic.render import write_synthetic
 from tests.conftest import LONDON
@@ -86,7 +86,7 @@ def test_an_export_holds_these_files_and_their_checksums(exported, run):
 
 def test_onnxruntime_answers_as_torch_does_on_rendered_faces(exported, run, faces):
     images = read_pixels(sorted(faces.rglob("*.jpg")))
-    reference = run_torch(load_trained(open_trained(str(run))), images, SIZE)
+    reference = run_torch(load_weights(open_weights(str(run))), images, SIZE)
     assert largest_difference(run_onnx(exported / "model.onnx", images, batch=7), reference) < 1e-5
     session = onnxruntime.InferenceSession(exported / "model.onnx")
     assert [output.name for output in session.get_outputs()] == ["va", "expr", "au"]
@@ -98,7 +98,7 @@ def test_onnxruntime_answers_as_torch_does_on_rendered_faces(exported, run, face
 def test_onnxruntime_answers_as_torch_does_on_photographs(exported, run):
     images = read_pixels(sorted(LONDON.glob("cropped/**/*.jpg"))[:40])
     assert len(images) == 40
-    reference = run_torch(load_trained(open_trained(str(run))), images, SIZE)
+    reference = run_torch(load_weights(open_weights(str(run))), images, SIZE)
     found = run_onnx(exported / "model.onnx", images, batch=16)
     assert largest_difference(found, reference) < 1e-5
     assert np.ptp(found.va, axis=0).min() > 1e-4  # it tells photographs apart
@@ -113,7 +113,7 @@ def test_an_export_predicts_the_same_bytes_as_its_run(exported, run, faces, tmp_
 
 def test_an_export_tells_its_view_and_one_of_before_opens_without(exported, run, runs, tmp_path):
     about = json.loads((exported / "config.json").read_text())
-    assert (about["view"], open_trained(str(exported)).view) == ("cropped", "cropped")
+    assert (about["view"], open_weights(str(exported)).view) == ("cropped", "cropped")
     assert "one face as those of view `cropped` are: the face and" in (exported / "README.md").read_text()
     aligned = tmp_path / "aligned"
     export.main([str(runs / "cropped_aligned"), "--out", str(aligned), "--formats", "safetensors"])
@@ -122,8 +122,8 @@ def test_an_export_tells_its_view_and_one_of_before_opens_without(exported, run,
         predict.main(["--runs", str(exported), str(aligned), "--input", "x", "--out", str(tmp_path / "out.csv")])
     del about["view"], about["sha256"]
     (aligned / "config.json").write_text(json.dumps(about))
-    assert open_trained(str(aligned)).view is None
-    older = open_trained(str(run))._replace(view=None)
+    assert open_weights(str(aligned)).view is None
+    older = open_weights(str(run))._replace(view=None)
     assert "cut to one face.\n" in write_card(older, files={}, constant=None, checked=None)
 
 
@@ -134,7 +134,7 @@ def test_the_model_cards_code_runs_and_its_scores_stand_beside_the_constant_pred
     score = best(committed(str(run))[0]).scores["p"]
     assert re.search(r"^\| constant predictor \| 0\.0000 \|.*\|$", card, re.MULTILINE)
     assert re.search(rf"^\| this model \|.*\| {score:.4f} \|$", card, re.MULTILINE)
-    for sha256 in open_trained(str(run)).state["identity"].values():
+    for sha256 in open_weights(str(run)).state["identity"].values():
         assert sha256 in card
     snippets = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     exif = Image.Exif()
@@ -234,7 +234,7 @@ def test_a_run_without_a_finished_checkpoint_is_refused(tmp_path):
 
 
 def test_an_out_that_cannot_be_written_is_refused_before_anything_is_made(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(job, "load_trained", lambda found: pytest.fail("begun"))
+    monkeypatch.setattr(job, "load_weights", lambda found: pytest.fail("begun"))
     (tmp_path / "file").touch()
     (tmp_path / "earlier").mkdir()
     real = os.open
@@ -275,6 +275,14 @@ def test_an_export_into_the_run_itself_is_refused(run):
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
+def test_an_export_into_the_copy_of_a_checkpoint_that_it_is_made_of_is_refused(run, tmp_path):
+    chosen = best(committed(str(run))[0]).uri
+    copy = shutil.copytree(chosen, tmp_path / Path(chosen).name)
+    with pytest.raises(InputError, match="where the run itself keeps its files"):
+        export.main([str(copy), "--out", f"{copy}/", "--formats", "safetensors"])
+    assert (copy / "model.safetensors").is_file()
+
+
 def test_exports_of_other_classes_or_damaged_are_refused_by_name(exported, faces, tmp_path):
     about = unseal((exported / "config.json").read_bytes())
     weights = (exported / "model.safetensors").read_bytes()
@@ -311,11 +319,11 @@ def test_every_flipped_bit_of_an_exports_config_is_found_or_changes_nothing(expo
     unsealed = json.dumps(content).encode()  # of before they were sealed: no traceback, but not all are found
     for data in (sealed, unsealed):
         (tmp_path / "config.json").write_bytes(data)
-        whole = open_trained(str(tmp_path))
+        whole = open_weights(str(tmp_path))
         for flipped in itertools.islice(flips(data), 0, None, 37):
             (tmp_path / "config.json").write_bytes(flipped)
             with contextlib.suppress(InputError):
-                assert open_trained(str(tmp_path)) == whole or data == unsealed, flipped
+                assert open_weights(str(tmp_path)) == whole or data == unsealed, flipped
 
 
 @pytest.mark.parametrize(

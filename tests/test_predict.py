@@ -34,7 +34,7 @@ from mtl_dist.predicting.predictions import read_predictions
 from mtl_dist.predicting.spread import Task, _results, predict_frames
 from mtl_dist.predicting.submission import find_images, read_test_list
 from mtl_dist.runs.checkpoint import COMMIT, best, committed
-from mtl_dist.runs.trained import load_trained, open_trained
+from mtl_dist.runs.weights import load_weights, open_weights
 from mtl_dist.shards.__main__ import create
 from mtl_dist.shards.columns import TableOptions
 from mtl_dist.synthetic.render import write_synthetic
@@ -105,7 +105,7 @@ def numbers(rows: list[dict[str, str]]) -> np.ndarray:
 
 def expected(run: Path, pixels: list[np.ndarray]) -> np.ndarray:
     """Predict (SIZE, SIZE, 3) pictures one at a time, written out."""
-    model = load_trained(open_trained(str(run)))
+    model = load_weights(open_weights(str(run)))
     mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     rows = []
     with torch.no_grad():
@@ -141,7 +141,7 @@ def test_a_shard_set_is_predicted_as_the_ensemble_predicts_it_and_scored(run, tm
     assert table.images[:2] == ["v0/00000.jpg", "v0/00001.jpg"]
     printed = capsys.readouterr().out
     assert "constant predictor" in printed
-    assert f"{member.checkpoint.score:.4f}" in printed
+    assert f"{member.weights.checkpoint.score:.4f}" in printed
 
 
 def test_a_list_becomes_the_challenges_file_line_by_line(run, faces, tmp_path):
@@ -211,7 +211,7 @@ def test_two_processes_predict_what_one_predicts_in_its_order(run, faces, tmp_pa
 
 def test_a_killed_process_is_an_error_that_names_it(run, faces):
     names = tuple(path.relative_to(faces).as_posix() for path in faces.rglob("*.jpg"))
-    task = Task((open_trained(str(run)),), FatalFrames(str(faces), names), "cpu", 4, 1)
+    task = Task((open_weights(str(run)),), FatalFrames(str(faces), names), "cpu", 4, 1)
     with pytest.raises(InputError, match="process 2 of 2 was killed by signal 9"):
         predict_frames(task, processes=2, progress=lambda count: None)
 
@@ -727,7 +727,16 @@ def test_a_checkpoint_is_found_however_its_path_is_written(run, monkeypatch):
     chosen = best(committed(str(run))[0]).uri
     monkeypatch.chdir(run)
     for name in (f"checkpoints/{Path(chosen).name}", f"{run}//checkpoints/./{Path(chosen).name}/", f"file://{chosen}"):
-        assert open_trained(name).uri == chosen
+        assert open_weights(name).uri == chosen
+
+
+def test_a_copy_of_a_checkpoint_outside_its_run_is_its_weights_too(run, tmp_path):
+    chosen = best(committed(str(run))[0])
+    copy = Path(shutil.copytree(chosen.uri, tmp_path / Path(chosen.uri).name))
+    weights = open_weights(str(copy))
+    assert (weights.uri, weights.checkpoint.files, weights.newest_step) == (str(copy), chosen.files, chosen.step)
+    mine, theirs = (load_weights(opened).state_dict() for opened in (weights, open_weights(str(run))))
+    assert all(torch.equal(mine[name], tensor) for name, tensor in theirs.items())
 
 
 def test_a_checkpoint_of_other_classes_is_refused_by_its_own_name_too(run, tmp_path):
@@ -736,7 +745,7 @@ def test_a_checkpoint_of_other_classes_is_refused_by_its_own_name_too(run, tmp_p
     chosen = best(committed(f"{tmp_path}/run")[0]).uri
     for name in (chosen, f"{tmp_path}/run"):
         with pytest.raises(InputError, match=rf"^{chosen} has other classes"):
-            open_trained(name)
+            open_weights(name)
 
 
 def test_a_run_whose_checkpoints_are_unfinished_is_refused(run, faces, tmp_path):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from mtl_dist import storage
 from mtl_dist.config import build_config, read_config_file
 from mtl_dist.errors import InputError
+from mtl_dist.export import __main__ as export
 from mtl_dist.presets import load_preset
 from mtl_dist.runs.checkpoint import committed
 from mtl_dist.runs.pretrained import _place_of_weights, build_pretrained
@@ -70,26 +71,31 @@ def test_a_frozen_backbone_of_another_run_comes_out_as_it_went_in(frozen, runs):
     assert stepped == {f"model.{key}" for key in found if not key.startswith("backbone.")}
 
 
-def test_a_run_its_checkpoint_and_its_file_are_the_same_weights_local_and_in_the_store(runs, s3):
+def test_a_run_its_checkpoint_its_export_and_its_file_are_the_same_weights_local_and_in_the_store(runs, s3, tmp_path):
     (checkpoint,), _ = committed(f"{runs}/faces")
     for name, _ in storage.list_objects(f"{runs}/faces/checkpoints"):
         storage.upload(runs / "faces" / "checkpoints" / name, f"s3://mtl/pretrained/faces/checkpoints/{name}")
     stored = checkpoint.uri.replace(str(runs), "s3://mtl/pretrained")
+    for out in (f"{tmp_path}/exported", "s3://mtl/pretrained/exported"):
+        export.main([f"{runs}/faces", "--out", out, "--formats", "safetensors"])
     given = last_weights(runs, "faces")
     for uri in (
-        f"{runs}/faces", checkpoint.uri, f"{checkpoint.uri}/model.safetensors",
-        "s3://mtl/pretrained/faces", f"{stored}/", f"{stored}/model.safetensors",
+        f"{runs}/faces", checkpoint.uri, f"{checkpoint.uri}/model.safetensors", f"{tmp_path}/exported/",
+        "s3://mtl/pretrained/faces", f"{stored}/", f"{stored}/model.safetensors", "s3://mtl/pretrained/exported",
     ):  # fmt: skip
         found = build_pretrained(config_from(uri)).backbone.state_dict()
         assert all(torch.equal(value, given[f"backbone.{key}"]) for key, value in found.items()), uri
 
 
-def test_what_rank_0_tells_of_weights_holds_on_nodes_that_have_them_elsewhere(runs):
+def test_what_rank_0_tells_of_weights_holds_on_nodes_that_have_them_elsewhere(runs, monkeypatch):
     (checkpoint,), _ = committed(f"{runs}/faces")
     place, sha256 = _place_of_weights(f"{runs}/faces/")
     assert place == f"/checkpoints/{Path(checkpoint.uri).name}/model.safetensors"
     assert sha256 == checkpoint.files["model.safetensors"]["sha256"]
     assert _place_of_weights(checkpoint.uri) == ("/model.safetensors", sha256)
+    monkeypatch.chdir(runs)
+    assert _place_of_weights("faces") == (place, sha256)
+    assert _place_of_weights(f"./faces/checkpoints/{Path(checkpoint.uri).name}/") == ("/model.safetensors", sha256)
 
 
 def test_what_is_no_weights_is_refused_with_what_would_be(runs, s3, tmp_path):

@@ -56,6 +56,7 @@ from mtl_dist.report.tables import (
     steps_tables,
 )
 from mtl_dist.runs.checkpoint import Checkpoint
+from mtl_dist.runs.weights import Weights
 from mtl_dist.tasks import TASKS, LabelCounts
 from mtl_dist.training.tracking import SCORE_NAMES
 from tests.conftest import assert_one_message, run_here
@@ -301,7 +302,12 @@ def make_member(
         {"run": {"name": name, "seed": seed}, "model": {"name": model}, "optim": {"lr": lr}, "data": {"val": view}}
     )
     index = SimpleNamespace(view=view, **{"sha256": f"{view}-set", "source_sha256": "source", **val})
-    return Member(f"runs/{name}", Checkpoint("", 1, {}, 0.0, {}), config, f"sets/{view}", index)
+    weights = Weights(Checkpoint("", 1, {}, 0.0, {}), config, {}, view, 1)
+    return Member(f"runs/{name}", weights, f"sets/{view}", index)
+
+
+def trained_on(member: Member, sha256: str) -> Member:
+    return member._replace(weights=member.weights._replace(state={"identity": {"training set": sha256}}))
 
 
 def test_runs_that_differ_in_their_seed_are_one_method_and_others_are_not():
@@ -319,12 +325,12 @@ def test_runs_that_differ_in_their_seed_are_one_method_and_others_are_not():
 
 
 def test_runs_that_learnt_from_other_sets_are_no_seeds_of_one_method():
-    members = [make_member(f"r{seed}", seed=seed)._replace(train_sha256=sha) for seed, sha in enumerate("aab")]
+    members = [trained_on(make_member(f"r{seed}", seed=seed), sha) for seed, sha in enumerate("aab")]
     assert label_runs(members) == ["A cropped, r0", "A cropped, r0", "A cropped, r2"]
     results = [make_result(make_targets(20, 0), 0, "x")._replace(member=member) for member in members]
     table = settings_table(results)
     assert [dict(zip(table.columns, row))["training set"].text for row in table.rows] == list("aab")
-    views = [make_member(view, view=view)._replace(train_sha256=view) for view in ("cropped", "cropped_aligned")]
+    views = [trained_on(make_member(view, view=view), view) for view in ("cropped", "cropped_aligned")]
     assert settings_table([results[0]._replace(member=member) for member in views]) is None
 
 
@@ -423,8 +429,10 @@ def test_the_lead_is_about_the_best_ensemble_and_says_which():
 
 
 def test_what_is_unfinished_or_stale_is_said():
-    member = make_member("one")._replace(newest_step=18, total_steps=720)
-    member = member._replace(checkpoint=member.checkpoint._replace(uri="runs/one/checkpoints/step_18"))
+    weights = make_member("one").weights
+    checkpoint = weights.checkpoint._replace(uri="runs/one/checkpoints/step_18")
+    weights = weights._replace(checkpoint=checkpoint, state={"total_steps": 720}, newest_step=18)
+    member = make_member("one")._replace(weights=weights)
     run = make_result(make_targets(20, 0), 0, "A cropped")._replace(name="one", member=member)
     for where in ("runs/one", "s3://old/runs/one"):  # and where the storage was moved since
         (ensemble,) = make_ensembles(make_about(where, step=9))
@@ -434,10 +442,10 @@ def test_what_is_unfinished_or_stale_is_said():
     methods = group_methods(constant_result(run.predicted, count_labels(run.predicted.targets)), [run], ensemble)
     rows = [dict(zip(table.columns, row)) for table in [runs_table(methods)] for row in table.rows]
     assert "unfinished: step 18 of 720" in [row["step"].below for row in rows]
-    done = run._replace(member=member._replace(newest_step=720))
+    done = run._replace(member=member._replace(weights=weights._replace(newest_step=720)))
     for where, step in (("runs/one", 18), ("s3://old/runs/one", 18), ("runs/other", 9)):
         assert _warnings([done], make_ensembles(make_about(where, step=step))) == []
-    twin = done._replace(member=member._replace(newest_step=720, run_uri="there/one"))
+    twin = done._replace(member=done.member._replace(run_uri="there/one"))
     assert _warnings([done, twin], make_ensembles(make_about("s3://old/runs/one"))) == []  # of which one, none can say
 
 

@@ -114,7 +114,7 @@ def test_attention_maps_lie_upright_over_their_faces_each_with_its_unit(canvases
     for (face, unit), cell in np.ndenumerate(cells):
         maps[face, unit, cell] = 0.2 + 0.05 * unit + 0.02 * face
     model = SimpleNamespace(attention_maps=lambda inputs: maps.reshape(len(inputs), 1, -1, 4, 4))
-    monkeypatch.setattr(attention, "load_model", lambda *_: SimpleNamespace(to=lambda device: model))
+    monkeypatch.setattr(attention, "load_weights", lambda *_: SimpleNamespace(to=lambda device: model))
     black = SimpleNamespace(
         read=lambda rows, side: SimpleNamespace(inputs=torch.zeros(len(rows), 1, 3, side, side, dtype=torch.uint8)),
         pixels=lambda rows, side: np.zeros((len(rows), side, side, 3), np.uint8))  # fmt: skip

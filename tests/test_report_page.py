@@ -25,7 +25,7 @@ from mtl_dist.report.__main__ import main as report
 from mtl_dist.report.drawing import DPI
 from mtl_dist.report.pictures import Pictures
 from mtl_dist.runs.checkpoint import best, committed
-from mtl_dist.runs.trained import load_model
+from mtl_dist.runs.weights import load_weights
 from mtl_dist.sealed import seal, unseal
 from mtl_dist.shards.__main__ import main as make_shards
 from mtl_dist.tasks import AUS, EXPRESSIONS, VIEWS
@@ -110,7 +110,7 @@ def test_attention_maps_are_those_of_their_action_units(runs, written):
     member = open_member(f"{runs}/cropped")
     rows = read_csv(written / "figures/attention_1.csv")
     assert [row["AU"] for row in rows] == [f"AU{au}" for au in AUS] * 2
-    model, config = load_model(member.checkpoint, member.config), member.config
+    model, config = load_weights(member.weights), member.weights.config
     batch = Pictures(member, None).read(
         np.array([int(row["row"]) for row in rows[:: len(AUS)]]), config.data.image_size
     )

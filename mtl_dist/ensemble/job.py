@@ -74,10 +74,10 @@ def check_members(members: list[Member]) -> None:
     """Raise `InputError` naming two members that are one, or whose rows are of different data."""
     first = members[0]
     for place, member in enumerate(members):
-        if same := [m for m in members[:place] if m.checkpoint.files == member.checkpoint.files]:
+        if same := [m for m in members[:place] if m.weights.checkpoint.files == member.weights.checkpoint.files]:
             raise InputError(
                 f"{same[0].run_uri} and {member.run_uri} are one and the same: both have the checkpoint "
-                f"{member.checkpoint.uri}; a member counts once"
+                f"{member.weights.uri}; a member counts once"
             )
         if member.val.source_sha256 != first.val.source_sha256:
             pairs = ((first, "is scored on"), (member, "on"))
@@ -154,9 +154,9 @@ def _about_member(name: str, member: Member) -> dict[str, Any]:
         "name": name,
         "run": member.run_uri,
         "view": member.val.view,
-        "checkpoint": member.checkpoint.uri,
-        "step": member.checkpoint.step,
-        "p_in_training": member.checkpoint.score,
+        "checkpoint": member.weights.uri,
+        "step": member.weights.checkpoint.step,
+        "p_in_training": member.weights.checkpoint.score,
         "validation_set": {"uri": member.val_uri, "sha256": member.val.sha256},
         "predictions": table_name(name, VAL),
     }

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from mtl_dist.families import FAMILIES
 from mtl_dist.runs.checkpoint import MODEL
-from mtl_dist.runs.trained import Trained
+from mtl_dist.runs.weights import Weights
 from mtl_dist.tasks import AUS, EXPRESSIONS, TASKS
 from mtl_dist.training.tracking import SCORE_NAMES
 
@@ -28,30 +28,30 @@ class Checked(NamedTuple):
 
 
 def write_card(
-    trained: Trained, *, files: dict[str, dict[str, Any]], constant: dict[str, Any] | None, checked: Checked | None
+    weights: Weights, *, files: dict[str, dict[str, Any]], constant: dict[str, Any] | None, checked: Checked | None
 ) -> str:
     """Write README.md; `constant` are the constant predictor's scores on the validation set, where it could be read."""
-    config, size = trained.config, trained.config.data.image_size
+    size = weights.config.data.image_size
     parts = [
-        _title(trained),
-        _io(trained),
+        _title(weights),
+        _io(weights),
         _TORCH.format(size=size) if MODEL in files else "",
         _ONNX.format(size=size, classes=list(EXPRESSIONS)) if ONNX in files else "",
         _files(files, checked),
-        _training(trained, config.model.weights),
-        _scores(trained.state["scores"] if trained.checkpoint.scores else None, constant),
+        _training(weights),
+        _scores(weights.state["scores"] if weights.checkpoint.scores else None, constant),
         _LIMITS,
     ]
     return "\n".join(part.strip("\n") + "\n" for part in parts if part)
 
 
-def _title(trained: Trained) -> str:
-    model = trained.config.model
-    is_bf16 = trained.config.engine.autocast == "bf16"
+def _title(weights: Weights) -> str:
+    model = weights.config.model
+    is_bf16 = weights.config.engine.autocast == "bf16"
     bf16 = (
         "\nIt was evaluated with bfloat16 autocast; the weights are fp32, and ONNX computes in fp32." if is_bf16 else ""
     )
-    view = trained.view
+    view = weights.view
     cut = f" as those of view `{view}` are: {_VIEWS.get(view, 'that of its training data')}" if view else ""
     family = FAMILIES[model.name]
     return f"""
@@ -65,13 +65,13 @@ tags: [facial-affect, valence-arousal, facial-expression, action-units]
 # Facial affect: valence and arousal, 8 expressions, 12 action units
 
 Model `{model.name}` with backbone `{model.backbone}`, as in {family.what} ({family.paper}).
-Trained and exported by mtl_dist: step {trained.checkpoint.step} of run `{trained.config.run.name}`.
+Trained and exported by mtl_dist: step {weights.checkpoint.step} of run `{weights.config.run.name}`.
 It reads one picture cut to one face{cut}.{bf16}
 """
 
 
-def _io(trained: Trained) -> str:
-    size, side = trained.config.data.image_size, trained.config.input_size
+def _io(weights: Weights) -> str:
+    size, side = weights.config.data.image_size, weights.config.input_size
     resized = f", then resized to {side} x {side} on the device" if side != size else ""
     return f"""
 ## Inputs and outputs
@@ -92,13 +92,13 @@ import torch
 
 from mtl_dist.data.augment import normalise
 from mtl_dist.data.frames import read_image
-from mtl_dist.runs.trained import load_trained, open_trained
+from mtl_dist.runs.weights import load_weights, open_weights
 
-trained = open_trained(".")  # this directory; the weights are checked against config.json
-model = load_trained(trained)
+weights = open_weights(".")  # this directory; the weights are checked against config.json
+model = load_weights(weights)
 images = torch.from_numpy(read_image("face.jpg", {size})).permute(2, 0, 1)[None, None]  # (samples, frames, 3, H, W)
 with torch.no_grad():
-    outputs = model(normalise(images, trained.config.input_size))
+    outputs = model(normalise(images, weights.config.input_size))
 print(outputs.va, outputs.expr_logits.softmax(-1), outputs.au_logits.sigmoid())
 ```
 
@@ -132,13 +132,12 @@ def _files(files: dict[str, dict[str, Any]], checked: Checked | None) -> str:
     return "## Files\n\n" + "\n".join(lines)
 
 
-def _training(trained: Trained, weights: str) -> str:
+def _training(weights: Weights) -> str:
     """Where the backbone began is told by kind: a path would be one of the machine it was trained on."""
-    began = {"none": "random initialisation", "imagenet": "weights trained on ImageNet"}.get(
-        weights, "a file of weights"
-    )
-    sets = [f"- {name}: sha256 `{sha256}` (of its index)" for name, sha256 in trained.state["identity"].items()]
-    config = trained.config
+    kinds = {"none": "random initialisation", "imagenet": "weights trained on ImageNet"}
+    began = kinds.get(weights.config.model.weights, "a file of weights")
+    sets = [f"- {name}: sha256 `{sha256}` (of its index)" for name, sha256 in weights.state["identity"].items()]
+    config = weights.config
     settings = {"loss": config.loss, "optim": config.optim, "train": config.train, "augment": config.augment}
     dumped = json.dumps({name: section.model_dump(mode="json") for name, section in settings.items()})
     return "\n".join(

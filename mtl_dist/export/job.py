@@ -24,7 +24,7 @@ from mtl_dist.predicting.evaluate import predict
 from mtl_dist.predicting.inputs import open_frames, parent_uri
 from mtl_dist.predicting.predictions import check_finite
 from mtl_dist.runs.checkpoint import MODEL
-from mtl_dist.runs.trained import EXPORTED_CONFIG, Trained, exported_config, load_trained, open_trained
+from mtl_dist.runs.weights import EXPORTED_CONFIG, Weights, exported_config, load_weights, open_weights
 from mtl_dist.sealed import seal
 from mtl_dist.training.loop import CONFIG_NAME
 
@@ -38,40 +38,41 @@ def export(command: ExportCommand) -> None:
     """Check the run and --out, then write all files, config.json last. Raises `InputError`."""
     if "onnx" in command.formats:
         check_onnx_installed()
-    trained = open_trained(command.run)
-    if not trained.state:
+    weights = open_weights(command.run)
+    if not weights.state:
         raise InputError(f"{command.run} is an export already; name the run that it came from")
-    _check_apart(command.out, trained)
+    _check_apart(command.out, weights)
     _check_out(command.out)
     with storage.scratch_directory("export") as scratch:
         files: dict[str, dict[str, Any]] = {}
-        model = load_trained(trained)
-        _check_weights(model, trained.uri)
+        model = load_weights(weights)
+        _check_weights(model, weights.uri)
         if "safetensors" in command.formats:
             _write_weights(model, scratch / MODEL)
             files[MODEL] = _about(scratch / MODEL)
         checked = None
         if "onnx" in command.formats:
-            faces = _read_faces(command, trained, scratch)
-            checked = _export_onnx(model, trained, faces, scratch / ONNX)
+            faces = _read_faces(command, weights, scratch)
+            checked = _export_onnx(model, weights, faces, scratch / ONNX)
             files[ONNX] = _about(scratch / ONNX)
-        card = write_card(trained, files=files, constant=_constant_scores(trained), checked=checked)
+        card = write_card(weights, files=files, constant=_constant_scores(weights), checked=checked)
         # config.json is what makes it an export: away first, and there again when all else is.
         for name in (EXPORTED_CONFIG, MODEL, ONNX):
             storage.delete(storage.join(command.out, name))
         for name in files:
             storage.upload(scratch / name, storage.join(command.out, name))
         storage.write_bytes(storage.join(command.out, "README.md"), card.encode())
-        config = exported_config(trained, files).model_dump(mode="json")
+        config = exported_config(weights, files).model_dump(mode="json")
         storage.write_bytes(storage.join(command.out, EXPORTED_CONFIG), seal(config))
-    print(f"exported {trained.uri} to {command.out}: {', '.join((*files, 'README.md', EXPORTED_CONFIG))}")
+    print(f"exported {weights.uri} to {command.out}: {', '.join((*files, 'README.md', EXPORTED_CONFIG))}")
 
 
-def _check_apart(out: str, trained: Trained) -> None:
+def _check_apart(out: str, weights: Weights) -> None:
     """Raise where the export would be taken for a run, or damage its checkpoints."""
-    run_uri = storage.absolute(trained.uri.rpartition("/checkpoints/")[0])
+    own = storage.absolute(weights.uri)
+    run_uri = own.rpartition("/checkpoints/")[0]  # empty where the checkpoint is a copy outside a run
     target = storage.join(storage.absolute(out))
-    if target == run_uri or f"{target}/".startswith(f"{run_uri}/checkpoints/"):
+    if target in (own, run_uri) or (run_uri and f"{target}/".startswith(f"{run_uri}/checkpoints/")):
         raise InputError(f"--out is {out}, where the run itself keeps its files; name another directory")
     if storage.exists(storage.join(out, CONFIG_NAME)):  # whoever predicts with that run would take this one's weights
         raise InputError(f"--out is {out}, which is a run; name another directory")
@@ -99,24 +100,24 @@ def _write_weights(model: nn.Module, path: Path) -> None:
     save_file(state, path, metadata={"format": "pt"})
 
 
-def _export_onnx(model: nn.Module, trained: Trained, faces: np.ndarray, path: Path) -> Checked:
+def _export_onnx(model: nn.Module, weights: Weights, faces: np.ndarray, path: Path) -> Checked:
     """Write the graph and compare it with torch. Ends the command where they differ by more than `TOLERANCE`."""
-    config = trained.config
+    config = weights.config
     size = config.data.image_size
-    print(f"writing ONNX of {trained.uri} ...", flush=True)
+    print(f"writing ONNX of {weights.uri} ...", flush=True)
     write_onnx(model, path, image_size=size, input_size=config.input_size)
     noise = np.random.default_rng(0).integers(0, 256, (NUM_RANDOM, 3, size, size), np.uint8)
     differences = {}
     for name, images in (("faces", faces), ("pictures of noise", noise)):
         answers = _run_torch(model, images, config.input_size)
         numbers = range(1, len(images) + 1)
-        check_finite(answers, [f"number {number} of the {name}" for number in numbers], source=trained.uri)
+        check_finite(answers, [f"number {number} of the {name}" for number in numbers], source=weights.uri)
         found = largest_difference(run_onnx(path, images, batch=CHECK_BATCH), answers)
         differences[name] = found
         print(f"onnxruntime and torch differ by {found:.1e} at most on {len(images)} {name} (at most {TOLERANCE:.0e})")
         if not found <= TOLERANCE:  # NaN neither
             sys.exit(
-                f"error: the ONNX graph of {trained.uri} does not answer as torch does: {found:.1e} on {name}, at most "
+                f"error: the ONNX graph of {weights.uri} does not answer as torch does: {found:.1e} on {name}, at most "
                 f"{TOLERANCE:.0e} is let through; nothing was written. --formats safetensors exports the weights alone"
             )
     return Checked(max(differences.values()), len(faces), len(noise))
@@ -130,9 +131,9 @@ def _run_torch(model: nn.Module, images: np.ndarray, input_size: int) -> Predict
     return predict(model, batches, device=torch.device("cpu"), size=input_size).predictions
 
 
-def _read_faces(command: ExportCommand, trained: Trained, scratch: Path) -> np.ndarray:
+def _read_faces(command: ExportCommand, weights: Weights, scratch: Path) -> np.ndarray:
     """Read up to `NUM_FACES` pictures (n, 3, S, S) uint8 as the model takes them."""
-    config = trained.config
+    config = weights.config
     uri = command.images or config.data.val
     try:
         frames = open_frames(uri, scratch=scratch, cache_dir=command.cache_dir)
@@ -153,13 +154,13 @@ def _read_faces(command: ExportCommand, trained: Trained, scratch: Path) -> np.n
     return np.concatenate(parts)[:NUM_FACES]
 
 
-def _constant_scores(trained: Trained) -> dict[str, Any] | None:
+def _constant_scores(weights: Weights) -> dict[str, Any] | None:
     """Score the constant predictor on the run's validation set; None where the set is not where it was."""
     try:
-        val = read_index(trained.config.data.val)
+        val = read_index(weights.config.data.val)
     except InputError:
         return None
-    return constant_scores(val.labels) if val.sha256 == trained.state["identity"]["validation set"] else None
+    return constant_scores(val.labels) if val.sha256 == weights.state["identity"]["validation set"] else None
 
 
 def _about(path: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from mtl_dist.predicting.predictions import check_finite, fill_missing, predicti
 from mtl_dist.predicting.spread import Task, predict_frames
 from mtl_dist.predicting.submission import submission_text
 from mtl_dist.progress import progress_bar
-from mtl_dist.runs.trained import Trained, open_trained
+from mtl_dist.runs.weights import Weights, open_weights
 from mtl_dist.training.tracking import print_scores
 
 MAX_REASONS = 100  # images that are read again, to say what is wrong with them
@@ -30,7 +30,7 @@ MAX_REASONS = 100  # images that are read again, to say what is wrong with them
 
 def predict_input(command: PredictCommand) -> None:
     """Predict --input and write --out, whole or not at all. Raises `InputError`."""
-    models = tuple(open_trained(run) for run in command.runs)
+    models = tuple(open_weights(run) for run in command.runs)
     view = _common_view(command.runs, models)
     device = named_device(command.device).type
     with storage.scratch_directory("predict") as scratch:
@@ -91,7 +91,7 @@ def _skipped(command: PredictCommand, frames: ImageFiles, predicted: Predicted) 
     return lines + [f"image {frames.listed[row]}" for row in bad[MAX_REASONS:]]
 
 
-def _common_view(runs: Sequence[str], models: Sequence[Trained]) -> str | None:
+def _common_view(runs: Sequence[str], models: Sequence[Weights]) -> str | None:
     """Return the view that the models were trained on, None where none tells. Raises where there are two."""
     known = {model.view: run for run, model in zip(runs, models) if model.view}
     if len(known) > 1:

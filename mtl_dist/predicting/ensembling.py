@@ -37,7 +37,7 @@ from mtl_dist.predicting.predictions import (
 from mtl_dist.predicting.submission import TestImages
 from mtl_dist.progress import progress_bar
 from mtl_dist.runs.checkpoint import MODEL, STATE
-from mtl_dist.runs.trained import load_model
+from mtl_dist.runs.weights import load_weights
 
 FORMAT = "mtl_dist-member-1"
 VAL, TEST = "val", "test"
@@ -128,7 +128,7 @@ def predict_members(
 
 def _key_of(member: Member, test: TestImages | None, how: Prediction) -> str:
     """What decides a prediction, but for the last bits that machines and batch sizes may change."""
-    files = member.checkpoint.files
+    files = member.weights.checkpoint.files
     about = {"format": FORMAT, "model": files[MODEL]["sha256"], "state": files[STATE]["sha256"]}
     about |= {"test": test.sha256} if test else {"val": member.val.sha256}
     if test:  # tables of before EXIF was read do not hold: they are of pictures as they are stored
@@ -139,8 +139,9 @@ def _key_of(member: Member, test: TestImages | None, how: Prediction) -> str:
 def _with_absolute_paths(task: MemberTask) -> MemberTask:
     """Tasks of Ray work in directories of their own."""
     member, cache_dir = task.member, task.how.cache_dir
-    checkpoint = member.checkpoint._replace(uri=storage.absolute(member.checkpoint.uri))
-    member = member._replace(checkpoint=checkpoint, val_uri=storage.absolute(member.val_uri))
+    checkpoint = member.weights.checkpoint._replace(uri=storage.absolute(member.weights.uri))
+    weights = member.weights._replace(checkpoint=checkpoint)
+    member = member._replace(weights=weights, val_uri=storage.absolute(member.val_uri))
     how = task.how._replace(cache_dir=cache_dir.expanduser().absolute() if cache_dir else None)
     return task._replace(member=member, how=how)
 
@@ -202,7 +203,7 @@ def predict_task(task: MemberTask) -> Finished:
         torch.set_num_threads(max(1, int(how.cpus)))  # the node's other cores may be another member's
     # Ray hides no GPU from a task that asked for none.
     device = named_device("cpu" if on_cluster and not how.gpus and how.device == "auto" else how.device)
-    model = load_model(member.checkpoint, member.config).to(device)
+    model = load_weights(member.weights).to(device)
     if VAL in task.sets:
         with progress_bar(f"predicting {task.name}", member.val.rows) as advance:
             predicted = predict_member(
@@ -223,7 +224,7 @@ def predict_task(task: MemberTask) -> Finished:
 
 
 def _predict_test_list(task: MemberTask, model: nn.Module, device: torch.device) -> pa.Table:
-    how, config = task.how, task.member.config
+    how, config = task.how, task.member.weights.config
     seen = Seen()
     batches = image_batches(
         task.test_paths, batch=how.batch, size=config.data.image_size, workers=how.workers, skip_bad=how.skip_bad,
@@ -244,5 +245,5 @@ def _predict_test_list(task: MemberTask, model: nn.Module, device: torch.device)
 def _checked_table(
     predicted: Predicted, member: Member, images: list[str], videos: list[str] | None = None
 ) -> pa.Table:
-    check_finite(predicted.predictions, images, source=member.checkpoint.uri)
+    check_finite(predicted.predictions, images, source=member.weights.uri)
     return prediction_table(predicted, images, labels=True, videos=videos)

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from mtl_dist import storage
-from mtl_dist.config import Config, build_config, unflatten
 from mtl_dist.data.cache import GIB, Cache
 from mtl_dist.data.index import Index, check_stored, read_index
 from mtl_dist.data.loader import eval_batches
@@ -23,46 +22,33 @@ from mtl_dist.errors import InputError
 from mtl_dist.objective.metrics import Predictions, Targets
 from mtl_dist.objective.smoothing import video_names
 from mtl_dist.predicting.evaluate import Predicted, predict
-from mtl_dist.runs.checkpoint import Checkpoint
-from mtl_dist.runs.trained import load_model, open_checkpoint
+from mtl_dist.runs.weights import Weights, load_weights, open_best
 
 
 class Member(NamedTuple):
-    """A run with its best checkpoint and its validation set."""
+    """A run with its best weights and its validation set."""
 
-    run_uri: str
-    checkpoint: Checkpoint
-    config: Config
+    run_uri: str  # as it was given
+    weights: Weights
     val_uri: str
     val: Index
-    train_sha256: str = ""  # of the index it was trained on
-    newest_step: int = 0  # of its checkpoints; the best may be an earlier one
-    total_steps: int | None = None  # of the whole run; None: saved before this was noted
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether the run was trained to its end."""
-        return self.total_steps is None or self.newest_step >= self.total_steps
 
 
 def open_member(run_uri: str, val_uri: str | None = None) -> Member:
     """Find a run's best committed checkpoint and its validation set. Raises `InputError`."""
-    checkpoint, state, newest_step = open_checkpoint(run_uri)
-    config = build_config(unflatten(state["config"]))
+    weights = open_best(run_uri)
     moved = "" if val_uri else "; where the set has moved since training, say where it is with --val, one set a run"
-    val_uri = val_uri or config.data.val
+    val_uri = val_uri or weights.config.data.val
     try:
         val = read_index(val_uri)
         check_stored(val_uri, val)
     except InputError as error:
         raise InputError(f"the validation set of run {run_uri}: {error}{moved}") from None
-    if val.sha256 != state["identity"].get("validation set"):
+    if val.sha256 != weights.state["identity"].get("validation set"):
         raise InputError(
-            f"{val_uri} is not the validation set that {checkpoint.uri} was scored on; give the right one with --val"
+            f"{val_uri} is not the validation set that {weights.uri} was scored on; give the right one with --val"
         )
-    return Member(
-        run_uri, checkpoint, config, val_uri, val, state["identity"].get("training set", ""), newest_step,
-        state.get("total_steps"))  # fmt: skip
+    return Member(run_uri, weights, val_uri, val)
 
 
 def unique_names(uris: Sequence[str], *, taken: tuple[str, ...] = ()) -> list[str]:
@@ -98,15 +84,15 @@ def predict_member(
 ) -> Predicted:
     """Predict a member's validation set with its checkpoint; rows in ascending order.
 
-    `model` is what `load_model` returned, where it is wanted for more than this.
+    `model` is what `load_weights` returned, where it is wanted for more than this.
     """
-    config = member.config
+    config = member.weights.config
     cache = Cache(cache_dir, max_bytes=int(config.data.cache_gib * GIB))
     batches = eval_batches(
         ShardReader(member.val_uri, member.val, cache), batch=batch, rank=0, num_ranks=1,
         size=config.data.image_size, workers=workers, prefetch=config.data.prefetch)  # fmt: skip
     predicted = predict(
-        (model or load_model(member.checkpoint, config)).to(device),
+        (model or load_weights(member.weights)).to(device),
         batches,
         device=device,
         size=config.input_size,

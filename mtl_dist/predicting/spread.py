@@ -22,7 +22,7 @@ from mtl_dist.objective.metrics import Predictions, Targets
 from mtl_dist.predicting.evaluate import Predicted, predict
 from mtl_dist.predicting.inputs import Frames
 from mtl_dist.processes import end_with_parent, spawn
-from mtl_dist.runs.trained import Trained, load_trained
+from mtl_dist.runs.weights import Weights, load_weights
 
 _STOP_S = 5.0  # given to a process that is done, or told to end
 
@@ -32,7 +32,7 @@ Progress = Callable[[int], None]
 class Task(NamedTuple):
     """What all processes work on."""
 
-    models: tuple[Trained, ...]
+    models: tuple[Weights, ...]
     frames: Frames
     device: str  # cpu or cuda
     batch: int  # images of a forward pass
@@ -87,7 +87,7 @@ def predict_part(task: Task, *, part: int, num_parts: int, progress: Progress) -
         torch.cuda.set_device(device)
     total, seen = None, Seen()
     for size in _sizes(task.models):
-        models = [trained for trained in task.models if trained.config.data.image_size == size]
+        models = [weights for weights in task.models if weights.config.data.image_size == size]
         this_pass = seen if total is None else Seen()  # every pass sees the same
         which = {"part": part, "num_parts": num_parts, "seen": this_pass}
         predicted = _predict_pass(models, task, size, device, which, progress)
@@ -97,10 +97,10 @@ def predict_part(task: Task, *, part: int, num_parts: int, progress: Progress) -
 
 
 def _predict_pass(
-    models: list[Trained], task: Task, size: int, device: torch.device, which: dict[str, Any], progress: Progress
+    models: list[Weights], task: Task, size: int, device: torch.device, which: dict[str, Any], progress: Progress
 ) -> Predicted:
     """Sum the predictions of models of one size over one pass through the frames."""
-    loaded = [(load_trained(trained).to(device), trained.config) for trained in models]
+    loaded = [(load_weights(weights).to(device), weights.config) for weights in models]
 
     def predict_all(batches) -> Predicted:
         found = [
@@ -171,8 +171,8 @@ def _failed(kind: str, value: Any, part: int, processes: int) -> Exception:
     return {"InputError": InputError, "StorageError": StorageError}[kind](value)
 
 
-def _sizes(models: tuple[Trained, ...]) -> list[int]:
-    return list(dict.fromkeys(trained.config.data.image_size for trained in models))
+def _sizes(models: tuple[Weights, ...]) -> list[int]:
+    return list(dict.fromkeys(weights.config.data.image_size for weights in models))
 
 
 def _add(mine: Predicted, other: Predicted) -> Predicted:

@@ -13,7 +13,7 @@ from mtl_dist.report.drawing import Figure, canvas, save_png
 from mtl_dist.report.pictures import Pictures, choose_apart
 from mtl_dist.report.results import Method, Result
 from mtl_dist.report.tables import write_csv
-from mtl_dist.runs.trained import load_model
+from mtl_dist.runs.weights import load_weights
 from mtl_dist.tasks import AUS, NUM_AUS
 
 SIDE = 160  # pixels of a drawn face
@@ -33,14 +33,14 @@ def draw_attention(
 ) -> Figure | None:
     """Maps of the 12 action units over each face; None for models without such maps."""
     result = method.shown
-    model = load_model(result.member.checkpoint, result.member.config).to(device)
+    model = load_weights(result.member.weights).to(device)
     if not hasattr(model, "attention_maps"):
         return None
     rows = result.predicted.rows[faces]
     pictures = Pictures(result.member, cache_dir)
-    batch = pictures.read(rows, result.member.config.data.image_size)
+    batch = pictures.read(rows, result.member.weights.config.data.image_size)
     with torch.no_grad():
-        inputs = normalise(batch.inputs.to(device), result.member.config.input_size)
+        inputs = normalise(batch.inputs.to(device), result.member.weights.config.input_size)
         maps = model.attention_maps(inputs)[:, 0, :NUM_AUS].float()
         large = F.interpolate(maps, size=(SIDE, SIDE), mode="bilinear", align_corners=False).cpu().numpy()
     return _draw(method, place, result, faces, images, pictures.pixels(rows, SIDE), maps.cpu().numpy(), large)

@@ -96,9 +96,9 @@ def _taken_for_one(ensembles: list[Result], members: list[Member]) -> list[str]:
 def _warnings(runs: list[Result], ensembles: list[list[Result]]) -> list[str]:
     """Say which runs are not at their end, and which ensembles are of earlier checkpoints."""
     unfinished = [
-        f"{run.name} (step {run.member.newest_step:,} of {run.member.total_steps:,})"
+        f"{run.name} (step {run.member.weights.newest_step:,} of {run.member.weights.total_steps:,})"
         for run in runs
-        if not run.member.is_finished
+        if not run.member.weights.is_finished
     ]
     warnings = [f"Not trained to the end: {', '.join(unfinished)}."] if unfinished else []
     for plain, *_ in ensembles:

@@ -17,7 +17,7 @@ from mtl_dist.runs.lives import read_lives
 def run_block(result: Result) -> str:
     """A run: its checkpoint, how it was started, its configuration."""
     member = result.member
-    checkpoint, index = member.checkpoint, member.val
+    checkpoint, index = member.weights.checkpoint, member.val
     about = [
         ("run", result.uri),
         ("method", result.method),
@@ -25,7 +25,7 @@ def run_block(result: Result) -> str:
         ("weights, sha256", checkpoint.files[MODEL]["sha256"]),
         ("step", f"{checkpoint.step:,}"),
         ("P in training", f"{checkpoint.score:.4f}"),
-        ("training set", f"{member.config.data.train} (sha256 {member.train_sha256})"),
+        ("training set", f"{member.weights.config.data.train} (sha256 {member.weights.train_sha256})"),
         ("validation set", f"{member.val_uri} ({index.view}, {index.rows:,} rows, sha256 {index.sha256})"),
     ]
     lives = read_lives(result.uri)
@@ -48,7 +48,7 @@ def run_block(result: Result) -> str:
         ),
         preformatted(command),
         table_block(starts, sortable=False) if rows else paragraph("Its starts were not recorded."),
-        folded("configuration", preformatted(dump_yaml(member.config))),
+        folded("configuration", preformatted(dump_yaml(member.weights.config))),
     )
 
 

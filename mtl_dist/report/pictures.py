@@ -18,7 +18,7 @@ class Pictures:
     """Reads a run's validation pictures by row number."""
 
     def __init__(self, member: Member, cache_dir: Path | None):
-        cache = Cache(cache_dir, max_bytes=int(member.config.data.cache_gib * GIB))
+        cache = Cache(cache_dir, max_bytes=int(member.weights.config.data.cache_gib * GIB))
         self._reader = ShardReader(member.val_uri, member.val, cache)
         self._sample = {int(row): place for place, row in enumerate(self._reader.names().rows)}
 

@@ -59,7 +59,7 @@ class Result(NamedTuple):
 
     @property
     def seed(self) -> int | None:
-        return self.member.config.run.seed if self.member else None
+        return self.member.weights.config.run.seed if self.member else None
 
     @property
     def au_on(self) -> np.ndarray:
@@ -120,14 +120,14 @@ def label_runs(members: list[Member]) -> list[str]:
     """
     views: dict[str, set[str]] = {}
     for member in members:
-        views.setdefault(member.config.model.name, set()).add(member.val.view)
+        views.setdefault(member.weights.config.model.name, set()).add(member.val.view)
     plain = []
     for member in members:
-        name, view = member.config.model.name, member.val.view
+        name, view = member.weights.config.model.name, member.val.view
         label = FAMILIES[name].title
         plain.append(f"{label} {view.replace('_', ' ')}" if name == "a" or len(views[name]) > 1 else label)
     settings, names = [_settings(member) for member in members], unique_names([member.run_uri for member in members])
-    seeds = [member.config.run.seed for member in members]
+    seeds = [member.weights.config.run.seed for member in members]
     labels = []
     for place, label in enumerate(plain):
         alike = [other for other, known in enumerate(plain) if known == label]
@@ -142,9 +142,9 @@ def label_runs(members: list[Member]) -> list[str]:
 
 
 def _settings(member: Member) -> dict[str, Any]:
-    config = flatten(member.config)
+    config = flatten(member.weights.config)
     own = {key: value for key, value in config.items() if key not in (*FREE, "run.name", "run.seed")}
-    return own | {TRAINING_SET: member.train_sha256}
+    return own | {TRAINING_SET: member.weights.train_sha256}
 
 
 def predict_run(
@@ -160,7 +160,7 @@ def predict_run(
 ) -> Predicted:
     """Predict a run's validation set, or read `data_uri`/<name>.parquet where its key says that it holds just that."""
     where = storage.join(data_uri, f"{name}.parquet")
-    key = f"{CACHE_FORMAT} weights {member.checkpoint.files[MODEL]['sha256']} rows {member.val.sha256}"
+    key = f"{CACHE_FORMAT} weights {member.weights.checkpoint.files[MODEL]['sha256']} rows {member.val.sha256}"
     if read_key(where) == key:
         progress(member.val.rows)
         return read_predictions(where).predicted
@@ -168,7 +168,7 @@ def predict_run(
         member, device=device, batch=batch, workers=workers, cache_dir=cache_dir, progress=progress
     )
     names = row_names(member, cache_dir)
-    check_finite(predicted.predictions, names.images, source=member.checkpoint.uri)
+    check_finite(predicted.predictions, names.images, source=member.weights.uri)
     table = prediction_table(predicted, names.images, labels=True, videos=names.videos)
     write_parquet(where, table, key=key)
     return read_predictions(where).predicted  # as the next report will read it
@@ -247,9 +247,7 @@ def stale_members(about: dict[str, Any], members: list[Member]) -> list[str]:
     """Return the reported runs of which an ensemble took another checkpoint than the best of now."""
     taken = [(find_run(of.get("run"), members), of.get("checkpoint")) for of in about["members"]]
     return [
-        member.run_uri
-        for member, uri in taken
-        if member and uri and _last_part(uri) != _last_part(member.checkpoint.uri)
+        member.run_uri for member, uri in taken if member and uri and _last_part(uri) != _last_part(member.weights.uri)
     ]
 
 

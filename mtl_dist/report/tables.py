@@ -132,13 +132,11 @@ def runs_table(methods: list[Method]) -> Table:
     rows = []
     for method in methods:
         for result in method.results:
-            checkpoint = result.member.checkpoint if result.member else None
+            weights = result.member.weights if result.member else None
             cells = [number(result.scores[key], missing=NO_LABELS) for key in SCORE_NAMES]
-            step = number(checkpoint.step if checkpoint else None)
-            if result.member and not result.member.is_finished:
-                step = step._replace(
-                    below=f"unfinished: step {result.member.newest_step:,} of {result.member.total_steps:,}"
-                )
+            step = number(weights.checkpoint.step if weights else None)
+            if weights and not weights.is_finished:
+                step = step._replace(below=f"unfinished: step {weights.newest_step:,} of {weights.total_steps:,}")
             rows.append(
                 [
                     text(result.name),
@@ -226,9 +224,9 @@ def _steps_table(name: str, method: str, ensembles: list[dict[str, Any]]) -> Tab
 
 def settings_table(results: list[Result]) -> Table | None:
     """The settings in which runs differ; None where there is nothing to tell apart."""
-    trees = [flatten(r.member.config) | {TRAINING_SET: r.member.train_sha256[:12]} for r in results]
+    trees = [flatten(r.member.weights.config) | {TRAINING_SET: r.member.weights.train_sha256[:12]} for r in results]
     keys = [key for key in trees[0] if key not in SHOWN_ELSEWHERE and len({str(tree[key]) for tree in trees}) > 1]
-    views = {(r.member.val.view, r.member.train_sha256) for r in results}
+    views = {(r.member.val.view, r.member.weights.train_sha256) for r in results}
     if len(views) == len({view for view, _ in views}):  # a set a view: nothing to tell apart
         keys = [key for key in keys if key != TRAINING_SET]
     if not keys:

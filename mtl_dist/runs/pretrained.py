@@ -1,4 +1,4 @@
-"""The weights a run's backbone starts with: `model.weights` may be a file, a run or a checkpoint, local or on s3://."""
+"""The weights a run's backbone starts with: `model.weights`, a file or what `open_weights` takes, local or on s3://."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from mtl_dist.config import Config
 from mtl_dist.errors import InputError
 from mtl_dist.models import build_model, non_finite
 from mtl_dist.models.backbones import check_backbone
-from mtl_dist.runs.checkpoint import COMMIT, DIRECTORY, MODEL, Checkpoint, on_rank_0, read_commit
-from mtl_dist.runs.trained import open_checkpoint
+from mtl_dist.runs.checkpoint import MODEL, on_rank_0
+from mtl_dist.runs.weights import open_weights
 
 FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")  # a run's name may hold dots too
 
@@ -59,29 +59,16 @@ def _build(config: Config) -> nn.Module:
 def _place_of_weights(weights: str) -> tuple[str, str | None]:
     """Return the file to read as what comes after `weights`, and its sha256 where that is known."""
     uri, sha256 = find_weights(weights)
-    return uri.removeprefix(weights.rstrip("/")), sha256
+    return storage.absolute(uri).removeprefix(storage.absolute(weights.rstrip("/"))), sha256
 
 
 def find_weights(uri: str) -> tuple[str, str | None]:
     """Return the file to read for a URI, and its sha256 where that is known. Of a run it is the best checkpoint's."""
     uri = uri.rstrip("/")
-    name = uri.rpartition("/")[2]
-    if storage.is_s3(uri) and (name.endswith(FILE_SUFFIXES) or storage.exists(uri)):
+    if storage.is_s3(uri) and (uri.endswith(FILE_SUFFIXES) or storage.exists(uri)):
         return uri, None
-    checkpoint = _open_directory(uri) if DIRECTORY.fullmatch(name) else open_checkpoint(uri).checkpoint
+    checkpoint = open_weights(uri).checkpoint
     return storage.join(checkpoint.uri, MODEL), checkpoint.files[MODEL]["sha256"]
-
-
-def _open_directory(uri: str) -> Checkpoint:
-    """Open one checkpoint of a run."""
-    try:
-        return read_commit(uri)
-    except FileNotFoundError:
-        raise InputError(f"model.weights {uri} has no {COMMIT}: its save did not finish; give another one") from None
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(f"model.weights {uri} has a damaged {COMMIT} ({error}); give another one") from None
 
 
 def _not_there(uri: str) -> InputError:

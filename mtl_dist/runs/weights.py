@@ -1,4 +1,4 @@
-"""Trained weights under the names users have for them: a run, one of its checkpoints, or an exported directory."""
+"""Weights that exist, under the names users have for them: a run, one of its checkpoints, or an exported directory."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from mtl_dist.errors import InputError
 from mtl_dist.models import TooLarge, at_most, build_model
 from mtl_dist.runs.checkpoint import (
     CLASSES,
+    COMMIT,
     DIRECTORY,
     MAX_TENSOR_BYTES,
     MODEL,
@@ -24,6 +25,7 @@ from mtl_dist.runs.checkpoint import (
     best,
     committed,
     find_lack,
+    read_commit,
     read_model,
     read_state,
 )
@@ -38,17 +40,33 @@ MAX_CONFIG_BYTES = 1 << 20
 MAX_CUT_OFF = 200_000_000  # parameters: VGG's are 124 million
 
 
-class Trained(NamedTuple):
-    """Weights that predict, not yet read."""
+class Weights(NamedTuple):
+    """Weights of a model, not yet read."""
 
     checkpoint: Checkpoint  # an exported directory has one too: its one file, where it came from
     config: Config
     state: dict[str, Any]  # state.json of a checkpoint; empty for an exported directory
     view: str | None  # of the pictures it was trained on; None: saved before this was noted
+    newest_step: int  # of all checkpoints of its run, where it lies in one
 
     @property
     def uri(self) -> str:
         return self.checkpoint.uri
+
+    @property
+    def train_sha256(self) -> str:
+        """That of the index it was trained on; empty where this is not known."""
+        return self.state.get("identity", {}).get("training set", "")
+
+    @property
+    def total_steps(self) -> int | None:
+        """The steps of its whole run; None: saved before this was noted."""
+        return self.state.get("total_steps")
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether its run was trained to the end."""
+        return self.total_steps is None or self.newest_step >= self.total_steps
 
 
 class ExportedConfig(BaseModel):
@@ -74,62 +92,112 @@ class ExportedConfig(BaseModel):
     data: dict[str, str]  # identity of the sets: {"training set": sha256, "validation set": sha256}
 
 
-def open_trained(uri: str) -> Trained:
+def open_weights(uri: str) -> Weights:
     """Find a run's best checkpoint, a checkpoint by its directory, or an exported directory. Raises `InputError`."""
     uri = uri.rstrip("/")
     if storage.exists(storage.join(uri, EXPORTED_CONFIG)):
         return _open_exported(uri)
     if DIRECTORY.fullmatch(uri.rpartition("/")[2]):
-        checkpoint, state = _open_directory(storage.absolute(uri))  # of several ways to write it one
-    else:
-        checkpoint, state, _ = open_checkpoint(uri)
-    return Trained(checkpoint, build_config(unflatten(state["config"])), state, state.get("view"))
+        return _open_directory(storage.absolute(uri))  # of several ways to write it one
+    return open_best(uri)
 
 
-def load_trained(trained: Trained) -> nn.Module:
+def open_best(run_uri: str) -> Weights:
+    """Find a run's best committed checkpoint. Raises `InputError`."""
+    found, skipped = committed(run_uri)
+    chosen = best(found)
+    if chosen is None:
+        reasons = f" ({'; '.join(skipped)})" if skipped else ""
+        raise InputError(
+            f"run {run_uri} has no committed checkpoint with a score{reasons}; train it first, or correct the name"
+        )
+    return _open_checkpoint(
+        chosen, newest_step=found[-1].step, remedy=f"delete {chosen.uri} to use the next best checkpoint"
+    )
+
+
+def load_weights(weights: Weights) -> nn.Module:
     """Build the model on the CPU with its weights, in evaluation mode. Raises `InputError`."""
-    if not trained.state:
-        _check_weights(trained.checkpoint)
-    return load_model(trained.checkpoint, trained.config)
+    checkpoint, config = weights.checkpoint, weights.config
+    if not weights.state:
+        _check_exported(checkpoint)
+    try:
+        tensors = read_model(checkpoint)
+        # A stranger's configuration may ask for any network. Libraries' are built with classifiers that are cut off.
+        with at_most(2 * sum(tensor.numel() for tensor in tensors.values()) + MAX_CUT_OFF):
+            model = build_model(config.model.model_copy(update={"weights": "none"}), input_size=config.input_size)
+        model.load_state_dict(tensors)
+    except FileNotFoundError:
+        raise deleted(checkpoint) from None
+    except TooLarge as error:
+        raise InputError(
+            f"{checkpoint.uri}: its configuration asks for a network of {error}, and its weights are fewer than half "
+            "as many: they do not belong together"
+        ) from None
+    except InputError:
+        raise
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"{checkpoint.uri}: {error}; delete it to use the next best checkpoint") from None
+    return model.eval()
 
 
-def exported_config(trained: Trained, files: dict[str, dict[str, Any]]) -> ExportedConfig:
+def exported_config(weights: Weights, files: dict[str, dict[str, Any]]) -> ExportedConfig:
     """Describe a checkpoint that is exported to `files`."""
-    config, checkpoint = trained.config, trained.checkpoint
+    config, checkpoint = weights.config, weights.checkpoint
     kept = {key: value for key, value in flatten(config).items() if key.startswith(KEPT)}
     return ExportedConfig(
         config=kept | {"model.weights": "none"},  # what training started from, a path of that machine perhaps
         image_size=config.data.image_size,
         input_size=config.input_size,
-        view=trained.view,
+        view=weights.view,
         step=checkpoint.step,
         scores=checkpoint.scores,
         saved_at=checkpoint.saved_at,
         files=files,
-        data=trained.state["identity"],
+        data=weights.state["identity"],
     )
 
 
-def _open_directory(uri: str) -> tuple[Checkpoint, dict[str, Any]]:
+def _open_directory(uri: str) -> Weights:
     run_uri, _, checkpoints = uri.rpartition("/")[0].rpartition("/")
     if checkpoints != "checkpoints":
-        raise InputError(f"checkpoint {uri} is not in its run; expected <storage>/<run>/checkpoints/step_...")
+        return _open_copy(uri)
     found, skipped = committed(run_uri)
-    for checkpoint in found:
-        if checkpoint.uri == uri:
-            try:
-                state = read_state(checkpoint)
-            except FileNotFoundError:
-                raise deleted(checkpoint) from None
-            except ValueError as error:
-                raise InputError(f"{error}; name another checkpoint, or the run") from None
-            check_classes(checkpoint, state)
-            return checkpoint, state
+    if checkpoint := next((checkpoint for checkpoint in found if checkpoint.uri == uri), None):
+        remedy = "name another checkpoint, or the run"
+        return _open_checkpoint(checkpoint, newest_step=found[-1].step, remedy=remedy)
     why = [reason for reason in skipped if reason.startswith(f"{uri}:")] or [f"{uri} does not exist"]
     raise InputError(f"no finished checkpoint: {why[0]}; name another, or the run {run_uri}")
 
 
-def _open_exported(uri: str) -> Trained:
+def _open_copy(uri: str) -> Weights:
+    """Open a checkpoint that lies elsewhere than in its run."""
+    where = f"checkpoint {uri}, which is not in its run (<storage>/<run>/checkpoints/step_...),"
+    try:
+        checkpoint = read_commit(uri)
+    except FileNotFoundError:
+        raise InputError(f"{where} has no {COMMIT}: its save did not finish; give another one") from None
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{where} has a damaged {COMMIT} ({error}); give another one") from None
+    return _open_checkpoint(checkpoint, newest_step=checkpoint.step, remedy="give another one")
+
+
+def _open_checkpoint(checkpoint: Checkpoint, *, newest_step: int, remedy: str) -> Weights:
+    """Read and check what a checkpoint says of itself; `remedy` is what to do where that is damaged."""
+    try:
+        state = read_state(checkpoint)
+    except FileNotFoundError:
+        raise deleted(checkpoint) from None
+    except ValueError as error:
+        raise InputError(f"{error}; {remedy}") from None
+    check_classes(checkpoint, state)
+    config = build_config(unflatten(state["config"]))
+    return Weights(checkpoint, config, state, state.get("view"), newest_step)
+
+
+def _open_exported(uri: str) -> Weights:
     where = storage.join(uri, EXPORTED_CONFIG)
     try:
         data = storage.read_bytes(where, max_bytes=MAX_CONFIG_BYTES)
@@ -153,42 +221,16 @@ def _open_exported(uri: str) -> Trained:
         raise InputError(f"{uri} holds no {MODEL}; export the run with --formats safetensors")
     files = {name: file.model_dump() for name, file in exported.files.items()}
     checkpoint = Checkpoint(uri, exported.step, exported.scores, exported.saved_at, files)
-    return Trained(checkpoint, build_config(unflatten(exported.config)), {}, exported.view)
+    config = build_config(unflatten(exported.config))
+    return Weights(checkpoint, config, {}, exported.view, checkpoint.step)
 
 
-def _check_weights(checkpoint: Checkpoint) -> None:
+def _check_exported(checkpoint: Checkpoint) -> None:
     where = storage.join(checkpoint.uri, MODEL)
     about = checkpoint.files[MODEL]
     data = storage.read_bytes(where, max_bytes=min(about["bytes"], MAX_TENSOR_BYTES))
     if hashlib.sha256(data).hexdigest() != about["sha256"]:
         raise InputError(f"{where} is damaged: its sha256 is not what {EXPORTED_CONFIG} says; export the run again")
-
-
-class Opened(NamedTuple):
-    """A run's best checkpoint."""
-
-    checkpoint: Checkpoint
-    state: dict[str, Any]
-    newest_step: int  # of all its checkpoints
-
-
-def open_checkpoint(run_uri: str) -> Opened:
-    """Find a run's best committed checkpoint and read its state. Raises `InputError`."""
-    found, skipped = committed(run_uri)
-    chosen = best(found)
-    if chosen is None:
-        reasons = f" ({'; '.join(skipped)})" if skipped else ""
-        raise InputError(
-            f"run {run_uri} has no committed checkpoint with a score{reasons}; train it first, or correct the name"
-        )
-    try:
-        state = read_state(chosen)
-    except FileNotFoundError:
-        raise deleted(chosen) from None
-    except ValueError as error:
-        raise InputError(f"{error}; delete {chosen.uri} to use the next best checkpoint") from None
-    check_classes(chosen, state)
-    return Opened(chosen, state, found[-1].step)
 
 
 def check_classes(checkpoint: Checkpoint, state: dict) -> None:
@@ -201,28 +243,6 @@ def check_classes(checkpoint: Checkpoint, state: dict) -> None:
             f"{checkpoint.uri} has other classes, or another order of them: {state['classes']}; expected {CLASSES}; "
             "its outputs would be taken for those of others: train it again"
         )
-
-
-def load_model(checkpoint: Checkpoint, config: Config) -> nn.Module:
-    """Build a checkpoint's model on the CPU with its weights, in evaluation mode. Raises `InputError`."""
-    try:
-        weights = read_model(checkpoint)
-        # A stranger's configuration may ask for any network. Libraries' are built with classifiers that are cut off.
-        with at_most(2 * sum(tensor.numel() for tensor in weights.values()) + MAX_CUT_OFF):
-            model = build_model(config.model.model_copy(update={"weights": "none"}), input_size=config.input_size)
-        model.load_state_dict(weights)
-    except FileNotFoundError:
-        raise deleted(checkpoint) from None
-    except TooLarge as error:
-        raise InputError(
-            f"{checkpoint.uri}: its configuration asks for a network of {error}, and its weights are fewer than half "
-            "as many: they do not belong together"
-        ) from None
-    except InputError:
-        raise
-    except (ValueError, RuntimeError) as error:
-        raise InputError(f"{checkpoint.uri}: {error}; delete it to use the next best checkpoint") from None
-    return model.eval()
 
 
 def deleted(checkpoint: Checkpoint) -> InputError:
