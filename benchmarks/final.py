@@ -15,7 +15,8 @@ import numpy as np
 
 from mtl_dist.objective.calibration import STEPS, stack_members
 from mtl_dist.objective.crossfit import cross_fit, make_folds
-from mtl_dist.objective.metrics import Predictions, Targets, scores
+from mtl_dist.objective.metrics import Predictions, Targets
+from mtl_dist.objective.scores import scores
 from mtl_dist.objective.smoothing import Timeline
 from mtl_dist.predicting.predictions import Predicted
 from mtl_dist.report.intervals import bootstrap

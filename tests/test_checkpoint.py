@@ -18,7 +18,7 @@ from safetensors.torch import save
 from mtl_dist import storage
 from mtl_dist.config import CheckpointConfig, Config, build_config, dump_yaml, flatten
 from mtl_dist.errors import InputError
-from mtl_dist.objective.metrics import constant_scores
+from mtl_dist.objective.scores import constant_scores, label_sums
 from mtl_dist.runs.checkpoint import (
     FORMAT,
     FREE,
@@ -37,7 +37,7 @@ from mtl_dist.runs.weights import Weights, load_weights, open_weights
 from mtl_dist.sealed import seal
 from mtl_dist.tasks import LabelCounts
 from mtl_dist.training.loop import CONFIG_NAME
-from mtl_dist.training.saving import HOUR_S, SCORES, plan_retention
+from mtl_dist.training.saving import BEST_OF, HOUR_S, plan_retention
 from mtl_dist.training.status import print_status
 from mtl_dist.training.tracking import METRICS, Tracker
 
@@ -94,7 +94,7 @@ def test_the_status_of_a_run_is_told_where_its_data_is_not_to_be_read(total_step
     storage.write_bytes(str(tmp_path / CONFIG_NAME), dump_yaml(config).encode())
     write_checkpoint(tmp_path, 10, 1.25, state={"total_steps": total_steps})
     tracker = Tracker(str(tmp_path), resumed_at=10, num_ranks=1)
-    tracker.evaluated(10, 0, constant := constant_scores(COUNTS), constant)
+    tracker.evaluated(10, 0, constant := constant_scores(label_sums(COUNTS)), constant)
     storage.write_bytes(str(tmp_path / METRICS), b"".join(tracker.files()[METRICS]))
     print_status(str(tmp_path))
     told = " ".join(capsys.readouterr().out.split())
@@ -213,7 +213,7 @@ def test_a_score_that_is_not_a_number_is_neither_the_best_nor_kept_for_it(tmp_pa
 def saved_checkpoints(draw) -> list[Checkpoint]:
     """Checkpoints of several lives, some of the same step, each with some of the scores or none."""
     steps = draw(st.lists(st.integers(0, 30), max_size=20))
-    scores = st.dictionaries(st.sampled_from(SCORES), st.floats(-1, 3), max_size=4)
+    scores = st.dictionaries(st.sampled_from(BEST_OF), st.floats(-1, 3), max_size=4)
     hours, starts = st.floats(0, 100), st.integers(0, 3)
     return [
         Checkpoint(f"run/{place}", step, draw(scores), draw(hours) * HOUR_S, {}, draw(starts))
@@ -234,10 +234,10 @@ def test_retention_keeps_the_last_and_the_best_of_each_score_and_no_more(saved, 
     assert len({checkpoint.step for checkpoint in kept}) == len(kept), "two of one step"
     # Of one step, start and moment it is the one that comes later in the list.
     latest = [max((c for c in reversed(saved) if c.step == step), key=newness) for step in steps]
-    for name in SCORES:
+    for name in BEST_OF:
         scored = sorted((c for c in latest if name in c.scores), key=lambda c: (c.scores[name], c.step), reverse=True)
         assert {c.uri for c in scored[:keep_best]} <= {c.uri for c in kept}
-    assert len(kept) <= keep_last + keep_best * len(SCORES)
+    assert len(kept) <= keep_last + keep_best * len(BEST_OF)
 
 
 @given(st.lists(st.floats(0.1, 5), min_size=1, max_size=40), st.floats(0.5, 10))

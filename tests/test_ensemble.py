@@ -21,7 +21,8 @@ from mtl_dist.ensemble.calibrated import calibrate
 from mtl_dist.ensemble.job import combine
 from mtl_dist.ensemble.options import EnsembleCommand
 from mtl_dist.errors import InputError
-from mtl_dist.objective.metrics import Predictions, Targets, metric_sums, scores
+from mtl_dist.objective.metrics import Predictions, Targets, metric_sums
+from mtl_dist.objective.scores import scores
 from mtl_dist.predict import __main__ as predict
 from mtl_dist.predicting import ensembling
 from mtl_dist.predicting.cluster import TaskFailed

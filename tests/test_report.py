@@ -16,7 +16,8 @@ import tyro
 from mtl_dist.config import build_config
 from mtl_dist.ensemble.options import EnsembleCommand
 from mtl_dist.errors import InputError
-from mtl_dist.objective.metrics import Predictions, Targets, constant_scores, metric_sums, scores
+from mtl_dist.objective.metrics import Predictions, Targets, metric_sums
+from mtl_dist.objective.scores import SCORES, constant_scores, label_sums, main_scores, scores, single_scores
 from mtl_dist.objective.smoothing import video_names
 from mtl_dist.predicting.evaluate import Predicted
 from mtl_dist.predicting.members import Member, unique_names
@@ -28,7 +29,7 @@ from mtl_dist.report.classes import draw_confusion, draw_f1
 from mtl_dist.report.curves import draw_curves
 from mtl_dist.report.drawing import method_styles
 from mtl_dist.report.evidence import Evidence, _taken_for_one, _warnings
-from mtl_dist.report.intervals import CHUNK, KEYS, bootstrap, number_videos, video_sums
+from mtl_dist.report.intervals import CHUNK, bootstrap, number_videos, video_sums
 from mtl_dist.report.mistakes import worst_mistakes
 from mtl_dist.report.origin import ensemble_block
 from mtl_dist.report.page import Part, definitions, render_page, table_block
@@ -58,8 +59,9 @@ from mtl_dist.report.tables import (
 from mtl_dist.runs.checkpoint import Checkpoint
 from mtl_dist.runs.weights import Weights
 from mtl_dist.tasks import TASKS, LabelCounts
-from mtl_dist.training.tracking import SCORE_NAMES
 from tests.conftest import assert_one_message, run_here
+
+MAIN = [score.key for score in main_scores()]
 
 
 def make_targets(size: int, seed: int, tasks=TASKS) -> Targets:
@@ -107,7 +109,7 @@ def test_methods_come_in_the_papers_order():
 def test_the_constant_predictors_result_has_the_scores_of_its_counts():
     targets = make_targets(500, 1)
     found = constant_result(make_result(targets, 1, "x").predicted, count_labels(targets)).scores
-    for key, value in constant_scores(count_labels(targets)).items():
+    for key, value in constant_scores(label_sums(count_labels(targets))).items():
         assert found[key] == (pytest.approx(value, abs=1e-9) if isinstance(value, float) else value)
 
 
@@ -134,8 +136,10 @@ def test_intervals_equal_a_loop_over_draws_that_scores_the_drawn_videos_rows():
                 predictions, targets = result.predicted.predictions, result.predicted.targets
                 predictions = predictions._replace(au=np.where(result.au_on, 0.9, 0.1))
                 part = Predictions(*(a[rows] for a in predictions)), Targets(*(a[rows] for a in targets))
-                each.append(scores(metric_sums(*part)))
-            for key in KEYS:
+                sums = metric_sums(*part)
+                own = {s.key: constant_scores(sums)[s.key] for s in SCORES if s.floor and method.label == CONSTANT}
+                each.append(scores(sums) | own)
+            for key in (score.key for score in single_scores()):
                 mine = found.draws[method.label][key][draw]
                 if key in ("p", "expr") and each[0]["expr"] is None:
                     lacking += 1
@@ -177,7 +181,7 @@ def test_a_task_whose_labels_are_of_one_video_has_no_interval_and_no_difference(
     assert {key: cell.text for key, cell in cells.items() if key in ("expr", "p")} == {"expr": "–", "p": "–"}
     assert (cells["expr"].below, cells["au"].below, cells["ccc_v"].below) == (
         "labels of one video", "rough: 3 videos", "")  # fmt: skip
-    difference = dict(zip(SCORE_NAMES, differences_table(methods, drawn).rows[0][1:]))
+    difference = dict(zip(MAIN, differences_table(methods, drawn).rows[0][1:]))
     own, reference = (methods[place].results[0].scores["expr"] for place in (0, 1))
     assert (difference["expr"].text, difference["expr"].below) == (f"{own - reference:+.4f}", "no interval")
     assert not any(difference[key].is_apart for key in ("expr", "au", "p"))
@@ -349,7 +353,7 @@ def make_about(*runs: str, step: int = 9, view: str = "cropped", **options) -> d
     """What score.json says of an ensemble."""
     members = [{"view": view, "run": run, "checkpoint": f"{run}/checkpoints/step_{step}"} for run in runs]
     options = {"steps": ["weights"], "folds": 5, "half_windows": [0], "seed": 0} | options
-    steps = {name: dict.fromkeys(SCORE_NAMES, 1.0) for name in ("plain mean", *options["steps"])}
+    steps = {name: dict.fromkeys(MAIN, 1.0) for name in ("plain mean", *options["steps"])}
     return {"members": members, "options": options, "steps": steps}
 
 
@@ -505,7 +509,7 @@ def test_a_command_line_without_runs_ends_with_exit_code_2(tmp_path):
 
 def test_what_calibration_adds_is_the_mean_over_ensembles_of_the_same_steps():
     def ensemble(*p: float, steps=("plain mean", "+ weights")) -> Result:
-        about = {"steps": {name: dict.fromkeys(SCORE_NAMES, value) for name, value in zip(steps, p)}}
+        about = {"steps": {name: dict.fromkeys(MAIN, value) for name, value in zip(steps, p)}}
         return make_result(make_targets(20, 0), 0, ENSEMBLE)._replace(score_file=about)
 
     one, other = ensemble(2.0, 2.5), ensemble(2.2, 2.1)

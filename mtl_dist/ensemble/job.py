@@ -11,7 +11,8 @@ from mtl_dist.ensemble.calibrated import about_calibration, calibrate
 from mtl_dist.ensemble.options import RECORDED, EnsembleCommand
 from mtl_dist.ensemble.outputs import render_tables, render_test, write_files
 from mtl_dist.errors import InputError
-from mtl_dist.objective.metrics import constant_scores, metric_sums, scores
+from mtl_dist.objective.metrics import metric_sums
+from mtl_dist.objective.scores import constant_scores, scores
 from mtl_dist.predicting.ensembling import TEST, VAL, Prediction, predict_members, table_name
 from mtl_dist.predicting.evaluate import Predicted
 from mtl_dist.predicting.members import Member, check_apart, open_member, unique_names
@@ -33,7 +34,7 @@ def make_ensemble(command: EnsembleCommand) -> None:
     found = [tables[name][VAL] for name in members]
     _check_names(list(members), found)
     mean = combine([table.predicted for table in found])
-    results = _score(members, found, mean)
+    results = _score(list(members), found, mean)
     fitted = calibrate(found, command)
     steps = {name: scores(sums) for name, sums in fitted.crossfit.sums.items()} if fitted else {}
 
@@ -131,13 +132,13 @@ def combine(members: list[Predicted]) -> Predicted:
     return first._replace(predictions=type(first.predictions)(*(np.mean(column, axis=0) for column in columns)))
 
 
-def _score(members: dict[str, Member], found: list[PredictionTable], mean: Predicted) -> dict[str, dict[str, Any]]:
+def _score(names: list[str], found: list[PredictionTable], mean: Predicted) -> dict[str, dict[str, Any]]:
     """Score the constant predictor, every member and their plain mean."""
-    first = next(iter(members.values()))
-    results = {"constant predictor": constant_scores(first.val.labels)}
-    for name, table in zip(members, found):
+    sums = metric_sums(mean.predictions, mean.targets)
+    results = {"constant predictor": constant_scores(sums)}
+    for name, table in zip(names, found):
         results[name] = scores(metric_sums(table.predicted.predictions, table.predicted.targets))
-    return results | {"ensemble": scores(metric_sums(mean.predictions, mean.targets))}
+    return results | {"ensemble": scores(sums)}
 
 
 def _step_rows(steps: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

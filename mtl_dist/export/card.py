@@ -6,10 +6,10 @@ import json
 from typing import Any, NamedTuple
 
 from mtl_dist.families import FAMILIES
+from mtl_dist.objective.scores import main_scores
 from mtl_dist.runs.checkpoint import MODEL
 from mtl_dist.runs.weights import Weights
 from mtl_dist.tasks import AUS, EXPRESSIONS, TASKS
-from mtl_dist.training.tracking import SCORE_NAMES
 
 ONNX = "model.onnx"
 _TASK_NAMES = {"va": "valence and arousal", "expr": "expression", "au": "action units"}
@@ -157,9 +157,10 @@ def _scores(scores: dict[str, Any] | None, constant: dict[str, Any] | None) -> s
     if scores is None:
         return "## Scores on the validation set\n\nThis checkpoint was not evaluated."
     rows = {"constant predictor": constant} if constant else {}
-    lines = [f"| | {' | '.join(SCORE_NAMES.values())} |", f"|---{'|---' * len(SCORE_NAMES)}|"]
+    shown = main_scores()
+    lines = [f"| | {' | '.join(score.title for score in shown)} |", f"|---{'|---' * len(shown)}|"]
     for name, row in (rows | {"this model": scores}).items():
-        cells = ["no labels" if row[key] is None else f"{row[key]:.4f}" for key in SCORE_NAMES]
+        cells = ["no labels" if row[score.key] is None else f"{row[score.key]:.4f}" for score in shown]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     notes = [
         f"The validation set has no labels for {_TASK_NAMES[task]}: these outputs were never scored."

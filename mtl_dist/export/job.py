@@ -19,7 +19,8 @@ from mtl_dist.export.card import ONNX, Checked, write_card
 from mtl_dist.export.graph import check_onnx_installed, largest_difference, run_onnx, write_onnx
 from mtl_dist.export.options import ExportCommand
 from mtl_dist.models import non_finite
-from mtl_dist.objective.metrics import Predictions, constant_scores
+from mtl_dist.objective.metrics import Predictions
+from mtl_dist.objective.scores import constant_scores, label_sums
 from mtl_dist.predicting.evaluate import predict
 from mtl_dist.predicting.inputs import open_frames, parent_uri
 from mtl_dist.predicting.predictions import check_finite
@@ -160,7 +161,8 @@ def _constant_scores(weights: Weights) -> dict[str, Any] | None:
         val = read_index(weights.config.data.val)
     except InputError:
         return None
-    return constant_scores(val.labels) if val.sha256 == weights.state["identity"]["validation set"] else None
+    is_same = val.sha256 == weights.state["identity"]["validation set"]
+    return constant_scores(label_sums(val.labels)) if is_same else None
 
 
 def _about(path: Path) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mtl_dist.objective.metrics import AU_THRESHOLD, Predictions, Targets, concordance, va_moments
+from mtl_dist.objective.metrics import AU_THRESHOLD, Predictions, Targets, va_moments
+from mtl_dist.objective.scores import concordance
 from mtl_dist.objective.smoothing import Timeline, smooth
 from mtl_dist.tasks import AUS, NUM_AUS, NUM_EXPRESSIONS
 
@@ -338,5 +339,5 @@ def _choose_half_windows(
     tried = []
     for half in half_windows:
         smoothed = smooth(va, timeline, np.array([half, half]))
-        tried.append([concordance(moments) for moments in va_moments(smoothed, targets)])
+        tried.append(concordance(va_moments(smoothed, targets)))
     return np.array(half_windows, np.int64)[np.argmax(tried, axis=0)]

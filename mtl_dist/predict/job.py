@@ -11,10 +11,10 @@ from pyarrow import csv
 
 from mtl_dist import storage
 from mtl_dist.data.frames import Seen
-from mtl_dist.data.index import read_index
 from mtl_dist.device import named_device
 from mtl_dist.errors import InputError
-from mtl_dist.objective.metrics import AU_THRESHOLD, constant_scores, metric_sums, scores
+from mtl_dist.objective.metrics import AU_THRESHOLD, metric_sums
+from mtl_dist.objective.scores import constant_scores, scores
 from mtl_dist.predict.options import PredictCommand
 from mtl_dist.predicting.evaluate import Predicted
 from mtl_dist.predicting.inputs import ImageFiles, ShardSet, VideoFile, VideoFiles, open_frames, parent_uri
@@ -143,8 +143,8 @@ def _is_submission(out: str) -> bool:
 
 def _report(command: PredictCommand, predicted: Predicted, skipped: list[str], *, num_expected: int) -> None:
     if _has_labels(predicted):
-        rows = {"constant predictor": constant_scores(read_index(command.input).labels)}
-        rows["prediction"] = scores(metric_sums(predicted.predictions, predicted.targets))
+        sums = metric_sums(predicted.predictions, predicted.targets)
+        rows = {"constant predictor": constant_scores(sums), "prediction": scores(sums)}
         print_scores(rows, title=f"{len(predicted.rows)} rows")
     for line in skipped:
         print(f"left out: {line}")

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mtl_dist.objective.scores import FIRST
 from mtl_dist.report import page
 from mtl_dist.report.drawing import Figure
 from mtl_dist.report.evidence import Evidence
@@ -51,12 +52,12 @@ class Drawings(NamedTuple):
 def lead(evidence: Evidence, *, num_draws: int) -> list[str]:
     """The sentences above the chapters: the score, the data, the intervals."""
     labels, drawn = evidence.labels, evidence.drawn
-    best, floor = evidence.best, evidence.methods[0].results[0].scores["p"]
-    p = float(np.mean(best.values("p")))
-    between = drawn.interval(best.label, "p")
+    best, floor = evidence.best, evidence.methods[0].results[0].scores[FIRST.key]
+    p = float(np.mean(best.values(FIRST.key)))
+    between = drawn.interval(best.label, FIRST.key)
     shown = f" (95% interval {between.low:.4f} to {between.high:.4f})" if between else ""
     seeds = f", mean of {len(best.results)} seeds" if len(best.results) > 1 else ""
-    top = best_method(evidence.methods, "p")
+    top = best_method(evidence.methods)
     missing = labels.missing_tasks()
     lines = [
         f"{best.label[:1].upper()}{best.label[1:]} scores P = {p:.4f}{shown}{seeds}; the constant predictor "
@@ -65,7 +66,7 @@ def lead(evidence: Evidence, *, num_draws: int) -> list[str]:
         f"{labels.expr:,} with an expression, {max(labels.au):,} with action units.",
     ]
     if top is not None and top is not best:
-        lines[0] += f" {top.label[:1].upper()}{top.label[1:]} has more: {np.mean(top.values('p')):.4f}."
+        lines[0] += f" {top.label[:1].upper()}{top.label[1:]} has more: {np.mean(top.values(FIRST.key)):.4f}."
     lines.append("Runs are shown by their checkpoints with the highest P on this very set: expect less elsewhere.")
     lines += evidence.warnings
     if missing:

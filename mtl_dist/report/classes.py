@@ -6,10 +6,11 @@ import statistics
 
 import numpy as np
 
+from mtl_dist.objective.scores import Score
 from mtl_dist.report.drawing import INK, Figure, Style, canvas, save_png
 from mtl_dist.report.results import CONSTANT, Method
-from mtl_dist.report.tables import class_f1, write_csv
-from mtl_dist.tasks import AUS, EXPRESSIONS, LabelCounts
+from mtl_dist.report.tables import class_scores, class_values, write_csv
+from mtl_dist.tasks import EXPRESSIONS, LabelCounts
 
 
 def draw_confusion(method: Method, place: int) -> Figure | None:
@@ -50,27 +51,25 @@ def draw_confusion(method: Method, place: int) -> Figure | None:
 def draw_f1(methods: list[Method], styles: dict[str, Style], counts: LabelCounts) -> list[Figure]:
     """F1 of every class as bars, a colour a method, the constant predictor as a tick."""
     figures = []
-    if counts.expr:
-        frames = [f"{n:,}" for n in counts.expr_classes]
-        figures.append(_bars("f1_expressions", "F1 of every expression", "f1_expr", list(EXPRESSIONS), frames,
-                             "labelled frames", methods, styles))  # fmt: skip
-    if sum(counts.au):
-        frames = [f"{on:,} of {n:,}" for on, n in zip(counts.au_positives, counts.au)]
-        figures.append(_bars("f1_action_units", "F1 of every action unit", "f1_au", [f"AU{au}" for au in AUS], frames,
-                             "active of labelled frames", methods, styles))  # fmt: skip
+    for score, about in class_scores(counts):
+        order = list(about.counts)[::-1]  # active of labelled
+        frames = [" of ".join(f"{n:,}" for n in each) for each in zip(*(about.counts[what] for what in order))]
+        name, unit = f"{score.title.lower()}_{about.classes}", f"{' of '.join(order)} frames"
+        figures.append(_bars(name, score, frames, unit, methods, styles))
     return figures
 
 
-def _bars(name, title, key, classes: list[str], frames: list[str], unit: str, methods, styles) -> Figure:
+def _bars(name: str, score: Score, frames: list[str], unit: str, methods, styles) -> Figure:
+    title, classes = score.name, score.names
     bars = [method for method in methods if method.label != CONSTANT]
     height, places = 0.8 / len(bars), np.arange(len(classes))
-    rows: list[tuple] = [("class", unit, "method", "mean F1", "standard deviation over seeds", "n")]
+    rows: list[tuple] = [("class", unit, "method", f"mean {score.title}", "standard deviation over seeds", "n")]
     tops = {}
     with canvas(4.5, 1.4 + len(classes) * max(0.36, 0.13 * len(bars))) as figure:
         axes = figure.subplots()
         axes.grid(False, axis="y")
         for method in methods:
-            values = [class_f1(method, key, each) for each in classes]
+            values = [class_values(method, score, each) for each in classes]
             means = np.array([statistics.fmean(found) if found else 0.0 for found in values])
             spread = [statistics.stdev(found) if len(found) > 1 else 0.0 for found in values]
             for each, count, mean, deviation, found in zip(classes, frames, means, spread, values):
@@ -90,7 +89,7 @@ def _bars(name, title, key, classes: list[str], frames: list[str], unit: str, me
         axes.set_yticks(places, [f"{each} ({count})" for each, count in zip(classes, frames)], fontsize=9)
         axes.set_ylim(len(classes) - 0.4, -0.6)
         axes.set_xlim(0, 1)
-        axes.set_xlabel("F1")
+        axes.set_xlabel(score.title)
         figure.legend(loc="outside lower center", ncols=2)
         png = save_png(figure)
     alt = f"Bar chart: {title}. " + "; ".join(f"{label}: {top}" for label, top in tops.items()) + "."

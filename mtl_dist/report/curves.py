@@ -6,18 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from mtl_dist.objective.scores import SCORES, Score
 from mtl_dist.report.drawing import Figure, Style, canvas, save_png
 from mtl_dist.report.results import CONSTANT, ENSEMBLE, Method, Result
 from mtl_dist.report.tables import write_csv
 from mtl_dist.tasks import TASKS
 from mtl_dist.training.tracking import read_records
 
-SCORE_FIGURES = {
-    "au_accuracy": ("fig2_au_accuracy", "Figure 2. AU accuracy", "AU accuracy"),
-    "expr": ("fig3_expr_f1", "Figure 3. EXPR F1", "EXPR F1"),
-    "ccc_a": ("fig4_ccc_arousal", "Figure 4. CCC arousal", "CCC arousal"),
-    "ccc_v": ("fig5_ccc_valence", "Figure 5. CCC valence", "CCC valence"),
-}
 LOSS_POINTS = 40  # of a line: steps are averaged to about so many
 MARK_EVERY = 8  # of these: where a line's marker stands
 LINES = ("-", "--", ":", "-.")
@@ -28,16 +23,18 @@ def draw_curves(methods: list[Method], styles: dict[str, Style]) -> tuple[list[F
     runs = [(method, result) for method in methods for result in method.results if result.member]
     records = {id(result): read_records(result.uri) for _, result in runs}
     figures, notes = [], []
-    for key, (name, title, label) in SCORE_FIGURES.items():
-        lines = {id(result): _scores(records[id(result)], key) for _, result in runs}
-        if methods[0].results[0].scores[key] is None:
-            notes.append(f"{title.split('.')[0]}, {label}: the validation set has no labels of it.")
+    for score in sorted((score for score in SCORES if score.figure), key=lambda score: score.figure):
+        which, label = f"Figure {score.figure}", score.name
+        lines = {id(result): _scores(records[id(result)], score.key) for _, result in runs}
+        if methods[0].results[0].scores[score.key] is None:
+            notes.append(f"{which}, {label}: the validation set has no labels of it.")
             continue
         notes += _missing(label, [result for _, result in runs if not lines[id(result)]])
         if any(lines.values()):
-            figures.append(_draw(name, title, label, methods, runs, lines, styles, key=key))
+            name = f"fig{score.figure}_{label.lower().replace(' ', '_')}"
+            figures.append(_draw(name, f"{which}. {label}", label, methods, runs, lines, styles, score=score))
         else:
-            notes.append(f"{title.split('.')[0]}, {label}: no run has records of it.")
+            notes.append(f"{which}, {label}: no run has records of it.")
     losses = {id(result): _losses(records[id(result)]) for _, result in runs}
     notes += _missing("loss", [result for _, result in runs if not losses[id(result)]])
     if any(losses.values()):
@@ -74,16 +71,16 @@ def _mean_known(losses: np.ndarray) -> float:
     return float(known.mean()) if len(known) else 0.0
 
 
-def _draw(name, title, label, methods, runs, lines, styles, *, key: str | None = None) -> Figure:
+def _draw(name, title, label, methods, runs, lines, styles, *, score: Score | None = None) -> Figure:
     rows: list[tuple] = [("run", "method", "step", label)]
     with canvas(4.5, 3.3) as figure:
         axes = figure.subplots()
         for method in methods:
             style = styles[method.label]
             if method.kind:
-                if key is None:
+                if score is None:
                     continue
-                value = float(np.mean(method.values(key)))
+                value = float(np.mean(method.values(score.key)))
                 axes.axhline(value, color=style.colour, linestyle=":" if method.label == CONSTANT else "--",
                              linewidth=1.3, label=method.label)  # fmt: skip
                 rows.append(("", method.label, "", f"{value:.6f}"))
@@ -92,7 +89,7 @@ def _draw(name, title, label, methods, runs, lines, styles, *, key: str | None =
             for place, result in enumerate(shown):
                 steps, values = zip(*lines[id(result)])
                 axes.plot(steps, values, color=style.colour, linestyle=LINES[place % len(LINES)],
-                          marker=style.marker, markevery=1 if key else MARK_EVERY, markersize=4,
+                          marker=style.marker, markevery=1 if score else MARK_EVERY, markersize=4,
                           alpha=1 if place == 0 else 0.75,
                           label=method.label if place == 0 else None)  # fmt: skip
                 rows += [(result.name, method.label, step, f"{value:.6f}") for step, value in zip(steps, values)]
@@ -104,10 +101,10 @@ def _draw(name, title, label, methods, runs, lines, styles, *, key: str | None =
     best = ", ".join(f"{result.name} ends at {lines[id(result)][-1][1]:.3f}" for _, result in runs if lines[id(result)])
     has_seeds = any(len(method.results) > 1 for method in methods if not method.kind)
     caption = "A line a run; further seeds of a method are dashed." if has_seeds else "A line a run."
-    if key is not None:
+    if score:
         caption += " The validation set, after every evaluation."
-        if key == "au_accuracy":
-            caption += " The constant predictor gives every unit's commoner answer."
+        if score.floor:
+            caption += " The constant predictor is the one that is best at this score."
         if any(method.kind == ENSEMBLE for method in methods):
             caption += " The ensemble is not trained: its score is a level."
     else:

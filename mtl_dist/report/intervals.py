@@ -12,12 +12,11 @@ import numpy as np
 import pyarrow as pa
 
 from mtl_dist.objective.metrics import MetricSums
-from mtl_dist.report.results import Method, Result
+from mtl_dist.objective.scores import find_score, single_scores
+from mtl_dist.report.results import CONSTANT, Method, Result
 from mtl_dist.shards.splits import group_rows
-from mtl_dist.tasks import NUM_AUS, NUM_EXPRESSIONS
+from mtl_dist.tasks import NUM_EXPRESSIONS, TASKS
 
-KEYS = ("p", "ccc_v", "ccc_a", "va", "expr", "au")
-TASK_OF = {"ccc_v": "va", "ccc_a": "va", "va": "va", "expr": "expr", "au": "au"}
 LEVEL = 0.95
 CHUNK = 100  # draws at once
 LEAST_VIDEOS = 2
@@ -37,9 +36,10 @@ class Bootstrap(NamedTuple):
     draws: dict[str, dict[str, np.ndarray]]  # method -> score -> (D,)
 
     def videos(self, key: str) -> int:
-        """How many videos have the labels that a score is of; of P, those of its task with the fewest."""
+        """How many videos have the labels that a score is of; of all tasks, those of the task with the fewest."""
         covered = [count for count in self.labelled.values() if count]
-        return min(covered, default=0) if key == "p" else self.labelled[TASK_OF[key]]
+        task = find_score(key).task
+        return self.labelled[task] if task else min(covered, default=0)
 
     def interval(self, method: str, key: str) -> Interval | None:
         """The central 95% of a method's score; None where the labels are of one video: there is nothing to draw."""
@@ -66,19 +66,21 @@ def bootstrap(methods: list[Method], video: np.ndarray, *, num_draws: int, seed:
         return Bootstrap(num_videos, labelled, {})
     results = [result for method in methods for result in method.results]
     per_video = np.stack([video_sums(result, video) for result in results])
-    covers = results[0].scores["covers"]
+    covers, is_constant = results[0].scores["covers"], np.array([result.method == CONSTANT for result in results])
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
     parts = []
     for begin in range(0, num_draws, CHUNK):
         counts = rng.multinomial(num_videos, np.full(num_videos, 1 / num_videos), min(CHUNK, num_draws - begin))
-        parts.append(sums_to_scores(counts.astype(np.float64) @ per_video, covers))
-    drawn = {key: np.concatenate([part[key] for part in parts], axis=1) for key in KEYS}
+        parts.append(draw_scores(counts.astype(np.float64) @ per_video, covers, is_constant=is_constant))
+    drawn = {key: np.concatenate([part[key] for part in parts], axis=1) for key in parts[0]}
     places = {id(result): place for place, result in enumerate(results)}
     return Bootstrap(
         num_videos,
         labelled,
         {
-            method.label: {key: drawn[key][[places[id(result)] for result in method.results]].mean(0) for key in KEYS}
+            method.label: {
+                key: values[[places[id(result)] for result in method.results]].mean(0) for key, values in drawn.items()
+            }
             for method in methods
         },
     )
@@ -109,35 +111,21 @@ def video_sums(result: Result, video: np.ndarray) -> np.ndarray:
     return np.concatenate([np.stack(va, 1), confusion.reshape(num_videos, -1), *au], axis=1).astype(np.float64)
 
 
-def sums_to_scores(flat: np.ndarray, covers: list[str]) -> dict[str, np.ndarray]:
-    """Scores (...) of sums (..., 124), as `metrics.scores` defines them; P of the tasks in `covers`."""
-    sizes = [part.size for part in MetricSums.zero()]
-    va, confusion, au = np.split(flat, np.cumsum(sizes)[:-1], axis=-1)
-    ccc = _concordance(va.reshape(*va.shape[:-1], 2, 6))
-    confusion = confusion.reshape(*confusion.shape[:-1], NUM_EXPRESSIONS, NUM_EXPRESSIONS)
-    au = au.reshape(*au.shape[:-1], NUM_AUS, 4)
-    hits = np.diagonal(confusion, axis1=-2, axis2=-1)
-    f1_expr = 2 * hits / np.maximum(confusion.sum(-1) + confusion.sum(-2), 1)
-    f1_au = 2 * au[..., 0] / np.maximum(2 * au[..., 0] + au[..., 1] + au[..., 2], 1)
-    found = {
-        "ccc_v": ccc[..., 0],
-        "ccc_a": ccc[..., 1],
-        "va": ccc.mean(-1),
-        "expr": np.where(confusion.sum((-1, -2)) > 0, f1_expr.mean(-1), np.nan),
-        "au": np.where(au.sum((-1, -2)) > 0, f1_au.mean(-1), np.nan),
-    }
-    return found | {"p": sum((found[task] for task in covers), np.zeros(flat.shape[:-1]))}
+def draw_scores(flat: np.ndarray, covers: list[str], *, is_constant: np.ndarray) -> dict[str, np.ndarray]:
+    """Scores (R, D) of the sums (R, D, 124) of R results in D draws; `is_constant` (R,): the constant predictor.
 
-
-def _concordance(moments: np.ndarray) -> np.ndarray:
-    """CCC (...) of moments (..., 6): nan without rows, 0 where predictions or labels are constant."""
-    n, sx, sy, sxx, syy, sxy = np.moveaxis(moments, -1, 0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        mean_x, mean_y = sx / n, sy / n
-        var_x, var_y = np.maximum(sxx / n - mean_x**2, 0), np.maximum(syy / n - mean_y**2, 0)
-        ccc = 2 * (sxy / n - mean_x * mean_y) / (var_x + var_y + (mean_x - mean_y) ** 2)
-    ccc = np.where((var_x < 1e-12) | (var_y < 1e-12), 0.0, ccc)
-    return np.where(n > 0, ccc, np.nan)
+    A score of all tasks is NaN in a draw that lacks one of those that the data covers.
+    """
+    sums = MetricSums.unflatten(flat)
+    counts = sums.va[..., 0, 0], sums.confusion.sum((-1, -2)), sums.au.sum((-1, -2))
+    is_whole = np.logical_and.reduce([count > 0 for task, count in zip(TASKS, counts) if task in covers])
+    found = {}
+    for score in single_scores():
+        values = score.of(sums)
+        if score.floor:
+            values = np.where(is_constant[:, None], score.floor(sums), values)
+        found[score.key] = values if score.task else np.where(is_whole, values, np.nan)
+    return found
 
 
 def _central(values: np.ndarray) -> Interval | None:

@@ -7,6 +7,7 @@ import shlex
 
 from mtl_dist import storage
 from mtl_dist.config import dump_yaml
+from mtl_dist.objective.scores import FIRST
 from mtl_dist.report.page import definitions, folded, paragraph, preformatted, table_block
 from mtl_dist.report.results import Result
 from mtl_dist.report.tables import Table, number, text
@@ -24,7 +25,7 @@ def run_block(result: Result) -> str:
         ("checkpoint", checkpoint.uri),
         ("weights, sha256", checkpoint.files[MODEL]["sha256"]),
         ("step", f"{checkpoint.step:,}"),
-        ("P in training", f"{checkpoint.score:.4f}"),
+        (f"{FIRST.title} in training", f"{checkpoint.score:.4f}"),
         ("training set", f"{member.weights.config.data.train} (sha256 {member.weights.train_sha256})"),
         ("validation set", f"{member.val_uri} ({index.view}, {index.rows:,} rows, sha256 {index.sha256})"),
     ]

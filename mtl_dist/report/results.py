@@ -19,15 +19,8 @@ from mtl_dist.config import flatten
 from mtl_dist.data.index import Index
 from mtl_dist.errors import InputError
 from mtl_dist.families import FAMILIES
-from mtl_dist.objective.metrics import (
-    AU_THRESHOLD,
-    MetricSums,
-    Predictions,
-    Targets,
-    constant_scores,
-    metric_sums,
-    scores,
-)
+from mtl_dist.objective.metrics import AU_THRESHOLD, MetricSums, Predictions, Targets, metric_sums
+from mtl_dist.objective.scores import FIRST, constant_scores, scores
 from mtl_dist.predicting.evaluate import Predicted
 from mtl_dist.predicting.members import Member, predict_member, row_names, unique_names
 from mtl_dist.predicting.predictions import check_finite, prediction_table, read_key, read_predictions, write_parquet
@@ -81,7 +74,8 @@ class Method(NamedTuple):
     @property
     def shown(self) -> Result:
         """The result of the median P: what figures of one result show."""
-        return sorted(self.results, key=lambda result: result.scores["p"])[(len(self.results) - 1) // 2]
+        ranked = sorted(self.results, key=lambda result: FIRST.sign * result.scores[FIRST.key])
+        return ranked[(len(self.results) - 1) // 2]
 
     @property
     def kind(self) -> str | None:
@@ -90,8 +84,8 @@ class Method(NamedTuple):
         return next((kind for kind in kinds if self.label == kind or self.label.startswith(f"{kind} ")), None)
 
     def values(self, key: str) -> list[float]:
-        """A score of every result; empty where there are no labels."""
-        return [result.scores[key] for result in self.results if result.scores[key] is not None]
+        """A score of every result that has it; empty where there are no labels."""
+        return [result.scores[key] for result in self.results if result.scores.get(key) is not None]
 
 
 def check_same_data(members: list[Member]) -> None:
@@ -302,8 +296,8 @@ def constant_result(predicted: Predicted, counts: LabelCounts) -> Result:
     if targets.va_mask.any():
         va += targets.va[targets.va_mask].mean(0)
     constant = predicted._replace(predictions=Predictions(va, expr, np.ones((n, NUM_AUS))))
-    accuracy = {"au_accuracy": constant_scores(counts)["au_accuracy"]}
-    return Result(CONSTANT, "", CONSTANT, constant, _scores(constant) | accuracy)
+    sums = metric_sums(constant.predictions, targets)
+    return Result(CONSTANT, "", CONSTANT, constant, constant_scores(sums))
 
 
 def group_methods(constant: Result, runs: list[Result], ensembles: list[Result]) -> list[Method]:

@@ -8,17 +8,13 @@ import statistics
 from typing import Any, NamedTuple
 
 from mtl_dist.config import flatten
+from mtl_dist.objective.scores import FIRST, SCORES, Score, main_scores
 from mtl_dist.report.intervals import FEW_VIDEOS, Bootstrap
 from mtl_dist.report.results import CONSTANT, ENSEMBLE, TRAINING_SET, Method, Result
-from mtl_dist.tasks import AUS, EXPRESSIONS, TASKS, LabelCounts
-from mtl_dist.training.tracking import SCORE_NAMES
+from mtl_dist.tasks import TASKS, LabelCounts
 
-# Tables 1-5 of Haider et al. 2022 (arXiv 2207.10878).
-PAPER_TABLES = {"expr": "EXPR F1", "au": "AU F1", "ccc_v": "CCC valence", "ccc_a": "CCC arousal", "p": "P"}
-NO_LABELS = "no labels"
-MARKED = "Marked: the best of a column, where it is above the constant predictor."
-# P first: it has to be seen on a phone.
-HEADLINE = {"p": SCORE_NAMES["p"]} | SCORE_NAMES
+NO_LABELS, NOT_KNOWN = "no labels", "–"
+MARKED = "Marked: the best of a column, where it is better than the constant predictor."
 SHOWN_ELSEWHERE = ("run.name", "run.storage", "data.train", "data.val")
 
 
@@ -56,7 +52,7 @@ def text(value: Any) -> Cell:
     return Cell(str(value))
 
 
-def number(value: float | None, digits: int = 4, *, missing: str = "–", is_best: bool = False) -> Cell:
+def number(value: float | None, digits: int = 4, *, missing: str = NOT_KNOWN, is_best: bool = False) -> Cell:
     """A cell of a number; None is `missing`, and sorts last."""
     if value is None:
         return Cell(missing, is_number=True)
@@ -66,34 +62,34 @@ def number(value: float | None, digits: int = 4, *, missing: str = "–", is_bes
 def headline_table(methods: list[Method], drawn: Bootstrap) -> Table:
     """All scores of all methods, P with its interval, the best of every score marked."""
     has_seeds = any(len(method.results) > 1 for method in methods)
-    of_p, *others = HEADLINE.values()
-    columns = ("Method", of_p, "P, 95% interval", *others, *(("seeds",) if has_seeds else ()))
-    best = {key: marked_method(methods, key) for key in HEADLINE}
+    *others, first = main_scores()  # the first of all comes first: it has to be seen on a phone
+    titles = [score.title for score in others]
+    columns = ("Method", first.title, f"{first.title}, 95% interval", *titles, *(("seeds",) if has_seeds else ()))
+    best = {score: marked_method(methods, score) for score in (first, *others)}
     rows = []
     for method in methods:
-        p, *cells = [_score(method, key, is_best=best[key] is method) for key in HEADLINE]
+        top, *cells = [_score(method, score, is_best=method is it) for score, it in best.items()]
         seeds = [number(len(method.results))] if has_seeds else []
-        rows.append([text(method.label), p, _interval(drawn, method, "p"), *cells, *seeds])
+        rows.append([text(method.label), top, _interval(drawn, method, first), *cells, *seeds])
     return Table("scores", "All scores on the validation set", columns, rows, MARKED)
 
 
 def paper_tables(methods: list[Method], drawn: Bootstrap) -> list[Table]:
     """Tables 1-5: one score each."""
     tables = []
-    for place, (key, name) in enumerate(PAPER_TABLES.items(), start=1):
-        best = marked_method(methods, key)
+    for score in sorted((score for score in SCORES if score.table), key=lambda score: score.table):
+        best = marked_method(methods, score)
         rows = [
             [
                 text(method.label),
-                _score(method, key, is_best=best is method),
-                _interval(drawn, method, key),
+                _score(method, score, is_best=best is method),
+                _interval(drawn, method, score),
                 number(len(method.results)),
             ]
             for method in methods
         ]
-        tables.append(
-            Table(f"table{place}_{key}", f"Table {place}. {name}", ("Method", name, "95% interval", "n"), rows)
-        )
+        name, caption = f"table{score.table}_{score.key}", f"Table {score.table}. {score.name}"
+        tables.append(Table(name, caption, ("Method", score.name, "95% interval", "n"), rows))
     return tables
 
 
@@ -106,22 +102,22 @@ def differences_table(methods: list[Method], drawn: Bootstrap) -> Table | None:
     rows = []
     for method in others:
         row = [text(method.label)]
-        for key in SCORE_NAMES:
-            mine, theirs = _mean(method, key), _mean(reference, key)
-            between = drawn.difference(method.label, reference.label, key)
+        for score in main_scores():
+            mine, theirs = _mean(method, score), _mean(reference, score)
+            between = drawn.difference(method.label, reference.label, score.key)
             if mine is None or theirs is None:
                 row.append(number(None, missing=NO_LABELS))
                 continue
             difference, below, is_apart = mine - theirs, "no interval", False
             if between:
                 below = f"{between.low:+.4f} to {between.high:+.4f}"
-                is_apart = not between.low <= 0 <= between.high and drawn.videos(key) >= FEW_VIDEOS
+                is_apart = not between.low <= 0 <= between.high and drawn.videos(score.key) >= FEW_VIDEOS
             row.append(Cell(f"{difference:+.4f}", difference, is_number=True, is_apart=is_apart, below=below))
         rows.append(row)
     return Table(
         "differences",
         f"Difference to {reference.label}, with its 95% interval over the same draws",
-        ("Method", *SCORE_NAMES.values()),
+        ("Method", *(score.title for score in main_scores())),
         rows,
         f"Bold: the interval does not hold 0, and the labels are of {FEW_VIDEOS} videos at least.",
     )
@@ -133,7 +129,7 @@ def runs_table(methods: list[Method]) -> Table:
     for method in methods:
         for result in method.results:
             weights = result.member.weights if result.member else None
-            cells = [number(result.scores[key], missing=NO_LABELS) for key in SCORE_NAMES]
+            cells = [_value(result.scores, score) for score in main_scores()]
             step = number(weights.checkpoint.step if weights else None)
             if weights and not weights.is_finished:
                 step = step._replace(below=f"unfinished: step {weights.newest_step:,} of {weights.total_steps:,}")
@@ -146,50 +142,70 @@ def runs_table(methods: list[Method]) -> Table:
                     *cells,
                 ]
             )
-    return Table("runs", "Every run by itself", ("Run", "Method", "seed", "step", *SCORE_NAMES.values()), rows)
+    return Table(
+        "runs",
+        "Every run by itself",
+        ("Run", "Method", "seed", "step", *(score.title for score in main_scores())),
+        rows,
+    )
 
 
 def classes_tables(methods: list[Method], counts: LabelCounts) -> list[Table]:
     """F1 of every expression and of every action unit, with how many labels there are."""
     tables = []
-    if counts.expr:
-        names = ("Expression", "labelled", *(method.label for method in methods))
-        frames = zip(EXPRESSIONS, counts.expr_classes)
+    for score, about in class_scores(counts):
+        columns = (about.heading, *about.counts, *(method.label for method in methods))
         rows = [
-            [text(name), number(count), *_class_cells(methods, "f1_expr", name)] for name, count in frames
-        ]  # fmt: skip
-        tables.append(Table("f1_expressions", "F1 of every expression", names, rows))
-    if sum(counts.au):
-        names = ("Action unit", "labelled", "active", *(method.label for method in methods))
-        rows = [
-            [text(f"AU{au}"), number(labelled), number(active), *_class_cells(methods, "f1_au", f"AU{au}")]
-            for au, labelled, active in zip(AUS, counts.au, counts.au_positives)
+            [text(name), *map(number, of_class), *_class_cells(methods, score, name)]
+            for name, *of_class in zip(score.names, *about.counts.values())
         ]
-        tables.append(Table("f1_action_units", "F1 of every action unit", names, rows))
+        tables.append(Table(f"{score.title.lower()}_{about.classes}", score.name, columns, rows))
     return tables
 
 
-def best_method(methods: list[Method], key: str) -> Method | None:
-    """The method of the highest mean score, the constant predictor aside; None without labels."""
-    scored = [method for method in methods if method.label != CONSTANT and method.values(key)]
-    return max(scored, key=lambda method: statistics.fmean(method.values(key)), default=None)
+class ClassCounts(NamedTuple):
+    """The classes of a task, and how many labels of each there are."""
+
+    heading: str
+    classes: str  # in names of files
+    counts: dict[str, list[int]]  # column -> of every class
 
 
-def marked_method(methods: list[Method], key: str) -> Method | None:
-    """The method whose score is marked: the best, where that is above the constant predictor."""
-    best = best_method(methods, key)
-    floor = _mean(methods[0], key) if methods[0].label == CONSTANT else None
-    return best if best and (floor is None or _mean(best, key) > floor) else None
+def class_scores(counts: LabelCounts) -> list[tuple[Score, ClassCounts]]:
+    """Scores of every class of a task that has labels."""
+    on, labelled = counts.au_positives, counts.au
+    known = {
+        "expr": ClassCounts("Expression", "expressions", {"labelled": counts.expr_classes}),
+        "au": ClassCounts("Action unit", "action_units", {"labelled": labelled, "active": on}),
+    }
+    return [
+        (score, known[score.task])
+        for score in SCORES
+        if score.names and score.task in known and score.task not in counts.missing_tasks()
+    ]
+
+
+def best_method(methods: list[Method], score: Score = FIRST) -> Method | None:
+    """The method of the best mean score, the constant predictor aside; None without labels."""
+    scored = [method for method in methods if method.label != CONSTANT and method.values(score.key)]
+    return max(scored, key=lambda method: score.sign * _mean(method, score), default=None)
+
+
+def marked_method(methods: list[Method], score: Score) -> Method | None:
+    """The method whose score is marked: the best, where that is better than the constant predictor."""
+    best = best_method(methods, score)
+    floor = _mean(methods[0], score) if methods[0].label == CONSTANT else None
+    return best if best and (floor is None or score.better(_mean(best, score), than=floor)) else None
 
 
 def reference_method(methods: list[Method]) -> Method | None:
     """The ensemble's plain mean (of several the best), or without one the best method."""
-    return best_method([method for method in methods if method.kind == ENSEMBLE], "p") or best_method(methods, "p")
+    return best_method([method for method in methods if method.kind == ENSEMBLE]) or best_method(methods)
 
 
-def class_f1(method: Method, key: str, name: str) -> list[float]:
-    """F1 of a class of every result of a method."""
-    return [result.scores[key][name] for result in method.results if result.scores[key]]
+def class_values(method: Method, score: Score, name: str) -> list[float]:
+    """A class's value of every result of a method."""
+    return [result.scores[score.key][name] for result in method.results if result.scores.get(score.key)]
 
 
 def steps_tables(results: list[Result]) -> list[Table]:
@@ -204,22 +220,22 @@ def steps_tables(results: list[Result]) -> list[Table]:
 def _steps_table(name: str, method: str, ensembles: list[dict[str, Any]]) -> Table:
     rows, before = [], None
     for step in ensembles[0]:
-        values = {key: [steps[step][key] for steps in ensembles] for key in SCORE_NAMES}
+        values = {score: [steps[step][score.key] for steps in ensembles] for score in main_scores()}
         cells = [
             number(None, missing=NO_LABELS) if None in found else number(statistics.fmean(found))
             for found in values.values()
         ]
         if before is not None:
-            gains = [after - p for after, p in zip(values["p"], before)]
+            gains = [after - earlier for after, earlier in zip(values[FIRST], before)]
             spread = f" ± {statistics.stdev(gains):.4f}" if len(gains) > 1 else ""
             cells[-1] = cells[-1]._replace(below=f"{statistics.fmean(gains):+.4f}{spread}")
-        before = values["p"]
+        before = values[FIRST]
         rows.append([text(step), *cells])
     note = "Every step is fitted on other videos than it is scored on, on top of those above it."
     if len(ensembles) > 1:
         note += f" Means of {len(ensembles)} ensembles, with the standard deviation of what a step adds."
     caption = "What each step of calibration adds" + ("" if method == ENSEMBLE else f": {method}")
-    return Table(name, caption, ("Step", *SCORE_NAMES.values()), rows, note)
+    return Table(name, caption, ("Step", *(score.title for score in main_scores())), rows, note)
 
 
 def settings_table(results: list[Result]) -> Table | None:
@@ -235,34 +251,39 @@ def settings_table(results: list[Result]) -> Table | None:
     return Table("settings", "Settings in which the runs differ", ("Run", *keys), rows)
 
 
-def _class_cells(methods: list[Method], key: str, name: str) -> list[Cell]:
-    means = [statistics.fmean(values) if (values := class_f1(m, key, name)) else None for m in methods]
-    top = max((mean for mean in means if mean is not None), default=None)
+def _class_cells(methods: list[Method], score: Score, name: str) -> list[Cell]:
+    means = [statistics.fmean(values) if (values := class_values(m, score, name)) else None for m in methods]
+    top = max((mean for mean in means if mean is not None), key=lambda mean: score.sign * mean, default=None)
     return [  # no mark where the constant predictor is best
         number(mean, 3, is_best=bool(mean) and mean == top and method.label != CONSTANT and means[0] != top)
         for mean, method in zip(means, methods)
     ]
 
 
-def _score(method: Method, key: str, *, is_best: bool) -> Cell:
-    values = method.values(key)
+def _value(scores: dict[str, Any], score: Score) -> Cell:
+    """A score of one result; what is not there is not known, as of an ensemble made before there was such a score."""
+    return number(scores.get(score.key), missing=NO_LABELS if score.key in scores else NOT_KNOWN)
+
+
+def _score(method: Method, score: Score, *, is_best: bool) -> Cell:
+    values = method.values(score.key)
     if not values:
-        return Cell(NO_LABELS, is_number=True)
+        return _value(method.results[0].scores, score)
     mean, covers = statistics.fmean(values), method.results[0].scores["covers"]
     shown = f"{mean:.4f}"
-    if key == "p" and len(covers) < len(TASKS):
+    if not score.task and len(covers) < len(TASKS):
         shown += f" ({', '.join(task.upper() for task in covers) or 'nothing'} only)"
     spread = f"± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
     return Cell(shown, mean, is_best, True, below=spread)
 
 
-def _mean(method: Method, key: str) -> float | None:
-    values = method.values(key)
+def _mean(method: Method, score: Score) -> float | None:
+    values = method.values(score.key)
     return statistics.fmean(values) if values else None
 
 
-def _interval(drawn: Bootstrap, method: Method, key: str) -> Cell:
-    interval, videos = drawn.interval(method.label, key), drawn.videos(key)
+def _interval(drawn: Bootstrap, method: Method, score: Score) -> Cell:
+    interval, videos = drawn.interval(method.label, score.key), drawn.videos(score.key)
     if interval is None:
         return number(None)._replace(below="labels of one video" if videos == 1 else "")
     few = f"rough: {videos} videos" if videos < FEW_VIDEOS else ""

@@ -27,6 +27,7 @@ from mtl_dist import storage
 from mtl_dist.config import Config, explain_validation, flatten
 from mtl_dist.data.order import VERSIONS
 from mtl_dist.errors import InputError
+from mtl_dist.objective.scores import FIRST
 from mtl_dist.parsing import parse_object
 from mtl_dist.sealed import unseal
 from mtl_dist.tasks import AUS, EXPRESSIONS
@@ -60,8 +61,8 @@ class Checkpoint(NamedTuple):
 
     @property
     def score(self) -> float | None:
-        """P on the validation split."""
-        return self.finite_score("p")
+        """What checkpoints compete by, on the validation split: P."""
+        return self.finite_score(FIRST.key)
 
     def finite_score(self, name: str) -> float | None:
         """A score; None where it has none, or one that is not a number, as evaluations once let through."""
@@ -233,9 +234,9 @@ def newness(checkpoint: Checkpoint) -> tuple[int, float]:
 
 
 def best(checkpoints: list[Checkpoint]) -> Checkpoint | None:
-    """Return the checkpoint of the highest score, the later of equals; None where none is scored."""
+    """Return the checkpoint of the best score, the later of equals; None where none is scored."""
     scored = [checkpoint for checkpoint in checkpoints if checkpoint.score is not None]
-    return max(scored, key=lambda c: (c.score, c.step, *newness(c)), default=None)
+    return max(scored, key=lambda c: (FIRST.sign * c.score, c.step, *newness(c)), default=None)
 
 
 def find_lack(state: dict[str, Any]) -> str:

@@ -20,8 +20,9 @@ from mtl_dist import storage
 from mtl_dist.config import Config, dump_yaml
 from mtl_dist.data.loader import eval_batches, train_batches
 from mtl_dist.errors import NonFiniteLoss
-from mtl_dist.objective.metrics import constant_scores, scores
+from mtl_dist.objective.metrics import MetricSums
 from mtl_dist.objective.module import StepLoss
+from mtl_dist.objective.scores import constant_scores, flat_scores, scores
 from mtl_dist.predicting.evaluate import check_predictions, list_rows, predict, total_sums
 from mtl_dist.ranks import gather_lists
 from mtl_dist.runs.checkpoint import on_rank_0
@@ -164,11 +165,12 @@ def _train(
         is_late = _is_late(saved_at, config.checkpoint.every_minutes)
         wishes = _ask_ranks(context, step, is_due=is_late, always=True)
         if is_last or _is_due(epoch + 1, config.train.eval_every):
-            last_scores = _evaluate(setup, trained, step)
+            sums = _evaluate(setup, trained, step)
+            last_scores = scores(sums)
             if tracker:
-                tracker.evaluated(step, epoch, last_scores, constant_scores(setup.data.val.labels))
+                tracker.evaluated(step, epoch, last_scores, constant_scores(sums))
             save(last_scores)
-            context.publish({"step": step, "epoch": epoch + 1, **_flat_scores(last_scores)})
+            context.publish({"step": step, "epoch": epoch + 1, **flat_scores(last_scores)})
         elif wishes.any or _is_due(step, config.checkpoint.every_steps):
             save({})
         if wishes.stop or wishes.now:
@@ -212,7 +214,7 @@ def _open_records(
 
     on_rank_0(open_tracker)
     if step >= setup.total_steps:
-        context.publish({"step": step, "epoch": config.train.epochs, **_flat_scores(scores)})
+        context.publish({"step": step, "epoch": config.train.epochs, **flat_scores(scores)})
         if tracker:
             print(
                 f"run '{config.run.name}' is finished (step {step} of {setup.total_steps}); nothing is left to do",
@@ -239,7 +241,7 @@ def _open_batches(setup: Setup, epoch: int, *, start_step: int) -> Generator[Bat
     )
 
 
-def _evaluate(setup: Setup, trained: Trained, step: int) -> dict[str, Any]:
+def _evaluate(setup: Setup, trained: Trained, step: int) -> MetricSums:
     config, context, watchdog = setup.config, setup.context, setup.watchdog
     average_batchnorm(trained.engine.module.model, config)
     if trained.average:
@@ -262,7 +264,7 @@ def _evaluate(setup: Setup, trained: Trained, step: int) -> dict[str, Any]:
         progress=lambda count: watchdog.moved(step, 2, f"the evaluation after step {step}"),
     )
     check_predictions(predicted, step)
-    return scores(total_sums(predicted))
+    return total_sums(predicted)
 
 
 def _look_at(progress: _Progress, setup: Setup, tracker: Tracker | None, saver: Saver) -> None:
@@ -291,10 +293,6 @@ def _look_at(progress: _Progress, setup: Setup, tracker: Tracker | None, saver: 
             waited_s=progress.waited_s,
             saved_step=saver.saved.step if saver.saved else None,
         )
-
-
-def _flat_scores(result: dict[str, Any]) -> dict[str, float]:
-    return {key: result[key] for key in ("p", "ccc_v", "ccc_a", *TASKS) if result.get(key) is not None}
 
 
 def _is_due(count: int, every: int | None) -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor
 from mtl_dist import storage
 from mtl_dist.config import CheckpointConfig
 from mtl_dist.errors import InputError, StorageError
+from mtl_dist.objective.scores import find_score, flat_scores
 from mtl_dist.runs.checkpoint import (
     CLASSES,
     COMMIT,
@@ -36,7 +37,7 @@ from mtl_dist.runs.checkpoint import (
 from mtl_dist.runs.lives import Life, Superseded
 from mtl_dist.sealed import seal
 
-SCORES = ("p", "va", "expr", "au")  # the best checkpoint of each is kept
+BEST_OF = ("p", "va", "expr", "au")  # the best checkpoint of each score is kept
 HOUR_S = 3600.0
 TICK_S = 1.0
 
@@ -76,10 +77,9 @@ class Saver:
             return
         self.wait()
         copies = [{name: _copy(tensor) for name, tensor in tensors.items()} for tensors in (model, train)]
-        kept = {name: scores[name] for name in SCORES if scores.get(name) is not None}
         self._pending_step = state["step"]
         self._records |= records
-        self._pending = self._pool.submit(self._store, *copies, state, kept, time.monotonic() - begun)
+        self._pending = self._pool.submit(self._store, *copies, state, flat_scores(scores), time.monotonic() - begun)
 
     def is_idle(self) -> bool:
         """Whether no save is under way."""
@@ -201,9 +201,10 @@ def plan_retention(saved: list[Checkpoint], config: CheckpointConfig) -> list[Ch
     by_step = {checkpoint.step: checkpoint for checkpoint in sorted(saved, key=newness)}  # the latest start's
     newest_first = sorted(by_step.values(), key=lambda c: c.step, reverse=True)
     keep = {checkpoint.uri for checkpoint in newest_first[: config.keep_last]}
-    for name in SCORES:
-        scored = [checkpoint for checkpoint in newest_first if checkpoint.finite_score(name) is not None]
-        keep |= {c.uri for c in sorted(scored, key=lambda c: c.finite_score(name), reverse=True)[: config.keep_best]}
+    for score in map(find_score, BEST_OF):
+        scored = [(c.finite_score(score.key), c.uri) for c in newest_first if c.finite_score(score.key) is not None]
+        ranked = sorted(scored, key=lambda pair: score.sign * pair[0], reverse=True)
+        keep |= {uri for _, uri in ranked[: config.keep_best]}
     if config.keep_every_hours:
         milestone = float("-inf")
         for checkpoint in reversed(newest_first):

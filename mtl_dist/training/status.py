@@ -15,7 +15,7 @@ from mtl_dist import storage
 from mtl_dist.config import Config, build_config, read_config_file
 from mtl_dist.data.index import read_index
 from mtl_dist.errors import InputError, plain
-from mtl_dist.objective.metrics import constant_scores
+from mtl_dist.objective.scores import FIRST, constant_scores, label_sums
 from mtl_dist.progress import progress_bar
 from mtl_dist.runs.checkpoint import Checkpoint, best, committed, find_damage, read_state
 from mtl_dist.runs.lives import read_lives
@@ -85,7 +85,7 @@ def print_ending(config: Config) -> None:
     run, report = shlex.quote(uri), shlex.quote(f"{config.run.name}-report")
     ensemble = shlex.quote(storage.join(config.run.storage, "ensemble"))
     print(
-        f"best    {top.uri} (P {top.score:.4f})\n"
+        f"best    {top.uri} ({FIRST.title} {top.score:.4f})\n"
         f"next    python -m mtl_dist.predict --runs {run} --input PICTURES --out predictions.csv\n"
         f"        python -m mtl_dist.report {run} --out {report}\n"
         f"        python -m mtl_dist.ensemble --runs {run} OTHER_RUN --out {ensemble}",
@@ -108,7 +108,7 @@ def _total_steps(config: Config, found: list[Checkpoint]) -> int | None:
 def _constant_row(config: Config) -> dict[str, dict[str, Any]]:
     """Return the constant predictor's row; nothing, and a note, where the validation set is not to be read here."""
     try:
-        return {"constant predictor": constant_scores(read_index(config.data.val).labels)}
+        return {"constant predictor": constant_scores(label_sums(read_index(config.data.val).labels))}
     except InputError as error:
         print(f"note: without the constant predictor's row: {plain(str(error))}", flush=True)
         return {}
@@ -123,7 +123,7 @@ def _lives_table(lives: list[dict[str, Any]]) -> Table:
 
 
 def _checkpoints_table(found: list[Checkpoint], top: Checkpoint | None, damage: dict[str, str | None]) -> Table:
-    table = Table("checkpoint", "step", "saved", "MB", "P", "whole")
+    table = Table("checkpoint", "step", "saved", "MB", FIRST.title, "whole")
     for checkpoint in found:
         score = "" if checkpoint.score is None else f"{checkpoint.score:.4f}{' best' if checkpoint is top else ''}"
         table.add_row(

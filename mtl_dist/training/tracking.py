@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import socket
 import struct
@@ -25,13 +26,13 @@ from tensorboardX.record_writer import masked_crc32c
 
 from mtl_dist import storage
 from mtl_dist.errors import InputError, plain
+from mtl_dist.objective.scores import FIRST, Score, flat_scores, main_scores
 from mtl_dist.tasks import TASKS
 
 METRICS, BOARD = "metrics.jsonl", "tensorboard"
 MORE_METRICS = re.compile(r"\d{6}\.jsonl")  # in metrics/, the parts after the first
 PART_BYTES = 1 << 20
 LINE_EVERY_S = 10.0
-SCORE_NAMES = {"ccc_v": "CCC V", "ccc_a": "CCC A", "va": "VA", "expr": "EXPR F1", "au": "AU F1", "p": "P"}
 
 
 class Tracker:
@@ -88,13 +89,11 @@ class Tracker:
     def evaluated(self, step: int, epoch: int, scores: dict[str, Any], constant: dict[str, Any]) -> None:
         """Take note of an evaluation and print its scores beside the constant predictor's."""
         self._lines.append(_line({"kind": "eval", "step": step, "epoch": epoch, "scores": scores}))
-        self._board.add(step, {f"score/{key}": scores[key] for key in SCORE_NAMES if scores[key] is not None})
-        parts = "  ".join(
-            f"{name} {_cell(scores[key])}" for key, name in SCORE_NAMES.items() if scores[key] is not None
-        )
-        self.console.print(
-            f"epoch {epoch + 1} scores  {parts}  (constant predictor: P {constant['p']:.4f})", soft_wrap=True
-        )
+        flat = flat_scores(scores)
+        self._board.add(step, {f"score/{key}": value for key, value in flat.items()})
+        parts = "  ".join(f"{score.title} {flat[score.key]:.4f}" for score in main_scores() if score.key in flat)
+        floor = f"(constant predictor: {FIRST.title} {constant[FIRST.key]:.4f})"
+        self.console.print(f"epoch {epoch + 1} scores  {parts}  {floor}", soft_wrap=True)
 
     def files(self) -> dict[str, list[bytes]]:
         """Return what to store in the run: name -> content in pieces, of what has changed since the last call."""
@@ -233,13 +232,16 @@ def _scores_console(**options: Any) -> Console:
 
 def _scores_table(rows: dict[str, dict[str, Any]], title: str) -> Table:
     """A task without labels says so, and so does the P of what it covers."""
-    table = Table("", *SCORE_NAMES.values(), title=escape(title), title_justify="left")
+    shown = main_scores()
+    table = Table("", *(score.title for score in shown), title=escape(title), title_justify="left")
     for name, scores in rows.items():
         covered = "" if len(scores["covers"]) == len(TASKS) else f" ({', '.join(scores['covers']) or 'nothing'} only)"
-        cells = [_cell(scores[key]) for key in SCORE_NAMES]
-        table.add_row(escape(plain(name)), *cells[:-1], cells[-1] + covered)
+        cells = [_cell(scores, score) + covered * (score.task is None) for score in shown]
+        table.add_row(escape(plain(name)), *cells)
     return table
 
 
-def _cell(score: float | None) -> str:
-    return "no labels" if score is None else f"{score:.4f}"
+def _cell(scores: dict[str, Any], score: Score) -> str:
+    """A score that is not there is not known, as of a run made before there was such a score."""
+    value = scores.get(score.key, math.nan)
+    return "no labels" if value is None else "–" if math.isnan(value) else f"{value:.4f}"

@@ -1,0 +1,224 @@
+"""The scores: one table that console, checkpoints, reports and the search read. To add one is to add a row here.
+
+The first is what checkpoints and methods compete by: the challenge score of ABAW4 (arXiv 2202.10659), P = (CCC_V +
+CCC_A) / 2 + mean F1 of 8 expressions + mean F1 of 12 action units. Frames without a label of a task do not count for
+it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mtl_dist.objective.metrics import MetricSums
+from mtl_dist.tasks import AUS, EXPRESSIONS, TASKS, LabelCounts
+
+LEAST_VARIANCE = 1e-12  # below it predictions, or labels, are constant
+
+
+class Score(NamedTuple):
+    """A number that predictions are judged by, or one for every class."""
+
+    key: str  # in records, COMMITs, score.json and settings
+    title: str  # of a column
+    name: str  # where there is room
+    task: str | None  # whose labels it is of; None: of all that have labels
+    of: Callable[[MetricSums], np.ndarray]  # sums with any leading axes -> (...), or (..., names); NaN without labels
+    sign: int = 1  # +1: higher is better, -1: lower
+    names: tuple[str, ...] = ()  # what its values are of, where it has several
+    floor: Callable[[MetricSums], np.ndarray] | None = None  # of the best constant; None: of `constant_sums`
+    is_main: bool = False  # stands in the main table; others stand below it
+    table: int | None = None  # its number among the tables of Haider et al. 2022 (arXiv 2207.10878)
+    figure: int | None = None  # its number among the figures
+
+    def better(self, value: float, than: float) -> bool:
+        """Whether one value is better than another."""
+        return self.sign * value > self.sign * than
+
+
+# ------------------------------------------------------------------------------------------------------------ formulas
+
+
+class _Moments(NamedTuple):
+    """Means, variances and the covariance of predictions x and labels y."""
+
+    n: np.ndarray
+    mean_x: np.ndarray
+    mean_y: np.ndarray
+    var_x: np.ndarray
+    var_y: np.ndarray
+    cov: np.ndarray
+
+    @classmethod
+    def of(cls, sums: np.ndarray) -> _Moments:
+        """Of sums (..., 6) as in `MetricSums.va`."""
+        n, sx, sy, sxx, syy, sxy = np.moveaxis(sums, -1, 0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            mean_x, mean_y = sx / n, sy / n
+            var_x, var_y = np.maximum(sxx / n - mean_x**2, 0), np.maximum(syy / n - mean_y**2, 0)
+            return cls(n, mean_x, mean_y, var_x, var_y, sxy / n - mean_x * mean_y)
+
+    def share(self, top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
+        """top / bottom: 0 where predictions or labels are constant, NaN without labels."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            found = np.where((self.var_x < LEAST_VARIANCE) | (self.var_y < LEAST_VARIANCE), 0.0, top / bottom)
+        return np.where(self.n > 0, found, np.nan)
+
+
+def concordance(sums: np.ndarray) -> np.ndarray:
+    """CCC (...) of sums (..., 6): 0 where predictions or labels are constant, NaN without labels."""
+    m = _Moments.of(sums)
+    return m.share(2 * m.cov, m.var_x + m.var_y + (m.mean_x - m.mean_y) ** 2)
+
+
+def _f1_of_expressions(sums: MetricSums) -> np.ndarray:
+    """(..., 8); 0 where a class neither occurs nor is predicted."""
+    confusion = sums.confusion
+    hits = np.diagonal(confusion, axis1=-2, axis2=-1)
+    f1 = 2 * hits / np.maximum(confusion.sum(-1) + confusion.sum(-2), 1)
+    return np.where(confusion.sum((-1, -2))[..., None] > 0, f1, np.nan)
+
+
+def _f1_of_units(sums: MetricSums) -> np.ndarray:
+    """(..., 12); 0 where a unit neither occurs nor is predicted."""
+    tp, fp, fn, _ = np.moveaxis(sums.au, -1, 0)
+    return np.where(sums.au.sum((-1, -2))[..., None] > 0, 2 * tp / np.maximum(2 * tp + fp + fn, 1), np.nan)
+
+
+def _accuracy(sums: MetricSums) -> np.ndarray:
+    """Share of right answers, mean over the units with labels."""
+    return _mean_over_units(sums.au[..., 0] + sums.au[..., 3], sums.au.sum(-1))
+
+
+def _commoner_answer(sums: MetricSums) -> np.ndarray:
+    """Share of each unit's commoner answer, mean over the units with labels."""
+    labelled, on = sums.au.sum(-1), sums.au[..., 0] + sums.au[..., 2]
+    return _mean_over_units(np.maximum(on, labelled - on), labelled)
+
+
+def _mean_over_units(right: np.ndarray, labelled: np.ndarray) -> np.ndarray:
+    num_units = (labelled > 0).sum(-1)
+    with np.errstate(invalid="ignore"):
+        return (right / np.maximum(labelled, 1)).sum(-1) / np.where(num_units, num_units, np.nan)
+
+
+def _va(sums: MetricSums) -> np.ndarray:
+    return concordance(sums.va).mean(-1)
+
+
+def _expr(sums: MetricSums) -> np.ndarray:
+    return _f1_of_expressions(sums).mean(-1)
+
+
+def _au(sums: MetricSums) -> np.ndarray:
+    return _f1_of_units(sums).mean(-1)
+
+
+def _challenge(sums: MetricSums) -> np.ndarray:
+    """The sum over the tasks that have labels."""
+    return sum(np.where(np.isnan(part), 0.0, part) for part in (_va(sums), _expr(sums), _au(sums)))
+
+
+def _of(formula: Callable[[np.ndarray], np.ndarray], dimension: int) -> Callable[[MetricSums], np.ndarray]:
+    """Take a formula of moments for valence (0) or arousal (1)."""
+    return lambda sums: formula(sums.va[..., dimension, :])
+
+
+SCORES = (
+    Score("p", "P", "P", None, _challenge, is_main=True, table=5),
+    Score("ccc_v", "CCC V", "CCC valence", "va", _of(concordance, 0), is_main=True, table=3, figure=5),
+    Score("ccc_a", "CCC A", "CCC arousal", "va", _of(concordance, 1), is_main=True, table=4, figure=4),
+    Score("va", "VA", "mean CCC", "va", _va, is_main=True),
+    Score("expr", "EXPR F1", "EXPR F1", "expr", _expr, is_main=True, table=1, figure=3),
+    Score("au", "AU F1", "AU F1", "au", _au, is_main=True, table=2),
+    Score("au_accuracy", "AU accuracy", "AU accuracy", "au", _accuracy, floor=_commoner_answer, figure=2),
+    Score("f1_expr", "F1", "F1 of every expression", "expr", _f1_of_expressions, names=EXPRESSIONS),
+    Score("f1_au", "F1", "F1 of every action unit", "au", _f1_of_units, names=tuple(f"AU{number}" for number in AUS)),
+)  # fmt: skip
+FIRST = SCORES[0]
+
+
+# ------------------------------------------------------------------------------------------------------- what has them
+
+
+def single_scores() -> list[Score]:
+    """Scores of one number."""
+    return [score for score in SCORES if not score.names]
+
+
+def main_scores() -> list[Score]:
+    """Scores of the main table, the first of all last: it sums up the others."""
+    first, *others = [score for score in SCORES if score.is_main]
+    return [*others, first]
+
+
+def find_score(key: str) -> Score:
+    return next(score for score in SCORES if score.key == key)
+
+
+def scores(sums: MetricSums) -> dict[str, Any]:
+    """Return every score by its key, {name: value} of one with names; "frames": {task: n}, and "covers".
+
+    A score without labels is None; P is of the tasks that `covers` names. One that cannot be computed though there are
+    labels is left out, as is one that an earlier version did not know.
+    """
+    return _named(sums, {score.key: score.of(sums) for score in SCORES})
+
+
+def constant_scores(sums: MetricSums) -> dict[str, Any]:
+    """Return the scores of the best constant predictor where the labels are those of `sums`: the floor of every table.
+
+    It says the mean valence and arousal (CCC 0), the commonest expression always, and every action unit, which F1 is
+    highest with; for the accuracy it gives each unit's commoner answer.
+    """
+    constant = constant_sums(sums)
+    return _named(sums, {score.key: score.floor(sums) if score.floor else score.of(constant) for score in SCORES})
+
+
+def constant_sums(sums: MetricSums) -> MetricSums:
+    """Return the sums that the constant predictor has where the labels are those of `sums`."""
+    constant = MetricSums.zero()
+    n, _, sy, _, syy, _ = sums.va.T
+    mean = np.nan_to_num(sy / np.maximum(n, 1))  # where it is not known: the CCC of any constant is 0
+    constant.va[:] = np.stack([n, n * mean, sy, n * mean**2, syy, mean * sy], axis=-1)
+    classes = sums.confusion.sum(1)
+    constant.confusion[:, int(np.argmax(classes))] = classes
+    constant.au[:, 0], constant.au[:, 1] = sums.au[:, 0] + sums.au[:, 2], sums.au[:, 1] + sums.au[:, 3]
+    return constant
+
+
+def label_sums(counts: LabelCounts) -> MetricSums:
+    """Return sums with what counts tell of labels, for `constant_scores`; NaN is what they do not tell."""
+    sums = MetricSums.zero()
+    sums.va[:] = np.nan
+    sums.va[:, 0] = counts.va
+    sums.confusion[:, 0] = counts.expr_classes
+    sums.au[:, 0] = counts.au_positives
+    sums.au[:, 1] = np.array(counts.au) - sums.au[:, 0]
+    return sums
+
+
+def flat_scores(scored: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers of scores as `scores` returns them: what is published, and stored with a checkpoint."""
+    found = {score.key: scored.get(score.key) for score in single_scores()}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def count_frames(sums: MetricSums) -> dict[str, int]:
+    """Frames with labels of each task; of AU, of the unit with the most."""
+    counts = sums.va[0, 0], sums.confusion.sum(), sums.au.sum(1).max()
+    return {task: int(count) for task, count in zip(TASKS, counts)}
+
+
+def _named(sums: MetricSums, values: dict[str, np.ndarray]) -> dict[str, Any]:
+    frames = count_frames(sums)
+    found: dict[str, Any] = {}
+    for score in SCORES:
+        value = values[score.key]
+        if score.task and not frames[score.task]:
+            found[score.key] = None
+        elif not np.isnan(value).any():
+            found[score.key] = {n: float(v) for n, v in zip(score.names, value)} if score.names else float(value)
+    return found | {"frames": frames, "covers": [task for task in TASKS if frames[task]]}
