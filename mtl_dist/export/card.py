@@ -6,7 +6,7 @@ import json
 from typing import Any, NamedTuple
 
 from mtl_dist.families import FAMILIES
-from mtl_dist.objective.scores import main_scores
+from mtl_dist.objective.scores import Score, main_scores, single_scores
 from mtl_dist.runs.checkpoint import MODEL
 from mtl_dist.runs.weights import Weights
 from mtl_dist.tasks import AUS, EXPRESSIONS, TASKS
@@ -157,11 +157,14 @@ def _scores(scores: dict[str, Any] | None, constant: dict[str, Any] | None) -> s
     if scores is None:
         return "## Scores on the validation set\n\nThis checkpoint was not evaluated."
     rows = {"constant predictor": constant} if constant else {}
-    shown = main_scores()
-    lines = [f"| | {' | '.join(score.title for score in shown)} |", f"|---{'|---' * len(shown)}|"]
-    for name, row in (rows | {"this model": scores}).items():
-        cells = ["no labels" if row[score.key] is None else f"{row[score.key]:.4f}" for score in shown]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    rows |= {"this model": scores}
+    lines = [f"| | {' | '.join(score.title for score in main_scores())} |", f"|---{'|---' * len(main_scores())}|"]
+    lines += [f"| {name} | {' | '.join(_cell(row, score) for score in main_scores())} |" for name, row in rows.items()]
+    more = [score for score in single_scores() if not score.is_main and scores.get(score.key) is not None]
+    lines += ["", f"| | {' | '.join(rows)} |", f"|---{'|---' * len(rows)}|"] if more else []
+    for score in more:
+        direction = ", lower is better" * (score.sign < 0)
+        lines.append(f"| {score.name}{direction} | {' | '.join(_cell(row, score) for row in rows.values())} |")
     notes = [
         f"The validation set has no labels for {_TASK_NAMES[task]}: these outputs were never scored."
         for task in TASKS
@@ -170,6 +173,11 @@ def _scores(scores: dict[str, Any] | None, constant: dict[str, Any] | None) -> s
     if not constant:
         notes.append("The constant predictor's scores are missing: the validation set was not reachable.")
     return "\n\n".join(["## Scores on the validation set", "\n".join(lines), *notes, _SCORE_NOTES])
+
+
+def _cell(row: dict[str, Any], score: Score) -> str:
+    value = row.get(score.key)
+    return f"{value:.4f}" if value is not None else "no labels" if score.key in row else "not known"
 
 
 _SCORE_NOTES = """

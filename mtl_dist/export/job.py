@@ -28,6 +28,7 @@ from mtl_dist.runs.checkpoint import MODEL
 from mtl_dist.runs.weights import EXPORTED_CONFIG, Weights, exported_config, load_weights, open_weights
 from mtl_dist.sealed import seal
 from mtl_dist.training.loop import CONFIG_NAME
+from mtl_dist.training.tracking import read_records
 
 TOLERANCE = 1e-4
 NUM_FACES = 64
@@ -156,7 +157,11 @@ def _read_faces(command: ExportCommand, weights: Weights, scratch: Path) -> np.n
 
 
 def _constant_scores(weights: Weights) -> dict[str, Any] | None:
-    """Score the constant predictor on the run's validation set; None where the set is not where it was."""
+    """Return the constant predictor's scores on the run's validation set, as they were recorded, else what label
+    counts tell of them; None where the set is not where it was."""
+    for record in read_records(weights.uri.rpartition("/checkpoints/")[0]):
+        if record["kind"] == "eval" and record["step"] == weights.checkpoint.step and "constant" in record:
+            return record["constant"]
     try:
         val = read_index(weights.config.data.val)
     except InputError:

@@ -12,7 +12,7 @@ import numpy as np
 from mtl_dist.tasks import NUM_AUS, NUM_EXPRESSIONS
 
 AU_THRESHOLD = 0.5
-_SHAPES = ((2, 6), (NUM_EXPRESSIONS, NUM_EXPRESSIONS), (NUM_AUS, 4))
+_SHAPES = ((2, 6), (NUM_EXPRESSIONS, NUM_EXPRESSIONS), (NUM_AUS, 4), (2, 3, 3))
 _SIZES = tuple(int(np.prod(shape)) for shape in _SHAPES)
 
 
@@ -41,6 +41,7 @@ class MetricSums(NamedTuple):
     va: np.ndarray  # (2, 6): n, sum x, sum y, sum xx, sum yy, sum xy of valence and arousal
     confusion: np.ndarray  # (8, 8): labelled class, predicted class
     au: np.ndarray  # (12, 4): TP, FP, FN, TN
+    signs: np.ndarray  # (2, 3, 3) of valence and arousal: labelled sign (-1, 0, 1), predicted sign
 
     @classmethod
     def zero(cls) -> MetricSums:
@@ -50,12 +51,12 @@ class MetricSums(NamedTuple):
         return MetricSums(*(mine + theirs for mine, theirs in zip(self, other)))
 
     def flatten(self) -> np.ndarray:
-        """(124,) float64: what ranks add up."""
+        """(142,) float64: what ranks add up."""
         return np.concatenate([part.ravel() for part in self])
 
     @classmethod
     def unflatten(cls, flat: np.ndarray) -> MetricSums:
-        """Sums of (..., 124)."""
+        """Sums of (..., 142)."""
         parts = np.split(flat, np.cumsum(_SIZES)[:-1], axis=-1)
         return cls(*(part.reshape(*part.shape[:-1], *shape) for part, shape in zip(parts, _SHAPES)))
 
@@ -70,7 +71,15 @@ def metric_sums(
     cells = ((positive & actual), (positive & ~actual), (~positive & actual), (~positive & ~actual))
     au = np.stack([(cell & known).sum(0) for cell in cells], axis=-1)
     va = va_moments(predictions.va, targets)
-    return MetricSums(va, confusion.reshape(8, 8).astype(np.float64), au.astype(np.float64))
+    x, y = predictions.va[targets.va_mask], targets.va[targets.va_mask]
+    signs = np.bincount(sign_cells(x, y).ravel(), minlength=18).reshape(2, 3, 3)
+    return MetricSums(va, *(part.astype(np.float64) for part in (confusion.reshape(8, 8), au, signs)))
+
+
+def sign_cells(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """(n, 2): the cell of `MetricSums.signs`, laid out flat, that each prediction x and label y (n, 2) counts in."""
+    row, column = ((values > 0).astype(np.int64) - (values < 0) + 1 for values in (y, x))
+    return np.array([0, 9]) + 3 * row + column
 
 
 def va_moments(va: np.ndarray, targets: Targets) -> np.ndarray:

@@ -32,6 +32,8 @@ class Score(NamedTuple):
     is_main: bool = False  # stands in the main table; others stand below it
     table: int | None = None  # its number among the tables of Haider et al. 2022 (arXiv 2207.10878)
     figure: int | None = None  # its number among the figures
+    pair: str = ""  # what it shares a column with where there is little room
+    worst: float = -1.0  # a value that none is worse than
 
     def better(self, value: float, than: float) -> bool:
         """Whether one value is better than another."""
@@ -71,6 +73,48 @@ def concordance(sums: np.ndarray) -> np.ndarray:
     """CCC (...) of sums (..., 6): 0 where predictions or labels are constant, NaN without labels."""
     m = _Moments.of(sums)
     return m.share(2 * m.cov, m.var_x + m.var_y + (m.mean_x - m.mean_y) ** 2)
+
+
+def _rmse(sums: np.ndarray) -> np.ndarray:
+    n, _, _, sxx, syy, sxy = np.moveaxis(sums, -1, 0)
+    with np.errstate(invalid="ignore"):
+        return np.sqrt(np.maximum(sxx - 2 * sxy + syy, 0) / np.where(n, n, np.nan))
+
+
+def _correlation(sums: np.ndarray) -> np.ndarray:
+    """Pearson's."""
+    m = _Moments.of(sums)
+    return m.share(m.cov, np.sqrt(m.var_x * m.var_y))
+
+
+def _intraclass(sums: np.ndarray) -> np.ndarray:
+    """ICC(3,1) of labels and predictions as two raters (Shrout and Fleiss 1979): CCC without the offset's term."""
+    m = _Moments.of(sums)
+    return m.share(2 * m.cov, m.var_x + m.var_y)
+
+
+def _sign_agreement(signs: np.ndarray) -> np.ndarray:
+    """SAGR of (..., 3, 3) as in `MetricSums.signs`; a label of 0, as of a neutral face, agrees with exactly 0 only."""
+    return _share(np.trace(signs, axis1=-2, axis2=-1), signs.sum((-1, -2)))
+
+
+def _sign_agreement_not0(signs: np.ndarray) -> np.ndarray:
+    """SAGR of labels other than 0."""
+    return _share(signs[..., 0, 0] + signs[..., 2, 2], signs[..., (0, 2), :].sum((-1, -2)))
+
+
+def _commoner_sign(signs: np.ndarray) -> np.ndarray:
+    labels = signs.sum(-1)
+    return _share(labels.max(-1), labels.sum(-1))
+
+
+def _commoner_sign_not0(signs: np.ndarray) -> np.ndarray:
+    labels = signs[..., (0, 2), :].sum(-1)
+    return _share(labels.max(-1), labels.sum(-1))
+
+
+def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return part / np.where(whole, whole, np.nan)
 
 
 def _f1_of_expressions(sums: MetricSums) -> np.ndarray:
@@ -121,18 +165,44 @@ def _challenge(sums: MetricSums) -> np.ndarray:
     return sum(np.where(np.isnan(part), 0.0, part) for part in (_va(sums), _expr(sums), _au(sums)))
 
 
-def _of(formula: Callable[[np.ndarray], np.ndarray], dimension: int) -> Callable[[MetricSums], np.ndarray]:
-    """Take a formula of moments for valence (0) or arousal (1)."""
-    return lambda sums: formula(sums.va[..., dimension, :])
+def _pair(
+    key: str,
+    title: str,
+    formula: Callable[[np.ndarray], np.ndarray],
+    *,
+    part: str = "va",
+    floor: Callable[[np.ndarray], np.ndarray] | None = None,
+    what: str = "",
+    tables: tuple[int | None, int | None] = (None, None),
+    figures: tuple[int | None, int | None] = (None, None),
+    **more: Any,
+) -> tuple[Score, Score]:
+    """Valence and arousal: two scores of one column. The formulas are of one dimension of a part of the sums."""
+    axis = {"va": -2, "signs": -3}[part]
+
+    def of(formula: Callable[[np.ndarray], np.ndarray], dimension: int) -> Callable[[MetricSums], np.ndarray]:
+        return lambda sums: formula(np.take(getattr(sums, part), dimension, axis=axis))
+
+    return tuple(
+        Score(
+            f"{key}_{side[0]}", f"{title} {side[0].upper()}{what}", f"{title} {side}{what}", "va", of(formula, place),
+            floor=floor and of(floor, place), pair=f"{title} V / A{what}", table=tables[place], figure=figures[place],
+            **more)
+        for place, side in enumerate(("valence", "arousal"))
+    )  # fmt: skip
 
 
 SCORES = (
     Score("p", "P", "P", None, _challenge, is_main=True, table=5),
-    Score("ccc_v", "CCC V", "CCC valence", "va", _of(concordance, 0), is_main=True, table=3, figure=5),
-    Score("ccc_a", "CCC A", "CCC arousal", "va", _of(concordance, 1), is_main=True, table=4, figure=4),
+    *_pair("ccc", "CCC", concordance, is_main=True, tables=(3, 4), figures=(5, 4)),
     Score("va", "VA", "mean CCC", "va", _va, is_main=True),
     Score("expr", "EXPR F1", "EXPR F1", "expr", _expr, is_main=True, table=1, figure=3),
     Score("au", "AU F1", "AU F1", "au", _au, is_main=True, table=2),
+    *_pair("rmse", "RMSE", _rmse, sign=-1, worst=2.0, figures=(7, 8)),
+    *_pair("pcc", "PCC", _correlation),
+    *_pair("icc", "ICC", _intraclass),
+    *_pair("sagr", "SAGR", _sign_agreement, part="signs", floor=_commoner_sign),
+    *_pair("sagr_not0", "SAGR", _sign_agreement_not0, part="signs", floor=_commoner_sign_not0, what=", not 0"),
     Score("au_accuracy", "AU accuracy", "AU accuracy", "au", _accuracy, floor=_commoner_answer, figure=2),
     Score("f1_expr", "F1", "F1 of every expression", "expr", _f1_of_expressions, names=EXPRESSIONS),
     Score("f1_au", "F1", "F1 of every action unit", "au", _f1_of_units, names=tuple(f"AU{number}" for number in AUS)),
@@ -154,6 +224,15 @@ def main_scores() -> list[Score]:
     return [*others, first]
 
 
+def more_scores() -> dict[str, list[Score]]:
+    """Single scores beside the main ones, by the columns that they share."""
+    columns: dict[str, list[Score]] = {}
+    for score in single_scores():
+        if not score.is_main:
+            columns.setdefault(score.pair or score.title, []).append(score)
+    return columns
+
+
 def find_score(key: str) -> Score:
     return next(score for score in SCORES if score.key == key)
 
@@ -171,7 +250,7 @@ def constant_scores(sums: MetricSums) -> dict[str, Any]:
     """Return the scores of the best constant predictor where the labels are those of `sums`: the floor of every table.
 
     It says the mean valence and arousal (CCC 0), the commonest expression always, and every action unit, which F1 is
-    highest with; for the accuracy it gives each unit's commoner answer.
+    highest with; for the accuracy it gives each unit's commoner answer, for SAGR the commoner sign.
     """
     constant = constant_sums(sums)
     return _named(sums, {score.key: score.floor(sums) if score.floor else score.of(constant) for score in SCORES})
@@ -192,7 +271,7 @@ def constant_sums(sums: MetricSums) -> MetricSums:
 def label_sums(counts: LabelCounts) -> MetricSums:
     """Return sums with what counts tell of labels, for `constant_scores`; NaN is what they do not tell."""
     sums = MetricSums.zero()
-    sums.va[:] = np.nan
+    sums.va[:] = sums.signs[:] = np.nan
     sums.va[:, 0] = counts.va
     sums.confusion[:, 0] = counts.expr_classes
     sums.au[:, 0] = counts.au_positives

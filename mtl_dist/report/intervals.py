@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from mtl_dist.objective.metrics import MetricSums
+from mtl_dist.objective.metrics import MetricSums, sign_cells
 from mtl_dist.objective.scores import find_score, single_scores
 from mtl_dist.report.results import CONSTANT, Method, Result
 from mtl_dist.shards.splits import group_rows
@@ -87,7 +87,7 @@ def bootstrap(methods: list[Method], video: np.ndarray, *, num_draws: int, seed:
 
 
 def video_sums(result: Result, video: np.ndarray) -> np.ndarray:
-    """(V, 124): the metric sums of every video's rows; `video` (n,) numbers them from 0.
+    """(V, 142): the metric sums of every video's rows; `video` (n,) numbers them from 0.
 
     As `Result.sums` of each, for all videos at once: a call a video takes minutes where there are a hundred thousand.
     """
@@ -108,11 +108,15 @@ def video_sums(result: Result, video: np.ndarray) -> np.ndarray:
         np.bincount(video[known] * 4 + kind[known], minlength=num_videos * 4).reshape(num_videos, 4)
         for kind, known in zip(cell.T, has_au.T)
     ]
-    return np.concatenate([np.stack(va, 1), confusion.reshape(num_videos, -1), *au], axis=1).astype(np.float64)
+
+    cells = 18 * video[has_va][:, None] + sign_cells(predictions.va[has_va], targets.va[has_va])
+    signs = np.bincount(cells.ravel(), minlength=num_videos * 18).reshape(num_videos, 18)
+    parts = [np.stack(va, 1), confusion.reshape(num_videos, -1), *au, signs]
+    return np.concatenate(parts, axis=1).astype(np.float64)
 
 
 def draw_scores(flat: np.ndarray, covers: list[str], *, is_constant: np.ndarray) -> dict[str, np.ndarray]:
-    """Scores (R, D) of the sums (R, D, 124) of R results in D draws; `is_constant` (R,): the constant predictor.
+    """Scores (R, D) of the sums (R, D, 142) of R results in D draws; `is_constant` (R,): the constant predictor.
 
     A score of all tasks is NaN in a draw that lacks one of those that the data covers.
     """

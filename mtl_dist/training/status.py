@@ -62,7 +62,7 @@ def print_status(run_uri: str) -> None:
 
     evaluations = [record for record in records if record["kind"] == "eval"]
     if evaluations:
-        rows = _constant_row(config)
+        rows = _constant_row(config, evaluations)
         print_scores(rows | {f"epoch {record['epoch'] + 1}": record["scores"] for record in evaluations})
     else:
         console.print("scores       none yet")
@@ -73,7 +73,7 @@ def print_ending(config: Config) -> None:
     uri = config.run.uri
     top = best(committed(uri)[0])
     evaluations = [record for record in read_records(uri) if record["kind"] == "eval"]
-    rows = _constant_row(config)
+    rows = _constant_row(config, evaluations)
     if top:
         rows |= {f"best: epoch {it['epoch'] + 1}": it["scores"] for it in evaluations if it["step"] == top.step}
     rows |= {
@@ -105,8 +105,13 @@ def _total_steps(config: Config, found: list[Checkpoint]) -> int | None:
         return None
 
 
-def _constant_row(config: Config) -> dict[str, dict[str, Any]]:
-    """Return the constant predictor's row; nothing, and a note, where the validation set is not to be read here."""
+def _constant_row(config: Config, evaluations: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the constant predictor's row, as it was recorded, else what label counts tell of it.
+
+    Nothing, and a note, where neither is to be read here.
+    """
+    if evaluations and "constant" in evaluations[-1]:
+        return {"constant predictor": evaluations[-1]["constant"]}
     try:
         return {"constant predictor": constant_scores(label_sums(read_index(config.data.val).labels))}
     except InputError as error:

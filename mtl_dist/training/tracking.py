@@ -26,13 +26,14 @@ from tensorboardX.record_writer import masked_crc32c
 
 from mtl_dist import storage
 from mtl_dist.errors import InputError, plain
-from mtl_dist.objective.scores import FIRST, Score, flat_scores, main_scores
+from mtl_dist.objective.scores import FIRST, Score, flat_scores, main_scores, more_scores
 from mtl_dist.tasks import TASKS
 
 METRICS, BOARD = "metrics.jsonl", "tensorboard"
 MORE_METRICS = re.compile(r"\d{6}\.jsonl")  # in metrics/, the parts after the first
 PART_BYTES = 1 << 20
 LINE_EVERY_S = 10.0
+NO_LABELS, NOT_KNOWN = "no labels", "–"
 
 
 class Tracker:
@@ -88,12 +89,17 @@ class Tracker:
 
     def evaluated(self, step: int, epoch: int, scores: dict[str, Any], constant: dict[str, Any]) -> None:
         """Take note of an evaluation and print its scores beside the constant predictor's."""
-        self._lines.append(_line({"kind": "eval", "step": step, "epoch": epoch, "scores": scores}))
+        record = {"kind": "eval", "step": step, "epoch": epoch, "scores": scores, "constant": constant}
+        self._lines.append(_line(record))
         flat = flat_scores(scores)
         self._board.add(step, {f"score/{key}": value for key, value in flat.items()})
         parts = "  ".join(f"{score.title} {flat[score.key]:.4f}" for score in main_scores() if score.key in flat)
         floor = f"(constant predictor: {FIRST.title} {constant[FIRST.key]:.4f})"
         self.console.print(f"epoch {epoch + 1} scores  {parts}  {floor}", soft_wrap=True)
+        more = {title: _cells(scores, column) for title, column in more_scores().items() if _has(scores, column)}
+        if more:
+            parts = "  ".join(f"{title} {cells}" for title, cells in more.items())
+            self.console.print(f"epoch {epoch + 1} also    {parts}", soft_wrap=True)
 
     def files(self) -> dict[str, list[bytes]]:
         """Return what to store in the run: name -> content in pieces, of what has changed since the last call."""
@@ -211,23 +217,25 @@ def _read_part(uri: str) -> list[dict[str, Any]]:
     return records
 
 
-def print_scores(rows: dict[str, dict[str, Any]], *, title: str = "") -> None:
-    """Print the results table: a row a method."""
-    _scores_console().print(_scores_table(rows, title))
+def print_scores(rows: dict[str, dict[str, Any]], *, title: str = "", brief: bool = False) -> None:
+    """Print the results table, a row a method, and below it, unless `brief`, one of the scores beside the main ones."""
+    _print_tables(Console(highlight=False), rows, title, brief=brief)
 
 
-def render_scores(rows: dict[str, dict[str, Any]]) -> str:
-    """Return the results table as text."""
-    console = _scores_console(file=io.StringIO())
-    console.print(_scores_table(rows, ""))
+def render_scores(rows: dict[str, dict[str, Any]], *, brief: bool = False) -> str:
+    """Return the results tables as text."""
+    console = Console(highlight=False, file=io.StringIO())
+    _print_tables(console, rows, "", brief=brief)
     return console.file.getvalue()
 
 
-def _scores_console(**options: Any) -> Console:
-    console = Console(highlight=False, **options)
+def _print_tables(console: Console, rows: dict[str, dict[str, Any]], title: str, *, brief: bool) -> None:
     if not console.is_terminal:
-        console.width = 120  # of a log or a file: wrapping a table to 80 columns only breaks it
-    return console
+        console.width = 140  # of a log or a file: wrapping a table to 80 columns only breaks it
+    console.print(_scores_table(rows, title))
+    columns = {name: column for name, column in more_scores().items() if any(_has(s, column) for s in rows.values())}
+    if columns and not brief:
+        console.print(_more_table(rows, columns))
 
 
 def _scores_table(rows: dict[str, dict[str, Any]], title: str) -> Table:
@@ -241,7 +249,25 @@ def _scores_table(rows: dict[str, dict[str, Any]], title: str) -> Table:
     return table
 
 
+def _more_table(rows: dict[str, dict[str, Any]], columns: dict[str, list[Score]]) -> Table:
+    """Valence and arousal share a column."""
+    lower = {name: "\nlower is better" * (column[0].sign < 0) for name, column in columns.items()}
+    table = Table("", *(f"{name}{note}" for name, note in lower.items()))
+    for name, scores in rows.items():
+        table.add_row(escape(plain(name)), *(_cells(scores, column) for column in columns.values()))
+    return table
+
+
+def _has(scores: dict[str, Any], column: list[Score]) -> bool:
+    return any(scores.get(score.key) is not None for score in column)
+
+
+def _cells(scores: dict[str, Any], column: list[Score]) -> str:
+    cells = [_cell(scores, score) for score in column]
+    return cells[0] if set(cells) in ({NO_LABELS}, {NOT_KNOWN}) else " / ".join(cells)
+
+
 def _cell(scores: dict[str, Any], score: Score) -> str:
     """A score that is not there is not known, as of a run made before there was such a score."""
     value = scores.get(score.key, math.nan)
-    return "no labels" if value is None else "–" if math.isnan(value) else f"{value:.4f}"
+    return NO_LABELS if value is None else NOT_KNOWN if math.isnan(value) else f"{value:.4f}"
