@@ -49,8 +49,9 @@ from mtl_dist.report.results import (
 )
 from mtl_dist.report.tables import (
     classes_tables,
-    differences_table,
+    differences_tables,
     headline_table,
+    more_table,
     paper_tables,
     runs_table,
     settings_table,
@@ -181,7 +182,7 @@ def test_a_task_whose_labels_are_of_one_video_has_no_interval_and_no_difference(
     assert {key: cell.text for key, cell in cells.items() if key in ("expr", "p")} == {"expr": "–", "p": "–"}
     assert (cells["expr"].below, cells["au"].below, cells["ccc_v"].below) == (
         "labels of one video", "rough: 3 videos", "")  # fmt: skip
-    difference = dict(zip(MAIN, differences_table(methods, drawn).rows[0][1:]))
+    difference = dict(zip(MAIN, differences_tables(methods, drawn)[0].rows[0][1:]))
     own, reference = (methods[place].results[0].scores["expr"] for place in (0, 1))
     assert (difference["expr"].text, difference["expr"].below) == (f"{own - reference:+.4f}", "no interval")
     assert not any(difference[key].is_apart for key in ("expr", "au", "p"))
@@ -203,7 +204,7 @@ def test_one_video_gives_no_interval():
     methods = make_methods()
     drawn = bootstrap(methods, np.zeros(60, int), num_draws=10, seed=0)
     assert drawn.interval(ENSEMBLE, "p") is None
-    assert differences_table(methods, drawn) is None
+    assert differences_tables(methods, drawn) == []
     assert {row[-2].text for row in paper_tables(methods, drawn)[0].rows} == {"–"}
 
 
@@ -225,6 +226,44 @@ def test_a_mark_is_for_what_is_above_the_constant_predictor():
     assert not row["AU F1"].is_best
     assert row["VA"].is_best
     assert list(row)[:3] == ["Method", "P", "P, 95% interval"]
+
+
+def with_scores(method: Method, **values: float) -> Method:
+    return method._replace(results=tuple(r._replace(scores=r.scores | values) for r in method.results))
+
+
+def test_of_an_error_the_lowest_is_marked_and_less_of_it_is_better():
+    methods = make_methods(600)
+    drawn = bootstrap(methods, np.arange(600) // 10, num_draws=50, seed=0)
+    table = more_table(methods, drawn)
+    assert table.lower == ("RMSE V", "RMSE A")
+    rows = {row[0].text: dict(zip(table.columns, row)) for row in table.rows}
+    lowest = min(methods, key=lambda method: np.mean(method.values("rmse_v"))).label
+    assert lowest == ENSEMBLE
+    assert [label for label, row in rows.items() if row["RMSE V"].is_best] == [lowest]
+    low, high = drawn.interval(lowest, "rmse_v")
+    assert rows[lowest]["RMSE V"].below == f"{low:.4f} to {high:.4f}"
+    worse = [methods[0], *(with_scores(method, rmse_v=methods[0].values("rmse_v")[0] + 0.1) for method in methods[1:])]
+    assert not any(row[1].is_best for row in more_table(worse, drawn).rows), "the constant predictor is better"
+    main, more = differences_tables(methods, drawn)
+    error, f1 = (dict(zip(t.columns, t.rows[1]))[name] for t, name in ((more, "RMSE V"), (main, "AU F1")))
+    assert (error.is_apart, error.sort > 0, error.below.endswith(", worse")) == (True, True, True)
+    assert (f1.is_apart, f1.sort < 0, f1.below.endswith(", worse")) == (True, True, True)
+    page = table_block(table)
+    assert '<th scope="col" class=n data-lower>RMSE V ↓</th>' in page
+    assert '<th scope="col" class=n>PCC V</th>' in page
+
+
+def test_a_score_that_an_ensemble_was_made_without_is_shown_as_not_known():
+    methods = make_methods()
+    old = methods[-1].results[0]
+    old = old._replace(scores={key: value for key, value in old.scores.items() if not key.startswith("rmse")})
+    methods[-1] = methods[-1]._replace(results=(old,))
+    drawn = bootstrap(methods, np.arange(60) // 6, num_draws=5, seed=0)
+    cells = dict(zip(more_table(methods, drawn).columns, more_table(methods, drawn).rows[-1]))
+    assert (cells["RMSE V"].text, cells["PCC V"].text != "–") == ("–", True)
+    _, more = differences_tables(methods, drawn)
+    assert dict(zip(more.columns, more.rows[-1]))["RMSE V"].text == "–"
 
 
 def test_tables_show_mean_and_deviation_over_seeds_and_mark_the_best():
@@ -429,7 +468,7 @@ def test_the_lead_is_about_the_best_ensemble_and_says_which():
     assert "Ensemble, calibrated e1 has more: " in sentences[0]
     words = "Where labels are of fewer than 10 videos they are rough: VA 6, EXPR 6, AU 6."
     assert words in " ".join(sentences)
-    assert differences_table(methods, drawn).caption.startswith("Difference to ensemble e1,")
+    assert differences_tables(methods, drawn)[0].caption.startswith("Difference to ensemble e1,")
 
 
 def test_what_is_unfinished_or_stale_is_said():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -159,9 +160,10 @@ def _read_faces(command: ExportCommand, weights: Weights, scratch: Path) -> np.n
 def _constant_scores(weights: Weights) -> dict[str, Any] | None:
     """Return the constant predictor's scores on the run's validation set, as they were recorded, else what label
     counts tell of them; None where the set is not where it was."""
-    for record in read_records(weights.uri.rpartition("/checkpoints/")[0]):
-        if record["kind"] == "eval" and record["step"] == weights.checkpoint.step and "constant" in record:
-            return record["constant"]
+    with contextlib.suppress(InputError):  # damaged records are no reason to refuse an export
+        for record in read_records(weights.uri.rpartition("/checkpoints/")[0]):
+            if record["kind"] == "eval" and record["step"] == weights.checkpoint.step and "constant" in record:
+                return record["constant"]
     try:
         val = read_index(weights.config.data.val)
     except InputError:

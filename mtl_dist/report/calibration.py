@@ -74,7 +74,8 @@ def draw_reliability(methods: list[Method], styles: dict[str, Style]) -> tuple[F
         png = save_png(figure)
     errors = [[text(m.label), *(number(found[m.label, task].error) for task in tasks)] for m in shown]
     table = Table("calibration", "Expected calibration error (10 bins; lower is better)",
-                  ("Method", *(TASKS[task] for task in tasks)), errors)  # fmt: skip
+                  ("Method", *(TASKS[task] for task in tasks)), errors, "",
+                  tuple(TASKS[task] for task in tasks))  # fmt: skip
     alt = "Reliability diagrams. " + "; ".join(
         f"{m.label}: calibration error {', '.join(f'{t.upper()} {found[m.label, t].error:.3f}' for t in tasks)}"
         for m in shown

@@ -19,8 +19,9 @@ from mtl_dist.report.tables import (
     Table,
     best_method,
     classes_tables,
-    differences_table,
+    differences_tables,
     headline_table,
+    more_table,
     paper_tables,
     runs_table,
     settings_table,
@@ -109,15 +110,17 @@ def _most(labels: LabelCounts) -> str:
 def compose(evidence: Evidence, drawings: Drawings) -> tuple[list[Table], list[Part]]:
     """Put tables and figures into chapters; return the tables too."""
     methods, drawn = evidence.methods, evidence.drawn
-    headline, differences = headline_table(methods, drawn), differences_table(methods, drawn)
+    headline, more = headline_table(methods, drawn), more_table(methods, drawn)
+    differences, *more_differences = differences_tables(methods, drawn) or [None]
     numbered, runs = paper_tables(methods, drawn), runs_table(methods)
     classes = classes_tables(methods, evidence.labels)
     results = [result for method in methods for result in method.results]
     steps = steps_tables(results)
     settings = settings_table([result for result in results if result.member])
-    tables = [headline, *_some(differences), *numbered, runs, *classes, *steps, *_some(settings, drawings.calibration)]
+    of_scores = [headline, *_some(differences), *steps, *_some(more), *more_differences]
+    tables = [*of_scores, *numbered, runs, *classes, *_some(settings, drawings.calibration)]
     parts = [
-        Part("scores", "Scores", [page.table_block(table) for table in (headline, *_some(differences), *steps)]),
+        Part("scores", "Scores", [page.table_block(table) for table in of_scores]),
         Part("tables", "Tables 1–5", _numbered_blocks(numbered)),
         Part("training", "Training", _curves_blocks(drawings)),
         Part("classes", "Expressions and action units", _classes_blocks(drawings, classes)),

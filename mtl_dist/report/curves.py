@@ -19,27 +19,27 @@ LINES = ("-", "--", ":", "-.")
 
 
 def draw_curves(methods: list[Method], styles: dict[str, Style]) -> tuple[list[Figure], list[str]]:
-    """Return figures 2-6, and a sentence for whatever a run has no records of."""
+    """Return figures 2-6 and those of further scores, and a sentence for whatever a run has no records of."""
     runs = [(method, result) for method in methods for result in method.results if result.member]
     records = {id(result): read_records(result.uri) for _, result in runs}
-    figures, notes = [], []
+    figures, notes = {}, []
     for score in sorted((score for score in SCORES if score.figure), key=lambda score: score.figure):
         which, label = f"Figure {score.figure}", score.name
         lines = {id(result): _scores(records[id(result)], score.key) for _, result in runs}
-        if methods[0].results[0].scores[score.key] is None:
+        if methods[0].results[0].scores.get(score.key) is None:
             notes.append(f"{which}, {label}: the validation set has no labels of it.")
             continue
         notes += _missing(label, [result for _, result in runs if not lines[id(result)]])
         if any(lines.values()):
             name = f"fig{score.figure}_{label.lower().replace(' ', '_')}"
-            figures.append(_draw(name, f"{which}. {label}", label, methods, runs, lines, styles, score=score))
+            figures[score.figure] = _draw(name, f"{which}. {label}", label, methods, runs, lines, styles, score=score)
         else:
             notes.append(f"{which}, {label}: no run has records of it.")
     losses = {id(result): _losses(records[id(result)]) for _, result in runs}
     notes += _missing("loss", [result for _, result in runs if not losses[id(result)]])
     if any(losses.values()):
-        figures.append(_draw("fig6_loss", "Figure 6. Training loss", "training loss", methods, runs, losses, styles))
-    return figures, notes
+        figures[6] = _draw("fig6_loss", "Figure 6. Training loss", "training loss", methods, runs, losses, styles)
+    return [figures[number] for number in sorted(figures)], notes
 
 
 def _missing(label: str, results: list[Result]) -> list[str]:
@@ -103,6 +103,7 @@ def _draw(name, title, label, methods, runs, lines, styles, *, score: Score | No
     caption = "A line a run; further seeds of a method are dashed." if has_seeds else "A line a run."
     if score:
         caption += " The validation set, after every evaluation."
+        caption += " Lower is better." * (score.sign < 0)
         if score.floor:
             caption += " The constant predictor is the one that is best at this score."
         if any(method.kind == ENSEMBLE for method in methods):

@@ -9,9 +9,10 @@ for (const table of document.querySelectorAll("table.sortable")) {
     heading.replaceChildren(button);
     button.addEventListener("click", () => {
       const isNumber = heading.classList.contains("n");
-      // Numbers from the greatest, which is the best; words from A; then the other way.
-      const first = isNumber ? "descending" : "ascending";
-      const other = isNumber ? "ascending" : "descending";
+      // Numbers from the best, which is the greatest or, of an error, the lowest; words from A; then the other way.
+      const isFromTop = isNumber && !("lower" in heading.dataset);
+      const first = isFromTop ? "descending" : "ascending";
+      const other = isFromTop ? "ascending" : "descending";
       const order = heading.getAttribute("aria-sort") === first ? other : first;
       headings.forEach((each) => each.removeAttribute("aria-sort"));
       heading.setAttribute("aria-sort", order);

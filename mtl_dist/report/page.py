@@ -103,13 +103,16 @@ def table_block(table: Table, *, sortable: bool = True) -> str:
     """A table in a container of its own that scrolls where it is wider than the screen."""
     numeric = [any(row[place].is_number for row in table.rows) for place in range(len(table.columns))]
     head = "".join(
-        f'<th scope="col"{" class=n" if is_number else ""}>{escape(name)}</th>'
+        f'<th scope="col"{" class=n" if is_number else ""}{" data-lower" if name in table.lower else ""}>'
+        f"{escape(name)}{' ↓' if name in table.lower else ''}</th>"
         for name, is_number in zip(table.columns, numeric)
     )
     body = "".join(
         f'<tr><th scope="row">{escape(row[0].text)}</th>{"".join(map(_cell, row[1:]))}</tr>\n' for row in table.rows
     )
-    note = f"<small>{escape(table.note)}</small>" if table.note else ""
+    lower = "↓: lower is better." if table.lower else ""
+    note = " ".join(filter(None, (table.note, lower)))
+    note = f"<small>{escape(note)}</small>" if note else ""
     kind = ' class="sortable"' if sortable and len(table.rows) > 1 else ""
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(table.caption)}"><table{kind}>'

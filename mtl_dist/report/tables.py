@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import statistics
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from mtl_dist.config import flatten
-from mtl_dist.objective.scores import FIRST, SCORES, Score, main_scores
+from mtl_dist.objective.scores import FIRST, SCORES, Score, main_scores, more_scores
 from mtl_dist.report.intervals import FEW_VIDEOS, Bootstrap
 from mtl_dist.report.results import CONSTANT, ENSEMBLE, TRAINING_SET, Method, Result
 from mtl_dist.tasks import TASKS, LabelCounts
@@ -35,6 +36,7 @@ class Table(NamedTuple):
     columns: tuple[str, ...]
     rows: list[list[Cell]]
     note: str = ""
+    lower: tuple[str, ...] = ()  # columns whose lowest number is the best
 
     def csv(self) -> bytes:
         """The table as CSV, as shown."""
@@ -71,7 +73,32 @@ def headline_table(methods: list[Method], drawn: Bootstrap) -> Table:
         top, *cells = [_score(method, score, is_best=method is it) for score, it in best.items()]
         seeds = [number(len(method.results))] if has_seeds else []
         rows.append([text(method.label), top, _interval(drawn, method, first), *cells, *seeds])
-    return Table("scores", "All scores on the validation set", columns, rows, MARKED)
+    return Table("scores", "The challenge's scores on the validation set", columns, rows, MARKED, _lower(best))
+
+
+def more_table(methods: list[Method], drawn: Bootstrap) -> Table | None:
+    """The scores beside the main ones, each with its interval; None where there are none."""
+    best = {score: marked_method(methods, score) for score in _scores_beside(methods)}
+    rows = []
+    for method in methods:
+        row = [text(method.label)]
+        for score, it in best.items():
+            cell, between = _score(method, score, is_best=method is it), _interval(drawn, method, score)
+            below = f"{cell.below} ({between.text})" if cell.below else between.text
+            row.append(cell._replace(below=below) if between.sort is not None else cell)
+        rows.append(row)
+    columns, lower = ("Method", *(score.title for score in best)), _lower(best)
+    note = f"{MARKED} Below: 95% intervals."
+    return Table("more_scores", "More scores on the validation set", columns, rows, note, lower) if best else None
+
+
+def _scores_beside(methods: list[Method]) -> list[Score]:
+    beside = [score for column in more_scores().values() for score in column]
+    return [score for score in beside if any(method.values(score.key) for method in methods)]
+
+
+def _lower(scores: Iterable[Score]) -> tuple[str, ...]:
+    return tuple(score.title for score in scores if score.sign < 0)
 
 
 def paper_tables(methods: list[Method], drawn: Bootstrap) -> list[Table]:
@@ -89,12 +116,20 @@ def paper_tables(methods: list[Method], drawn: Bootstrap) -> list[Table]:
             for method in methods
         ]
         name, caption = f"table{score.table}_{score.key}", f"Table {score.table}. {score.name}"
-        tables.append(Table(name, caption, ("Method", score.name, "95% interval", "n"), rows))
+        lower = (score.name,) * (score.sign < 0)
+        tables.append(Table(name, caption, ("Method", score.name, "95% interval", "n"), rows, "", lower))
     return tables
 
 
-def differences_table(methods: list[Method], drawn: Bootstrap) -> Table | None:
-    """Every method less the ensemble (or, without one, less the best), paired over the draws."""
+def differences_tables(methods: list[Method], drawn: Bootstrap) -> list[Table]:
+    """Every method less the ensemble (or, without one, less the best), paired over the draws: of the main scores, and
+    of those beside them."""
+    of = {"differences": main_scores(), "more_differences": _scores_beside(methods)}
+    tables = [_differences_table(name, scores, methods, drawn) for name, scores in of.items() if scores]
+    return [table for table in tables if table]
+
+
+def _differences_table(name: str, scores: list[Score], methods: list[Method], drawn: Bootstrap) -> Table | None:
     reference = reference_method(methods)
     others = [method for method in methods if method is not reference]
     if reference is None or not drawn.draws or not others:
@@ -102,24 +137,27 @@ def differences_table(methods: list[Method], drawn: Bootstrap) -> Table | None:
     rows = []
     for method in others:
         row = [text(method.label)]
-        for score in main_scores():
+        for score in scores:
             mine, theirs = _mean(method, score), _mean(reference, score)
             between = drawn.difference(method.label, reference.label, score.key)
             if mine is None or theirs is None:
-                row.append(number(None, missing=NO_LABELS))
+                row.append(_value((reference if theirs is None else method).results[0].scores, score))
                 continue
             difference, below, is_apart = mine - theirs, "no interval", False
             if between:
                 below = f"{between.low:+.4f} to {between.high:+.4f}"
                 is_apart = not between.low <= 0 <= between.high and drawn.videos(score.key) >= FEW_VIDEOS
+                if is_apart:
+                    below += ", better" if score.better(difference, than=0) else ", worse"
             row.append(Cell(f"{difference:+.4f}", difference, is_number=True, is_apart=is_apart, below=below))
         rows.append(row)
     return Table(
-        "differences",
+        name,
         f"Difference to {reference.label}, with its 95% interval over the same draws",
-        ("Method", *(score.title for score in main_scores())),
+        ("Method", *(score.title for score in scores)),
         rows,
         f"Bold: the interval does not hold 0, and the labels are of {FEW_VIDEOS} videos at least.",
+        _lower(scores),
     )
 
 
@@ -142,12 +180,8 @@ def runs_table(methods: list[Method]) -> Table:
                     *cells,
                 ]
             )
-    return Table(
-        "runs",
-        "Every run by itself",
-        ("Run", "Method", "seed", "step", *(score.title for score in main_scores())),
-        rows,
-    )
+    columns = ("Run", "Method", "seed", "step", *(score.title for score in main_scores()))
+    return Table("runs", "Every run by itself", columns, rows, "", _lower(main_scores()))
 
 
 def classes_tables(methods: list[Method], counts: LabelCounts) -> list[Table]:
@@ -220,10 +254,10 @@ def steps_tables(results: list[Result]) -> list[Table]:
 def _steps_table(name: str, method: str, ensembles: list[dict[str, Any]]) -> Table:
     rows, before = [], None
     for step in ensembles[0]:
-        values = {score: [steps[step][score.key] for steps in ensembles] for score in main_scores()}
+        values = {score: [steps[step].get(score.key) for steps in ensembles] for score in main_scores()}
         cells = [
-            number(None, missing=NO_LABELS) if None in found else number(statistics.fmean(found))
-            for found in values.values()
+            _value(ensembles[0][step], score) if None in found else number(statistics.fmean(found))
+            for score, found in values.items()
         ]
         if before is not None:
             gains = [after - earlier for after, earlier in zip(values[FIRST], before)]
