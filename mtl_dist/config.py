@@ -242,7 +242,9 @@ class CheckpointConfig(Section):
     """Also save when the last save is so long ago."""
     keep_last: int = Field(2, ge=1, le=MAX_COUNT)
     keep_best: int = Field(1, ge=1, le=MAX_COUNT)
-    """The best of each score are kept: P, VA, EXPR and AU."""
+    """So many of the best of each score are kept."""
+    best_of: tuple[str, ...] = ("p", "va", "expr", "au")
+    """Scores whose best checkpoints are kept, as metrics.jsonl names them, such as rmse_v; those of P always are."""
     keep_every_hours: float | None = Field(None, gt=0, le=MAX_SECONDS)
     """Also keep one of every so many hours, for good."""
 

@@ -37,7 +37,8 @@ from mtl_dist.runs.weights import Weights, load_weights, open_weights
 from mtl_dist.sealed import seal
 from mtl_dist.tasks import LabelCounts
 from mtl_dist.training.loop import CONFIG_NAME
-from mtl_dist.training.saving import BEST_OF, HOUR_S, plan_retention
+from mtl_dist.training.plan import plan_run
+from mtl_dist.training.saving import HOUR_S, plan_retention
 from mtl_dist.training.status import print_status
 from mtl_dist.training.tracking import METRICS, Tracker
 
@@ -215,11 +216,14 @@ def test_a_score_that_is_not_a_number_is_neither_the_best_nor_kept_for_it(tmp_pa
     assert best(found).step == 2
 
 
+BEST_OF = CheckpointConfig().best_of
+
+
 @st.composite
 def saved_checkpoints(draw) -> list[Checkpoint]:
     """Checkpoints of several lives, some of the same step, each with some of the scores or none."""
     steps = draw(st.lists(st.integers(0, 30), max_size=20))
-    scores = st.dictionaries(st.sampled_from(BEST_OF), st.floats(-1, 3), max_size=4)
+    scores = st.dictionaries(st.sampled_from((*BEST_OF, "rmse_v")), st.floats(-1, 3), max_size=4)
     hours, starts = st.floats(0, 100), st.integers(0, 3)
     return [
         Checkpoint(f"run/{place}", step, draw(scores), draw(hours) * HOUR_S, {}, draw(starts))
@@ -227,23 +231,30 @@ def saved_checkpoints(draw) -> list[Checkpoint]:
     ]
 
 
+def test_a_score_to_keep_the_best_of_that_there_is_not_is_refused():
+    with pytest.raises(InputError, match=r"checkpoint.best_of is 'rmse': did you mean 'rmse_"):
+        plan_run(build_config({"checkpoint": {"best_of": ["p", "rmse"]}}))
+
+
 def retention(**settings) -> CheckpointConfig:
     return CheckpointConfig(**settings)
 
 
-@given(saved_checkpoints(), st.integers(1, 4), st.integers(1, 4))
-def test_retention_keeps_the_last_and_the_best_of_each_score_and_no_more(saved, keep_last, keep_best):
-    deleted = plan_retention(saved, retention(keep_last=keep_last, keep_best=keep_best))
+@given(saved_checkpoints(), st.integers(1, 4), st.integers(1, 4), st.sampled_from((BEST_OF, ("rmse_v", "va"), ())))
+def test_retention_keeps_the_last_and_the_best_of_each_score_and_no_more(saved, keep_last, keep_best, best_of):
+    deleted = plan_retention(saved, retention(keep_last=keep_last, keep_best=keep_best, best_of=best_of))
     kept = [checkpoint for checkpoint in saved if checkpoint not in deleted]
     steps = sorted({checkpoint.step for checkpoint in saved})
     assert {checkpoint.step for checkpoint in kept} >= set(steps[-keep_last:])
     assert len({checkpoint.step for checkpoint in kept}) == len(kept), "two of one step"
     # Of one step, start and moment it is the one that comes later in the list.
     latest = [max((c for c in reversed(saved) if c.step == step), key=newness) for step in steps]
-    for name in BEST_OF:
-        scored = sorted((c for c in latest if name in c.scores), key=lambda c: (c.scores[name], c.step), reverse=True)
+    for name in {"p", *best_of}:
+        sign = -1 if name == "rmse_v" else 1
+        scored = [c for c in latest if name in c.scores]
+        scored.sort(key=lambda c: (sign * c.scores[name], c.step), reverse=True)
         assert {c.uri for c in scored[:keep_best]} <= {c.uri for c in kept}
-    assert len(kept) <= keep_last + keep_best * len(BEST_OF)
+    assert len(kept) <= keep_last + keep_best * len({"p", *best_of})
 
 
 @given(st.lists(st.floats(0.1, 5), min_size=1, max_size=40), st.floats(0.5, 10))

@@ -18,12 +18,14 @@ from ray.tune import Result
 from mtl_dist.config import Config, build_config
 from mtl_dist.errors import MAX_SEED, InputError, RunFailed, StorageError
 from mtl_dist.joining import quiet_loggers
+from mtl_dist.objective.scores import FIRST, find_score
 from mtl_dist.presets import load_preset
 from tests.conftest import assert_one_message, run_here
 from tune.experiment import Asha, RandomSearch, Reporter, build_searcher
 from tune.search import SearchConfig, _read_earlier, best_yaml, check_same_search, count_room, finish_search
+from tune.search import main as search_main
 from tune.space import build_param_space, default_space, read_space
-from tune.trial import DIVERGED, LOWEST_P
+from tune.trial import DIVERGED
 
 
 class Results(list):
@@ -64,6 +66,29 @@ def test_a_search_without_any_score_that_is_a_number_has_no_best_configuration(t
     with pytest.raises(InputError, match="none of 2 trials has a score that is a number"):
         finish_search(Config(), Results([trial("a", 0.1, math.nan), trial("b", 0.2, math.nan)]), str(tmp_path))
     assert not list(tmp_path.iterdir())
+
+
+def test_of_an_error_the_trial_with_the_lowest_is_the_best(tmp_path, capsys):
+    score, results = find_score("rmse_v"), Results()
+    for name, lr, values in (("a", 0.1, (0.5, 0.4)), ("b", 0.2, (0.3, 0.6)), ("c", 0.3, (0.2, score.worst))):
+        metrics = {"trial_id": name, "epoch": 2, "p": 1.0, score.key: values[-1], "config": {"optim.lr": lr}}
+        metrics |= {DIVERGED: "step 9"} if name == "c" else {}
+        results.append(Result(metrics, None, None, "", pd.DataFrame({score.key: values})))
+    finish_search(Config(), results, str(tmp_path), score=score)
+    assert yaml.safe_load((tmp_path / "best.yaml").read_text())["optim"]["lr"] == 0.2
+    rows = list(csv.DictReader((tmp_path / "trials.csv").open()))
+    assert [(row["trial"], row["best RMSE V"], row["last RMSE V"]) for row in rows[:2]] == [
+        ("b", "0.3000", "0.6000"), ("a", "0.4000", "0.4000")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("metric", "words"),
+    [("rmse", "search.metric is 'rmse': did you mean 'rmse_"), ("f1_au", "search.metric is 'f1_au'")],
+)
+def test_a_metric_that_is_no_score_is_refused_before_anything_starts(metric, words):
+    with pytest.raises(InputError, match=words):
+        search_main(["--preset", "small", "--search.metric", metric])
 
 
 # ----------------------------------------------------------------------------------------------------------- the space
@@ -234,6 +259,18 @@ def test_a_weak_trial_is_stopped_but_not_at_its_last_evaluation_whose_checkpoint
     assert decide(scheduler, "late", 9, 0.5) == "CONTINUE"
 
 
+def test_of_an_error_the_trial_with_more_is_stopped():
+    scheduler = Asha(epochs=9, grace_epochs=1, reduction=3, earlier={"a": [(1, 0.2)], "b": [(1, 0.3)]})
+    scheduler.set_search_properties("rmse_v", "min")
+    for name in ("a", "b", "c", "d"):
+        scheduler.on_trial_add(None, SimpleNamespace(trial_id=name))
+    ends = [
+        scheduler.on_trial_result(None, SimpleNamespace(trial_id=name), {"epoch": 1, "rmse_v": value})
+        for name, value in (("c", 0.9), ("d", 0.1))
+    ]
+    assert ends == ["STOP", "CONTINUE"]
+
+
 def test_a_search_that_continues_stops_trials_by_what_earlier_ones_scored():
     assert decide(asha(None, "new"), "new", 1, 0.1) == "CONTINUE"  # nothing to compare with
     earlier = {"a": [(1, 0.9), (2, 1.0), (3, 1.1)], "b": [(1, 0.8)], "c": []}
@@ -261,7 +298,7 @@ def test_a_state_of_a_search_that_was_cut_or_is_of_another_version_is_refused_in
     (tmp_path / "tune").mkdir()
     (tmp_path / "tune" / "experiment_state-1.json").write_text(json.dumps(state))
     with pytest.raises(InputError, match=rf"{tmp_path}/tune, which .* cannot be read \({words}.*another --search.name"):
-        _read_earlier(str(tmp_path))
+        _read_earlier(str(tmp_path), "p")
 
 
 def failed_trial(tmp_path, error: Exception, *, num_failures: int) -> SimpleNamespace:
@@ -296,10 +333,10 @@ def test_a_driver_that_died_with_its_node_is_started_again_several_times_and_an_
 def test_a_trial_that_diverged_is_never_the_best_and_is_shown(tmp_path, capsys):
     why = "step 9: the loss is not finite"
     diverged = trial("b", 30.0, 0.9)
-    diverged.metrics |= {"p": LOWEST_P, "epoch": 1, DIVERGED: why}
-    diverged.metrics_dataframe.loc[1] = [LOWEST_P]
+    diverged.metrics |= {"p": FIRST.worst, "epoch": 1, DIVERGED: why}
+    diverged.metrics_dataframe.loc[1] = [FIRST.worst]
     diverged.metrics_dataframe[DIVERGED] = [None, why]
-    never = trial("c", 99.0, LOWEST_P)
+    never = trial("c", 99.0, FIRST.worst)
     never.metrics |= {"epoch": 0, DIVERGED: why}
     never.metrics_dataframe[DIVERGED] = why
     finish_search(Config(), Results([diverged, never, trial("a", 0.1, 0.2)]), str(tmp_path))
@@ -331,7 +368,8 @@ def test_a_search_begun_before_a_setting_existed_continues(tmp_path):
     check_same_search(str(tmp_path), config, search, space, data=data)
     path = tmp_path / "search.json"
     stored = json.loads(path.read_text())
-    del stored["optim.nesterov"], stored["validation set"], stored["sha256"]
+    for unknown_then in ("search.metric", "checkpoint.best_of", "optim.nesterov", "validation set", "sha256"):
+        del stored[unknown_then]
     path.write_text(json.dumps(stored))
     check_same_search(str(tmp_path), config, search, space, data=data)
     with pytest.raises(InputError, match=r"was begun with search\.trials 20, not 7"):

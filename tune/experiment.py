@@ -16,9 +16,10 @@ from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from mtl_dist.errors import InputError, RunFailed, StorageError
-from tune.trial import DIVERGED, EPOCH, METRIC
+from mtl_dist.objective.scores import FIRST, Score
+from tune.trial import DIVERGED, EPOCH
 
-Evaluations = list[tuple[int, float]]  # of a trial: epoch and P
+Evaluations = list[tuple[int, float]]  # of a trial: epoch and score
 
 
 def build_searcher(algorithm: str, *, seed: int, limit: int | None) -> BasicVariantGenerator | ConcurrencyLimiter:
@@ -73,8 +74,8 @@ class Asha(ASHAScheduler):
                 "the search could not be continued, as is logged above; the same command may succeed later"
             )
         self._must_restore = False
-        for epoch, p in self._earlier.get(trial.trial_id, ()):
-            super().on_trial_result(tune_controller, trial, {EPOCH: epoch, METRIC: p})
+        for epoch, value in self._earlier.get(trial.trial_id, ()):
+            super().on_trial_result(tune_controller, trial, {EPOCH: epoch, self._metric: value})
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         decision = super().on_trial_result(tune_controller, trial, result)
@@ -84,7 +85,8 @@ class Asha(ASHAScheduler):
 class Reporter(Callback):
     """Prints a line at each evaluation of a trial, and how and why it ended, with the time left."""
 
-    def __init__(self, *, num_trials: int, num_ended: int):
+    def __init__(self, *, num_trials: int, num_ended: int, score: Score = FIRST):
+        self.score = score
         self.begun, self.num_trials, self.earlier, self.ended = time.monotonic(), num_trials, num_ended, set[str]()
 
     @property
@@ -92,8 +94,9 @@ class Reporter(Callback):
         return self.earlier + len(self.ended)
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any) -> None:
-        if METRIC in result and DIVERGED not in result:
-            print(f"trial {trial.trial_id}  epoch {result[EPOCH]}  P {result[METRIC]:.4f}", flush=True)
+        score = self.score
+        if score.key in result and DIVERGED not in result:
+            print(f"trial {trial.trial_id}  epoch {result[EPOCH]}  {score.title} {result[score.key]:.4f}", flush=True)
 
     def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """Say that a trial is started again. A driver that died with its node is, several times; an error may have
@@ -119,13 +122,13 @@ class Reporter(Callback):
         )
 
 
-def evaluations(frame: Any) -> Evaluations:
+def evaluations(frame: Any, metric: str) -> Evaluations:
     """Return what a trial scored of the table of its reports; those that are no numbers, or none, are left out."""
-    if frame is None or METRIC not in frame:
+    if frame is None or metric not in frame:
         return []
     if DIVERGED in frame:
         frame = frame[frame[DIVERGED].isna()]
-    return [(int(e), float(p)) for e, p in zip(frame[EPOCH], frame[METRIC]) if math.isfinite(p)]
+    return [(int(epoch), float(value)) for epoch, value in zip(frame[EPOCH], frame[metric]) if math.isfinite(value)]
 
 
 def explain(error: BaseException | str | None) -> str:

@@ -29,10 +29,11 @@ from pydantic import Field
 from mtl_dist import storage
 from mtl_dist.config import MAX_COUNT, Config, Name, Section, flatten
 from mtl_dist.errors import InputError, run_command
+from mtl_dist.objective.scores import FIRST, Score, find_score
 from mtl_dist.presets import CommandConfig, config_of, parse_command
 from mtl_dist.sealed import seal, unseal
 from tune.space import Space, build_param_space, default_space, is_own, read_space
-from tune.trial import DIVERGED, EPOCH, METRIC, run_trial, trial_config
+from tune.trial import DIVERGED, EPOCH, run_trial, trial_config
 
 EXPERIMENT = "tune"  # where Ray Tune keeps what it needs to continue, in the search's storage
 DRIVER_CPUS = 0.1  # of a trial's driver, which only waits for its ranks
@@ -54,6 +55,8 @@ class SearchConfig(Section):
     space: Path | None = None
     """YAML such as 'optim.lr: {loguniform: [1.0e-4, 1.0e-2]}'; kinds are uniform, loguniform, integer (both ends may
     come) and choice. None: the loss weights and the learning rate."""
+    metric: str = "p"
+    """What trials compete by: a score as metrics.jsonl names it, such as p, va or rmse_v (the lowest is the best)."""
     algorithm: Literal["random", "optuna"] = "random"
     """optuna: TPE (needs the extra 'search')."""
     concurrent: int | None = Field(None, ge=1, le=100_000)
@@ -73,12 +76,18 @@ class SearchCommand(CommandConfig):
 def main(args: list[str] | None = None) -> None:
     command = parse_command(SearchCommand, args, prog="python -m tune.search", description=__doc__)
     config, search = config_of(command), command.search
+    score = find_score(search.metric, setting="search.metric")
     from mtl_dist.training.plan import open_data, plan_run
 
     space = read_space(search.space, config) if search.space else default_space(config)
     search_uri = storage.join(config.run.storage, search.name)
     probe = config.model_copy(update={"run": config.run.model_copy(update={"name": search.name})})
     plan = plan_run(probe)
+    if score.task in (data := open_data(config)).val.labels.missing_tasks():
+        raise InputError(
+            f"search.metric is {score.key}, and {config.data.val} has no labels of {score.task}: no trial would be "
+            "scored; give another metric, or a validation set with such labels"
+        )
     print(f"search  {search.trials} trials of {config.train.epochs} epochs over {json.dumps(space)}")
     if command.dry_run:
         from mtl_dist.joining import has_cluster
@@ -93,9 +102,9 @@ def main(args: list[str] | None = None) -> None:
             connect(config)
         print(f"{plan}\n{start}")
         return
-    check_same_search(search_uri, config, search, space, data=open_data(config).identity())
+    check_same_search(search_uri, config, search, space, data=data.identity())
     results = run_search(config, search, space, search_uri)
-    finish_search(config, results, search_uri)
+    finish_search(config, results, search_uri, score=score)
 
 
 def run_search(config: Config, search: SearchConfig, space: Space, search_uri: str):
@@ -111,15 +120,16 @@ def run_search(config: Config, search: SearchConfig, space: Space, search_uri: s
 
     connect(config)
     room = count_room(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    base, score = json.loads(config.model_dump_json()), find_score(search.metric)
     trainable = tune.with_resources(
-        functools.partial(run_trial, base=json.loads(config.model_dump_json()), search_uri=search_uri),
+        functools.partial(run_trial, base=base, search_uri=search_uri, metric=score.key),
         {"CPU": DRIVER_CPUS},
     )
     path, filesystem = ray_storage(search_uri)
-    earlier, num_ended = _read_earlier(search_uri)
+    earlier, num_ended = _read_earlier(search_uri, score.key)
     if earlier:
         print(f"continuing the search at {search_uri}", flush=True)
-    reporter = Reporter(num_trials=search.trials, num_ended=num_ended)
+    reporter = Reporter(num_trials=search.trials, num_ended=num_ended, score=score)
     kept = tune.ResumeConfig.ResumeType.RESUME  # under their ids, so that their runs continue
     analysis = tune.run(
         trainable,
@@ -128,8 +138,8 @@ def run_search(config: Config, search: SearchConfig, space: Space, search_uri: s
         storage_filesystem=filesystem,
         config=build_param_space(space),
         num_samples=search.trials,
-        metric=METRIC,
-        mode="max",
+        metric=score.key,
+        mode="max" if score.sign > 0 else "min",
         search_alg=build_searcher(search.algorithm, seed=config.run.seed, limit=search.concurrent or room),
         scheduler=Asha(
             epochs=config.train.epochs, grace_epochs=search.grace_epochs, reduction=search.reduction, earlier=earlier
@@ -145,7 +155,7 @@ def run_search(config: Config, search: SearchConfig, space: Space, search_uri: s
     return tune.ResultGrid(analysis)
 
 
-def _read_earlier(search_uri: str) -> tuple[dict[str, list[tuple[int, float]]], int]:
+def _read_earlier(search_uri: str, metric: str) -> tuple[dict[str, list[tuple[int, float]]], int]:
     """Return what the trials of an interrupted search scored, by their ids, and how many of them have ended well."""
     from ray import tune
 
@@ -160,7 +170,8 @@ def _read_earlier(search_uri: str) -> tuple[dict[str, list[tuple[int, float]]], 
         analysis = tune.ExperimentAnalysis(path, storage_filesystem=filesystem)
         frames = analysis.trial_dataframes
         ended = [trial for trial in analysis.trials if trial.status == trial.TERMINATED]
-        return {trial.trial_id: evaluations(frames.get(trial.trial_id)) for trial in analysis.trials}, len(ended)
+        scored = {trial.trial_id: evaluations(frames.get(trial.trial_id), metric) for trial in analysis.trials}
+        return scored, len(ended)
     except (ValueError, LookupError, TypeError, AttributeError, EOFError, ImportError, pickle.UnpicklingError) as error:
         raise InputError(
             f"{where}, which the search needs to continue, cannot be read ({type(error).__name__}: {error}); "
@@ -168,20 +179,20 @@ def _read_earlier(search_uri: str) -> tuple[dict[str, list[tuple[int, float]]], 
         ) from None
 
 
-def finish_search(config: Config, results, search_uri: str) -> None:
+def finish_search(config: Config, results, search_uri: str, *, score: Score = FIRST) -> None:
     """Write best.yaml and trials.csv, and print both. Raises `InputError` where no trial was scored."""
     from rich.console import Console
     from rich.table import Table
 
-    trials = rank_trials(results)
+    trials = rank_trials(results, score)
     reasons = _reasons(results)
     if not trials:
         raise InputError("\n".join([f"none of {len(results)} trials has a score that is a number", *reasons]))
     params = sorted(trials[0].result.config)
-    header = ["trial", *params, "epochs", "best P", "last P", "end"]
+    header = ["trial", *params, "epochs", f"best {score.title}", f"last {score.title}", "end"]
     ranked = {id(trial.result) for trial in trials}
     rows = [_trial_row(trial, params, config) for trial in trials]
-    rows += [_trial_row(_score(result), params, config) for result in results if id(result) not in ranked]
+    rows += [_trial_row(_score(result, score), params, config) for result in results if id(result) not in ranked]
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     storage.write_bytes(storage.join(search_uri, "trials.csv"), text.getvalue().encode())
@@ -218,28 +229,29 @@ def _train_command(config: Config, search_uri: str) -> str:
 
 class RankedTrial(NamedTuple):
     result: Any  # Ray's
-    best: float  # the highest P of its evaluations: that of the checkpoint that the ensemble and predict would take
+    best: float  # of its evaluations: of P, that of the checkpoint that the ensemble and predict would take
     last: float
 
 
-def rank_trials(results: Iterable[Any]) -> list[RankedTrial]:
-    """Return the trials with a P that is a number, the highest first, without those that diverged: they would again."""
-    found = [_score(result) for result in results if not (result.metrics or {}).get(DIVERGED)]
+def rank_trials(results: Iterable[Any], score: Score) -> list[RankedTrial]:
+    """Return the trials with a score that is a number, the best first, and none that diverged: it would again."""
+    found = [_score(result, score) for result in results if not (result.metrics or {}).get(DIVERGED)]
     scored = [trial for trial in found if math.isfinite(trial.best)]
-    return sorted(scored, key=lambda trial: (-trial.best, trial.result.metrics["trial_id"]))
+    return sorted(scored, key=lambda trial: (-score.sign * trial.best, trial.result.metrics["trial_id"]))
 
 
-def _score(result: Any) -> RankedTrial:
+def _score(result: Any, score: Score) -> RankedTrial:
     """Return a trial with its scores, NaN where it has none."""
     metrics, frame = result.metrics or {}, result.metrics_dataframe
-    if frame is not None and METRIC in frame:
-        values = (frame if DIVERGED not in frame else frame[frame[DIVERGED].isna()])[METRIC].tolist()
+    if frame is not None and score.key in frame:
+        values = (frame if DIVERGED not in frame else frame[frame[DIVERGED].isna()])[score.key].tolist()
     else:
         values = []
-    if METRIC in metrics and not metrics.get(DIVERGED):
-        values.append(metrics[METRIC])
+    if score.key in metrics and not metrics.get(DIVERGED):
+        values.append(metrics[score.key])
     finite = [float(value) for value in values if value is not None and math.isfinite(value)]
-    return RankedTrial(result, max(finite, default=math.nan), float(values[-1]) if values else math.nan)
+    best = max(finite, key=lambda value: score.sign * value, default=math.nan)
+    return RankedTrial(result, best, float(values[-1]) if values else math.nan)
 
 
 def _trial_row(trial: RankedTrial, params: list[str], config: Config) -> list[str]:
@@ -326,7 +338,7 @@ def check_same_search(
 
 def _settings(config: Config, search: SearchConfig) -> dict[str, Any]:
     settings = {key: value for key, value in flatten(config).items() if not key.startswith(("run.name", "ray."))}
-    own = search.model_dump(include={"trials", "algorithm", "grace_epochs", "reduction"})
+    own = search.model_dump(include={"trials", "metric", "algorithm", "grace_epochs", "reduction"})
     return settings | {f"search.{key}": value for key, value in own.items()}
 
 

@@ -8,12 +8,11 @@ from typing import Any
 from mtl_dist import storage
 from mtl_dist.config import Config, build_config, unflatten
 from mtl_dist.errors import InputError
+from mtl_dist.objective.scores import find_score
 
-# What a trial reports to Ray Tune.
-METRIC = "p"
+# What a trial reports to Ray Tune, beside its scores.
 EPOCH = "epoch"
 DIVERGED = "diverged"  # why it ended, where its loss was no longer finite
-LOWEST_P = -1.0  # of a trial that diverged, for Ray's scheduler and searcher only: CCC is at least -1, F1 0
 
 
 def trial_config(base: dict[str, Any], params: dict[str, Any], trial_id: str, trials_uri: str) -> Config:
@@ -22,10 +21,11 @@ def trial_config(base: dict[str, Any], params: dict[str, Any], trial_id: str, tr
     return build_config(base, unflatten(params), unflatten(own))
 
 
-def run_trial(params: dict[str, Any], *, base: dict[str, Any], search_uri: str) -> None:
+def run_trial(params: dict[str, Any], *, base: dict[str, Any], search_uri: str, metric: str) -> None:
     """Train one trial and report its evaluations to Tune. Runs in a process of Tune's that needs next to no CPU.
 
-    That a trial diverged is a result: the same again would only diverge again.
+    That a trial diverged is a result: the same again would only diverge again. Ray's scheduler and searcher, which want
+    a number, are told the worst that its `metric` can be.
     """
     from ray import tune
     from ray.tune.integration.ray_train import TuneReportCallback
@@ -38,7 +38,7 @@ def run_trial(params: dict[str, Any], *, base: dict[str, Any], search_uri: str) 
     try:
         run_ray(config, callbacks=[TuneReportCallback()])
     except NonFiniteLoss as error:
-        tune.report({METRIC: LOWEST_P, EPOCH: num_epochs(config.run.uri), DIVERGED: str(error)})
+        tune.report({metric: find_score(metric).worst, EPOCH: num_epochs(config.run.uri), DIVERGED: str(error)})
 
 
 def check_seen(search_uri: str) -> None:

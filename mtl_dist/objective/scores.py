@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mtl_dist.errors import InputError, nearest
 from mtl_dist.objective.metrics import MetricSums
 from mtl_dist.tasks import AUS, EXPRESSIONS, TASKS, LabelCounts
 
@@ -233,8 +234,12 @@ def more_scores() -> dict[str, list[Score]]:
     return columns
 
 
-def find_score(key: str) -> Score:
-    return next(score for score in SCORES if score.key == key)
+def find_score(key: str, *, setting: str = "score") -> Score:
+    """Return a score of one number. Raises `InputError` naming those that there are."""
+    known = {score.key: score for score in single_scores()}
+    if key not in known:
+        raise InputError(f"{setting} is {key!r}: {nearest(key, known)}")
+    return known[key]
 
 
 def scores(sums: MetricSums) -> dict[str, Any]:

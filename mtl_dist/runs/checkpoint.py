@@ -44,8 +44,8 @@ FREE = (
     "run.storage", "run.audit_dir", "data.train", "data.val", "data.workers", "data.prefetch", "data.cache_dir",
     "data.cache_gib", "engine.device", "engine.threads", "engine.zero_stage", "engine.hang_s", "train.eval_batch",
     "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep_last", "checkpoint.keep_best",
-    "checkpoint.keep_every_hours", "ray.num_ranks", "ray.cpus_per_rank", "ray.gpus_per_rank", "ray.placement",
-    "ray.autoscaling", "ray.resize_every_s", "ray.max_failures",
+    "checkpoint.best_of", "checkpoint.keep_every_hours", "ray.num_ranks", "ray.cpus_per_rank", "ray.gpus_per_rank",
+    "ray.placement", "ray.autoscaling", "ray.resize_every_s", "ray.max_failures",
 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from mtl_dist.data.index import Index, check_pair, check_stored, read_index
 from mtl_dist.data.order import Order, TaskOrders, build_task_orders
 from mtl_dist.data.reader import ShardReader
 from mtl_dist.errors import InputError
+from mtl_dist.objective.scores import find_score
 from mtl_dist.shards.overlap import check_shared, find_shared
 from mtl_dist.tasks import AUS, TASKS, LabelCounts
 
@@ -148,6 +149,8 @@ def plan_run(config: Config, *, num_ranks: tuple[int, int] | None = None, compar
     from mtl_dist.runs.checkpoint import check_same_run, committed, read_state
     from mtl_dist.runs.pretrained import check_pretrained
 
+    for key in config.checkpoint.best_of:
+        find_score(key, setting="checkpoint.best_of")
     data = open_data(config)
     check_stored(config.data.train, data.train)
     check_stored(config.data.val, data.val)
