@@ -167,7 +167,9 @@ def _say(report: dict[str, Any], notes: list[str], *, num_folds: int) -> None:
     """Print what score.json says."""
     print_scores(report["scores"], title=f"{report['rows']} validation rows")
     if steps := report["steps"]:
-        print_scores(_step_rows(steps), title=f"what each step adds, fitted on other videos ({num_folds} folds)")
+        print_scores(
+            _step_rows(steps), title=f"what each step adds, fitted on other videos ({num_folds} folds)", brief=True
+        )
         if report["test"] and report["p_calibrated"] < report["p"]:
             print(
                 "note: submission.txt is calibrated, which lowered P on other videos; name the --steps to keep, or none"

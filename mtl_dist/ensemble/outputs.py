@@ -34,7 +34,7 @@ def render_tables(
         calibrated = ensemble._replace(predictions=fitted.crossfit.predictions)
         table = _with_decisions(prediction_table(calibrated, **names), fitted.crossfit.au_on)
         files["calibrated.parquet"] = table.append_column("fold", pa.array(fitted.folds))
-        text += f"\nwhat each step adds, fitted on other videos\n{render_scores(steps)}"
+        text += f"\nwhat each step adds, fitted on other videos\n{render_scores(steps, brief=True)}"
     return files | {"table.txt": text.encode()}
 
 
