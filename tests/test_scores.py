@@ -11,7 +11,7 @@ from tests.conftest import REPO
 MADE_UP = """
 import numpy as np
 from mtl_dist.objective import scores as table
-made_up = table.Score("mae_up", "MADE UP", "made up", "expr", lambda sums: sums.confusion[..., 0, 1], sign=-1)
+made_up = table.Score("mae_up", "MADE UP", "made up", "expr", lambda sums: sums.confusion[..., 0].sum(-1), sign=-1)
 named = table.Score("named", "N", "named", "expr", lambda sums: sums.confusion.sum(-1), names=table.EXPRESSIONS)
 table.SCORES += (made_up, named)
 
@@ -27,7 +27,7 @@ from tests.test_report import count_labels, make_methods
 
 methods = make_methods()
 scored, floor = (methods[place].results[0].scores for place in (1, 0))
-assert scored["mae_up"] == methods[1].results[0].sums().confusion[0, 1]
+assert scored["mae_up"] == methods[1].results[0].sums().confusion[:, 0].sum()
 assert floor["mae_up"] is not None
 text = render_scores({"one": scored, "constant predictor": floor})
 assert "MADE UP" in text and f"{scored['mae_up']:.4f}" in text, text
