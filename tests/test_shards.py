@@ -24,6 +24,7 @@ import pytest
 from PIL import Image
 
 from mtl_dist import storage
+from mtl_dist.data import as_webdataset
 from mtl_dist.data.decode import decode
 from mtl_dist.data.index import INDEX_NAME, Index, dump_index, read_index
 from mtl_dist.data.sidecar import dump_sidecar, parse_sidecar, read_about
@@ -248,6 +249,39 @@ def test_stock_webdataset_reads_every_row_with_its_image_and_labels(dataset, sha
         assert_labels(sample["json"], row)
         with Image.open(dataset / "cropped" / row["image"]) as image:
             np.testing.assert_array_equal(sample["jpg"], np.asarray(image.convert("RGB")))
+
+
+def test_a_set_is_webdatasets_own_pipeline_for_other_loops_local_and_in_the_store(shards, s3, tmp_path):
+    """Also in the workers of a DataLoader, and from the cache once the store has nothing."""
+    import torch
+    import webdataset
+
+    local = shards / "cropped" / "train"
+    stock = webdataset.WebDataset([str(path) for path in sorted(local.glob("*.tar"))], shardshuffle=False)
+    expected = [{**sample, "__url__": Path(sample["__url__"]).name} for sample in stock]
+    for path in local.iterdir():
+        storage.upload(path, f"s3://mtl/stock/{path.name}")
+    for uri in (str(local), "s3://mtl/stock"):
+        dataset = as_webdataset(uri, cache_dir=tmp_path)
+        assert isinstance(dataset, webdataset.WebDataset)
+        assert [{**sample, "__url__": sample["__url__"].rpartition("/")[2]} for sample in dataset] == expected
+    storage.delete("s3://mtl/stock/shard-000000.tar")
+    pairs = as_webdataset("s3://mtl/stock", cache_dir=tmp_path).decode("rgb8").to_tuple("json", "jpg")
+    loader = torch.utils.data.DataLoader(pairs, batch_size=None, num_workers=2, multiprocessing_context="spawn")
+    assert sorted(labels["row"] for labels, _ in loader) == sorted(int(sample["__key__"]) for sample in expected)
+    rows = [sample["__key__"] for sample in as_webdataset(str(local), shardshuffle=100, seed=1)]
+    assert sorted(rows) == sorted(sample["__key__"] for sample in expected)
+    assert rows != [sample["__key__"] for sample in expected]
+
+
+def test_a_set_that_is_not_there_or_whose_tar_was_cut_is_no_pipeline(shards, tmp_path):
+    with pytest.raises(InputError, match="no shard set at"):
+        as_webdataset(str(tmp_path))
+    shutil.copytree(shards / "cropped" / "train", tmp_path / "set")
+    tar = tmp_path / "set" / "shard-000001.tar"
+    tar.write_bytes(tar.read_bytes()[:-512])
+    with pytest.raises(InputError, match=r"shard-000001\.tar"):
+        list(as_webdataset(str(tmp_path / "set")))
 
 
 @each_set
