@@ -16,7 +16,7 @@ from mtl_dist.synthetic.person import Look, make_identity
 from mtl_dist.synthetic.plan import annotation_text, plan_splits
 from mtl_dist.synthetic.render import PARAMETERS_FILE, write_synthetic
 from mtl_dist.tasks import AUS, EXPRESSIONS, VIEWS
-from tests.conftest import run_here
+from tests.conftest import assert_one_message, run_here
 
 SIZES = {"num_train": 14, "num_val": 6, "frames_per_video": 5}
 
@@ -109,6 +109,9 @@ def test_other_data_is_never_written_over(small_set, tmp_path):
     (tmp_path / "cropped").mkdir()
     with pytest.raises(ValueError, match="not a synthetic set"):
         write_synthetic(tmp_path, **SIZES)
+    assert_one_message(run_here("mtl_dist.shards", "synth", tmp_path), "not a synthetic set, choose another place")
+    (tmp_path / PARAMETERS_FILE).write_text("{")
+    assert_one_message(run_here("mtl_dist.shards", "synth", tmp_path), f"{PARAMETERS_FILE} is damaged")
 
 
 def test_videos_of_the_splits_are_disjoint_and_frames_sparse(large_plan):

@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+from mtl_dist.errors import InputError
 from mtl_dist.processes import process_pool
 from mtl_dist.shards.annotations import FILES
 from mtl_dist.synthetic.faces import encode_jpeg, render_views
@@ -42,7 +43,7 @@ def write_synthetic(
     """Write `num_train` + `num_val` frames (two images each) and their annotations below `dest`; return counts.
 
     `progress` is called with the number of images finished since its last call. A finished directory is left as it is,
-    an interrupted one is completed. Raises ValueError where `dest` holds something else.
+    an interrupted one is completed. Raises `InputError` where `dest` holds something else.
     """
     for name, value in (
         ("num_train", num_train),
@@ -51,7 +52,7 @@ def write_synthetic(
         ("jobs", jobs),
     ):
         if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+            raise InputError(f"{name} must be at least 1, got {value}")
     dest = Path(dest)
     parameters = {
         "renderer": RENDERER_VERSION,
@@ -76,18 +77,21 @@ def write_synthetic(
 
 
 def check_destination(dest: Path, parameters: dict) -> bool:
-    """True where `dest` is already complete. Raises ValueError where it holds other data (the real set, for one)."""
+    """True where `dest` is already complete. Raises `InputError` where it holds other data (the real set, for one)."""
     parameters_path = dest / PARAMETERS_FILE
     if not parameters_path.exists():
         present = [name for name in (*VIEWS, *FILES.values()) if (dest / name).exists()]
         if present:
-            raise ValueError(
+            raise InputError(
                 f"{dest} holds {', '.join(present)} but no {PARAMETERS_FILE}: not a synthetic set, choose another place"
             )
         return False
-    found = json.loads(parameters_path.read_text())
+    try:
+        found = json.loads(parameters_path.read_text())
+    except ValueError as error:
+        raise InputError(f"{parameters_path} is damaged ({error}); delete {dest} or choose another directory") from None
     if found != parameters:
-        raise ValueError(
+        raise InputError(
             f"{dest} holds a synthetic set of {found}, not of {parameters}: delete it or choose another directory"
         )
     return all((dest / name).exists() for name in FILES.values())
