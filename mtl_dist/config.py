@@ -5,6 +5,7 @@ Precedence: preset < `--config FILE` < flags. Everything is frozen and unknown k
 
 from __future__ import annotations
 
+import enum
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,10 +14,8 @@ import pydantic
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from mtl_dist import storage
-from mtl_dist.errors import MAX_SEED, InputError, StorageError, nearest
+from mtl_dist.errors import MAX_SEED, InputError, nearest
 from mtl_dist.families import FAMILIES, check_backbone_name, describe_backbones, describe_families, min_input_size
-from mtl_dist.parsing import MAX_YAML_BYTES, parse_yaml
 from mtl_dist.tasks import TASKS
 
 MAX_AUTO_STREAMS = 64
@@ -24,6 +23,14 @@ MAX_SHOWN = 200  # characters of a value in a message
 MAX_PARTS = 8  # of a dotted key: more are those of no setting
 # The most of what is counted (steps, epochs, files), of a time, of a batch and of a side in pixels.
 MAX_COUNT, MAX_SECONDS, MAX_BATCH, MAX_SIDE = 10**9, 10**7, 2**20, 2048
+
+
+class Varies(enum.IntEnum):
+    """Where a setting, which says so at its field, may have another value; each level holds the ones before it, too."""
+
+    BY_RUN = 1  # in a run that begins with everything of another
+    BY_PART = 2  # in another part of a run: it moves or times the work, and leaves its result
+    BY_RANK = 3  # on another rank of a run: where a node has what it reads, and how it reads
 
 
 class Section(BaseModel):
@@ -56,13 +63,19 @@ Name = Annotated[str, AfterValidator(_check_name)]  # that becomes one part of a
 
 
 class RunConfig(Section):
-    name: Name = "run"
+    name: Annotated[Name, Varies.BY_RUN] = "run"
     """The run's name. A run is its name: the same command continues it."""
-    storage: str = Field("runs", min_length=1)
+    storage: Annotated[str, Varies.BY_PART] = Field("runs", min_length=1)
     """Where runs live: a directory or s3://bucket/prefix. This run's files go to <storage>/<name>/."""
+    start: Annotated[str, Varies.BY_RUN] = ""
+    """What the run begins from: a run, one of its checkpoints, or an exported directory; empty: model.weights."""
+    start_with: Annotated[Literal["backbone", "model", "everything"], Varies.BY_RUN] = "model"
+    """backbone: that of its best checkpoint, as model.weights RUN does. model: all its weights. everything: the newest
+    checkpoint with the optimizer's state, learned loss weights, averages and its place in the order and the schedule:
+    a run that is trained longer, to train.epochs in all."""
     seed: int = Field(0, ge=0, le=MAX_SEED)
     """Seeds the order, augmentation, initialisation and dropout."""
-    audit_dir: Path | None = None
+    audit_dir: Annotated[Path | None, Varies.BY_RANK] = None
     """Also write the rows of every step here, a file a process: what a failure lost or repeated can be counted."""
 
     @property
@@ -72,9 +85,9 @@ class RunConfig(Section):
 
 
 class DataConfig(Section):
-    train: str = ""
+    train: Annotated[str, Varies.BY_RANK] = ""
     """Index of the training split: the directory or s3:// prefix that holds its index.json."""
-    val: str = ""
+    val: Annotated[str, Varies.BY_RANK] = ""
     """Index of the validation split, of the same view."""
     image_size: int = Field(112, ge=32, le=1024)
     """Side in pixels that the loader resizes every image to (images of this size are not touched). The challenge's
@@ -90,35 +103,35 @@ class DataConfig(Section):
     as many steps as the task with the fewest labels gives; the others read a part, another one each epoch."""
     epoch_fraction: float = Field(1.0, gt=0, le=1)
     """Share of the training rows that an epoch reads: a random part, another one each epoch."""
-    workers: int = Field(1, ge=0, le=1024)
+    workers: Annotated[int, Varies.BY_RANK] = Field(1, ge=0, le=1024)
     """Loader threads of a rank; 0 loads in the training thread."""
-    prefetch: int = Field(3, ge=1, le=1024)
+    prefetch: Annotated[int, Varies.BY_RANK] = Field(3, ge=1, le=1024)
     """Batches kept ready by the loader."""
-    cache_dir: Path | None = None
+    cache_dir: Annotated[Path | None, Varies.BY_RANK] = None
     """Per-node cache of shards; None: $MTL_CACHE_DIR or ~/.cache/mtl_dist/shards. Local shards are read in place.
     In a directory of another user it is <cache_dir>/user-<your id>."""
-    cache_gib: float = Field(50.0, gt=0, le=10**9)
+    cache_gib: Annotated[float, Varies.BY_RANK] = Field(50.0, gt=0, le=10**9)
     """Bound of the cache; shards not in use are evicted, oldest first."""
 
 
 class AugmentConfig(Section):
-    crop_scale: tuple[float, float] = (0.8, 1.0)
+    crop_scale: Annotated[tuple[float, float], Varies.BY_RUN] = (0.8, 1.0)
     """Random crop: share of the side kept, drawn uniformly. (1, 1) keeps the image."""
-    resize: int | None = Field(None, ge=32, le=MAX_SIDE)
+    resize: Annotated[int | None, Varies.BY_RUN] = Field(None, ge=32, le=MAX_SIDE)
     """Instead of crop_scale: resize the image to this side and cut out the model's input at a random place, in whole
     pixels. At least the model's input."""
-    flip: bool = True
+    flip: Annotated[bool, Varies.BY_RUN] = True
     """Mirror half of the training images."""
-    rotation: float = Field(8.0, ge=0, le=180)
+    rotation: Annotated[float, Varies.BY_RUN] = Field(8.0, ge=0, le=180)
     """Random rotation up to this many degrees either way."""
-    brightness: float = Field(0.3, ge=0, le=1)
-    contrast: float = Field(0.3, ge=0, le=1)
-    saturation: float = Field(0.3, ge=0, le=1)
-    hue: float = Field(0.0, ge=0, le=0.5)
+    brightness: Annotated[float, Varies.BY_RUN] = Field(0.3, ge=0, le=1)
+    contrast: Annotated[float, Varies.BY_RUN] = Field(0.3, ge=0, le=1)
+    saturation: Annotated[float, Varies.BY_RUN] = Field(0.3, ge=0, le=1)
+    hue: Annotated[float, Varies.BY_RUN] = Field(0.0, ge=0, le=0.5)
     """Random turn of the hue by up to this share of the colour circle either way."""
-    jitter_p: float = Field(1.0, ge=0, le=1)
+    jitter_p: Annotated[float, Varies.BY_RUN] = Field(1.0, ge=0, le=1)
     """Probability that brightness, contrast, saturation and hue of an image are changed at all."""
-    erase: float = Field(0.0, ge=0, le=1)
+    erase: Annotated[float, Varies.BY_RUN] = Field(0.0, ge=0, le=1)
     """Probability of erasing one random rectangle."""
 
     @field_validator("crop_scale")
@@ -135,7 +148,7 @@ class ModelConfig(Section):
     backbone: Annotated[str, AfterValidator(check_backbone_name)] = Field(
         "inception_v3", description=describe_backbones()
     )
-    weights: str = "imagenet"
+    weights: Annotated[str, Varies.BY_RUN] = "imagenet"
     """The backbone's: imagenet (downloaded), a file or s3:// URI of a state dict, one of our runs or checkpoints, whose
     backbone is taken, or none: random initialisation."""
     freeze_backbone: bool = False
@@ -144,22 +157,22 @@ class ModelConfig(Section):
     """Side of the model's input after cropping on the device; None: data.image_size."""
     hidden: int = Field(4096, ge=1, le=2**16)
     """Width of two fully connected layers."""
-    dropout: float = Field(0.3, ge=0, lt=1)
+    dropout: Annotated[float, Varies.BY_RUN] = Field(0.3, ge=0, lt=1)
 
 
 class LossConfig(Section):
-    va: float = Field(1.0, ge=0, le=1e6)
-    expr: float = Field(1.0, ge=0, le=1e6)
-    au: float = Field(1.0, ge=0, le=1e6)
+    va: Annotated[float, Varies.BY_RUN] = Field(1.0, ge=0, le=1e6)
+    expr: Annotated[float, Varies.BY_RUN] = Field(1.0, ge=0, le=1e6)
+    au: Annotated[float, Varies.BY_RUN] = Field(1.0, ge=0, le=1e6)
     balancing: Literal["fixed", "uncertainty", "dwa", "famo"] = "fixed"
     """What is multiplied with the weights above. fixed: nothing. uncertainty: learned precisions (Kendall et al. 2018).
     dwa: from how the mean losses of the last two epochs compare (Liu et al. 2019). famo: so that all losses fall at
     one relative rate (Liu et al. 2023); one more forward pass a step, and weights that sum to 1, not to 3."""
-    expr_weights: Literal["none", "balanced"] = "none"
+    expr_weights: Annotated[Literal["none", "balanced"], Varies.BY_RUN] = "none"
     """balanced: class weights from the label counts of the training index, 1/20 to 20."""
-    au_weights: Literal["none", "balanced"] = "none"
+    au_weights: Annotated[Literal["none", "balanced"], Varies.BY_RUN] = "none"
     """balanced: pos_weight of each AU from the label counts of the training index, 1/20 to 20."""
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    label_smoothing: Annotated[float, Varies.BY_RUN] = Field(0.0, ge=0, lt=1)
 
     @model_validator(mode="after")
     def _trains_something(self):
@@ -174,36 +187,36 @@ class LossConfig(Section):
 
 class OptimConfig(Section):
     name: Literal["sgd", "adamw"] = "sgd"
-    lr: float = Field(1e-3, gt=0, le=1e3)
+    lr: Annotated[float, Varies.BY_RUN] = Field(1e-3, gt=0, le=1e3)
     """Peak learning rate, for the global batch as it is: no scaling by ranks."""
     momentum: float = Field(0.9, ge=0, lt=1)
     nesterov: bool = True
     """Nesterov's form of SGD's momentum."""
-    weight_decay: float = Field(5e-4, ge=0, le=100)
+    weight_decay: Annotated[float, Varies.BY_RUN] = Field(5e-4, ge=0, le=100)
     """Of matrices and kernels; biases, norms, tokens and positions are not decayed."""
-    warmup_steps: int = Field(100, ge=0, le=MAX_COUNT)
-    final_lr: float = Field(0.01, ge=0, le=1)
+    warmup_steps: Annotated[int, Varies.BY_RUN] = Field(100, ge=0, le=MAX_COUNT)
+    final_lr: Annotated[float, Varies.BY_RUN] = Field(0.01, ge=0, le=1)
     """Share of the peak the cosine ends at."""
-    cosine_steps: int | None = Field(None, ge=1, le=MAX_COUNT)
+    cosine_steps: Annotated[int | None, Varies.BY_RUN] = Field(None, ge=1, le=MAX_COUNT)
     """Steps from the peak to the cosine's end; None: the rest of training. A longer run goes up again, and down,
     as torch's CosineAnnealingLR does."""
-    clip_norm: float | None = Field(1.0, gt=0, le=1e30)
+    clip_norm: Annotated[float | None, Varies.BY_RUN] = Field(1.0, gt=0, le=1e30)
     """Gradient norm above which gradients are scaled down; None: never."""
 
 
 class EngineConfig(Section):
-    zero_stage: int = 0
+    zero_stage: Annotated[int, Varies.BY_PART] = 0
     """DeepSpeed ZeRO stage: 0, 1 or 2. A run continues at any, on any number of ranks."""
-    autocast: Literal["none", "bf16"] = "none"
+    autocast: Annotated[Literal["none", "bf16"], Varies.BY_RUN] = "none"
     """bf16: forward and backward under torch autocast; weights and optimizer stay fp32."""
     batchnorm: Literal["local", "sync", "frozen"] = "local"
     """local: statistics of the rank's batch, the running ones averaged over ranks before evaluation; sync: over all
     ranks (GPU only); frozen: running statistics."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    hang_s: float = Field(900.0, gt=0, le=MAX_SECONDS)
+    device: Annotated[Literal["auto", "cpu", "cuda"], Varies.BY_PART] = "auto"
+    hang_s: Annotated[float, Varies.BY_PART] = Field(900.0, gt=0, le=MAX_SECONDS)
     """Seconds without a step after which a rank is taken to hang, named and ended, to be started again. More than the
     store may take to answer (5 minutes) and than the slowest step."""
-    threads: int | None = Field(None, ge=1, le=4096)
+    threads: Annotated[int | None, Varies.BY_RANK] = Field(None, ge=1, le=4096)
     """CPU threads of a rank for torch; None: ray.cpus_per_rank under Ray, else the machine's cores over its ranks."""
 
     @field_validator("zero_stage")
@@ -223,45 +236,45 @@ class TrainConfig(Section):
     global_batch: int = Field(24, ge=1, le=MAX_BATCH)
     """Samples of an optimizer step over all ranks, whatever their number. Losses are those of this batch; only
     BatchNorm's statistics (engine.batchnorm) and dropout depend on how it is split."""
-    epochs: int = Field(50, ge=1, le=10**6)
-    accumulation: int = Field(1, ge=1, le=MAX_BATCH)
+    epochs: Annotated[int, Varies.BY_RUN] = Field(50, ge=1, le=10**6)
+    accumulation: Annotated[int, Varies.BY_RUN] = Field(1, ge=1, le=MAX_BATCH)
     """Micro-batches a rank splits its part of the global batch into. Losses stay those of the whole batch, at the
     price of one more forward pass."""
-    eval_batch: int = Field(64, ge=1, le=2**16)
+    eval_batch: Annotated[int, Varies.BY_PART] = Field(64, ge=1, le=2**16)
     """Images per rank and forward pass in evaluation."""
-    eval_every: int = Field(1, ge=1, le=MAX_COUNT)
+    eval_every: Annotated[int, Varies.BY_RUN] = Field(1, ge=1, le=MAX_COUNT)
     """Evaluate every so many epochs, and after the last."""
     ema: float = Field(0.0, ge=0, lt=1)
     """Evaluate and save an exponential moving average of the weights with this decay (0.999); 0: the last weights."""
 
 
 class CheckpointConfig(Section):
-    every_steps: int | None = Field(None, ge=1, le=MAX_COUNT)
+    every_steps: Annotated[int | None, Varies.BY_PART] = Field(None, ge=1, le=MAX_COUNT)
     """Also save every so many steps; None: after every evaluation only."""
-    every_minutes: float | None = Field(None, gt=0, le=MAX_SECONDS)
+    every_minutes: Annotated[float | None, Varies.BY_PART] = Field(None, gt=0, le=MAX_SECONDS)
     """Also save when the last save is so long ago."""
-    keep_last: int = Field(2, ge=1, le=MAX_COUNT)
-    keep_best: int = Field(1, ge=1, le=MAX_COUNT)
+    keep_last: Annotated[int, Varies.BY_PART] = Field(2, ge=1, le=MAX_COUNT)
+    keep_best: Annotated[int, Varies.BY_PART] = Field(1, ge=1, le=MAX_COUNT)
     """So many of the best of each score are kept."""
-    best_of: tuple[str, ...] = ("p", "va", "expr", "au")
+    best_of: Annotated[tuple[str, ...], Varies.BY_PART] = ("p", "va", "expr", "au")
     """Scores whose best checkpoints are kept, as metrics.jsonl names them, such as rmse_v; those of P always are."""
-    keep_every_hours: float | None = Field(None, gt=0, le=MAX_SECONDS)
+    keep_every_hours: Annotated[float | None, Varies.BY_PART] = Field(None, gt=0, le=MAX_SECONDS)
     """Also keep one of every so many hours, for good."""
 
 
 class RayConfig(Section):
-    num_ranks: Annotated[tuple[int, int], "MIN MAX"] = (1, 1)
+    num_ranks: Annotated[tuple[int, int], "MIN MAX", Varies.BY_PART] = (1, 1)
     """Elastic number of training processes: training runs with as many as the cluster has, from MIN to MAX."""
-    cpus_per_rank: float = Field(1.0, gt=0, le=4096)
-    gpus_per_rank: float = Field(0.0, ge=0, le=64)
+    cpus_per_rank: Annotated[float, Varies.BY_PART] = Field(1.0, gt=0, le=4096)
+    gpus_per_rank: Annotated[float, Varies.BY_PART] = Field(0.0, ge=0, le=64)
     """0, or 1: a rank computes on one GPU."""
-    placement: Literal["PACK", "SPREAD"] = "PACK"
+    placement: Annotated[Literal["PACK", "SPREAD"], Varies.BY_PART] = "PACK"
     """PACK ranks on few nodes (less network), or SPREAD them over many."""
-    autoscaling: bool = False
+    autoscaling: Annotated[bool, Varies.BY_PART] = False
     """The cluster adds nodes when ranks wait for them: do not refuse what it has no room for yet."""
-    resize_every_s: float = Field(60.0, gt=0, le=MAX_SECONDS)
+    resize_every_s: Annotated[float, Varies.BY_PART] = Field(60.0, gt=0, le=MAX_SECONDS)
     """How often ranks are added where the cluster has room for more, up to MAX."""
-    max_failures: int = Field(3, ge=-1, le=MAX_COUNT)
+    max_failures: Annotated[int, Varies.BY_PART] = Field(3, ge=-1, le=MAX_COUNT)
     """How often ranks are restarted after failures before the run ends: counted anew where it has come further
     meanwhile, by a newer checkpoint. 0: never, -1: without limit."""
 
@@ -359,23 +372,6 @@ def explain_validation(error: pydantic.ValidationError) -> str:
     return "; ".join(lines)
 
 
-def read_config_file(uri: str) -> dict[str, Any]:
-    """Read a YAML configuration (nested or with dotted keys), local or on s3://, as a nested dict."""
-    try:
-        loaded = parse_yaml(storage.read_bytes(uri, max_bytes=MAX_YAML_BYTES))
-    except StorageError:  # an OSError too, but the same command may succeed later
-        raise
-    except OSError as error:
-        raise InputError(f"configuration {uri} cannot be read ({error}); give a YAML file") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"configuration {uri} is not YAML: {error}") from None
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        raise InputError(f"configuration {uri} holds a {type(loaded).__name__}; expected a mapping of sections")
-    return unflatten(loaded)
-
-
 def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
     """Turn dotted keys into nested dicts: {"optim.lr": 1} -> {"optim": {"lr": 1}}."""
     nested: dict[str, Any] = {}
@@ -396,6 +392,17 @@ def dump_yaml(config: Config) -> str:
 def flatten(config: Config) -> dict[str, Any]:
     """Return {dotted path: JSON value} of every setting."""
     return _flatten(json.loads(config.model_dump_json()), "")
+
+
+def varying(level: Varies, section: type[BaseModel] | None = None, path: str = "") -> frozenset[str]:
+    """Return the dotted paths of the settings that may have another value at this level."""
+    found: set[str] = set()
+    for name, field in (section or Config).model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= varying(level, field.annotation, f"{path}{name}.")
+        elif any(isinstance(mark, Varies) and mark >= level for mark in field.metadata):
+            found.add(f"{path}{name}")
+    return frozenset(found)
 
 
 def _flatten(tree: dict[str, Any], path: str) -> dict[str, Any]:

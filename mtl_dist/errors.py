@@ -71,7 +71,7 @@ def _unbox(box: str, prog: str) -> str:
     parts = [part.strip("\n") for part in "\n".join(rows).split("\f")]
     text = "\n".join(re.sub(r"(?<=\S)\n(?=\S)", " ", part) for part in parts if part)  # wrapped sentences
     text = re.sub(r"^Error parsing (?:[A-Z]\w*: |(?=--))", "", text)  # of the command as a whole, or of a flag
-    text = re.sub(r"^Error parsing (\w+): (?=\w+ is )", r"\1.", text)  # of a section: optim: lr is
+    text = re.sub(r"^Error parsing ([\w.]+): (?=[\w.]+ is )", r"\1.", text)  # of a section: optim: lr is
     text = re.sub(r"\bin python (?=\w+ --help)", f"in {prog} ", text)  # tyro takes the first word for the program
     return text[:1].lower() + text[1:]
 

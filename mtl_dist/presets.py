@@ -6,11 +6,13 @@ import sys
 from typing import Any, TypeVar
 
 import tyro
+import yaml
 from pydantic import Field
 
 from mtl_dist import storage
-from mtl_dist.config import Config, Section, build_config, read_config_file
-from mtl_dist.errors import InputError, PlainParser, nearest, plain_refusals
+from mtl_dist.config import Config, Section, build_config, unflatten
+from mtl_dist.errors import InputError, PlainParser, StorageError, nearest, plain_refusals
+from mtl_dist.parsing import MAX_YAML_BYTES, parse_yaml
 from mtl_dist.unread import check_read, is_written
 
 # What the systems have in common on a laptop: random initialisation, for synthetic faces and first tries.
@@ -106,6 +108,23 @@ def parse_command(command: type[Command], args: list[str] | None, *, prog: str, 
     return found
 
 
+def read_config_file(uri: str) -> dict[str, Any]:
+    """Read a YAML configuration (nested or with dotted keys), local or on s3://, as a nested dict."""
+    try:
+        loaded = parse_yaml(storage.read_bytes(uri, max_bytes=MAX_YAML_BYTES))
+    except StorageError:  # an OSError too, but the same command may succeed later
+        raise
+    except OSError as error:
+        raise InputError(f"configuration {uri} cannot be read ({error}); give a YAML file") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"configuration {uri} is not YAML: {error}") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise InputError(f"configuration {uri} holds a {type(loaded).__name__}; expected a mapping of sections")
+    return unflatten(loaded)
+
+
 def config_of(command: CommandConfig) -> Config:
     """Return the configuration alone, with absolute paths. Raises `InputError` for storage that goes with a Ray job."""
     storage.check_lasting(command.run.storage, flag="--run.storage")
@@ -117,12 +136,13 @@ def with_absolute_paths(config: Config) -> Config:
     """Make local paths absolute: under Ray every rank works in a directory of its own."""
     run, data, model = config.run, config.data, config.model
     weights = model.weights if model.weights in ("none", "imagenet") else storage.absolute(model.weights)
+    own = {"storage": storage.absolute(run.storage), "start": run.start and storage.absolute(run.start)}
+    own["audit_dir"] = run.audit_dir and run.audit_dir.expanduser().absolute()
     cache_dir = data.cache_dir and data.cache_dir.expanduser().absolute()
-    audit_dir = run.audit_dir and run.audit_dir.expanduser().absolute()
     sets = {"train": storage.absolute(data.train), "val": storage.absolute(data.val), "cache_dir": cache_dir}
     return config.model_copy(
         update={
-            "run": run.model_copy(update={"storage": storage.absolute(run.storage), "audit_dir": audit_dir}),
+            "run": run.model_copy(update=own),
             "data": data.model_copy(update=sets),
             "model": model.model_copy(update={"weights": weights}),
         }

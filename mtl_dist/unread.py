@@ -35,6 +35,10 @@ def find_unread(config: Config) -> dict[str, str]:
         found["augment.jitter_p"] = "augment.brightness, contrast, saturation and hue are all 0"
     if not config.data.workers:
         found["data.prefetch"] = "data.workers is 0; it is for 1 or more"
+    if config.run.start:
+        found["model.weights"] = f"run.start is {config.run.start}, which is there instead"
+    else:
+        found["run.start_with"] = "it is for run.start"
     return found
 
 

@@ -15,13 +15,21 @@ import torch
 import yaml
 
 from mtl_dist import storage
-from mtl_dist.config import Config, Section, build_config, dump_yaml, flatten, read_config_file, unflatten
+from mtl_dist.config import Config, Section, Varies, build_config, dump_yaml, flatten, unflatten, varying
 from mtl_dist.data.augment import augment, make_draws, normalise
 from mtl_dist.ensemble.options import EnsembleCommand
 from mtl_dist.errors import InputError, nearest
 from mtl_dist.families import FAMILIES
 from mtl_dist.predict.options import PredictCommand
-from mtl_dist.presets import PRESETS, CommandConfig, config_of, load_preset, parse_command, with_absolute_paths
+from mtl_dist.presets import (
+    PRESETS,
+    CommandConfig,
+    config_of,
+    load_preset,
+    parse_command,
+    read_config_file,
+    with_absolute_paths,
+)
 from mtl_dist.report.options import ReportCommand
 from mtl_dist.runs.checkpoint import check_same_run
 from mtl_dist.shards.__main__ import create, inspect, synth, verify
@@ -59,7 +67,7 @@ def test_every_setting_can_be_given_as_a_flag_and_in_a_file(tmp_path):
         [sys.executable, "-m", "mtl_dist.train", "--help"], capture_output=True, text=True, cwd=REPO, check=True
     ).stdout
     for key in flatten(Config()):
-        section, name = key.split(".")
+        section, _, name = key.rpartition(".")
         flag, negative = (f"--{section}.{prefix}{name}".replace("_", "-") for prefix in ("", "no-"))
         assert flag in help_text or negative in help_text, key
 
@@ -377,6 +385,106 @@ def test_an_empty_place_to_write_to_is_refused():
 def test_yaml_with_a_few_aliases_is_read(tmp_path):
     (tmp_path / "x.yaml").write_text("loss: {va: &one 2.0, expr: *one}")
     assert read_config_file(str(tmp_path / "x.yaml")) == {"loss": {"va": 2.0, "expr": 2.0}}
+
+
+# The settings that say at their field where they may have another value: a name added or lost is seen here.
+VARYING = {
+    Varies.BY_RANK: {
+        "run.audit_dir", "data.train", "data.val", "data.workers", "data.prefetch", "data.cache_dir", "data.cache_gib",
+        "engine.threads",
+    },
+    Varies.BY_PART: {
+        "run.storage", "engine.device", "engine.zero_stage", "engine.hang_s", "train.eval_batch",
+        "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep_last", "checkpoint.keep_best",
+        "checkpoint.keep_every_hours",
+        "checkpoint.best_of", "ray.num_ranks", "ray.cpus_per_rank", "ray.gpus_per_rank", "ray.placement", "ray.autoscaling",
+        "ray.resize_every_s", "ray.max_failures",
+    },
+}  # fmt: skip
+# What everything of a run can be gone on with only where it is the same: tensors, and the order of samples.
+NEVER_VARYING = {
+    "run.seed", "data.image_size", "data.streams", "data.block_shards", "data.sampling", "data.epoch_fraction",
+    "model.name", "model.backbone", "model.freeze_backbone", "model.image_size", "model.hidden", "loss.balancing",
+    "optim.name", "optim.momentum", "optim.nesterov", "engine.batchnorm", "train.global_batch", "train.ema",
+}  # fmt: skip
+
+
+def test_the_settings_that_may_vary_between_ranks_parts_and_runs_are_these():
+    assert varying(Varies.BY_RANK) == VARYING[Varies.BY_RANK]
+    assert varying(Varies.BY_PART) == VARYING[Varies.BY_RANK] | VARYING[Varies.BY_PART]
+    assert varying(Varies.BY_RUN) == flatten(Config()).keys() - NEVER_VARYING
+
+
+NESTED = r"""
+import mtl_dist.config as config
+
+class Sequence(config.Section):
+    hidden: int = config.Field(64, ge=1, le=1000)
+    causal: config.Annotated[bool, config.Varies.BY_PART] = False
+
+class Model(config.ModelConfig):
+    sequence: Sequence = Sequence()
+
+class Nested(config.Config):
+    model: Model = Model()
+
+config.Config = Nested  # before anything else has it
+
+import sys
+from pathlib import Path
+import yaml
+from mtl_dist.errors import InputError
+from mtl_dist.presets import CommandConfig, config_of, parse_command
+from mtl_dist.runs.checkpoint import check_same_run
+from tune.search import best_yaml
+from tune.space import read_space
+
+def parse(*args):
+    return config_of(parse_command(CommandConfig, ["--preset", "small", *args], prog="test", description=""))
+
+def refused(words, call, *args):
+    try:
+        call(*args)
+    except InputError as error:
+        assert words in str(error), error
+    else:
+        raise AssertionError(words)
+
+file = Path(sys.argv[1]) / "file.yaml"
+found = parse("--model.sequence.hidden", "32", "--model.sequence.causal")
+assert (found.model.sequence.hidden, found.model.sequence.causal) == (32, True)
+assert config.flatten(found)["model.sequence.hidden"] == 32
+assert config.build_config(config.unflatten(config.flatten(found))) == found
+for text in ("model: {sequence: {hidden: 32, causal: true}}",
+             "model.sequence.hidden: 32\nmodel.sequence: {causal: true}",
+             config.dump_yaml(found), yaml.safe_dump(config.flatten(found))):
+    file.write_text(text)
+    assert parse("--config", str(file)) == found, text
+assert parse("--config", str(file), "--model.sequence.hidden", "8").model.sequence.hidden == 8
+refused("model.sequence.hidden is 0", parse, "--model.sequence.hidden", "0")
+refused("unknown configuration key 'model.sequence.hiden': did you mean 'model.sequence.hidden'?",
+        config.build_config, {"model": {"sequence": {"hiden": 1}}})
+refused("model.sequence.hidden is 0", config.build_config, {"model": {"sequence": {"hidden": 0}}})
+refused("section 'model.sequence' is 3", config.build_config, {"model": {"sequence": 3}})
+
+file.write_text("model.sequence.hidden: {integer: [8, 16]}")
+assert read_space(file, found) == {"model.sequence.hidden": {"integer": [8, 16]}}
+file.write_text(best_yaml(found, {"model.sequence.hidden": 9}))
+best = yaml.safe_load(file.read_text())
+assert best["model"]["sequence"] == {"hidden": 9, "causal": True}, best
+assert parse("--config", str(file)).model.sequence.hidden == 9
+
+assert "model.sequence.causal" in config.varying(config.Varies.BY_PART)
+state = {"config": config.flatten(found), "identity": {}, "step": 1, "scores": {}}
+check_same_run(state, parse("--model.sequence.hidden", "32", "--run.storage", "elsewhere"), {}, "here")
+refused("model.sequence.hidden 32", check_same_run, state, parse(), {}, "here")
+print("all of it")
+"""
+
+
+def test_a_section_may_nest_in_flags_files_search_space_and_what_is_written(tmp_path):
+    done = subprocess.run([sys.executable, "-c", NESTED, tmp_path], capture_output=True, text=True, cwd=REPO)
+    assert (done.returncode, done.stdout) == (0, "all of it\n"), done.stdout + done.stderr
 
 
 UNREAD = [  # flags that nothing reads, what reads them, and what is said

@@ -24,7 +24,7 @@ import pytest
 
 from mtl_dist import s3 as requests
 from mtl_dist import storage
-from mtl_dist.config import Config, read_config_file
+from mtl_dist.config import Config
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.frames import read_image
 from mtl_dist.data.index import read_index
@@ -32,6 +32,7 @@ from mtl_dist.data.loader import train_batches
 from mtl_dist.data.order import Order
 from mtl_dist.data.reader import ShardReader
 from mtl_dist.errors import InputError, StorageError
+from mtl_dist.presets import read_config_file
 from mtl_dist.shards import writer
 from mtl_dist.shards.annotations import read_annotations
 from mtl_dist.shards.columns import TableOptions

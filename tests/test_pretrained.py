@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mtl_dist import storage
-from mtl_dist.config import build_config, read_config_file
+from mtl_dist.config import build_config
 from mtl_dist.errors import InputError
 from mtl_dist.export import __main__ as export
-from mtl_dist.presets import load_preset
+from mtl_dist.presets import load_preset, read_config_file
 from mtl_dist.runs.checkpoint import committed
 from mtl_dist.runs.pretrained import _place_of_weights, build_pretrained
 from mtl_dist.training import setup

@@ -27,7 +27,7 @@ import yaml
 from pydantic import Field
 
 from mtl_dist import storage
-from mtl_dist.config import MAX_COUNT, Config, Name, Section, flatten
+from mtl_dist.config import MAX_COUNT, Config, Name, Section, flatten, unflatten
 from mtl_dist.errors import InputError, run_command
 from mtl_dist.objective.scores import FIRST, Score, find_score
 from mtl_dist.presets import CommandConfig, config_of, parse_command
@@ -219,6 +219,8 @@ def _train_command(config: Config, search_uri: str) -> str:
     args = ["python", "-m", "mtl_dist.train", "--config", storage.join(search_uri, "best.yaml")]
     args += ["--run.name", f"{search_uri.rpartition('/')[2]}-best", "--run.storage", config.run.storage]
     args += ["--data.train", config.data.train, "--data.val", config.data.val]
+    if config.run.start:  # best.yaml leaves out what is a run's own
+        args += ["--run.start", config.run.start, "--run.start-with", config.run.start_with]
     usual = Config().ray
     for name in type(usual).model_fields:
         if (value := getattr(config.ray, name)) != getattr(usual, name):
@@ -283,12 +285,9 @@ def _reasons(results: Iterable[Any]) -> list[str]:
 def best_yaml(config: Config, params: dict[str, Any]) -> str:
     """Write the whole configuration with a trial's settings, without what a run chooses for itself."""
     merged = flatten(trial_config(json.loads(config.model_dump_json()), params, "best", config.run.storage))
-    nested: dict[str, dict[str, Any]] = {}
-    for path, value in merged.items():
-        if not is_own(path):
-            section, key = path.split(".")
-            nested.setdefault(section, {})[key] = value
-    return yaml.safe_dump(nested, sort_keys=False)
+    return yaml.safe_dump(
+        unflatten({path: value for path, value in merged.items() if not is_own(path)}), sort_keys=False
+    )
 
 
 def count_room(config: Config, nodes: list[dict[str, float]]) -> int | None:

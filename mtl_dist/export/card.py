@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from mtl_dist.families import FAMILIES
 from mtl_dist.objective.scores import Score, main_scores, single_scores
 from mtl_dist.runs.checkpoint import MODEL
+from mtl_dist.runs.start import BEGAN_FROM
 from mtl_dist.runs.weights import Weights
 from mtl_dist.tasks import AUS, EXPRESSIONS, TASKS
 
@@ -133,9 +134,11 @@ def _files(files: dict[str, dict[str, Any]], checked: Checked | None) -> str:
 
 
 def _training(weights: Weights) -> str:
-    """Where the backbone began is told by kind: a path would be one of the machine it was trained on."""
+    """Where it began is told by kind: a path would be one of the machine it was trained on."""
     kinds = {"none": "random initialisation", "imagenet": "weights trained on ImageNet"}
-    began = kinds.get(weights.config.model.weights, "a file of weights")
+    began = f"The backbone began from {kinds.get(weights.config.model.weights, 'a file of weights')}"
+    if note := weights.state.get(BEGAN_FROM):
+        began = f"It began with {note['with']} of another run or file (sha256 of its weights `{note['sha256']}`)"
     sets = [f"- {name}: sha256 `{sha256}` (of its index)" for name, sha256 in weights.state["identity"].items()]
     config = weights.config
     settings = {"loss": config.loss, "optim": config.optim, "train": config.train, "augment": config.augment}
@@ -144,7 +147,7 @@ def _training(weights: Weights) -> str:
         [
             "## Training",
             "",
-            f"The backbone began from {began}; seed {config.run.seed}.",
+            f"{began}; seed {config.run.seed}.",
             "",
             *sets,
             f"- settings: `{dumped}`",

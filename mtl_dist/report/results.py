@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import torch
 
 from mtl_dist import storage
-from mtl_dist.config import flatten
+from mtl_dist.config import Varies, flatten, varying
 from mtl_dist.data.index import Index
 from mtl_dist.errors import InputError
 from mtl_dist.families import FAMILIES
@@ -24,7 +24,7 @@ from mtl_dist.objective.scores import FIRST, constant_scores, scores
 from mtl_dist.predicting.evaluate import Predicted
 from mtl_dist.predicting.members import Member, predict_member, row_names, unique_names
 from mtl_dist.predicting.predictions import check_finite, prediction_table, read_key, read_predictions, write_parquet
-from mtl_dist.runs.checkpoint import FREE, MODEL
+from mtl_dist.runs.checkpoint import MODEL
 from mtl_dist.sealed import unseal
 from mtl_dist.tasks import AUS, NUM_AUS, NUM_EXPRESSIONS, LabelCounts
 
@@ -137,7 +137,7 @@ def label_runs(members: list[Member]) -> list[str]:
 
 def _settings(member: Member) -> dict[str, Any]:
     config = flatten(member.weights.config)
-    own = {key: value for key, value in config.items() if key not in (*FREE, "run.name", "run.seed")}
+    own = {key: value for key, value in config.items() if key not in {*varying(Varies.BY_PART), "run.name", "run.seed"}}
     return own | {TRAINING_SET: member.weights.train_sha256}
 
 

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from mtl_dist import storage
-from mtl_dist.config import Config, explain_validation, flatten
+from mtl_dist.config import Config, Varies, explain_validation, flatten, varying
 from mtl_dist.data.order import VERSIONS
 from mtl_dist.errors import InputError
 from mtl_dist.objective.scores import FIRST
@@ -38,15 +38,8 @@ COMMIT, STATE, MODEL, TRAIN = "COMMIT.json", "state.json", "model.safetensors", 
 CLASSES = {"expressions": list(EXPRESSIONS), "aus": list(AUS)}  # the order of a model's outputs, in state.json
 MAX_COMMIT_BYTES, MAX_STATE_BYTES, MAX_TENSOR_BYTES = 1 << 20, 16 << 20, 16 << 30
 MAX_MESSAGE = 1000  # characters
+READ_AT_THE_START = ("model.weights", "run.start")  # and not by a run that continues
 DIRECTORY = re.compile(r"step_(\d{9})_([0-9a-f]{8})")
-# Settings that may change between parts of a run: they move or time the work, and leave its result.
-FREE = (
-    "run.storage", "run.audit_dir", "data.train", "data.val", "data.workers", "data.prefetch", "data.cache_dir",
-    "data.cache_gib", "engine.device", "engine.threads", "engine.zero_stage", "engine.hang_s", "train.eval_batch",
-    "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep_last", "checkpoint.keep_best",
-    "checkpoint.best_of", "checkpoint.keep_every_hours", "ray.num_ranks", "ray.cpus_per_rank", "ray.gpus_per_rank",
-    "ray.placement", "ray.autoscaling", "ray.resize_every_s", "ray.max_failures",
-)  # fmt: skip
 
 
 class Checkpoint(NamedTuple):
@@ -246,8 +239,25 @@ def find_lack(state: dict[str, Any]) -> str:
 
 
 def weights_name(uri: Any) -> str:
-    """Return the part of `model.weights` that is the same on all nodes, and wherever a job's files are uploaded to."""
+    """Return the part of a URI of weights that is the same on all nodes, and wherever a job's files are uploaded to."""
     return str(uri).rstrip("/").rpartition("/")[2]
+
+
+def differences(state: dict[str, Any], config: Config, level: Varies) -> dict[str, tuple[Any, Any]]:
+    """Return {setting: (value there, value here)} where a checkpoint and a configuration must be alike and are not.
+
+    What nothing reads counts for nothing. Files are compared by the part of their URI that is the same on all nodes.
+    """
+    # A setting that is newer than the checkpoint has the default, which is what was done before there was a choice.
+    theirs, mine = flatten(Config()) | state["config"], flatten(config)
+    unread, free = find_unread(config), varying(level)
+    found = {}
+    for key in sorted(theirs.keys() | mine.keys()):
+        pair = theirs.get(key), mine.get(key)
+        same = weights_name(pair[0]) == weights_name(pair[1]) if key in READ_AT_THE_START else pair[0] == pair[1]
+        if not same and key not in free and not why_unread(key, unread):
+            found[key] = pair
+    return found
 
 
 def check_same_run(state: dict[str, Any], config: Config, identity: dict[str, str], where: str) -> None:
@@ -259,18 +269,11 @@ def check_same_run(state: dict[str, Any], config: Config, identity: dict[str, st
             f"run '{config.run.name}' has a checkpoint of order {version!r} ({where}); this version of mtl_dist knows "
             f"{', '.join(map(str, VERSIONS))}: continue it with the one that began it, or give it another --run.name"
         )
-    # A setting that is newer than the checkpoint has the default, which is what was done before there was a choice.
-    stored, wanted, unread = flatten(Config()) | state["config"], flatten(config), find_unread(config)
-    for key in sorted(stored.keys() | wanted.keys()):
-        # Weights are read at a run's first start.
-        mine, other = (tree.get(key) for tree in (wanted, stored))
-        if key == "model.weights":
-            mine, other = weights_name(mine), weights_name(other)
-        if key not in FREE and mine != other and not why_unread(key, unread):
-            raise InputError(
-                f"run '{config.run.name}' has a checkpoint with {key} {stored.get(key)!r} ({where}), but the "
-                f"configuration says {wanted.get(key)!r}; give the run another --run.name, or the same {key}"
-            )
+    for key, (theirs, mine) in differences(state, config, Varies.BY_PART).items():
+        raise InputError(
+            f"run '{config.run.name}' has a checkpoint with {key} {theirs!r} ({where}), but the "
+            f"configuration says {mine!r}; give the run another --run.name, or the same {key}"
+        )
     for name, sha256 in identity.items():
         if state["identity"].get(name) != sha256:
             raise InputError(
@@ -279,31 +282,36 @@ def check_same_run(state: dict[str, Any], config: Config, identity: dict[str, st
             )
 
 
-def _choose(run_uri: str, config: Config, identity: dict[str, str]) -> tuple[Checkpoint, dict[str, Any]] | None:
-    """Return (checkpoint, state) of the newest that verifies. Raises `InputError` where it is of another run."""
+def choose_newest(run_uri: str, *, verifies: bool = True) -> tuple[Checkpoint, dict[str, Any]] | None:
+    """Return the newest checkpoint that is whole, with its state, and say which were passed over and why.
+
+    Without `verifies` its files are taken to be what its COMMIT says.
+    """
     found, skipped = committed(run_uri)
-    for checkpoint in reversed(found):
-        if damage := find_damage(checkpoint):
+    chosen = None
+    while found and chosen is None:
+        checkpoint = found.pop()
+        if damage := verifies and find_damage(checkpoint):
             skipped.append(f"{checkpoint.uri}: {damage}")
             continue
         try:
-            state = read_state(checkpoint)
+            chosen = checkpoint, read_state(checkpoint)
         except InputError:
             raise
         except ValueError as error:  # whole by its checksums, and not what training writes
             skipped.append(f"{checkpoint.uri}: {error}")
-            continue
-        check_same_run(state, config, identity, checkpoint.uri)
-        _say_skipped(skipped)
-        print(f"continuing from {checkpoint.uri}", flush=True)
-        return checkpoint, state
-    _say_skipped(skipped)
-    return None
-
-
-def _say_skipped(skipped: list[str]) -> None:
     for reason in skipped:
         print(f"passed over {reason}", flush=True)
+    return chosen
+
+
+def _choose(run_uri: str, config: Config, identity: dict[str, str]) -> tuple[Checkpoint, dict[str, Any]] | None:
+    """Return (checkpoint, state) of the newest that verifies. Raises `InputError` where it is of another run."""
+    chosen = choose_newest(run_uri)
+    if chosen:
+        check_same_run(chosen[1], config, identity, chosen[0].uri)
+        print(f"continuing from {chosen[0].uri}", flush=True)
+    return chosen
 
 
 def _read_verified(checkpoint: Checkpoint, name: str, *, max_bytes: int = MAX_TENSOR_BYTES) -> bytes:

@@ -17,7 +17,7 @@ FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")  # a run's name may hold
 
 def check_pretrained(config: Config) -> None:
     """Raise `InputError` for an unknown backbone, or weights that are not there. Builds and downloads nothing."""
-    weights = config.model.weights
+    weights = "none" if config.run.start else config.model.weights
     check_backbone(config.model.backbone, imagenet=weights == "imagenet")
     if weights in ("none", "imagenet"):
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mtl_dist import storage
 from mtl_dist.config import Config
@@ -15,6 +15,9 @@ from mtl_dist.errors import InputError
 from mtl_dist.objective.scores import find_score
 from mtl_dist.shards.overlap import check_shared, find_shared
 from mtl_dist.tasks import AUS, TASKS, LabelCounts
+
+if TYPE_CHECKING:
+    from mtl_dist.runs.start import Start
 
 
 class Data(NamedTuple):
@@ -148,6 +151,7 @@ def plan_run(config: Config, *, num_ranks: tuple[int, int] | None = None, compar
     """
     from mtl_dist.runs.checkpoint import check_same_run, committed, read_state
     from mtl_dist.runs.pretrained import check_pretrained
+    from mtl_dist.runs.start import describe_start, find_start
 
     for key in config.checkpoint.best_of:
         find_score(key, setting="checkpoint.best_of")
@@ -156,6 +160,7 @@ def plan_run(config: Config, *, num_ranks: tuple[int, int] | None = None, compar
     check_stored(config.data.val, data.val)
     storage.check_writable(config.run.uri)
     found, _ = committed(config.run.uri)
+    start, begins = None, False
     for checkpoint in reversed(found):
         try:
             state = read_state(checkpoint)
@@ -167,26 +172,41 @@ def plan_run(config: Config, *, num_ranks: tuple[int, int] | None = None, compar
         done = checkpoint.step
         break
     else:
-        done = 0
         check_pretrained(config)
+        start, begins = find_start(config, data.identity()), True
+        done = _steps_before(config, data, start)
     if config.run.audit_dir:
         storage.check_writable(str(config.run.audit_dir), flag="--run.audit-dir")
-    notes = note_labels(config, data)
+    notes = note_labels(config, data) + ([f"it begins with {describe_start(start.note)}"] if start else [])
     if compares:
         shared = find_shared(config.data.train, data.train, config.data.val, data.val)
         check_shared(shared, config.data.train, config.data.val)
         notes += filter(None, [shared.note()])
-    text = _describe(config, data, notes, done=done, num_ranks=num_ranks or config.ray.num_ranks)
+    text = _describe(config, data, notes, done=done, num_ranks=num_ranks or config.ray.num_ranks, begins=begins)
     return Plan(text, begins=not done)
 
 
-def _describe(config: Config, data: Data, notes: list[str], *, done: int, num_ranks: tuple[int, int]) -> str:
+def _steps_before(config: Config, data: Data, start: Start | None) -> int:
+    """Return how many steps what a run begins with has had. Raises `InputError` where none would be left."""
+    done = start.state["step"] if start and config.run.start_with == "everything" else 0
+    if done >= (total := data.steps_per_epoch * config.train.epochs):
+        raise InputError(
+            f"run.start {start.uri} has had {done} steps, and train.epochs {config.train.epochs} are {total}: give "
+            "more epochs, or begin with less: --run.start-with model"
+        )
+    return done
+
+
+def _describe(
+    config: Config, data: Data, notes: list[str], *, done: int, num_ranks: tuple[int, int], begins: bool
+) -> str:
     train, val, steps = data.train, data.val, data.steps_per_epoch
     total = steps * config.train.epochs
     low, high = num_ranks
-    where = f", continues from step {done}" if done else ", begins"
+    where = f", {'begins after' if begins else 'continues from'} step {done}" if done else ", begins"
     if done >= total:
         where = f", is finished (step {done} of {total}): nothing is left to do"
+    weights = f"of {config.run.start}" if config.run.start else config.model.weights
     frozen = " (frozen)" if config.model.freeze_backbone else ""
     batch = config.train.global_batch
     size_mb = sum(shard.tar_bytes for shard in train.shards) / 1e6
@@ -203,7 +223,7 @@ def _describe(config: Config, data: Data, notes: list[str], *, done: int, num_ra
         f"val     {config.data.val}: {val.rows} rows, {_labelled(val.labels)}, {len(val.shards)} shards",
         f"steps   {steps} an epoch, {total} in all; {left_out}",
         f"batch   {batch} over {ranks}, {config.num_streams} streams, {pixels_mb:.0f} MB of pixels",
-        f"model   {config.model.name}, backbone {config.model.backbone}{frozen}, weights {config.model.weights}, "
+        f"model   {config.model.name}, backbone {config.model.backbone}{frozen}, weights {weights}, "
         f"input {config.input_size} x {config.input_size}",
     ]
     return "\n".join([*lines, *(f"note    {note}" for note in notes)])

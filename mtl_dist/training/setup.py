@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mtl_dist.config import Config, flatten
+from mtl_dist.config import Config, Varies, flatten, varying
 from mtl_dist.data.cache import GIB, Cache
 from mtl_dist.data.loader import FETCH_AHEAD_STEPS
 from mtl_dist.data.order import Order, TaskOrders
@@ -21,8 +21,9 @@ from mtl_dist.machine import allow_open_files
 from mtl_dist.models import build_model, num_parameters
 from mtl_dist.objective.module import ObjectiveModule
 from mtl_dist.progress import progress_bar
-from mtl_dist.runs.checkpoint import MAX_TENSOR_BYTES, Restored, load_checkpoint, weights_name
+from mtl_dist.runs.checkpoint import MAX_TENSOR_BYTES, READ_AT_THE_START, Restored, load_checkpoint, weights_name
 from mtl_dist.runs.pretrained import build_pretrained
+from mtl_dist.runs.start import BEGAN_FROM, Start, build_started, find_start, load_everything, start_on_ranks
 from mtl_dist.training.averaging import (
     WeightAverage,
     check_batchnorm,
@@ -38,11 +39,6 @@ from mtl_dist.training.step import check_finite
 from mtl_dist.training.tracking import Tracker
 from mtl_dist.training.watchdog import Watchdog
 
-# Settings that may differ between ranks: where a node has what it reads, and how it reads.
-OF_A_NODE = (
-    "run.audit_dir", "data.train", "data.val", "data.workers", "data.prefetch", "data.cache_dir", "data.cache_gib",
-    "engine.threads",
-)  # fmt: skip
 STATES = {"adamw": 2, "sgd": 1}  # that an optimizer has of each trained parameter, at most
 BEGUN_BEFORE = (
     "note: an earlier version began this run. It goes on in the order that it has; from here on biases, positions and "
@@ -96,6 +92,7 @@ class Trained(NamedTuple):
 
     engine: Any  # DeepSpeed's, around an `ObjectiveModule`
     average: WeightAverage | None
+    began_from: dict[str, Any] | None  # `Start.note`
 
     @property
     def evaluated(self) -> nn.Module:
@@ -151,7 +148,7 @@ def check_start(config: Config, *, has_gpu: bool, num_ranks: tuple[int, int], be
     device = check_device(config, has_gpu=has_gpu)
     for number in num_ranks:
         check_num_ranks(config, number)
-    model = _build_model(config, pretrained=begins)
+    model = _build_model(config, begins=begins, start=find_start(config, {}) if begins else None)
     note = _note_batchnorm(model, config, num_ranks[1])
     return f"start   on {device}; {describe_size(model)}{note and f'{chr(10)}{note}'}"
 
@@ -168,8 +165,9 @@ def check_ranks_agree(config: Config, data: Data) -> None:
 
     Launchers of several nodes each read a command line and, where data is local, files of their own.
     """
-    mine = {name: value for name, value in flatten(config).items() if name not in OF_A_NODE} | data.identity()
-    mine["model.weights"] = weights_name(config.model.weights)
+    free = varying(Varies.BY_RANK)
+    mine = {name: value for name, value in flatten(config).items() if name not in free} | data.identity()
+    mine |= {name: weights_name(mine[name]) for name in READ_AT_THE_START}
     of_ranks: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(of_ranks, mine)
     for rank, theirs in enumerate(of_ranks):
@@ -194,11 +192,15 @@ def restore(setup: Setup) -> tuple[Setup, Trained, int, dict[str, Any]]:
     config, watchdog, num_ranks = setup.config, setup.watchdog, setup.context.num_ranks
     watchdog.moved(0, 1, "reading the checkpoint")
     restored = load_checkpoint(config.run.uri, config, setup.data.identity())
+    start = None if restored else start_on_ranks(config, setup.data.identity())
+    began_from = restored.state.get(BEGAN_FROM) if restored else start and start.note
+    if start and config.run.start_with == "everything":
+        restored = load_everything(start)
     watchdog.moved(0, 2, "building the model")
     step, scores = (restored.state["step"], restored.state["scores"]) if restored else (0, {})
     if restored:
         setup = setup._replace(order=setup.order.of_version(restored.state.get("order", 1)))
-    model = _build_model(config, pretrained=restored is None)
+    model = _build_model(config, begins=restored is None, start=start)
     began = BEGUN_BEFORE if restored and "order" not in restored.state else ""
     for note in (began, _note_batchnorm(model, config, num_ranks)):
         if note and setup.context.rank == 0:
@@ -215,7 +217,7 @@ def restore(setup: Setup) -> tuple[Setup, Trained, int, dict[str, Any]]:
     if average:
         average.model.to(setup.device)
     restore_optimizer(engine, config, _part(restored.train, OPTIMIZER) if restored else {}, steps=step)
-    return setup, Trained(engine, average), step, scores
+    return setup, Trained(engine, average, began_from), step, scores
 
 
 def _note_batchnorm(model: nn.Module, config: Config, num_ranks: int) -> str:
@@ -226,10 +228,10 @@ def _note_batchnorm(model: nn.Module, config: Config, num_ranks: int) -> str:
     return check_batchnorm(model, rows=rows, size=config.input_size)
 
 
-def _build_model(config: Config, *, pretrained: bool) -> nn.Module:
-    """Build the model, with pretrained weights unless a checkpoint's replace them."""
-    if pretrained:
-        model = build_pretrained(config)
+def _build_model(config: Config, *, begins: bool, start: Start | None) -> nn.Module:
+    """Build the model, with what a run begins with unless a checkpoint's weights replace it."""
+    if begins:
+        model = build_started(config, start) if start else build_pretrained(config)
     else:
         settings = config.model.model_copy(update={"weights": "none"})
         model = build_model(settings, seed=config.run.seed, input_size=config.input_size)
@@ -294,6 +296,7 @@ def save_checkpoint(
         "order": setup.order.version,
         "view": setup.data.train.view,
         "total_steps": setup.total_steps,
+        **({BEGAN_FROM: trained.began_from} if trained.began_from else {}),
     }
     records = tracker.files() if tracker else {}
     saver.save(model, rest, begun=begun, state=state, scores=scored, records=records)

@@ -12,13 +12,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from mtl_dist import storage
-from mtl_dist.config import Config, build_config, read_config_file
+from mtl_dist.config import Config, build_config
 from mtl_dist.data.index import read_index
 from mtl_dist.errors import InputError, plain
 from mtl_dist.objective.scores import FIRST, constant_scores, label_sums
+from mtl_dist.presets import read_config_file
 from mtl_dist.progress import progress_bar
 from mtl_dist.runs.checkpoint import Checkpoint, best, committed, find_damage, read_state
 from mtl_dist.runs.lives import read_lives
+from mtl_dist.runs.start import BEGAN_FROM, describe_start
 from mtl_dist.training.loop import CONFIG_NAME
 from mtl_dist.training.plan import open_data
 from mtl_dist.training.tracking import print_scores, read_records
@@ -37,8 +39,8 @@ def print_status(run_uri: str) -> None:
     lives, records = read_lives(run_uri), read_records(run_uri)
     found, torn = committed(run_uri)
 
-    step = max([checkpoint.step for checkpoint in found], default=0)
-    total = _total_steps(config, found)
+    step, newest = max([checkpoint.step for checkpoint in found], default=0), _newest_state(found)
+    total = _total_steps(config, newest)
     console.print(f"run          {run_uri}")
     if total:
         epochs = config.train.epochs
@@ -46,6 +48,8 @@ def print_status(run_uri: str) -> None:
         console.print(f"saved        step {step} of {total} (epoch {step / total * epochs:.2f} of {epochs}); {state}")
     else:
         console.print(f"saved        step {step}; of how many its data tells, which is not to be read here")
+    if began_from := newest.get(BEGAN_FROM):
+        console.print(f"began with   {plain(describe_start(began_from))}", markup=False, soft_wrap=True)
     console.print(f"starts       {len(lives)}, so {max(len(lives) - 1, 0)} restarts")
     if lives and lives[-1].get("typed"):
         console.print(f"command      {plain(lives[-1]['typed'])}", markup=False, soft_wrap=True)
@@ -93,12 +97,18 @@ def print_ending(config: Config) -> None:
     )
 
 
-def _total_steps(config: Config, found: list[Checkpoint]) -> int | None:
-    """Return the steps of the whole run, as its newest readable checkpoint notes, else as its data tells; else None."""
+def _newest_state(found: list[Checkpoint]) -> dict[str, Any]:
+    """Return what the newest readable checkpoint notes."""
     for checkpoint in reversed(found):
         with contextlib.suppress(ValueError, FileNotFoundError):  # damaged, or deleted meanwhile
-            if isinstance(total := read_state(checkpoint).get("total_steps"), int):
-                return total
+            return read_state(checkpoint)
+    return {}
+
+
+def _total_steps(config: Config, newest: dict[str, Any]) -> int | None:
+    """Return the steps of the whole run, as its newest checkpoint notes, else as its data tells; else None."""
+    if isinstance(total := newest.get("total_steps"), int):
+        return total
     try:
         return open_data(config).steps_per_epoch * config.train.epochs
     except InputError:  # not to be read from here: the storage alone tells of a run
