@@ -19,7 +19,7 @@ from tests.conftest import assert_one_message, run_here
 from tests.test_recipes import run_ranks, weights_of
 from tests.test_training import final_weights, losses
 
-pytestmark = pytest.mark.xdist_group("start")
+pytestmark = pytest.mark.whole
 # What a schedule over all epochs would make of two halves is not the same: here it is flat.
 FLAT = {"optim": {"warmup_steps": 0, "final_lr": 1.0}}
 KINDS = {  # of state that goes on with everything
