@@ -396,8 +396,8 @@ VARYING = {
     Varies.BY_PART: {
         "run.storage", "engine.device", "engine.zero_stage", "engine.hang_s", "train.eval_batch",
         "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep_last", "checkpoint.keep_best",
-        "checkpoint.keep_every_hours",
-        "checkpoint.best_of", "ray.num_ranks", "ray.cpus_per_rank", "ray.gpus_per_rank", "ray.placement", "ray.autoscaling",
+        "checkpoint.keep_every_hours", "checkpoint.best_of",
+        "ray.num_ranks", "ray.cpus_per_rank", "ray.gpus_per_rank", "ray.placement", "ray.autoscaling",
         "ray.resize_every_s", "ray.max_failures",
     },
 }  # fmt: skip
