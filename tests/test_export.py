@@ -221,10 +221,15 @@ def test_a_validation_set_that_has_moved_is_named_with_what_to_give_instead(run,
         with pytest.raises(InputError, match=rf"validation set.*{val}.*--images"):
             export.main([str(run), "--out", str(tmp_path / "out")])
         export.main([str(run), "--out", str(tmp_path / "weights"), "--formats", "safetensors"])
+        (run / "metrics.jsonl").rename(tmp_path / "metrics.jsonl")
+        export.main([str(run), "--out", str(tmp_path / "old"), "--formats", "safetensors"])
     finally:
         (tmp_path / "val").rename(val)
+        (tmp_path / "metrics.jsonl").rename(run / "metrics.jsonl")
     assert not (tmp_path / "out").exists()
-    assert "the validation set was not reachable" in (tmp_path / "weights" / "README.md").read_text()
+    card, of_before_it_was_recorded = ((tmp_path / name / "README.md").read_text() for name in ("weights", "old"))
+    assert re.search(r"^\| RMSE valence, lower is better \| 0\.\d{4} \| 0\.\d{4} \|$", card, re.MULTILINE)
+    assert "the validation set was not reachable" in of_before_it_was_recorded
 
 
 def test_a_run_without_a_finished_checkpoint_is_refused(tmp_path):
