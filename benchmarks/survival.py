@@ -120,8 +120,8 @@ class Run:
         difference = 0.0 if undisturbed is None else abs(loss / undisturbed - 1)
         return Outcome(
             failure,
-            report.rows_lost,
-            report.rows_twice,
+            report.samples_lost,
+            report.samples_twice,
             report.steps_repeated,
             max(pauses),
             ranks,

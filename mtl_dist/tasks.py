@@ -44,12 +44,27 @@ class Labels(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a loader yields: decoded images and their labels, on the host."""
+    """What a loader yields, on the host: B samples, padded to T frames. A sample has one frame at least."""
 
-    inputs: Tensor  # (B, T, 3, H, W) uint8
-    num_frames: Tensor  # (B,) int64, valid frames of each sample
-    labels: Labels
-    rows: Tensor  # (B, T) int64, row numbers of the annotation file or table
+    inputs: Tensor  # (B, T, 3, H, W) uint8, or what it was prepared to
+    valid: Tensor  # (B, T) bool; False is padding
+    labels: Labels  # their masks are False where a frame is not valid
+    rows: Tensor  # (B, T) int64, row numbers of the annotation file or table: what predictions are of; -1 is padding
+    samples: Tensor  # (B,) int64, places in the set: what the order and its audit speak of
+
+    def to(self, device) -> Batch:
+        """Move what a model and its losses need. Numbers of rows and samples stay on the host."""
+        inputs, valid = (tensor.to(device, non_blocking=True) for tensor in (self.inputs, self.valid))
+        return self._replace(inputs=inputs, valid=valid, labels=self.labels.to(device))
+
+    def take(self, places: Tensor | slice) -> Batch:
+        """Return some of the samples."""
+        labels = Labels(*(tensor[places] for tensor in self.labels))
+        return Batch(self.inputs[places], self.valid[places], labels, self.rows[places], self.samples[places])
+
+    def valid_rows(self) -> list[int]:
+        """Return the rows of the frames that are there, one sample's after another's."""
+        return self.rows[self.valid.cpu()].tolist()
 
 
 class Outputs(NamedTuple):

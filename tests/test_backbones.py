@@ -15,6 +15,7 @@ from mtl_dist.models.backbone import load_backbone_weights, load_imagenet_weight
 from mtl_dist.models.backbones import build_backbone, check_backbone
 from mtl_dist.models.regions import NUM_REGIONS
 from mtl_dist.training.averaging import sync_batchnorm
+from tests.windows import all_valid
 
 SIZE = 96
 # Family by family: the name, the channels and the cells a side of images of 96 pixels that its paper gives.
@@ -52,7 +53,7 @@ def test_the_attention_adapts_to_a_library_s_network(name, channels, cells):
     """Outputs, a map a region, a gradient for every parameter; an empty batch gives nothing and moves nothing."""
     model = build(name).train()
     inputs = make_images(2, 1, 3, SIZE, SIZE)
-    outputs = model(inputs)
+    outputs = model(inputs, all_valid(inputs))
     sum(output.square().sum() for output in outputs).backward()
     assert [tuple(output.shape) for output in outputs] == [(2, 1, 2), (2, 1, 8), (2, 1, 12)]
     assert [key for key, p in model.named_parameters() if p.grad is None] == []
@@ -60,17 +61,18 @@ def test_the_attention_adapts_to_a_library_s_network(name, channels, cells):
     assert model.backbone.num_channels == channels
     before = {key: value.clone() for key, value in model.named_buffers() if "running" in key}
     model.zero_grad()
-    empty = model(inputs[:0])
+    empty = model(inputs[:0], all_valid(inputs[:0]))
     sum(output.sum() for output in empty).backward()
     assert [tuple(output.shape) for output in empty] == [(0, 1, 2), (0, 1, 8), (0, 1, 12)]
     assert all((p.grad == 0).all() for p in model.parameters())
     assert all(torch.equal(dict(model.named_buffers())[key], value) for key, value in before.items())
     with torch.inference_mode():
-        assert model.eval().attention_maps(inputs).shape == (2, 1, NUM_REGIONS, cells, cells)
+        assert model.eval().attention_maps(inputs[:, 0]).shape == (2, NUM_REGIONS, cells, cells)
 
 
 def test_the_baseline_takes_a_library_s_network_too():
-    outputs = build("timm:test_vit", name="baseline", hidden=16)(make_images(3, 2, 3, SIZE, SIZE))
+    images = make_images(3, 2, 3, SIZE, SIZE)
+    outputs = build("timm:test_vit", name="baseline", hidden=16)(images, all_valid(images))
     assert [tuple(output.shape) for output in outputs] == [(3, 2, 2), (3, 2, 8), (3, 2, 12)]
 
 
@@ -213,9 +215,9 @@ def test_synchronised_batchnorm_keeps_what_timm_s_layers_do_after_it():
     model = build(config.model.backbone).eval()
     images = make_images(1, 1, 3, SIZE, SIZE)
     with torch.inference_mode():
-        expected = model(images)
+        expected = model(images, all_valid(images))
         synchronised = sync_batchnorm(model, config)
-        found = synchronised(images)
+        found = synchronised(images, all_valid(images))
     norms = [m for m in synchronised.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     assert norms
     assert all(isinstance(norm, torch.nn.SyncBatchNorm) for norm in norms)

@@ -50,7 +50,7 @@ def make_batch():
     labels = Labels(torch.zeros(*shape, 2), torch.zeros(shape, dtype=torch.int64), torch.zeros(*shape, 12), *masks)
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randint(256, (*shape, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8, generator=generator)
-    return Batch(inputs, torch.ones(ROWS, dtype=torch.int64), labels, torch.arange(ROWS)[:, None])
+    return Batch(inputs, torch.ones(shape, dtype=bool), labels, torch.arange(ROWS)[:, None], torch.arange(ROWS))
 
 
 def make_config(system, **changes):
@@ -112,9 +112,10 @@ def test_the_second_gpu_computes_what_the_cpu_does(system, backbone, autocast):
         device = torch.device(name)
         with fake_gpus(2) if name != "cpu" else contextlib.nullcontext() as gpus, torch.no_grad():
             module.to(device)
-            inputs = normalise(batch.inputs.to(device), config.input_size)
+            there = batch.to(device)
+            there = there._replace(inputs=normalise(there.inputs, config.input_size))
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                sums, outputs = module.sums(inputs, batch.labels.to(device)), module.model(inputs)
+                sums, outputs = module.sums(there), module.model(there.inputs, there.valid)
             assert {tensor.device for tensor in (*sums, *outputs)} == {device}
             assert {tensor.dtype for tensor in sums} == {torch.float64}
             assert (torch.bfloat16 in {tensor.dtype for tensor in outputs}) == bf16

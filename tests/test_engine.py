@@ -130,5 +130,5 @@ def test_a_run_begun_with_the_old_order_continues_with_it_and_a_new_one_has_the_
         plan = order.of_version(version).plan(epoch=0, rank=0, num_ranks=1)
         (audit,) = (tmp_path / "audit" / "run").glob(f"{life}-*")
         for line in map(json.loads, audit.read_text().splitlines()):
-            expected = reader.names().rows[plan.samples_of(line["step"] - 1, 1)[0]]
-            assert [row for rows in line["rows"].values() for row in rows] == expected.tolist()
+            expected = plan.samples_of(line["step"] - 1, 1)[0]
+            assert [number for batch in line["samples"].values() for number in batch] == expected.tolist()

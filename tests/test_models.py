@@ -19,6 +19,7 @@ from mtl_dist.models.backbone import load_backbone_weights
 from mtl_dist.models.backbones import BACKBONES, build_backbone
 from mtl_dist.models.regions import EMBEDDING_DIM, NUM_REGIONS, RegionEmbeddings
 from tests.conftest import REPO
+from tests.windows import all_valid, frames_alone, make_windows
 
 
 def make_config(**changes):
@@ -100,7 +101,7 @@ def test_the_baseline_is_vgg16_but_for_its_last_layer():
     with torch.inference_mode():
         expected = reference.classifier[:6](reference.avgpool(reference.features(inputs[0])).flatten(1))
         torch.testing.assert_close(model.hidden(model.pool(model.backbone(inputs[0]))), expected)
-        outputs, raw = model(inputs), model.outputs(expected)
+        outputs, raw = model(inputs, all_valid(inputs)), model.outputs(expected)
     torch.testing.assert_close(outputs.va[0], raw[:, :2].tanh())
     torch.testing.assert_close(torch.cat(outputs[1:], dim=-1)[0], raw[:, 2:])
 
@@ -114,13 +115,13 @@ def test_every_model_returns_outputs_for_samples_and_frames(models, name, backbo
     model = models[name, backbone]
     inputs = make_inputs(2, 3, size)
     with torch.inference_mode():
-        outputs = model(inputs)
-        maps = None if name == "baseline" else model.attention_maps(inputs)
-        last_frame = model(inputs[1:, 2:])
+        outputs = model(inputs, all_valid(inputs))
+        maps = None if name == "baseline" else model.attention_maps(inputs.flatten(0, 1))
+        last_frame = model(inputs[1:, 2:], all_valid(inputs[1:, 2:]))
     assert [tuple(output.shape) for output in outputs] == [(2, 3, 2), (2, 3, 8), (2, 3, 12)]
     assert outputs.va.abs().max() <= 1
     if maps is not None:
-        assert maps.shape[:3] == (2, 3, NUM_REGIONS)
+        assert maps.shape[:2] == (2 * 3, NUM_REGIONS)
         assert maps.min() >= 0
         assert maps.max() <= 1
     for together, alone in zip(outputs, last_frame, strict=True):
@@ -132,12 +133,29 @@ def test_every_model_returns_outputs_for_samples_and_frames(models, name, backbo
 def test_an_empty_rank_batch_gives_empty_outputs_and_zero_gradients(name, backbone, training):
     model = build_model(make_config(name=name, backbone=backbone), input_size=96).train(training)
     before = {key: value.clone() for key, value in model.named_buffers() if not key.endswith("num_batches_tracked")}
-    outputs = model(make_inputs(0, 1, 96))
+    inputs = make_inputs(0, 1, 96)
+    outputs = model(inputs, all_valid(inputs))
     sum(output.sum() for output in outputs).backward()
     assert [tuple(output.shape) for output in outputs] == [(0, 1, 2), (0, 1, 8), (0, 1, 12)]
     assert all((p.grad == 0).all() for p in model.parameters() if p.requires_grad)
     for key, value in before.items():
         assert torch.equal(dict(model.named_buffers())[key], value), key
+
+
+@pytest.mark.parametrize(("name", "backbone"), [("a", "small"), ("baseline", "vgg_small")])
+def test_padding_is_seen_by_no_model_nor_by_batchnorm(name, backbone):
+    """In training: outputs, running statistics and gradients are those of the frames alone, and zeros on padding."""
+    model = build_model(make_config(name=name, backbone=backbone, dropout=0.0), input_size=75).train()
+    batch, found = make_windows((3, 75, 75)), {}
+    for kind, frames in (("windows", batch), ("alone", frames_alone(batch))):
+        own = copy.deepcopy(model)
+        outputs = own(frames.inputs, frames.valid)
+        sum(output.square().sum() for output in outputs).backward()
+        assert not any(output[~frames.valid].any() for output in outputs)
+        gradients = [p.grad for p in own.parameters() if p.grad is not None]
+        found[kind] = [*(output[frames.valid] for output in outputs), *own.buffers(), *gradients]
+    for windows, alone in zip(found["windows"], found["alone"], strict=True):
+        torch.testing.assert_close(windows, alone)
 
 
 def test_weights_depend_on_the_seed_alone_and_the_global_random_state_is_untouched():
@@ -168,7 +186,8 @@ def test_a_family_has_a_class_a_row_in_readme_and_settings_that_exist():
 @pytest.mark.parametrize("name", MODELS)
 def test_every_parameter_gets_a_gradient_but_the_unused_prediction_head(name):
     model = build_model(make_config(name=name))
-    outputs = model(make_inputs(4, 1, 75))
+    inputs = make_inputs(4, 1, 75)
+    outputs = model(inputs, all_valid(inputs))
     sum(output.square().sum() for output in outputs).backward()
     silent = {key for key, p in model.named_parameters() if p.grad is None}
     unused = {"attention.unused_prediction.weight", "attention.unused_prediction.bias"}
@@ -178,9 +197,9 @@ def test_every_parameter_gets_a_gradient_but_the_unused_prediction_head(name):
 def test_autocast_to_bfloat16_stays_close_to_float32(models):
     inputs = make_inputs(2, 1, 96)
     with torch.inference_mode():
-        exact = models["a", "small"](inputs)
+        exact = models["a", "small"](inputs, all_valid(inputs))
         with torch.autocast("cpu", torch.bfloat16):
-            rough = models["a", "small"](inputs)
+            rough = models["a", "small"](inputs, all_valid(inputs))
     for one, other in zip(exact, rough, strict=True):
         torch.testing.assert_close(other.float(), one, rtol=0.05, atol=0.05)
 
@@ -223,7 +242,8 @@ def test_a_frozen_backbone_stays_as_it_is_in_training(name, backbone):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
-    sum(output.square().sum() for output in model(make_inputs(4, 1, 96))).backward()
+    inputs = make_inputs(4, 1, 96)
+    sum(output.square().sum() for output in model(inputs, all_valid(inputs))).backward()
     optimizer.step()
     changed = {
         key.partition(".")[0] for key, value in model.state_dict().items() if not torch.equal(value, before[key])
@@ -400,7 +420,7 @@ def test_every_head_learns_sixteen_random_images_by_heart():
     va = torch.linspace(-0.9, 0.9, 16).repeat(2, 1).T[:, None] * torch.tensor([1.0, -1.0])
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2e-3)
     for _ in range(45):
-        outputs = model(inputs)
+        outputs = model(inputs, all_valid(inputs))
         loss = (
             F.cross_entropy(outputs.expr_logits.flatten(0, 1), expr.flatten())
             + F.binary_cross_entropy_with_logits(outputs.au_logits, au)
@@ -409,7 +429,7 @@ def test_every_head_learns_sixteen_random_images_by_heart():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    outputs = model(inputs)
+    outputs = model(inputs, all_valid(inputs))
     assert (outputs.expr_logits.argmax(-1) == expr).all()
     assert ((outputs.au_logits > 0) == au.bool()).float().mean() > 0.95
     assert F.mse_loss(outputs.va, va) < 0.1 * va.var()

@@ -15,7 +15,9 @@ from torch import nn
 from mtl_dist.config import LossConfig
 from mtl_dist.objective.losses import build_task_weights, concordance, global_losses, task_sums
 from mtl_dist.objective.module import ObjectiveModule
-from mtl_dist.tasks import LabelCounts, Labels, Outputs
+from mtl_dist.tasks import Batch, LabelCounts, Labels, Outputs
+from mtl_dist.training.step import split_batch
+from tests.windows import all_valid
 
 COUNTS = LabelCounts(
     rows=100,
@@ -36,11 +38,11 @@ class TinyModel(nn.Module):
         super().__init__()
         self.va, self.expr, self.au = (nn.Linear(FEATURES, width).double() for width in (2, 8, 12))
 
-    def forward(self, inputs):
+    def forward(self, inputs, valid):
         return Outputs(self.va(inputs).tanh(), self.expr(inputs), self.au(inputs))
 
 
-def make_batch(size: int, seed: int = 0, *, tasks=("va", "expr", "au")) -> tuple[torch.Tensor, Labels]:
+def make_batch(size: int, seed: int = 0, *, tasks=("va", "expr", "au")) -> Batch:
     g = torch.Generator().manual_seed(seed)
     labels = Labels(
         va=torch.rand(size, 1, 2, generator=g) * 2 - 1,
@@ -50,21 +52,20 @@ def make_batch(size: int, seed: int = 0, *, tasks=("va", "expr", "au")) -> tuple
         expr_mask=(torch.rand(size, 1, generator=g) < 0.6) & ("expr" in tasks),
         au_mask=(torch.rand(size, 1, 12, generator=g) < 0.8) & ("au" in tasks),
     )
-    return torch.randn(size, 1, FEATURES, generator=g, dtype=torch.float64), labels
+    inputs = torch.randn(size, 1, FEATURES, generator=g, dtype=torch.float64)
+    return Batch(inputs, all_valid(inputs), labels, torch.arange(size)[:, None], torch.arange(size))
 
 
-def cut(batch: tuple[torch.Tensor, Labels], begin: int, end: int) -> tuple[torch.Tensor, Labels]:
-    inputs, labels = batch
-    return inputs[begin:end], Labels(*(tensor[begin:end] for tensor in labels))
+def cut(batch: Batch, begin: int, end: int) -> Batch:
+    return batch.take(slice(begin, end))
 
 
-def sorted_so_that_ranks_lack_tasks(batch: tuple[torch.Tensor, Labels]) -> tuple[torch.Tensor, Labels]:
+def sorted_so_that_ranks_lack_tasks(batch: Batch) -> Batch:
     """The first samples lose VA, the next EXPR, the last AU: a rank that holds one part lacks that task's labels."""
-    inputs, labels = batch
-    third = len(inputs) // 3
+    third, labels = len(batch.samples) // 3, batch.labels
     va, expr, au = labels.va_mask.clone(), labels.expr_mask.clone(), labels.au_mask.clone()
     va[:third], expr[third : 2 * third], au[2 * third :] = False, False, False
-    return inputs, labels._replace(va_mask=va, expr_mask=expr, au_mask=au)
+    return batch._replace(labels=labels._replace(va_mask=va, expr_mask=expr, au_mask=au))
 
 
 def gradients(module: nn.Module) -> torch.Tensor:
@@ -77,16 +78,15 @@ def rank_main(rank, cuts, init_file, config, module, batch, parts, results):
     """One rank: its part of the batch in `parts` micro-batches, gradients averaged over ranks as the engine does."""
     dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=len(cuts))
     module = copy.deepcopy(module)
-    inputs, labels = cut(batch, *cuts[rank])
-    micro = [(x, Labels(*y)) for x, *y in zip(inputs.tensor_split(parts), *(t.tensor_split(parts) for t in labels))]
+    micro = split_batch(cut(batch, *cuts[rank]), parts=parts, passes=1)
     total = None
     if parts > 1:
-        for x, y in micro:
-            sums = module.sums(x, y)
+        for part in micro:
+            sums = module.sums(part)
             total = sums if total is None else total.plus(sums)
         total = total.detached_total()
-    for x, y in micro:
-        loss = module(x, y, total, parts=parts)
+    for part in micro:
+        loss = module(part, total, parts=parts)
         (loss.total / parts).backward()  # the engine divides by the number of micro-batches
     mean = gradients(module)
     dist.all_reduce(mean)
@@ -117,7 +117,7 @@ def test_gradients_of_many_ranks_are_those_of_one(num_ranks, parts, balancing, t
         getattr(module.balancer, {"dwa": "found", "famo": "logits"}[balancing]).copy_(torch.tensor([0.9, 1.4, 0.7]))
     batch = sorted_so_that_ranks_lack_tasks(make_batch(24))
     whole = copy.deepcopy(module)
-    loss = whole(*batch)
+    loss = whole(batch)
     loss.total.backward()
 
     context = mp.get_context("spawn")
@@ -142,14 +142,14 @@ def test_balanced_weights_are_bounded_and_a_unit_that_is_always_on_or_off_has_a_
     assert weights.expr.tolist() == pytest.approx([1000 / (3 * 989), 20, 20, 0, 0, 0, 0, 0])
     logits = torch.zeros(1, 1, 12, dtype=torch.float64, requires_grad=True)
     outputs = Outputs(torch.zeros(1, 1, 2), torch.zeros(1, 1, 8), logits)
-    labels = make_batch(1)[1]._replace(au=torch.ones(1, 1, 12), au_mask=torch.ones(1, 1, 12, dtype=torch.bool))
+    labels = make_batch(1).labels._replace(au=torch.ones(1, 1, 12), au_mask=torch.ones(1, 1, 12, dtype=torch.bool))
     task_sums(outputs, labels, weights).au[0].backward()
     assert float(logits.grad.abs().amin()) > 0
 
 
 def test_losses_are_the_written_out_formulas():
-    inputs, labels = make_batch(50)
-    outputs = TinyModel()(inputs)
+    batch = make_batch(50)
+    labels, outputs = batch.labels, TinyModel()(batch.inputs, batch.valid)
     config = LossConfig(expr_weights="balanced", au_weights="balanced")
     weights = build_task_weights(config, COUNTS)
     sums = task_sums(outputs, labels, weights)
@@ -170,11 +170,10 @@ def test_losses_are_the_written_out_formulas():
 
 
 def test_the_gradient_of_ccc_is_that_of_the_direct_formula():
-    inputs, labels = make_batch(30)
-    model = TinyModel()
-    sums = task_sums(model(inputs), labels, build_task_weights(LossConfig(), COUNTS))
+    (inputs, valid, labels, *_), model = make_batch(30), TinyModel()
+    sums = task_sums(model(inputs, valid), labels, build_task_weights(LossConfig(), COUNTS))
     (from_sums,) = torch.autograd.grad(global_losses(sums, sums.detached_total(), scale=1.0)["va"], model.va.weight)
-    va = model(inputs).va
+    va = model(inputs, valid).va
     terms = []
     for dim in range(2):
         x, y = va[..., dim][labels.va_mask], labels.va[..., dim][labels.va_mask].double()
@@ -187,7 +186,7 @@ def test_the_gradient_of_ccc_is_that_of_the_direct_formula():
 @pytest.mark.parametrize("present", [p for n in range(4) for p in itertools.combinations(("va", "expr", "au"), n)])
 def test_a_task_nobody_labelled_is_exactly_zero_with_zero_gradient(present):
     module = ObjectiveModule(TinyModel(), LossConfig(balancing="uncertainty"), COUNTS)
-    loss = module(*make_batch(20, tasks=present))
+    loss = module(make_batch(20, tasks=present))
     loss.total.backward()
     assert torch.isfinite(loss.total)
     for place, (task, head) in enumerate(
@@ -200,9 +199,9 @@ def test_a_task_nobody_labelled_is_exactly_zero_with_zero_gradient(present):
 
 
 def test_a_prediction_that_is_not_finite_counts_only_where_it_is_labelled():
-    inputs, labels = make_batch(10)
+    inputs, valid, labels, *_ = make_batch(10)
     labels = labels._replace(va_mask=torch.ones_like(labels.va_mask).index_fill(0, torch.tensor(3), False))
-    outputs = TinyModel()(inputs)
+    outputs = TinyModel()(inputs, valid)
     poisoned = outputs._replace(va=outputs.va.index_fill(0, torch.tensor(3), float("nan")))
     sums = task_sums(poisoned, labels, build_task_weights(LossConfig(), COUNTS))
     assert torch.isfinite(global_losses(sums, sums.detached_total(), scale=1.0)["va"])
@@ -214,7 +213,7 @@ def test_a_prediction_that_is_not_finite_counts_only_where_it_is_labelled():
 def test_constant_predictions_have_a_finite_loss_and_gradient():
     va = torch.full((8, 1, 2), 0.25, dtype=torch.float64, requires_grad=True)
     outputs = Outputs(va, torch.zeros(8, 1, 8), torch.zeros(8, 1, 12))
-    labels = make_batch(8)[1]._replace(va=torch.full((8, 1, 2), 0.25), va_mask=torch.ones(8, 1, dtype=torch.bool))
+    labels = make_batch(8).labels._replace(va=torch.full((8, 1, 2), 0.25), va_mask=torch.ones(8, 1, dtype=torch.bool))
     sums = task_sums(outputs, labels, build_task_weights(LossConfig(), COUNTS))
     loss = global_losses(sums, sums.detached_total(), scale=1.0)["va"]
     loss.backward()
@@ -225,6 +224,6 @@ def test_constant_predictions_have_a_finite_loss_and_gradient():
 
 def test_a_weight_of_zero_switches_a_task_off():
     module = ObjectiveModule(TinyModel(), LossConfig(va=0.0, balancing="uncertainty"), COUNTS)
-    module(*make_batch(20)).total.backward()
+    module(make_batch(20)).total.backward()
     assert module.model.va.weight.grad is None or (module.model.va.weight.grad == 0).all()
     assert module.model.au.weight.grad.abs().sum() > 0

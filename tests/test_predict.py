@@ -43,6 +43,7 @@ from mtl_dist.threads import DaemonThreads
 from tests.conftest import assert_one_message, run_here
 from tests.fatal_frames import FatalFrames
 from tests.test_ensemble import rewrite_state
+from tests.windows import as_windows
 
 SIZE = 80  # of the images that the run was trained at
 
@@ -111,9 +112,27 @@ def expected(run: Path, pixels: list[np.ndarray]) -> np.ndarray:
     with torch.no_grad():
         for picture in pixels:
             image = torch.from_numpy(picture.copy()).permute(2, 0, 1) / 255
-            outputs = model(((image - mean) / std)[None, None])
-            rows.append(torch.cat([outputs.va, outputs.expr_logits.softmax(-1), outputs.au_logits.sigmoid()], -1)[0, 0])
+            outputs = model.predict_images(((image - mean) / std)[None])
+            rows.append(torch.cat([outputs.va, outputs.expr_logits.softmax(-1), outputs.au_logits.sigmoid()], -1)[0])
     return torch.stack(rows).numpy()
+
+
+def test_frames_that_come_as_padded_samples_are_predicted_as_those_that_come_alone(run, faces):
+    """Three frames a sample; of the last batch, some are padding."""
+    frames, told = open_frames(str(faces), scratch=faces), []
+
+    class Windows:
+        num_frames = frames.num_frames
+
+        def batches(self, size, **which):
+            return (as_windows(batch, 3) for batch in frames.batches(size, **which))
+
+    models = (open_weights(str(run)),) * 2
+    found = predict_frames(Task(models, Windows(), "cpu", 4, 0), processes=1, progress=told.append).predicted
+    alone = predict_frames(Task(models, frames, "cpu", 4, 0), processes=1, progress=lambda count: None).predicted
+    assert sum(told) == frames.num_frames == len(found.rows)
+    for mine, theirs in zip((found.rows, *found.predictions), (alone.rows, *alone.predictions), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5)
 
 
 def test_a_folder_is_predicted_in_the_order_of_its_names(run, faces, tmp_path):

@@ -227,10 +227,10 @@ def test_the_audit_of_a_run_per_task_counts_each_tasks_batches(runs, shards, num
     labels = read_index(config.data.train).labels
     assert steps == min(labels.va, labels.expr, max(labels.au)) // 8
     report = read_audit(runs / "audit", config.run.name, global_batch=8, num_steps=2 * steps)
-    assert (report.rows_lost, report.rows_twice, report.steps_repeated) == (0, 0, 0)
+    assert (report.samples_lost, report.samples_twice, report.steps_repeated) == (0, 0, 0)
     assert [step for _, step in report.finished_at] == list(range(1, 2 * steps + 1))
     file = next((runs / "audit" / config.run.name).iterdir())
-    assert set(json.loads(file.read_text().splitlines()[0])["rows"]) == set(TASKS)
+    assert set(json.loads(file.read_text().splitlines()[0])["samples"]) == set(TASKS)
 
 
 # ------------------------------------------------------------------------------------------------------- its parts
@@ -296,7 +296,7 @@ class DropModel(nn.Module):
         self.scale = nn.Parameter(torch.ones(1))
         self.kept: list[torch.Tensor] = []
 
-    def forward(self, inputs):
+    def forward(self, inputs, valid):
         kept = nn.functional.dropout(torch.ones(len(inputs), 1, 22), 0.5, self.training)
         self.kept.append(kept)
         return Outputs(*(self.scale * kept).split([2, 8, 12], -1))
@@ -325,7 +325,8 @@ def test_dropout_differs_between_ranks_steps_and_micro_batches_and_repeats_for_e
         torch.zeros(4, 1, 2), torch.zeros(4, 1, dtype=torch.int64), torch.zeros(4, 1, 12),
         *(torch.ones(shape, dtype=torch.bool) for shape in ((4, 1), (4, 1), (4, 1, 12))),
     )  # fmt: skip
-    batch = Batch(torch.zeros(4, 1, 3, 80, 80, dtype=torch.uint8), torch.ones(4), labels, torch.arange(4)[:, None])
+    inputs, numbers = torch.zeros(4, 1, 3, 80, 80, dtype=torch.uint8), torch.arange(4)
+    batch = Batch(inputs, torch.ones(4, 1, dtype=torch.bool), labels, numbers[:, None], numbers)
 
     def masks(step: int, rank: int) -> list[bytes]:
         module = ObjectiveModule(DropModel(), config.loss, counts)
@@ -346,13 +347,14 @@ def test_dropout_differs_between_ranks_steps_and_micro_batches_and_repeats_for_e
 
 @pytest.mark.parametrize(("rows", "parts", "passes"), [(24, 3, 3), (21, 2, 3), (10, 4, 1)])
 def test_micro_batches_hold_every_row_once_and_each_task_in_its_part(rows, parts, passes):
-    inputs = torch.arange(rows)
-    labels = Labels(*(torch.arange(rows) for _ in range(6)))
-    found = split_batch(inputs, labels, parts=parts, passes=passes)
+    numbers = torch.arange(rows)
+    batch = Batch(numbers, numbers, Labels(*[numbers] * 6), numbers, numbers)
+    found = split_batch(batch, parts=parts, passes=passes)
     assert len(found) == parts
     assert sorted(torch.cat([part.inputs for part in found]).tolist()) == list(range(rows))
     for part in found:
-        assert all(torch.equal(label, part.inputs) for label in part.labels)
+        rest = (part.valid, *part.labels, part.rows, part.samples)
+        assert all(torch.equal(column, part.inputs) for column in rest)
         task = (part.inputs * passes // rows).reshape(passes, -1)
         assert (task == torch.arange(passes)[:, None]).all()
 

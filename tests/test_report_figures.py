@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from sklearn.metrics import confusion_matrix
 
+from mtl_dist.data.frames import unlabelled
 from mtl_dist.objective.scores import scores
 from mtl_dist.report import affect, attention, calibration, classes, curves
 from mtl_dist.report.affect import FEW, draw_affect
@@ -113,10 +114,11 @@ def test_attention_maps_lie_upright_over_their_faces_each_with_its_unit(canvases
     maps = torch.full((len(faces), len(AUS) + 1, 16), 0.01)
     for (face, unit), cell in np.ndenumerate(cells):
         maps[face, unit, cell] = 0.2 + 0.05 * unit + 0.02 * face
-    model = SimpleNamespace(attention_maps=lambda inputs: maps.reshape(len(inputs), 1, -1, 4, 4))
+    model = torch.nn.Identity()
+    model.attention_maps = lambda images: maps.reshape(len(images), -1, 4, 4)
     monkeypatch.setattr(attention, "load_weights", lambda *_: SimpleNamespace(to=lambda device: model))
     black = SimpleNamespace(
-        read=lambda rows, side: SimpleNamespace(inputs=torch.zeros(len(rows), 1, 3, side, side, dtype=torch.uint8)),
+        read=lambda rows, side: unlabelled(np.zeros((len(rows), side, side, 3), np.uint8), rows),
         pixels=lambda rows, side: np.zeros((len(rows), side, side, 3), np.uint8))  # fmt: skip
     monkeypatch.setattr(attention, "Pictures", lambda *_: black)
     result = make_result(make_targets(60, 0), 1, "A")._replace(member=make_member("one"))

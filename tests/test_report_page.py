@@ -115,7 +115,7 @@ def test_attention_maps_are_those_of_their_action_units(runs, written):
         np.array([int(row["row"]) for row in rows[:: len(AUS)]]), config.data.image_size
     )
     with torch.no_grad():
-        maps = model.attention_maps(normalise(batch.inputs, config.input_size))[:, 0].flatten(2)[:, : len(AUS)]
+        maps = model.attention_maps(normalise(batch.inputs, config.input_size)[:, 0]).flatten(2)[:, : len(AUS)]
     expected = torch.stack([maps.amin(-1), maps.amax(-1), maps.mean(-1)], -1).flatten(0, 1).numpy()
     found = np.array([[float(row[name]) for name in ("least attention", "most", "mean")] for row in rows])
     np.testing.assert_allclose(found, expected, atol=1e-4)

@@ -62,7 +62,7 @@ def weights(storage: Path, name: str) -> dict:
 
 def assert_exact(storage: Path, name: str) -> None:
     report = read_audit(storage / "audit", name, global_batch=8, num_steps=NUM_STEPS)
-    assert (report.rows_lost, report.rows_twice) == (0, 0)
+    assert (report.samples_lost, report.samples_twice) == (0, 0)
 
 
 @pytest.fixture(scope="module")

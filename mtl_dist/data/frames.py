@@ -194,4 +194,5 @@ def unlabelled(pixels: np.ndarray, rows: Sequence[int]) -> Batch:
         au_mask=torch.zeros(n, 1, NUM_AUS, dtype=torch.bool),
     )
     inputs = torch.from_numpy(pixels.transpose(0, 3, 1, 2)[:, None])
-    return Batch(inputs, torch.ones(n, dtype=torch.int64), labels, torch.tensor(rows, dtype=torch.int64)[:, None])
+    numbers = torch.tensor(rows, dtype=torch.int64)
+    return Batch(inputs, torch.ones(n, 1, dtype=torch.bool), labels, numbers[:, None], numbers)

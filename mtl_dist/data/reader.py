@@ -94,7 +94,7 @@ class ShardReader:
             except DecodeError as error:
                 raise self._damaged_row(number, shard, place, str(error)) from None
             rows.append(shard.table[place * _ROW_BYTES : (place + 1) * _ROW_BYTES])
-        return _collate(pixels, np.frombuffer(b"".join(rows)).reshape(-1, _ROW_WIDTH))
+        return _collate(pixels, np.frombuffer(b"".join(rows)).reshape(-1, _ROW_WIDTH), samples)
 
     def names(self) -> Names:
         """Return the names of every sample of the set, in its order."""
@@ -206,7 +206,7 @@ def _aligned(owner: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return owner[begin : begin + math.prod(shape)].reshape(shape)
 
 
-def _collate(pixels: np.ndarray, table: np.ndarray) -> Batch:
+def _collate(pixels: np.ndarray, table: np.ndarray, samples: np.ndarray) -> Batch:
     # Converted and cut as arrays: a torch operation costs several of numpy's at this size.
     integers, floats, flags = (table[:, None].astype(dtype) for dtype in (np.int64, np.float32, bool))
     labels = Labels(
@@ -219,7 +219,8 @@ def _collate(pixels: np.ndarray, table: np.ndarray) -> Batch:
     )
     return Batch(
         inputs=torch.from_numpy(pixels.transpose(0, 3, 1, 2)[:, None]),  # a channels_last view of the decoded rows
-        num_frames=torch.from_numpy(np.ones(len(pixels), np.int64)),
+        valid=torch.from_numpy(np.ones((len(pixels), 1), bool)),
         labels=labels,
         rows=torch.from_numpy(integers[..., _ROW]),
+        samples=torch.from_numpy(np.array(samples, np.int64)),
     )

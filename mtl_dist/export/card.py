@@ -98,8 +98,9 @@ from mtl_dist.runs.weights import load_weights, open_weights
 weights = open_weights(".")  # this directory; the weights are checked against config.json
 model = load_weights(weights)
 images = torch.from_numpy(read_image("face.jpg", {size})).permute(2, 0, 1)[None, None]  # (samples, frames, 3, H, W)
+valid = torch.ones(images.shape[:2], dtype=torch.bool)  # every frame is one, none is padding
 with torch.no_grad():
-    outputs = model(normalise(images, weights.config.input_size))
+    outputs = model(normalise(images, weights.config.input_size), valid)
 print(outputs.va, outputs.expr_logits.softmax(-1), outputs.au_logits.sigmoid())
 ```
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mtl_dist.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from mtl_dist.errors import InputError
+from mtl_dist.models.per_frame import PerFrame
 from mtl_dist.objective.metrics import Predictions
 from mtl_dist.tasks import AUS, EXPRESSIONS
 
@@ -30,7 +31,7 @@ class PixelModel(nn.Module):
     resize with antialiasing is linear and separable, and ONNX runtimes differ in theirs.
     """
 
-    def __init__(self, model: nn.Module, *, image_size: int, input_size: int):
+    def __init__(self, model: PerFrame, *, image_size: int, input_size: int):
         super().__init__()
         self.model = model
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None])
@@ -41,8 +42,7 @@ class PixelModel(nn.Module):
         pixels = images.float() / 255
         if self.resize is not None:
             pixels = self.resize @ pixels @ self.resize.T
-        outputs = self.model(((pixels - self.mean) / self.std)[:, None])
-        va, expr, au = (output[:, 0] for output in outputs)
+        va, expr, au = self.model.predict_images((pixels - self.mean) / self.std)
         return va, expr.softmax(-1), au.sigmoid()
 
 
@@ -62,7 +62,7 @@ def check_onnx_installed() -> None:
         raise InputError(EXTRA.format(error.name or error)) from None
 
 
-def write_onnx(model: nn.Module, path: Path, *, image_size: int, input_size: int) -> None:
+def write_onnx(model: PerFrame, path: Path, *, image_size: int, input_size: int) -> None:
     """Write a model on the CPU, in evaluation mode, as one ONNX file that takes any number of images.
 
     Raises `InputError` for a model that torch's exporter has no graph for.

@@ -1,4 +1,7 @@
-"""Models: `build_model(config)` and, in one file a family, what it builds. Every model returns `tasks.Outputs`."""
+"""Models: `build_model(config)` and, in one file a family, what it builds.
+
+Every model is `forward(inputs, valid) -> tasks.Outputs` of samples and frames; see `PerFrame`.
+"""
 
 from __future__ import annotations
 

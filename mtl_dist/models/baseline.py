@@ -8,14 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mtl_dist.models.backbone import Backbone, flat_frames
+from mtl_dist.models.backbone import Backbone
+from mtl_dist.models.per_frame import PerFrame
 from mtl_dist.tasks import NUM_AUS, NUM_EXPRESSIONS, Outputs
 
 MAX_CELLS = 7  # a side, as in torchvision's VGG
 CELL_PIXELS = 32  # a side, after the max-pool
 
 
-class Baseline(nn.Module):
+class Baseline(PerFrame):
     """VGG's classifier (arXiv 1409.1556) over a backbone; its last layer serves all tasks (arXiv 2202.10659).
 
     The paper trains the fully connected layers alone: `model.freeze_backbone`, as the presets have it. VA is bounded by
@@ -42,10 +43,7 @@ class Baseline(nn.Module):
             nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
             nn.init.zeros_(linear.bias)
 
-    def forward(self, inputs: Tensor) -> Outputs:
-        """Predict normalised images, (B, T, 3, H, W) float; frames are independent of each other."""
-        num_samples, num_frames = inputs.shape[:2]
-        outputs = self.outputs(self.hidden(self.pool(self.backbone(flat_frames(inputs)))))
-        outputs = outputs.reshape(num_samples, num_frames, outputs.shape[-1])
+    def predict_images(self, images: Tensor) -> Outputs:
+        outputs = self.outputs(self.hidden(self.pool(self.backbone(images))))
         va, expr, au = outputs.split((2, NUM_EXPRESSIONS, NUM_AUS), dim=-1)
         return Outputs(torch.tanh(va), expr, au)

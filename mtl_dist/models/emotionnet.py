@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mtl_dist.models.backbone import Backbone, flat_frames
+from mtl_dist.models.backbone import Backbone
 from mtl_dist.models.heads import AUHead, RegionMeanHead
+from mtl_dist.models.per_frame import PerFrame, channels_last
 from mtl_dist.models.regions import (
     EMBEDDING_DIM,
-    NUM_REGIONS,
     RegionEmbeddings,
     RegionLinear,
     RegionTransformer,
@@ -24,7 +24,7 @@ from mtl_dist.models.regions import (
 from mtl_dist.tasks import NUM_EXPRESSIONS, Outputs
 
 
-class EmotionNet(nn.Module):
+class EmotionNet(PerFrame):
     """What A and B share; the EXPR and VA heads' hidden widths and B's unused prediction head are what differs."""
 
     def __init__(
@@ -50,29 +50,21 @@ class EmotionNet(nn.Module):
             }
         )
 
-    def forward(self, inputs: Tensor) -> Outputs:
-        """Predict normalised images, (B, T, 3, H, W) float; frames are independent of each other.
-
-        VA is bounded by tanh, which is ours: the papers regress without saying how they stay in [-1, 1].
-        B * T = 0 gives empty outputs, zero gradients and leaves BatchNorm's moments alone, also in training (tested
-        on a CPU).
-        """
-        num_samples, num_frames = inputs.shape[:2]
-        features = self.backbone(flat_frames(inputs))
+    def predict_images(self, images: Tensor) -> Outputs:
+        """VA is bounded by tanh, which is ours: the papers regress without saying how they stay in [-1, 1]."""
+        features = self.backbone(images)
         embeddings = self.regions(features, self.attention(features))
         tokens = self.transformer(embeddings)
         projected = self.projections(embeddings)
-        flat = Outputs(
+        return Outputs(
             va=torch.tanh(self.heads["va"](projected)),
             expr_logits=self.heads["expr"](projected),
             au_logits=self.heads["au"](tokens),
         )
-        return Outputs(*(output.reshape(num_samples, num_frames, output.shape[-1]) for output in flat))
 
-    def attention_maps(self, inputs: Tensor) -> Tensor:
-        """Return the spatial attention of every region, (B, T, 17, h, w) in [0, 1], of (B, T, 3, H, W) images."""
-        maps = self.attention(self.backbone(flat_frames(inputs)))
-        return maps.reshape(*inputs.shape[:2], NUM_REGIONS, *maps.shape[2:])
+    def attention_maps(self, images: Tensor) -> Tensor:
+        """Return the spatial attention of every region, (N, 17, h, w) in [0, 1], of normalised (N, 3, H, W) images."""
+        return self.attention(self.backbone(channels_last(images)))
 
 
 class EnsembleNet(EmotionNet):

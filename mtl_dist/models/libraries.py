@@ -46,22 +46,16 @@ class LibraryBackbone(Backbone):
         net: nn.Module,
         *,
         prefix: str,
-        shape: torch.Size,
+        num_channels: int,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
         read_imagenet: Callable[[], dict[str, Tensor]],
     ):
         is_imagenet = tuple(mean) == IMAGENET_MEAN and tuple(std) == IMAGENET_STD
         before = {} if is_imagenet else {"renormalise": Renormalise(mean, std)}
-        super().__init__({**before, "net": net}, num_channels=shape[0])
-        self.shape = shape
+        super().__init__({**before, "net": net}, num_channels=num_channels)
         self.library_prefix = prefix
         self.read_imagenet = read_imagenet
-
-    def forward(self, images: Tensor) -> Tensor:
-        if images.shape[0] == 0:  # timm's transformers refuse it; here gradients are zero, and BatchNorm sees nothing
-            return images.new_zeros(0, *self.shape) + sum(parameter.sum() for parameter in self.parameters())
-        return super().forward(images)
 
     def imagenet_state(self) -> dict[str, Tensor]:
         return {self.library_prefix + name: tensor for name, tensor in self.read_imagenet().items()}
@@ -132,8 +126,8 @@ def _build_torchvision(name: str, size: int) -> LibraryBackbone:
     half = {"mean": (0.5,) * 3, "std": (0.5,) * 3} if name in ("googlenet", "inception_v3") else {}
     net = TorchvisionViT(model) if name.startswith("vit_") else _cut_torchvision(model, kwargs)
     prefix = "net.model." if name.startswith("vit_") else "net."
-    shape = _shape_of_features(net, size, full_name)
-    return LibraryBackbone(net, prefix=prefix, shape=shape, **half, read_imagenet=read_imagenet)
+    num_channels = _count_channels(net, size, full_name)
+    return LibraryBackbone(net, prefix=prefix, num_channels=num_channels, **half, read_imagenet=read_imagenet)
 
 
 def _check_torchvision(name: str) -> None:
@@ -219,9 +213,9 @@ def _build_timm(name: str, size: int) -> LibraryBackbone:
     def read_imagenet() -> dict[str, Tensor]:
         return _download_timm(name, cfg, kwargs)
 
-    shape = _shape_of_features(net, size, full_name)
+    num_channels = _count_channels(net, size, full_name)
     return LibraryBackbone(
-        net, prefix="net.model.", shape=shape, mean=cfg.mean, std=cfg.std, read_imagenet=read_imagenet
+        net, prefix="net.model.", num_channels=num_channels, mean=cfg.mean, std=cfg.std, read_imagenet=read_imagenet
     )
 
 
@@ -278,8 +272,11 @@ def _download_timm(name: str, cfg: PretrainedCfg, kwargs: dict[str, Any]) -> dic
 # --- both -------------------------------------------------------------------------------------------------------------
 
 
-def _shape_of_features(net: nn.Module, size: int, name: str) -> torch.Size:
-    """Run the network once, on an image of the size it is for. Raises `InputError` where it does not take it."""
+def _count_channels(net: nn.Module, size: int, name: str) -> int:
+    """Run the network once, on an image of the size it is for; return how many channels its features have.
+
+    Raises `InputError` where it does not take it.
+    """
     net.eval()
     try:
         with torch.inference_mode():
@@ -291,7 +288,7 @@ def _shape_of_features(net: nn.Module, size: int, name: str) -> torch.Size:
     if min(height, width) < 2:
         raise _wrong_size(name, size, f"it has {height} x {width} cells for them")
     logger.info("%s: %d channels, %d x %d cells for images of %d pixels", name, channels, height, width, size)
-    return features.shape[1:]
+    return channels
 
 
 def _wrong_size(name: str, size: int, reason: object) -> InputError:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from mtl_dist.data.augment import normalise
 from mtl_dist.errors import NonFiniteLoss
@@ -28,6 +28,32 @@ class Predicted(NamedTuple):
 
 
 @torch.no_grad()
+def forward_all(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    device: torch.device,
+    size: int,
+    bf16: bool = False,
+    forward: Callable[[Tensor, Tensor], Any] | None = None,
+) -> Iterator[tuple[Batch, Any]]:
+    """Yield every batch, as it came, with the model's outputs of it, on the device: `tasks.Outputs`.
+
+    `size` is the side of the model's input. `forward` is what else of the model is asked than its own forward, with
+    the same arguments: inputs and which frames are valid. The model is in evaluation mode meanwhile.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            there = batch.to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                outputs = (forward or model)(normalise(there.inputs, size), there.valid)
+            yield batch, outputs
+    finally:
+        model.train(was_training)
+
+
 def predict(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -37,22 +63,17 @@ def predict(
     bf16: bool = False,
     progress: Callable[[int], None] = lambda count: None,
 ) -> Predicted:
-    """Predict batches of single images; `size` is the side of the model's input. The model is left in its mode."""
-    was_training = model.training
-    model.eval()
+    """Predict every frame of batches that is there, padding is none. `progress` is told of frames."""
     parts = []
-    for batch in batches:
-        inputs = normalise(batch.inputs.to(device, non_blocking=True), size)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            outputs = model(inputs)
+    for batch, outputs in forward_all(model, batches, device=device, size=size, bf16=bf16):
         probabilities = (
             outputs.va.float(),
             outputs.expr_logits.float().softmax(-1),
             outputs.au_logits.float().sigmoid(),
         )
-        parts.append([t.flatten(0, 1).cpu().numpy() for t in (batch.rows, *probabilities, *batch.labels)])
-        progress(len(batch.rows))
-    model.train(was_training)
+        valid = batch.valid.numpy()
+        parts.append([tensor.cpu().numpy()[valid] for tensor in (batch.rows, *probabilities, *batch.labels)])
+        progress(int(valid.sum()))
     if not parts:
         return _nothing()
     rows, va, expr, au, *labels = (np.concatenate(column) for column in zip(*parts))

@@ -115,7 +115,7 @@ def _predict_pass(
     summed = []
     for batch in task.frames.batches(size, batch=task.batch, workers=task.workers, **which):
         summed.append(predict_all([batch]))
-        progress(len(batch.rows))
+        progress(int(batch.valid.sum()))
     return _concatenate(summed or [predict_all([])])
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mtl_dist.data.augment import normalise
+from mtl_dist.predicting.evaluate import forward_all
 from mtl_dist.report.drawing import Figure, canvas, save_png
 from mtl_dist.report.pictures import Pictures, choose_apart
 from mtl_dist.report.results import Method, Result
@@ -39,10 +39,11 @@ def draw_attention(
     rows = result.predicted.rows[faces]
     pictures = Pictures(result.member, cache_dir)
     batch = pictures.read(rows, result.member.weights.config.data.image_size)
-    with torch.no_grad():
-        inputs = normalise(batch.inputs.to(device), result.member.weights.config.input_size)
-        maps = model.attention_maps(inputs)[:, 0, :NUM_AUS].float()
-        large = F.interpolate(maps, size=(SIDE, SIDE), mode="bilinear", align_corners=False).cpu().numpy()
+    ((_, maps),) = forward_all(
+        model, [batch], device=device, size=result.member.weights.config.input_size,
+        forward=lambda inputs, valid: model.attention_maps(inputs[valid]))  # fmt: skip
+    maps = maps[:, :NUM_AUS].float()
+    large = F.interpolate(maps, size=(SIDE, SIDE), mode="bilinear", align_corners=False).cpu().numpy()
     return _draw(method, place, result, faces, images, pictures.pixels(rows, SIDE), maps.cpu().numpy(), large)
 
 

@@ -1,7 +1,8 @@
-"""Which rows every step consumed, on request (`run.audit_dir`): what a failure lost or repeated can be counted.
+"""Which samples every step consumed, on request (`run.audit_dir`): what a failure lost or repeated can be counted.
 
-A file for every process that trains, a line for every step it finished: life, step, epoch, rank, rows, and when. Rows
-are listed a batch: one named "all", or one a task (`data.sampling per_task`), which may share rows.
+A file for every process that trains, a line for every step it finished: life, step, epoch, rank, samples, and when.
+Samples, by their place in the set, are listed a batch: one named "all", or one a task (`data.sampling per_task`), which
+may share samples.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ class Audit:
         except OSError as error:
             raise InputError(f"run.audit_dir {directory} cannot be written: {error.strerror}; choose another") from None
 
-    def finished(self, step: int, epoch: int, rows: np.ndarray, tasks: tuple[str, ...] = ()) -> None:
-        """Note that the optimizer took step `step` with this rank's rows (n,), as many of each task one by one."""
-        batches = np.split(rows, max(len(tasks), 1))
+    def finished(self, step: int, epoch: int, samples: np.ndarray, tasks: tuple[str, ...] = ()) -> None:
+        """Note that the optimizer took step `step` with this rank's samples (n,), as many of each task one by one."""
+        batches = np.split(samples, max(len(tasks), 1))
         line = {
             "life": self.life,
             "step": step,
             "epoch": epoch,
             "rank": self.rank,
-            "rows": {name: batch.tolist() for name, batch in zip(tasks or ("all",), batches)},
+            "samples": {name: batch.tolist() for name, batch in zip(tasks or ("all",), batches)},
             "at": time.time(),
         }
         self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
@@ -50,8 +51,8 @@ class Audit:
 class Report(NamedTuple):
     """What the audit of a run says of its epochs."""
 
-    rows_lost: int  # of the rows that the steps of the last lives should have read, never read
-    rows_twice: int  # read more than once in an epoch by the steps that count
+    samples_lost: int  # of those that the steps of the last lives should have read, never read
+    samples_twice: int  # read more than once in an epoch by the steps that count
     steps_repeated: int  # done again, because they came after the checkpoint that a later life continued from
     finished_at: list[tuple[float, int]]  # (Unix time, step) whenever all ranks had finished a step, in order of time
 
@@ -59,7 +60,7 @@ class Report(NamedTuple):
 def read_audit(directory: Path, run_name: str, *, global_batch: int, num_steps: int) -> Report:
     """Count over all processes of a run. A step counts as the last life did it: earlier attempts were undone.
 
-    Rows are counted in each batch of a step by itself, and so for each task.
+    Samples are counted in each batch of a step by itself, and so for each task.
     """
     lines = [
         json.loads(line)
@@ -68,7 +69,7 @@ def read_audit(directory: Path, run_name: str, *, global_batch: int, num_steps: 
         if line.endswith("}")  # the last of a killed process may be torn
     ]
     lines.sort(key=lambda line: line["at"])
-    batches = sorted({name for line in lines for name in line["rows"]}) or ["all"]
+    batches = sorted({name for line in lines for name in line["samples"]}) or ["all"]
     attempts: dict[int, dict[str, list[dict]]] = {}  # step -> life -> the lines of its ranks
     for line in lines:
         attempts.setdefault(line["step"], {}).setdefault(line["life"], []).append(line)
@@ -79,13 +80,13 @@ def read_audit(directory: Path, run_name: str, *, global_batch: int, num_steps: 
         lives = list(attempts.get(step, {"": []}).values())
         repeated += len(lives) - 1
         for name in batches:
-            rows = [row for line in lives[-1] for row in line["rows"][name]]
-            lost += max(global_batch - len(set(rows)), 0)
-            if rows:
-                epochs.setdefault((lives[-1][0]["epoch"], name), []).extend(rows)
+            samples = [sample for line in lives[-1] for sample in line["samples"][name]]
+            lost += max(global_batch - len(set(samples)), 0)
+            if samples:
+                epochs.setdefault((lives[-1][0]["epoch"], name), []).extend(samples)
         for ranks in lives:
-            if all(sum(len(line["rows"][name]) for line in ranks) == global_batch for name in batches):
+            if all(sum(len(line["samples"][name]) for line in ranks) == global_batch for name in batches):
                 finished.append((max(line["at"] for line in ranks), step))
-    for rows in epochs.values():
-        twice += len(rows) - len(set(rows))
+    for samples in epochs.values():
+        twice += len(samples) - len(set(samples))
     return Report(lost, twice, repeated, sorted(finished))

@@ -64,7 +64,7 @@ def check_batchnorm(model: nn.Module, *, rows: int, size: int) -> str:
     remedy = "start fewer ranks, raise train.global_batch, lower train.accumulation, or set engine.batchnorm frozen"
     if rows <= 1:
         try:
-            copy.deepcopy(model).train()(torch.zeros(1, 1, 3, size, size))
+            copy.deepcopy(model).train()(torch.zeros(1, 1, 3, size, size), torch.ones(1, 1, dtype=torch.bool))
         except ValueError as error:
             raise InputError(
                 f"a rank has 1 row in a forward pass, too few for this network's BatchNorm ({error}): {remedy}"

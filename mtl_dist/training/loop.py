@@ -12,7 +12,6 @@ import time
 from collections.abc import Generator
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -48,7 +47,7 @@ class _Progress(NamedTuple):
     epoch: int
     lr: float
     loss: StepLoss
-    rows: np.ndarray
+    rows: list[int]
     took_s: float  # since the step before was done, the wait for data included
     waited_s: float
 
@@ -128,9 +127,9 @@ def _train(
             step += 1
             if average:
                 average.update(engine.module.model, step)
-            rows = batch.rows.flatten().numpy()
+            rows = batch.valid_rows()
             if audit:
-                audit.finished(step, epoch, rows, setup.data.tasks)
+                audit.finished(step, epoch, batch.samples.numpy(), setup.data.tasks)
 
             # ---------------------------------------------------------------------------------------- log
             took_s, ended = time.monotonic() - ended, time.monotonic()
@@ -274,7 +273,7 @@ def _look_at(progress: _Progress, setup: Setup, tracker: Tracker | None, saver: 
     wrong = {name: value for name, value in weights.items() if not math.isfinite(value)}
     if wrong or not all(map(math.isfinite, losses.values())):
         shown = ", ".join(f"{name} {value:g}" for name, value in (losses | wrong).items())
-        rows = list_rows(gather_lists(progress.rows.tolist()))
+        rows = list_rows(gather_lists(progress.rows))
         raise NonFiniteLoss(f"step {progress.step}: the loss is not finite ({shown}); its rows: {rows}")
     if tracker:
         present = {task for task in TASKS if bool(progress.loss.present[task])}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -15,14 +13,7 @@ from mtl_dist.models import non_finite
 from mtl_dist.objective.losses import TaskSums, global_losses
 from mtl_dist.objective.module import ObjectiveModule, StepLoss
 from mtl_dist.ranks import gather_lists
-from mtl_dist.tasks import Batch, Labels
-
-
-class MicroBatch(NamedTuple):
-    """What one forward of the engine takes."""
-
-    inputs: Tensor  # (n, T, 3, S, S)
-    labels: Labels
+from mtl_dist.tasks import Batch
 
 
 def train_step(
@@ -31,14 +22,15 @@ def train_step(
     """Take one optimizer step on this rank's part of the global batch, in `train.accumulation` micro-batches."""
     module: ObjectiveModule = engine.module
     draws = draw_passes(batch.rows, seed=config.run.seed, epoch=epoch, passes=module.passes)
-    inputs = augment(batch.inputs.to(device, non_blocking=True), draws.to(device), config.augment, config.input_size)
-    parts = split_batch(inputs, batch.labels.to(device), parts=config.train.accumulation, passes=module.passes)
+    batch = batch.to(device)
+    batch = batch._replace(inputs=augment(batch.inputs, draws.to(device), config.augment, config.input_size))
+    parts = split_batch(batch, parts=config.train.accumulation, passes=module.passes)
 
     # The losses of the whole batch need the sums of the whole batch before the first backward: CCC is no mean.
     total = _sum_up(module, parts, config, step=step, rank=rank) if len(parts) > 1 else None
     for number, part in enumerate(parts):
         seed_dropout(config.run.seed, step, rank, number)
-        loss = engine(*part, total, parts=len(parts))
+        loss = engine(part, total, parts=len(parts))
         engine.backward(loss.total)
         engine.step()
     after = None
@@ -56,25 +48,21 @@ def draw_passes(rows: Tensor, *, seed: int, epoch: int, passes: int) -> Tensor:
     return torch.cat([make_draws(part, seed=seed, epoch=epoch * passes + number) for number, part in parts])
 
 
-def split_batch(inputs: Tensor, labels: Labels, *, parts: int, passes: int) -> list[MicroBatch]:
-    """Cut a batch into micro-batches, each with its part of all `passes` equal parts of the batch (a task's rows)."""
+def split_batch(batch: Batch, *, parts: int, passes: int) -> list[Batch]:
+    """Cut a batch into micro-batches, each with its part of all `passes` equal parts of it (the samples of a task)."""
     if parts == 1:
-        return [MicroBatch(inputs, labels)]
-    if passes == 1:
-        columns = [tensor.tensor_split(parts) for tensor in labels]
-        return [MicroBatch(part, Labels(*label)) for part, *label in zip(inputs.tensor_split(parts), *columns)]
-    of_tasks = [rows.tensor_split(parts) for rows in torch.arange(len(inputs), device=inputs.device).chunk(passes)]
-    rows_of_parts = [torch.cat(rows) for rows in zip(*of_tasks)]
-    return [MicroBatch(inputs[rows], Labels(*(tensor[rows] for tensor in labels))) for rows in rows_of_parts]
+        return [batch]
+    of_passes = [places.tensor_split(parts) for places in torch.arange(len(batch.samples)).chunk(passes)]
+    return [batch.take(torch.cat(places)) for places in zip(*of_passes)]
 
 
-def _sum_up(module: ObjectiveModule, parts: list[MicroBatch], config: Config, *, step: int, rank: int) -> TaskSums:
+def _sum_up(module: ObjectiveModule, parts: list[Batch], config: Config, *, step: int, rank: int) -> TaskSums:
     """Return the sums of the whole step over all ranks, by forward passes without gradients and with its dropout."""
     total = None
     for number, part in enumerate(parts):
         seed_dropout(config.run.seed, step, rank, number)
         with torch.autocast(part.inputs.device.type, torch.bfloat16, enabled=config.engine.autocast == "bf16"):
-            sums = module.sums(*part)
+            sums = module.sums(part)
         total = sums if total is None else total.plus(sums)
     return total.detached_total()
 
