@@ -21,7 +21,7 @@ from mtl_dist.config import build_config, unflatten
 from mtl_dist.data.augment import normalise
 from mtl_dist.ensemble import __main__ as ensemble
 from mtl_dist.models import build_model
-from mtl_dist.objective.module import ObjectiveModule
+from mtl_dist.objective.module import build_module
 from mtl_dist.predict import __main__ as predict
 from mtl_dist.predicting import spread as parts
 from mtl_dist.presets import PRESETS
@@ -61,7 +61,7 @@ def make_config(system, **changes):
 
 def make_module(config):
     passes = 3 if config.data.sampling == "per_task" else 1
-    return ObjectiveModule(build_model(config.model, input_size=config.input_size), config.loss, COUNTS, passes=passes)
+    return build_module(build_model(config.model, input_size=config.input_size), config.loss, COUNTS, passes=passes)
 
 
 class Engine:
@@ -92,7 +92,7 @@ def test_a_step_computes_on_the_device_alone(system, changes, no_autocast):
     loss = train_step(
         Engine(module, config), make_batch(), config, epoch=0, step=0, device=torch.device("meta"), rank=0
     )
-    for tensor in (loss.total, loss.weights, *loss.tasks.values(), *loss.present.values()):
+    for tensor in (loss.total, *loss.weights.values(), *loss.terms.values(), *loss.present.values()):
         assert tensor.device.type == "meta"
 
 
@@ -116,8 +116,8 @@ def test_the_second_gpu_computes_what_the_cpu_does(system, backbone, autocast):
             there = there._replace(inputs=normalise(there.inputs, config.input_size))
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 sums, outputs = module.sums(there), module.model(there.inputs, there.valid)
-            assert {tensor.device for tensor in (*sums, *outputs)} == {device}
-            assert {tensor.dtype for tensor in sums} == {torch.float64}
+            assert {tensor.device for tensor in (*sums.values(), *outputs)} == {device}
+            assert {tensor.dtype for tensor in sums.values()} == {torch.float64}
             assert (torch.bfloat16 in {tensor.dtype for tensor in outputs}) == bf16
             found[name] = {key: tensor.double().cpu() for key, tensor in zip(Outputs._fields, outputs)}
     assert list(gpus.used) == [1]

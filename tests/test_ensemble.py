@@ -21,13 +21,13 @@ from mtl_dist.ensemble.calibrated import calibrate
 from mtl_dist.ensemble.job import combine
 from mtl_dist.ensemble.options import EnsembleCommand
 from mtl_dist.errors import InputError
+from mtl_dist.objective.affect import Predicted
 from mtl_dist.objective.metrics import Predictions, Targets, metric_sums
 from mtl_dist.objective.scores import scores
 from mtl_dist.predict import __main__ as predict
 from mtl_dist.predicting import ensembling
 from mtl_dist.predicting.cluster import TaskFailed
 from mtl_dist.predicting.ensembling import FORMAT, TEST, VAL, Prediction, _key_of, map_here, table_name
-from mtl_dist.predicting.evaluate import Predicted
 from mtl_dist.predicting.members import open_member, predict_member
 from mtl_dist.predicting.predictions import PredictionTable, read_predictions
 from mtl_dist.predicting.submission import TestImages, find_images, submission_text

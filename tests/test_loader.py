@@ -93,7 +93,8 @@ def test_a_batch_has_the_shapes_the_images_and_the_labels_of_its_rows(dataset, t
     batch = train.read_batch(np.array([3, 39, 0, 17, 3]), SIZE)
     assert batch.inputs.shape == (5, 1, 3, SIZE, SIZE)
     assert batch.inputs.dtype == torch.uint8
-    assert batch.num_frames.tolist() == [1] * 5
+    assert batch.valid.tolist() == [[True]] * 5
+    assert batch.samples.tolist() == [3, 39, 0, 17, 3]
     assert batch.rows[0, 0] == batch.rows[4, 0], "a sample may be asked for twice"
     for i, row in enumerate(batch.rows[:, 0].tolist()):
         with Image.open(dataset / "cropped" / annotations.images[row]) as image:

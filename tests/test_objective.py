@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from mtl_dist.config import LossConfig
-from mtl_dist.objective.losses import build_task_weights, concordance, global_losses, task_sums
-from mtl_dist.objective.module import ObjectiveModule
+from mtl_dist.objective.affect import Affect, concordance
+from mtl_dist.objective.balancing import build_balancer
+from mtl_dist.objective.losses import add_sums, global_losses, total_sums
+from mtl_dist.objective.module import ObjectiveModule, build_module
 from mtl_dist.tasks import Batch, LabelCounts, Labels, Outputs
 from mtl_dist.training.step import split_batch
 from tests.windows import all_valid
@@ -56,6 +58,11 @@ def make_batch(size: int, seed: int = 0, *, tasks=("va", "expr", "au")) -> Batch
     return Batch(inputs, all_valid(inputs), labels, torch.arange(size)[:, None], torch.arange(size))
 
 
+def losses_of(objective, outputs: Outputs, batch: Batch) -> dict[str, torch.Tensor]:
+    sums = objective.sums(outputs, batch)
+    return global_losses(objective, sums, total_sums(sums), scale=1.0)
+
+
 def cut(batch: Batch, begin: int, end: int) -> Batch:
     return batch.take(slice(begin, end))
 
@@ -82,9 +89,8 @@ def rank_main(rank, cuts, init_file, config, module, batch, parts, results):
     total = None
     if parts > 1:
         for part in micro:
-            sums = module.sums(part)
-            total = sums if total is None else total.plus(sums)
-        total = total.detached_total()
+            total = add_sums(total, module.sums(part))
+        total = total_sums(total)
     for part in micro:
         loss = module(part, total, parts=parts)
         (loss.total / parts).backward()  # the engine divides by the number of micro-batches
@@ -112,7 +118,7 @@ def test_gradients_of_many_ranks_are_those_of_one(num_ranks, parts, balancing, t
     """Unequal batches, ranks that lack a task's labels, class weights, and micro-batches: to float64 tolerance."""
     config = LossConfig(va=0.7, expr=1.3, au=2.0, balancing=balancing, expr_weights="balanced", au_weights="balanced")
     torch.manual_seed(0)
-    module = ObjectiveModule(TinyModel(), config, COUNTS).double()
+    module = build_module(TinyModel(), config, COUNTS).double()
     if balancing in ("dwa", "famo"):  # in the midst of training
         getattr(module.balancer, {"dwa": "found", "famo": "logits"}[balancing]).copy_(torch.tensor([0.9, 1.4, 0.7]))
     batch = sorted_so_that_ranks_lack_tasks(make_batch(24))
@@ -137,13 +143,15 @@ def test_balanced_weights_are_bounded_and_a_unit_that_is_always_on_or_off_has_a_
         rows=1000, va=0, expr=1000, au=[1000] * 12, expr_classes=[989, 10, 1, 0, 0, 0, 0, 0],
         au_positives=[1000, 0, 800, 1, *[500] * 8], unlabelled=0,
     )  # fmt: skip
-    weights = build_task_weights(LossConfig(expr_weights="balanced", au_weights="balanced"), counts)
+    objective = Affect(LossConfig(expr_weights="balanced", au_weights="balanced"), counts)
+    weights = objective.classes
     assert weights.au.tolist() == [1 / 20, 20, 0.25, 20, *[1.0] * 8]
     assert weights.expr.tolist() == pytest.approx([1000 / (3 * 989), 20, 20, 0, 0, 0, 0, 0])
     logits = torch.zeros(1, 1, 12, dtype=torch.float64, requires_grad=True)
     outputs = Outputs(torch.zeros(1, 1, 2), torch.zeros(1, 1, 8), logits)
-    labels = make_batch(1).labels._replace(au=torch.ones(1, 1, 12), au_mask=torch.ones(1, 1, 12, dtype=torch.bool))
-    task_sums(outputs, labels, weights).au[0].backward()
+    batch = make_batch(1)
+    labels = batch.labels._replace(au=torch.ones(1, 1, 12), au_mask=torch.ones(1, 1, 12, dtype=torch.bool))
+    objective.sums(outputs, batch._replace(labels=labels))["au"][0].backward()
     assert float(logits.grad.abs().amin()) > 0
 
 
@@ -151,9 +159,8 @@ def test_losses_are_the_written_out_formulas():
     batch = make_batch(50)
     labels, outputs = batch.labels, TinyModel()(batch.inputs, batch.valid)
     config = LossConfig(expr_weights="balanced", au_weights="balanced")
-    weights = build_task_weights(config, COUNTS)
-    sums = task_sums(outputs, labels, weights)
-    losses = global_losses(sums, sums.detached_total(), scale=1.0)
+    objective = Affect(config, COUNTS)
+    losses, weights = losses_of(objective, outputs, batch), objective.classes
     mask = labels.expr_mask.flatten()
     expr = F.cross_entropy(outputs.expr_logits.flatten(0, 1)[mask], labels.expr.flatten()[mask], weight=weights.expr)
     torch.testing.assert_close(losses["expr"], expr)
@@ -170,9 +177,10 @@ def test_losses_are_the_written_out_formulas():
 
 
 def test_the_gradient_of_ccc_is_that_of_the_direct_formula():
-    (inputs, valid, labels, *_), model = make_batch(30), TinyModel()
-    sums = task_sums(model(inputs, valid), labels, build_task_weights(LossConfig(), COUNTS))
-    (from_sums,) = torch.autograd.grad(global_losses(sums, sums.detached_total(), scale=1.0)["va"], model.va.weight)
+    batch, model = make_batch(30), TinyModel()
+    inputs, valid, labels, *_ = batch
+    loss = losses_of(Affect(LossConfig(), COUNTS), model(inputs, valid), batch)["va"]
+    (from_sums,) = torch.autograd.grad(loss, model.va.weight)
     va = model(inputs, valid).va
     terms = []
     for dim in range(2):
@@ -185,37 +193,34 @@ def test_the_gradient_of_ccc_is_that_of_the_direct_formula():
 
 @pytest.mark.parametrize("present", [p for n in range(4) for p in itertools.combinations(("va", "expr", "au"), n)])
 def test_a_task_nobody_labelled_is_exactly_zero_with_zero_gradient(present):
-    module = ObjectiveModule(TinyModel(), LossConfig(balancing="uncertainty"), COUNTS)
+    module = build_module(TinyModel(), LossConfig(balancing="uncertainty"), COUNTS)
     loss = module(make_batch(20, tasks=present))
     loss.total.backward()
     assert torch.isfinite(loss.total)
     for place, (task, head) in enumerate(
         zip(("va", "expr", "au"), (module.model.va, module.model.expr, module.model.au))
     ):
-        assert (loss.tasks[task] == 0) == (task not in present)
+        assert (loss.terms[task] == 0) == (task not in present)
         assert bool((head.weight.grad == 0).all()) == (task not in present)
         assert (module.balancer.log_variance.grad[place] == 0) == (task not in present)
         assert bool(loss.present[task]) == (task in present)
 
 
 def test_a_prediction_that_is_not_finite_counts_only_where_it_is_labelled():
-    inputs, valid, labels, *_ = make_batch(10)
-    labels = labels._replace(va_mask=torch.ones_like(labels.va_mask).index_fill(0, torch.tensor(3), False))
-    outputs = TinyModel()(inputs, valid)
+    batch, objective = make_batch(10), Affect(LossConfig(), COUNTS)
+    outputs = TinyModel()(batch.inputs, batch.valid)
     poisoned = outputs._replace(va=outputs.va.index_fill(0, torch.tensor(3), float("nan")))
-    sums = task_sums(poisoned, labels, build_task_weights(LossConfig(), COUNTS))
-    assert torch.isfinite(global_losses(sums, sums.detached_total(), scale=1.0)["va"])
-    labels = labels._replace(va_mask=torch.ones_like(labels.va_mask))
-    sums = task_sums(poisoned, labels, build_task_weights(LossConfig(), COUNTS))
-    assert torch.isnan(global_losses(sums, sums.detached_total(), scale=1.0)["va"])
+    everywhere = torch.ones_like(batch.labels.va_mask)
+    for mask in (everywhere.index_fill(0, torch.tensor(3), False), everywhere):
+        masked = batch._replace(labels=batch.labels._replace(va_mask=mask))
+        assert torch.isnan(losses_of(objective, poisoned, masked)["va"]) == bool(mask[3])
 
 
 def test_constant_predictions_have_a_finite_loss_and_gradient():
     va = torch.full((8, 1, 2), 0.25, dtype=torch.float64, requires_grad=True)
-    outputs = Outputs(va, torch.zeros(8, 1, 8), torch.zeros(8, 1, 12))
-    labels = make_batch(8).labels._replace(va=torch.full((8, 1, 2), 0.25), va_mask=torch.ones(8, 1, dtype=torch.bool))
-    sums = task_sums(outputs, labels, build_task_weights(LossConfig(), COUNTS))
-    loss = global_losses(sums, sums.detached_total(), scale=1.0)["va"]
+    outputs, batch = Outputs(va, torch.zeros(8, 1, 8), torch.zeros(8, 1, 12)), make_batch(8)
+    labels = batch.labels._replace(va=torch.full((8, 1, 2), 0.25), va_mask=torch.ones(8, 1, dtype=torch.bool))
+    loss = losses_of(Affect(LossConfig(), COUNTS), outputs, batch._replace(labels=labels))["va"]
     loss.backward()
     assert torch.isfinite(loss)
     assert torch.isfinite(va.grad).all()
@@ -223,7 +228,61 @@ def test_constant_predictions_have_a_finite_loss_and_gradient():
 
 
 def test_a_weight_of_zero_switches_a_task_off():
-    module = ObjectiveModule(TinyModel(), LossConfig(va=0.0, balancing="uncertainty"), COUNTS)
+    module = build_module(TinyModel(), LossConfig(va=0.0, balancing="uncertainty"), COUNTS)
     module(make_batch(20)).total.backward()
     assert module.model.va.weight.grad is None or (module.model.va.weight.grad == 0).all()
     assert module.model.au.weight.grad.abs().sum() > 0
+
+
+class Spread:
+    """Another objective, of two terms: how far outputs spread over the whole batch, which is no mean of samples, and
+    how far they are from the inputs. The first is there where somebody's VA is labelled."""
+
+    terms = ("spread", "distance")
+
+    def sums(self, outputs, batch):
+        x, there = outputs.va.double()[..., 0], batch.labels.va_mask
+        x, far = torch.where(there, x, 0.0), (outputs.va.double() - batch.inputs[..., :2]) ** 2
+        spread = torch.stack([there.double().sum(), x.sum(), (x * x).sum()])
+        return {"spread": spread, "distance": torch.stack([far.sum(), far.new_tensor(far.numel())])}
+
+    def weight(self, term, total):
+        return total[0] if term == "spread" else total[1]
+
+    def loss(self, term, total):
+        if term == "spread":
+            return (total[2] / total[0] - (total[1] / total[0]) ** 2).sqrt()
+        return total[0] / total[1].detach()
+
+
+def make_other(balancing: str) -> ObjectiveModule:
+    torch.manual_seed(0)
+    balancer = build_balancer(balancing, {"spread": 0.5, "distance": 2.0})
+    return ObjectiveModule(TinyModel(), Spread(), balancer).double()
+
+
+@pytest.mark.parametrize("balancing", ["fixed", "uncertainty", "dwa", "famo"])
+def test_another_objective_of_other_terms_is_exact_on_ranks_and_micro_batches_too(balancing, tmp_path):
+    module, batch = make_other(balancing), sorted_so_that_ranks_lack_tasks(make_batch(24))
+    whole = copy.deepcopy(module)
+    loss = whole(batch)
+    loss.total.backward()
+    assert list(loss.weights) == list(loss.terms) == list(Spread.terms)
+    micro = split_batch(batch, parts=3, passes=1)
+    total = None
+    for part in micro:
+        total = add_sums(total, module.sums(part))
+    for part in micro:
+        (module(part, total, parts=3).total / 3).backward()
+    torch.testing.assert_close(gradients(module), gradients(whole), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("balancing", ["fixed", "uncertainty", "dwa", "famo"])
+def test_a_term_of_another_objective_that_has_nothing_to_learn_from_is_exactly_zero(balancing):
+    """Its own formula is 0 / 0 then."""
+    module = make_other(balancing)
+    loss = module(make_batch(12, tasks=("expr",)))
+    loss.total.backward()
+    assert loss.terms["spread"] == 0
+    assert not loss.present["spread"]
+    assert torch.isfinite(gradients(module)).all()

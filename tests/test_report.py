@@ -16,10 +16,10 @@ import tyro
 from mtl_dist.config import build_config
 from mtl_dist.ensemble.options import EnsembleCommand
 from mtl_dist.errors import InputError
+from mtl_dist.objective.affect import Predicted
 from mtl_dist.objective.metrics import Predictions, Targets, metric_sums
 from mtl_dist.objective.scores import SCORES, constant_scores, label_sums, main_scores, scores, single_scores
 from mtl_dist.objective.smoothing import video_names
-from mtl_dist.predicting.evaluate import Predicted
 from mtl_dist.predicting.members import Member, unique_names
 from mtl_dist.report.__main__ import main
 from mtl_dist.report.affect import draw_affect

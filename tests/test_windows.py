@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,9 +12,8 @@ from torch import nn
 
 from mtl_dist.config import LossConfig, build_config
 from mtl_dist.errors import NonFiniteLoss
-from mtl_dist.objective.metrics import metric_sums
-from mtl_dist.objective.module import ObjectiveModule
-from mtl_dist.predicting.evaluate import check_predictions, predict, total_sums
+from mtl_dist.objective.module import ObjectiveModule, build_module
+from mtl_dist.predicting.evaluate import evaluate, predict
 from mtl_dist.predicting.predictions import prediction_table
 from mtl_dist.tasks import Batch, LabelCounts, Outputs
 from mtl_dist.training.step import train_step
@@ -46,7 +44,7 @@ class Pixels(nn.Module):
 def make_module(balancing: str, width: int = FEATURES) -> ObjectiveModule:
     config = LossConfig(va=0.7, expr=1.3, balancing=balancing, expr_weights="balanced", au_weights="balanced")
     torch.manual_seed(0)
-    return ObjectiveModule(Pixels(width), config, COUNTS)
+    return build_module(Pixels(width), config, COUNTS)
 
 
 def loss_and_gradients(module: ObjectiveModule, batch: Batch) -> torch.Tensor:
@@ -103,9 +101,17 @@ def predicted(batch: Batch, module: ObjectiveModule):
     return predict(module.model, [batch.take(slice(0, 4)), batch.take(slice(4, None))], device=CPU, size=SIDE)
 
 
-def sums_of_rank(rank: int, module: ObjectiveModule, batch: Batch) -> list[float]:
+def scores_of_rank(rank: int, module: ObjectiveModule, batch: Batch) -> dict:
     mine = batch.take(slice(0, 4) if rank == 0 else slice(4, None))
-    return total_sums(predict(module.model, [mine], device=CPU, size=SIDE)).flatten().tolist()
+    return scored(module, [mine])
+
+
+def scored(module: ObjectiveModule, batches: list[Batch], told: list[int] | None = None) -> dict[str, float]:
+    progress = (lambda count: None) if told is None else told.append
+    how = {"step": 7, "progress": progress, "device": CPU, "size": SIDE}
+    scores = evaluate(module.model, module.objective, batches, **how)
+    parts = {**scores["f1_expr"], **scores["f1_au"], **scores["frames"]}
+    return parts | {name: score for name, score in scores.items() if isinstance(score, float)}
 
 
 def test_predictions_of_padded_samples_are_rows_of_their_frames_and_none_of_padding(tmp_path):
@@ -117,12 +123,11 @@ def test_predictions_of_padded_samples_are_rows_of_their_frames_and_none_of_padd
     one, other = (table.to_pylist() for table in tables)
     for mine, theirs in zip(one, other, strict=True):
         assert mine == pytest.approx(theirs, abs=1e-6)
-    predict(module.model, [batch], device=CPU, size=SIDE, progress=told.append)
+    expected = scored(module, [frames_alone(batch)])
+    assert scored(module, [batch], told) == pytest.approx(expected, rel=1e-5)
     assert told == [sum(LENGTHS)]
-    expected = metric_sums(alone.predictions, alone.targets).flatten()
-    np.testing.assert_allclose(total_sums(windows).flatten(), expected, rtol=1e-5, atol=1e-6)
-    for sums in run_ranks(sums_of_rank, 2, tmp_path, module, batch):
-        np.testing.assert_allclose(sums, expected, rtol=1e-5, atol=1e-6)
+    for found in run_ranks(scores_of_rank, 2, tmp_path, module, batch):
+        assert found == pytest.approx(expected, rel=1e-5)
 
 
 class Spoilt(nn.Module):
@@ -141,10 +146,11 @@ def test_what_is_not_finite_on_padding_is_no_fault_and_on_a_frame_names_its_row(
     batch, module = images(), make_module("fixed", 3 * SIDE**2)
     padding, frame = ~batch.valid, torch.zeros_like(batch.valid)
     frame[2, 1] = True
-    check_predictions(predict(Spoilt(module.model, padding), [batch], device=CPU, size=SIDE), 7)
-    found = predict(Spoilt(module.model, frame), [batch], device=CPU, size=SIDE)
+    whole, module.model = module.model, Spoilt(module.model, padding)
+    scored(module, [batch])
+    module.model = Spoilt(whole, frame)
     with pytest.raises(NonFiniteLoss, match=rf"step 7: .* 1 row\(s\) are not finite: {batch.rows[2, 1]}$"):
-        check_predictions(found, 7)
+        scored(module, [batch])
 
 
 class Engine:
@@ -173,6 +179,6 @@ def test_a_step_over_padded_samples_is_that_over_their_frames(accumulation):
         module = make_module("famo", 3 * 32**2)
         loss = train_step(Engine(module), each, config, epoch=1, step=0, device=CPU, rank=0)
         grads = [p.grad / accumulation for p in module.parameters()]
-        losses.append([loss.total.float(), *(value.float() for value in loss.tasks.values()), *grads])
+        losses.append([loss.total.float(), *(value.float() for value in loss.terms.values()), *grads])
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
     assert sorted(batch.valid_rows()) == sorted(batch.rows[batch.rows >= 0].tolist())

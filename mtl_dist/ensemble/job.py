@@ -11,10 +11,10 @@ from mtl_dist.ensemble.calibrated import about_calibration, calibrate
 from mtl_dist.ensemble.options import RECORDED, EnsembleCommand
 from mtl_dist.ensemble.outputs import render_tables, render_test, write_files
 from mtl_dist.errors import InputError
+from mtl_dist.objective.affect import Predicted
 from mtl_dist.objective.metrics import metric_sums
 from mtl_dist.objective.scores import constant_scores, scores
 from mtl_dist.predicting.ensembling import TEST, VAL, Prediction, predict_members, table_name
-from mtl_dist.predicting.evaluate import Predicted
 from mtl_dist.predicting.members import Member, check_apart, open_member, unique_names
 from mtl_dist.predicting.predictions import PredictionTable
 from mtl_dist.predicting.submission import TestImages, find_images, read_test_list

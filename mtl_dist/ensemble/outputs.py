@@ -9,10 +9,10 @@ import pyarrow as pa
 
 from mtl_dist import storage
 from mtl_dist.ensemble.calibrated import Fitted
+from mtl_dist.objective.affect import Predicted
 from mtl_dist.objective.calibration import AU_NAMES, Calibration, apply, stack_members
 from mtl_dist.objective.metrics import Predictions, Targets
 from mtl_dist.objective.smoothing import make_timeline
-from mtl_dist.predicting.evaluate import Predicted
 from mtl_dist.predicting.predictions import PredictionTable, fill_missing, prediction_table, write_parquet
 from mtl_dist.predicting.submission import submission_text
 from mtl_dist.training.tracking import render_scores

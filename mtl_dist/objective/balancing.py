@@ -1,17 +1,17 @@
-"""From task losses to one scalar: sum of weight x loss, the weights fixed or found in training.
+"""From the losses of an objective's terms to one scalar: sum of weight x loss, the weights fixed or found in training.
 
 A balancer never calls backward. All it sees are losses of the whole global batch, so that its weights are the same on
-every rank; what it learns is in parameters and buffers, which checkpoints carry. A task that a step has no labels of
-adds nothing in it, and moves nothing (the optimizer's momentum does not know: it moves learned uncertainties on).
+every rank; what it learns is in parameters and buffers, which checkpoints carry. A term that a step has nothing to
+learn from adds nothing in it, and moves nothing (the optimizer's momentum does not know: it moves learned uncertainties
+on).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
-
-from mtl_dist.config import LossConfig
-from mtl_dist.tasks import TASKS
 
 TINY = 1e-8  # losses are taken to be at least so large where they are divided by
 
@@ -21,18 +21,19 @@ class Balancer(nn.Module):
 
     looks_after_steps = False  # whether `stepped` wants the losses of the same batch after the step
 
-    def __init__(self, config: LossConfig):
+    def __init__(self, fixed: Mapping[str, float]):
         super().__init__()
-        self.register_buffer("fixed", torch.tensor([config.weight(t) for t in TASKS], dtype=torch.float64), False)
+        self.terms = tuple(fixed)
+        self.register_buffer("fixed", torch.tensor(list(fixed.values()), dtype=torch.float64), False)
 
     def forward(self, losses: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-        """Return what is minimised. `losses` are 0 where the global batch has no labels of a task."""
+        """Return what is minimised. `losses` are 0 where the global batch has nothing of a term."""
         weights = self.weights(losses, present)
-        return sum(weights[place] * losses[task] for place, task in enumerate(TASKS))
+        return sum(weight * losses[term] for term, weight in zip(self.terms, weights))
 
     @torch.no_grad()
     def weights(self, losses: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-        """Return the weights (3,) that the losses of this step have."""
+        """Return the weights (K,) that the losses of this step have."""
         return self.fixed
 
     def stepped(self, losses: dict[str, Tensor], present: dict[str, Tensor], after: dict[str, Tensor] | None) -> None:
@@ -41,22 +42,26 @@ class Balancer(nn.Module):
     def finished_epoch(self) -> None:
         """Take note that an epoch is over."""
 
+    def stack(self, values: dict[str, Tensor]) -> Tensor:
+        """Return the values of all terms, (K,)."""
+        return torch.stack([values[term] for term in self.terms])
+
 
 class UncertaintyWeights(Balancer):
     """Learned homoscedastic uncertainty: sum of exp(-s) w loss + s / 2 (Kendall et al. 2018, arXiv 1705.07115).
 
-    A task's term counts only in steps where some rank has its labels: else s would drift down without evidence.
+    A term counts only in steps where some rank has something of it: else s would drift down without evidence.
     """
 
-    def __init__(self, config: LossConfig):
-        super().__init__(config)
-        self.log_variance = nn.Parameter(torch.zeros(len(TASKS)))
+    def __init__(self, fixed: Mapping[str, float]):
+        super().__init__(fixed)
+        self.log_variance = nn.Parameter(torch.zeros(len(fixed)))
 
     def forward(self, losses: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-        terms = []
-        for task, s, weight in zip(TASKS, self.log_variance, self.fixed):
-            terms.append(torch.where(present[task] & (weight > 0), torch.exp(-s) * weight * losses[task] + s / 2, 0.0))
-        return torch.stack(terms).sum()
+        parts = []
+        for term, s, weight in zip(self.terms, self.log_variance, self.fixed):
+            parts.append(torch.where(present[term] & (weight > 0), torch.exp(-s) * weight * losses[term] + s / 2, 0.0))
+        return torch.stack(parts).sum()
 
     @torch.no_grad()
     def weights(self, losses: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
@@ -64,21 +69,21 @@ class UncertaintyWeights(Balancer):
 
 
 class DynamicWeightAverage(Balancer):
-    """K softmax(r / 2) of r = a task's mean loss in the last epoch / in the one before (Liu et al. 2019, MTAN, arXiv
-    1803.10704, equation 7): what falls slowly weighs more, and the weights add up to the number of tasks K.
+    """K softmax(r / 2) of r = a term's mean loss in the last epoch / in the one before (Liu et al. 2019, MTAN, arXiv
+    1803.10704, equation 7): what falls slowly weighs more, and the weights add up to the number of terms K.
 
-    A mean is over the steps that have the task's labels; a task that has no two means yet has r = 1, and one that never
-    had labels has no part in the sum. Weights change between epochs only.
+    A mean is over the steps that the term is present in; one that has no two means yet has r = 1, and one that never
+    was present has no part in the sum. Weights change between epochs only.
     """
 
     TEMPERATURE = 2.0
-    MAX_RATIO = 1000.0  # no weight is left for another task long before, and exp overflows at 1420
+    MAX_RATIO = 1000.0  # no weight is left for another term long before, and exp overflows at 1420
 
-    def __init__(self, config: LossConfig):
-        super().__init__(config)
+    def __init__(self, fixed: Mapping[str, float]):
+        super().__init__(fixed)
         for name in ("sums", "counts", "last", "before"):  # a mean of 0: there is none yet
-            self.register_buffer(name, torch.zeros(len(TASKS), dtype=torch.float64))
-        self.register_buffer("found", torch.ones(len(TASKS), dtype=torch.float64))
+            self.register_buffer(name, torch.zeros(len(fixed), dtype=torch.float64))
+        self.register_buffer("found", torch.ones(len(fixed), dtype=torch.float64))
 
     @torch.no_grad()
     def weights(self, losses: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
@@ -86,8 +91,8 @@ class DynamicWeightAverage(Balancer):
 
     @torch.no_grad()
     def stepped(self, losses: dict[str, Tensor], present: dict[str, Tensor], after: dict[str, Tensor] | None) -> None:
-        here = _stack(present)
-        self.sums += torch.where(here, _stack(losses), 0.0)
+        here = self.stack(present)
+        self.sums += torch.where(here, self.stack(losses), 0.0)
         self.counts += here
 
     @torch.no_grad()
@@ -108,38 +113,38 @@ class FAMO(Balancer):
     """Fast adaptive multitask optimization (Liu et al. 2023, arXiv 2306.03792, algorithm 1): weights c z / loss with
     z = softmax(logits) and c such that they add up to 1, so that all losses fall at the same relative rate.
 
-    After a step the logits follow how much the log-loss of each task fell on the same batch, by Adam (learning rate
+    After a step the logits follow how much the log-loss of each term fell on the same batch, by Adam (learning rate
     0.025), as in the authors' code: one more forward pass, without gradients. The weight decay is their code's
     default. Their cheaper variant compares the losses of successive batches
-    instead, which differ by more than a step changes them. A step's softmax, c and update are over the tasks it has
-    labels of; Adam counts the steps of each logit by itself.
+    instead, which differ by more than a step changes them. A step's softmax, c and update are over the terms that are
+    present; Adam counts the steps of each logit by itself.
     """
 
     LEARNING_RATE, WEIGHT_DECAY, BETAS, EPS = 0.025, 1e-2, (0.9, 0.999), 1e-8
     looks_after_steps = True
 
-    def __init__(self, config: LossConfig):
-        super().__init__(config)
+    def __init__(self, fixed: Mapping[str, float]):
+        super().__init__(fixed)
         for name in ("logits", "mean", "mean_square", "steps"):
-            self.register_buffer(name, torch.zeros(len(TASKS), dtype=torch.float64))
+            self.register_buffer(name, torch.zeros(len(fixed), dtype=torch.float64))
 
     @torch.no_grad()
     def weights(self, losses: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-        ratio = self._softmax(self._taking_part(present)) / _stack(losses).clamp_min(TINY)
+        ratio = self._softmax(self._taking_part(present)) / self.stack(losses).clamp_min(TINY)
         return self.fixed * ratio / ratio.sum().clamp_min(TINY)
 
     @torch.no_grad()
     def stepped(self, losses: dict[str, Tensor], present: dict[str, Tensor], after: dict[str, Tensor] | None) -> None:
         taking_part = self._taking_part(present)
         z = self._softmax(taking_part)
-        fall = _stack(losses).clamp_min(TINY).log() - _stack(after).clamp_min(TINY).log()
+        fall = self.stack(losses).clamp_min(TINY).log() - self.stack(after).clamp_min(TINY).log()
         fall = torch.where(taking_part, fall, 0.0)
         # The gradient of <z, fall> by the logits. Descending it, what fell more than the others weighs less.
         gradient = z * (fall - (z * fall).sum()) + self.WEIGHT_DECAY * self.logits
         self._adam(torch.where(taking_part, gradient, 0.0), taking_part)
 
     def _taking_part(self, present: dict[str, Tensor]) -> Tensor:
-        return _stack(present) & (self.fixed > 0)
+        return self.stack(present) & (self.fixed > 0)
 
     def _softmax(self, taking_part: Tensor) -> Tensor:
         shares = torch.where(taking_part, torch.exp(self.logits - self.logits.amax()), 0.0)
@@ -156,10 +161,7 @@ class FAMO(Balancer):
         self.logits -= torch.where(moved, update, 0.0)
 
 
-def build_balancer(config: LossConfig) -> Balancer:
+def build_balancer(kind: str, fixed: Mapping[str, float]) -> Balancer:
+    """Build a balancer (`loss.balancing`) of terms with the weights that they have besides."""
     kinds = {"fixed": Balancer, "uncertainty": UncertaintyWeights, "dwa": DynamicWeightAverage, "famo": FAMO}
-    return kinds[config.balancing](config)
-
-
-def _stack(values: dict[str, Tensor]) -> Tensor:
-    return torch.stack([values[task] for task in TASKS])
+    return kinds[kind](fixed)

@@ -1,4 +1,4 @@
-"""Model, losses and balancer behind one forward: what the engine wraps, so that a step is one forward, one backward."""
+"""Model, objective and balancer behind one forward: what the engine wraps; a step is one forward, one backward."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mtl_dist.config import LossConfig
-from mtl_dist.objective.balancing import build_balancer
-from mtl_dist.objective.losses import TaskSums, build_task_weights, global_losses, labelled, task_sums
+from mtl_dist.objective.affect import Affect
+from mtl_dist.objective.balancing import Balancer, build_balancer
+from mtl_dist.objective.losses import Objective, Sums, find_present, global_losses, total_sums
 from mtl_dist.tasks import Batch, LabelCounts, Outputs
 
 
 class StepLoss(NamedTuple):
     total: Tensor  # () what backward is called on
-    tasks: dict[str, Tensor]  # task -> () loss of the global batch, detached
-    present: dict[str, Tensor]  # task -> () bool, whether the global batch has its labels
-    weights: Tensor  # (3,) of the tasks' losses in `total`, detached
+    terms: dict[str, Tensor]  # term -> () loss of the global batch, detached
+    present: dict[str, Tensor]  # term -> () bool, whether the global batch has something to learn it from
+    weights: dict[str, Tensor]  # term -> () its loss's weight in `total`, detached
 
 
 class ObjectiveModule(nn.Module):
@@ -27,36 +28,37 @@ class ObjectiveModule(nn.Module):
     `passes`: a batch is cut into so many equal parts, each a forward pass with BatchNorm statistics of its own.
     """
 
-    def __init__(self, model: nn.Module, config: LossConfig, counts: LabelCounts, *, passes: int = 1):
+    def __init__(self, model: nn.Module, objective: Objective, balancer: Balancer, *, passes: int = 1):
         super().__init__()
         self.passes = passes
         self.model = model
-        self.balancer = build_balancer(config)
-        self.weights = build_task_weights(config, counts)
+        self.objective = objective
+        self.balancer = balancer
 
-    def forward(self, batch: Batch, total: TaskSums | None = None, *, parts: int = 1) -> StepLoss:
+    def forward(self, batch: Batch, total: Sums | None = None, *, parts: int = 1) -> StepLoss:
         """Return the loss of a global step of which this is one of `parts` micro-batches of this rank.
 
         `batch` is prepared, and on the device. `total`: the sums of the whole step over all ranks where they are known
         (from `sums`, with several micro-batches); else this batch's are added up over the ranks here.
         """
-        local = task_sums(self._predict(batch), batch.labels, self.weights)
-        total = total if total is not None else local.detached_total()
+        local = self.objective.sums(self._predict(batch), batch)
+        total = total if total is not None else total_sums(local)
         ranks = dist.get_world_size() if dist.is_initialized() else 1
-        losses, present = global_losses(local, total, scale=ranks * parts), labelled(total)
-        values = {task: loss.detach() for task, loss in losses.items()}
+        losses = global_losses(self.objective, local, total, scale=ranks * parts)
+        present = find_present(self.objective, total)
+        values = {term: loss.detach() for term, loss in losses.items()}
         weights = self.balancer.weights(values, present).clone()
-        return StepLoss(self.balancer(losses, present), values, present, weights)
+        return StepLoss(self.balancer(losses, present), values, present, dict(zip(self.objective.terms, weights)))
 
     @torch.no_grad()
-    def sums(self, batch: Batch) -> TaskSums:
+    def sums(self, batch: Batch) -> Sums:
         """Return this batch's sums alone, leaving BatchNorm's running statistics as they are."""
         norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         kept = [m.momentum for m in norms]
         for norm in norms:
             norm.momentum = 0.0
         try:
-            return task_sums(self._predict(batch), batch.labels, self.weights)
+            return self.objective.sums(self._predict(batch), batch)
         finally:
             for norm, momentum in zip(norms, kept):
                 norm.momentum = momentum
@@ -67,3 +69,10 @@ class ObjectiveModule(nn.Module):
         size = len(batch.inputs) // self.passes
         passes = zip(batch.inputs.split(size), batch.valid.split(size))
         return Outputs(*(torch.cat(parts) for parts in zip(*(self.model(*each) for each in passes))))
+
+
+def build_module(model: nn.Module, config: LossConfig, counts: LabelCounts, *, passes: int = 1) -> ObjectiveModule:
+    """Put the model together with the objective and the balancer that are configured; `counts` of the training set."""
+    objective = Affect(config, counts)
+    balancer = build_balancer(config.balancing, {term: config.weight(term) for term in objective.terms})
+    return ObjectiveModule(model, objective, balancer, passes=passes)

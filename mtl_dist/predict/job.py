@@ -13,10 +13,10 @@ from mtl_dist import storage
 from mtl_dist.data.frames import Seen
 from mtl_dist.device import named_device
 from mtl_dist.errors import InputError
+from mtl_dist.objective.affect import Predicted
 from mtl_dist.objective.metrics import AU_THRESHOLD, metric_sums
 from mtl_dist.objective.scores import constant_scores, scores
 from mtl_dist.predict.options import PredictCommand
-from mtl_dist.predicting.evaluate import Predicted
 from mtl_dist.predicting.inputs import ImageFiles, ShardSet, VideoFile, VideoFiles, open_frames, parent_uri
 from mtl_dist.predicting.predictions import check_finite, fill_missing, prediction_table, write_parquet
 from mtl_dist.predicting.spread import Task, predict_frames

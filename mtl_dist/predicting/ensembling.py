@@ -23,8 +23,9 @@ from mtl_dist.data.frames import Seen, image_batches
 from mtl_dist.device import named_device
 from mtl_dist.errors import InputError
 from mtl_dist.joining import has_cluster
+from mtl_dist.objective.affect import Predicted
 from mtl_dist.predicting.cluster import TaskFailed, map_over_cluster
-from mtl_dist.predicting.evaluate import Predicted, predict
+from mtl_dist.predicting.evaluate import predict
 from mtl_dist.predicting.members import Member, predict_member, row_names
 from mtl_dist.predicting.predictions import (
     PredictionTable,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,19 +12,12 @@ from torch import Tensor, nn
 
 from mtl_dist.data.augment import normalise
 from mtl_dist.errors import NonFiniteLoss
-from mtl_dist.objective.metrics import MetricSums, Predictions, Targets, metric_sums
+from mtl_dist.objective.affect import AffectMeter, Predicted
+from mtl_dist.objective.losses import Objective
 from mtl_dist.ranks import gather_lists
 from mtl_dist.tasks import Batch
 
 MAX_LISTED = 32  # rows in one message
-
-
-class Predicted(NamedTuple):
-    """Predictions of n rows with what they are compared to."""
-
-    rows: np.ndarray  # (n,) int64
-    predictions: Predictions
-    targets: Targets
 
 
 @torch.no_grad()
@@ -64,33 +57,40 @@ def predict(
     progress: Callable[[int], None] = lambda count: None,
 ) -> Predicted:
     """Predict every frame of batches that is there, padding is none. `progress` is told of frames."""
-    parts = []
+    meter = AffectMeter()
     for batch, outputs in forward_all(model, batches, device=device, size=size, bf16=bf16):
-        probabilities = (
-            outputs.va.float(),
-            outputs.expr_logits.float().softmax(-1),
-            outputs.au_logits.float().sigmoid(),
-        )
-        valid = batch.valid.numpy()
-        parts.append([tensor.cpu().numpy()[valid] for tensor in (batch.rows, *probabilities, *batch.labels)])
-        progress(int(valid.sum()))
-    if not parts:
-        return _nothing()
-    rows, va, expr, au, *labels = (np.concatenate(column) for column in zip(*parts))
-    return Predicted(rows, Predictions(va, expr, au), Targets(*labels))
+        meter.add(outputs, batch)
+        progress(int(batch.valid.sum()))
+    return meter.predicted()
 
 
-def finite_rows(predictions: Predictions) -> np.ndarray:
-    """(n,) bool: whether all that is predicted of a frame is finite."""
-    return np.logical_and.reduce([np.isfinite(values).all(-1) for values in predictions])
+def evaluate(
+    model: nn.Module,
+    objective: Objective,
+    batches: Iterable[Batch],
+    *,
+    step: int,
+    progress: Callable[[int], None],
+    **how: Any,
+) -> dict[str, Any]:
+    """Return the scores of this rank's batches and those of all others; every rank calls it. `how`: of `forward_all`.
+
+    Raises `NonFiniteLoss` where any rank predicted what is not finite.
+    """
+    meter = objective.meter()
+    for batch, outputs in forward_all(model, batches, **how):
+        meter.add(outputs, batch)
+        progress(int(batch.valid.sum()))
+    check_predictions(meter.bad_rows(), step)
+    return meter.scores(_total(meter.sums()))
 
 
-def check_predictions(predicted: Predicted, step: int) -> None:
+def check_predictions(bad_rows: list[int], step: int) -> None:
     """Raise on all ranks where any rank predicted what is not finite: NaN is scored as Neutral, without a unit on.
 
-    Every rank calls it.
+    Every rank calls it, with its rows of such predictions.
     """
-    if bad := gather_lists(predicted.rows[~finite_rows(predicted.predictions)].tolist()):
+    if bad := gather_lists(bad_rows):
         raise NonFiniteLoss(
             f"evaluation after step {step}: predictions of {len(bad)} row(s) are not finite: {list_rows(bad)}"
         )
@@ -102,18 +102,11 @@ def list_rows(rows: list[int]) -> str:
     return f"{', '.join(map(str, sorted(rows)[:MAX_LISTED]))}{more}"
 
 
-def total_sums(predicted: Predicted) -> MetricSums:
-    """Reduce this rank's predictions to metric sums and add them up over all ranks: one all-reduce."""
-    flat = torch.from_numpy(metric_sums(predicted.predictions, predicted.targets).flatten())
+def _total(sums: np.ndarray) -> np.ndarray:
+    """Add up (n,) float64 over all ranks: one all-reduce."""
+    flat = torch.from_numpy(sums)
     if dist.is_initialized() and dist.get_world_size() > 1:
         device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
         flat = flat.to(device)
         dist.all_reduce(flat)
-    return MetricSums.unflatten(flat.cpu().numpy())
-
-
-def _nothing() -> Predicted:
-    """The share of a rank that has no row to evaluate."""
-    va, expr, au = np.zeros((0, 2)), np.zeros((0, 8)), np.zeros((0, 12))
-    masks = (np.zeros(0, bool), np.zeros(0, bool), np.zeros((0, 12), bool))
-    return Predicted(np.zeros(0, np.int64), Predictions(va, expr, au), Targets(va, np.zeros(0, np.int64), au, *masks))
+    return flat.cpu().numpy()

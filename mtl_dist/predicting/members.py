@@ -19,9 +19,10 @@ from mtl_dist.data.index import Index, check_stored, read_index
 from mtl_dist.data.loader import eval_batches
 from mtl_dist.data.reader import ShardReader
 from mtl_dist.errors import InputError
+from mtl_dist.objective.affect import Predicted
 from mtl_dist.objective.metrics import Predictions, Targets
 from mtl_dist.objective.smoothing import video_names
-from mtl_dist.predicting.evaluate import Predicted, predict
+from mtl_dist.predicting.evaluate import predict
 from mtl_dist.runs.weights import Weights, load_weights, open_best
 
 

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 
 from mtl_dist import storage
 from mtl_dist.errors import InputError
+from mtl_dist.objective.affect import Predicted, finite_rows
 from mtl_dist.objective.metrics import Predictions, Targets
 from mtl_dist.objective.smoothing import last_known, make_timeline, video_names
-from mtl_dist.predicting.evaluate import Predicted, finite_rows
 from mtl_dist.tasks import AUS, EXPRESSIONS
 
 _VA = ("valence", "arousal")

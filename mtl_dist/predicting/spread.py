@@ -18,8 +18,9 @@ import torch
 from mtl_dist.data.frames import Seen
 from mtl_dist.errors import InputError, StorageError
 from mtl_dist.machine import num_cpus
+from mtl_dist.objective.affect import Predicted
 from mtl_dist.objective.metrics import Predictions, Targets
-from mtl_dist.predicting.evaluate import Predicted, predict
+from mtl_dist.predicting.evaluate import predict
 from mtl_dist.predicting.inputs import Frames
 from mtl_dist.processes import end_with_parent, spawn
 from mtl_dist.runs.weights import Weights, load_weights

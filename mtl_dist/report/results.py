@@ -19,9 +19,9 @@ from mtl_dist.config import Varies, flatten, varying
 from mtl_dist.data.index import Index
 from mtl_dist.errors import InputError
 from mtl_dist.families import FAMILIES
+from mtl_dist.objective.affect import Predicted
 from mtl_dist.objective.metrics import AU_THRESHOLD, MetricSums, Predictions, Targets, metric_sums
 from mtl_dist.objective.scores import FIRST, constant_scores, scores
-from mtl_dist.predicting.evaluate import Predicted
 from mtl_dist.predicting.members import Member, predict_member, row_names, unique_names
 from mtl_dist.predicting.predictions import check_finite, prediction_table, read_key, read_predictions, write_parquet
 from mtl_dist.runs.checkpoint import MODEL

@@ -19,14 +19,13 @@ from mtl_dist import storage
 from mtl_dist.config import Config, dump_yaml
 from mtl_dist.data.loader import eval_batches, train_batches
 from mtl_dist.errors import NonFiniteLoss
-from mtl_dist.objective.metrics import MetricSums
 from mtl_dist.objective.module import StepLoss
-from mtl_dist.objective.scores import constant_scores, flat_scores, scores
-from mtl_dist.predicting.evaluate import check_predictions, list_rows, predict, total_sums
+from mtl_dist.objective.scores import flat_scores
+from mtl_dist.predicting.evaluate import evaluate, list_rows
 from mtl_dist.ranks import gather_lists
 from mtl_dist.runs.checkpoint import on_rank_0
 from mtl_dist.runs.lives import Life, begin_life
-from mtl_dist.tasks import TASKS, Batch
+from mtl_dist.tasks import Batch
 from mtl_dist.training.audit import Audit
 from mtl_dist.training.averaging import average_batchnorm, freeze_batchnorm
 from mtl_dist.training.engine import learning_rate, set_learning_rate
@@ -164,10 +163,10 @@ def _train(
         is_late = _is_late(saved_at, config.checkpoint.every_minutes)
         wishes = _ask_ranks(context, step, is_due=is_late, always=True)
         if is_last or _is_due(epoch + 1, config.train.eval_every):
-            sums = _evaluate(setup, trained, step)
-            last_scores = scores(sums)
+            last_scores = _evaluate(setup, trained, step)
             if tracker:
-                tracker.evaluated(step, epoch, last_scores, constant_scores(sums))
+                floor = engine.module.objective.meter().floor(setup.data.val.labels)
+                tracker.evaluated(step, epoch, last_scores, floor)
             save(last_scores)
             context.publish({"step": step, "epoch": epoch + 1, **flat_scores(last_scores)})
         elif wishes.any or _is_due(step, config.checkpoint.every_steps):
@@ -240,7 +239,7 @@ def _open_batches(setup: Setup, epoch: int, *, start_step: int) -> Generator[Bat
     )
 
 
-def _evaluate(setup: Setup, trained: Trained, step: int) -> MetricSums:
+def _evaluate(setup: Setup, trained: Trained, step: int) -> dict[str, Any]:
     config, context, watchdog = setup.config, setup.context, setup.watchdog
     average_batchnorm(trained.engine.module.model, config)
     if trained.average:
@@ -254,32 +253,32 @@ def _evaluate(setup: Setup, trained: Trained, step: int) -> MetricSums:
         workers=config.data.workers,
         prefetch=config.data.prefetch,
     )
-    predicted = predict(
+    return evaluate(
         trained.evaluated,
+        trained.engine.module.objective,
         batches,
+        step=step,
         device=setup.device,
         size=config.input_size,
         bf16=config.engine.autocast == "bf16",
         progress=lambda count: watchdog.moved(step, 2, f"the evaluation after step {step}"),
     )
-    check_predictions(predicted, step)
-    return total_sums(predicted)
 
 
 def _look_at(progress: _Progress, setup: Setup, tracker: Tracker | None, saver: Saver) -> None:
     """Record a step's losses; stop the run where they are not finite. All ranks hold the same values."""
-    losses = {task: float(loss) for task, loss in progress.loss.tasks.items()} | {"total": float(progress.loss.total)}
-    weights = {f"weight of {task}": float(weight) for task, weight in zip(TASKS, progress.loss.weights)}
+    losses = {term: float(loss) for term, loss in progress.loss.terms.items()} | {"total": float(progress.loss.total)}
+    weights = {f"weight of {term}": float(weight) for term, weight in progress.loss.weights.items()}
     wrong = {name: value for name, value in weights.items() if not math.isfinite(value)}
     if wrong or not all(map(math.isfinite, losses.values())):
         shown = ", ".join(f"{name} {value:g}" for name, value in (losses | wrong).items())
         rows = list_rows(gather_lists(progress.rows))
         raise NonFiniteLoss(f"step {progress.step}: the loss is not finite ({shown}); its rows: {rows}")
     if tracker:
-        present = {task for task in TASKS if bool(progress.loss.present[task])}
+        present = {term for term, is_present in progress.loss.present.items() if bool(is_present)}
         shown = {name: value for name, value in losses.items() if name == "total" or name in present}
         learned = setup.config.loss.balancing != "fixed"
-        weights = {task: float(w) for task, w in zip(TASKS, progress.loss.weights) if learned and task in present}
+        weights = {term: float(w) for term, w in progress.loss.weights.items() if learned and term in present}
         tracker.step(
             progress.step,
             setup.total_steps,

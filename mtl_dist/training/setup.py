@@ -19,7 +19,7 @@ from mtl_dist.device import check_device, keep_freed_memory, pick_device
 from mtl_dist.errors import InputError
 from mtl_dist.machine import allow_open_files
 from mtl_dist.models import build_model, num_parameters
-from mtl_dist.objective.module import ObjectiveModule
+from mtl_dist.objective.module import ObjectiveModule, build_module
 from mtl_dist.progress import progress_bar
 from mtl_dist.runs.checkpoint import MAX_TENSOR_BYTES, READ_AT_THE_START, Restored, load_checkpoint, weights_name
 from mtl_dist.runs.pretrained import build_pretrained
@@ -205,7 +205,7 @@ def restore(setup: Setup) -> tuple[Setup, Trained, int, dict[str, Any]]:
     for note in (began, _note_batchnorm(model, config, num_ranks)):
         if note and setup.context.rank == 0:
             print(note, flush=True)
-    module = ObjectiveModule(model, config.loss, setup.data.train.labels, passes=max(len(setup.data.tasks), 1))
+    module = build_module(model, config.loss, setup.data.train.labels, passes=max(len(setup.data.tasks), 1))
     average = WeightAverage(module.model, config.train.ema) if config.train.ema else None
     if restored:
         _restore_weights(module, average, restored)

@@ -10,7 +10,7 @@ from mtl_dist.config import Config
 from mtl_dist.data.augment import augment, make_draws
 from mtl_dist.errors import NonFiniteLoss
 from mtl_dist.models import non_finite
-from mtl_dist.objective.losses import TaskSums, global_losses
+from mtl_dist.objective.losses import Sums, add_sums, global_losses, total_sums
 from mtl_dist.objective.module import ObjectiveModule, StepLoss
 from mtl_dist.ranks import gather_lists
 from mtl_dist.tasks import Batch
@@ -36,8 +36,8 @@ def train_step(
     after = None
     if module.balancer.looks_after_steps:
         sums = _sum_up(module, parts, config, step=step, rank=rank)
-        after = global_losses(sums, sums, scale=1.0)
-    module.balancer.stepped(loss.tasks, loss.present, after)
+        after = global_losses(module.objective, sums, sums, scale=1.0)
+    module.balancer.stepped(loss.terms, loss.present, after)
     return loss._replace(total=loss.total.detach())
 
 
@@ -56,15 +56,15 @@ def split_batch(batch: Batch, *, parts: int, passes: int) -> list[Batch]:
     return [batch.take(torch.cat(places)) for places in zip(*of_passes)]
 
 
-def _sum_up(module: ObjectiveModule, parts: list[Batch], config: Config, *, step: int, rank: int) -> TaskSums:
+def _sum_up(module: ObjectiveModule, parts: list[Batch], config: Config, *, step: int, rank: int) -> Sums:
     """Return the sums of the whole step over all ranks, by forward passes without gradients and with its dropout."""
     total = None
     for number, part in enumerate(parts):
         seed_dropout(config.run.seed, step, rank, number)
         with torch.autocast(part.inputs.device.type, torch.bfloat16, enabled=config.engine.autocast == "bf16"):
             sums = module.sums(part)
-        total = sums if total is None else total.plus(sums)
-    return total.detached_total()
+        total = add_sums(total, sums)
+    return total_sums(total)
 
 
 def seed_dropout(seed: int, step: int, rank: int, part: int) -> None:
