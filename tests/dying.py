@@ -20,7 +20,7 @@ from mtl_dist.errors import run_command
 from mtl_dist.runs.checkpoint import COMMIT, TRAIN
 from mtl_dist.train import main
 from mtl_dist.training.saving import Saver
-from mtl_dist.training.watchdog import Watchdog
+from mtl_dist.training.watchdog import Phase, Watchdog
 
 PHASES = (
     "between steps",
@@ -49,11 +49,15 @@ def arrange(phase: str, step: int, rank: int, marker: Path) -> None:
     )  # fmt: skip
     name_of_step = f"step_{step:09d}"
 
-    def dying_moved(self, at: int, number: int, what: str) -> None:
-        wanted = {"between steps": (step + 1, 0), "in a step": (step, 1), "in evaluation": (step, 2)}.get(phase)
-        if wanted == (at, number):
+    def dying_moved(self, at: Phase, number: int = 0) -> None:
+        wanted = {
+            "between steps": (Phase.DATA, step + 1),
+            "in a step": (Phase.STEP, step),
+            "in evaluation": (Phase.EVALUATION, step),
+        }
+        if wanted.get(phase) == (at, number):
             die()
-        moved(self, at, number, what)
+        moved(self, at, number)
 
     def dying_save(self, *args, state, **options) -> None:
         if phase == "before the save" and state["step"] == step:

@@ -109,7 +109,7 @@ def scores_of_rank(rank: int, module: ObjectiveModule, batch: Batch) -> dict:
 def scored(module: ObjectiveModule, batches: list[Batch], told: list[int] | None = None) -> dict[str, float]:
     progress = (lambda count: None) if told is None else told.append
     how = {"step": 7, "progress": progress, "device": CPU, "size": SIDE}
-    scores = evaluate(module.model, module.objective, batches, **how)
+    scores = evaluate(module.model, module.objective, batches, **how).scores
     parts = {**scores["f1_expr"], **scores["f1_au"], **scores["frames"]}
     return parts | {name: score for name, score in scores.items() if isinstance(score, float)}
 

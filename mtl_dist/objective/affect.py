@@ -16,7 +16,7 @@ from torch import Tensor
 from mtl_dist.config import LossConfig
 from mtl_dist.objective.losses import Sums
 from mtl_dist.objective.metrics import MetricSums, Predictions, Targets, metric_sums
-from mtl_dist.objective.scores import constant_scores, label_sums, scores
+from mtl_dist.objective.scores import constant_scores, scores
 from mtl_dist.tasks import NUM_AUS, NUM_EXPRESSIONS, TASKS, Batch, LabelCounts, Labels, Outputs
 
 MAX_CLASS_WEIGHT = 20.0
@@ -163,8 +163,8 @@ class AffectMeter:
     def scores(self, total: np.ndarray) -> dict[str, Any]:
         return scores(MetricSums.unflatten(total))
 
-    def floor(self, counts: LabelCounts) -> dict[str, Any]:
-        return constant_scores(label_sums(counts))
+    def floor(self, total: np.ndarray) -> dict[str, Any]:
+        return constant_scores(MetricSums.unflatten(total))
 
 
 def _no_frames() -> list[np.ndarray]:

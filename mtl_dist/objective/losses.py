@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtl_dist.tasks import Batch, LabelCounts, Outputs
+from mtl_dist.tasks import Batch, Outputs
 
 Sums = dict[str, Tensor]  # by term
 
@@ -39,8 +39,8 @@ class Meter(Protocol):
     def scores(self, total: np.ndarray) -> dict[str, Any]:
         """Return the scores that the sums of all ranks make."""
 
-    def floor(self, counts: LabelCounts) -> dict[str, Any]:
-        """Return the scores of the best constant prediction for data with these counts."""
+    def floor(self, total: np.ndarray) -> dict[str, Any]:
+        """Return the scores of the best constant predictor, which the same sums tell."""
 
 
 class Objective(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -64,6 +64,13 @@ def predict(
     return meter.predicted()
 
 
+class Scored(NamedTuple):
+    """What an evaluation found."""
+
+    scores: dict[str, Any]
+    floor: dict[str, Any]  # those of the best constant predictor
+
+
 def evaluate(
     model: nn.Module,
     objective: Objective,
@@ -72,8 +79,8 @@ def evaluate(
     step: int,
     progress: Callable[[int], None],
     **how: Any,
-) -> dict[str, Any]:
-    """Return the scores of this rank's batches and those of all others; every rank calls it. `how`: of `forward_all`.
+) -> Scored:
+    """Score this rank's batches and those of all others; every rank calls it. `how`: of `forward_all`.
 
     Raises `NonFiniteLoss` where any rank predicted what is not finite.
     """
@@ -82,7 +89,8 @@ def evaluate(
         meter.add(outputs, batch)
         progress(int(batch.valid.sum()))
     check_predictions(meter.bad_rows(), step)
-    return meter.scores(_total(meter.sums()))
+    total = _total(meter.sums())
+    return Scored(meter.scores(total), meter.floor(total))
 
 
 def check_predictions(bad_rows: list[int], step: int) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import math
 import time
 from collections.abc import Generator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from mtl_dist.data.loader import eval_batches, train_batches
 from mtl_dist.errors import NonFiniteLoss
 from mtl_dist.objective.module import StepLoss
 from mtl_dist.objective.scores import flat_scores
-from mtl_dist.predicting.evaluate import evaluate, list_rows
+from mtl_dist.predicting.evaluate import Scored, evaluate, list_rows
 from mtl_dist.ranks import gather_lists
 from mtl_dist.runs.checkpoint import on_rank_0
 from mtl_dist.runs.lives import Life, begin_life
@@ -32,14 +33,28 @@ from mtl_dist.training.engine import learning_rate, set_learning_rate
 from mtl_dist.training.saving import Saver
 from mtl_dist.training.setup import RunContext, Setup, Trained, describe_size, restore, save_checkpoint, set_up
 from mtl_dist.training.step import train_step
-from mtl_dist.training.tracking import Tracker
-from mtl_dist.training.watchdog import Watchdog
+from mtl_dist.training.tracking import NoTracker, Tracker
+from mtl_dist.training.watchdog import Phase, Watchdog
 
 CONFIG_NAME = "config.yaml"
 ASK_EVERY_STEPS = 8
 
 
-class _Progress(NamedTuple):
+@dataclass
+class _Run:
+    """What the loop works with, and where it stands."""
+
+    setup: Setup
+    trained: Trained
+    tracker: Tracker | NoTracker
+    audit: Audit | None
+    saver: Saver
+    step: int  # completed
+    scores: dict[str, Any]  # of the last evaluation
+    saved_at: float  # monotonic
+
+
+class _Taken(NamedTuple):
     """A step whose loss has not been looked at yet: looking makes the host wait for the device."""
 
     step: int
@@ -70,7 +85,7 @@ def _fit(config: Config, context: RunContext, watchdog: Watchdog) -> dict[str, A
         tracker, audit = _open_records(setup, records, life=life, step=step, scores=last_scores)
         with Saver(config.run.uri, config.checkpoint, life=life) as saver:
             try:
-                return _train(setup, trained, step, last_scores, tracker=tracker, audit=audit, saver=saver)
+                return _train(_Run(setup, trained, tracker, audit, saver, step, last_scores, time.monotonic()))
             except NonFiniteLoss as error:
                 raise NonFiniteLoss(f"{error}. {_what_is_left(saver, begun_at=step)}") from None
 
@@ -85,98 +100,105 @@ def say_start(setup: Setup, trained: Trained) -> None:
     print(f"start   {', '.join(parts)}; {describe_size(trained.engine.module.model)}", flush=True)
 
 
-def _train(
-    setup: Setup,
-    trained: Trained,
-    step: int,
-    last_scores: dict[str, Any],
-    *,
-    tracker: Tracker | None,
-    audit: Audit | None,
-    saver: Saver,
-) -> dict[str, Any]:
-    """Train from after `step` on; return the last scores."""
-    config, context, watchdog = setup.config, setup.context, setup.watchdog
-    engine, average, steps_per_epoch = trained.engine, trained.average, setup.data.steps_per_epoch
-    saved_at = time.monotonic()
-
-    def save(scored: dict[str, Any]) -> None:
-        nonlocal saved_at
-        state = {"step": step, "scores": last_scores, "num_ranks": context.num_ranks}
-        save_checkpoint(setup, trained, saver, tracker, state=state, scored=scored)
-        saved_at = time.monotonic()
-
-    saver.on_wait = lambda: watchdog.moved(step, 3, f"storing the checkpoint of step {step}")
-    for epoch in range(step // steps_per_epoch, config.train.epochs):
-        engine.module.train()
-        if config.engine.batchnorm == "frozen":
-            freeze_batchnorm(engine.module)
-        batches = _open_batches(setup, epoch, start_step=step % steps_per_epoch)
-        unseen: _Progress | None = None
-        asked = ended = time.monotonic()
-        watchdog.moved(step + 1, 0, f"waiting for the data of step {step + 1}")
-        for batch in batches:
-            waited_s = time.monotonic() - asked
-
-            # --------------------------------------------------------------------------------------- step
-            watchdog.moved(step + 1, 1, f"step {step + 1}")
-            lr = learning_rate(config, step, setup.total_steps)
-            set_learning_rate(engine, lr)
-            loss = train_step(engine, batch, config, epoch=epoch, step=step, device=setup.device, rank=context.rank)
-            step += 1
-            if average:
-                average.update(engine.module.model, step)
-            rows = batch.valid_rows()
-            if audit:
-                audit.finished(step, epoch, batch.samples.numpy(), setup.data.tasks)
-
-            # ---------------------------------------------------------------------------------------- log
-            took_s, ended = time.monotonic() - ended, time.monotonic()
-            context.observe(step_s=took_s, data_wait_s=waited_s, images_per_s=len(rows) / took_s)
-            if saver.saved:
-                context.observe(checkpoint_step=saver.saved.step)
-            if unseen:  # the step before, whose loss is there by now: this one is under way meanwhile
-                _look_at(unseen, setup, tracker, saver)
-            unseen = _Progress(step, epoch, lr, loss, rows, took_s, waited_s)
-
-            # -------------------------------------------------------- once in a while: save in mid-epoch, stop
-            if step % steps_per_epoch:  # what is due at an epoch's end comes after its evaluation
-                wishes = _ask_ranks(context, step, is_due=_is_late(saved_at, config.checkpoint.every_minutes))
-                if wishes.any or _is_due(step, config.checkpoint.every_steps):
-                    _look_at(unseen, setup, tracker, saver)
-                    unseen = None
-                    save({})
-                if wishes.stop or wishes.now:
-                    saver.wait()
-                if wishes.stop:
-                    batches.close()
-                    _say_stopped(tracker, step, setup.total_steps)
-                    return last_scores
-            asked = time.monotonic()
-            watchdog.moved(step + 1, 0, f"waiting for the data of step {step + 1}")
-        if unseen:
-            _look_at(unseen, setup, tracker, saver)
-        engine.module.balancer.finished_epoch()
+def _train(run: _Run) -> dict[str, Any]:
+    """Train from after `run.step` on; return the last scores."""
+    config, watchdog, saver = run.setup.config, run.setup.watchdog, run.saver
+    saver.on_wait = lambda: watchdog.moved(Phase.STORING, run.step)
+    for epoch in range(run.step // run.setup.data.steps_per_epoch, config.train.epochs):
+        if not _train_epoch(run, epoch):
+            break
+        run.trained.engine.module.balancer.finished_epoch()
 
         # ------------------------------------------------------- once in a while: evaluate, publish, save, stop
         is_last = epoch + 1 == config.train.epochs
-        is_late = _is_late(saved_at, config.checkpoint.every_minutes)
-        wishes = _ask_ranks(context, step, is_due=is_late, always=True)
+        asked_for = _ask_ranks(run, always=True)
         if is_last or _is_due(epoch + 1, config.train.eval_every):
-            last_scores = _evaluate(setup, trained, step)
-            if tracker:
-                floor = engine.module.objective.meter().floor(setup.data.val.labels)
-                tracker.evaluated(step, epoch, last_scores, floor)
-            save(last_scores)
-            context.publish({"step": step, "epoch": epoch + 1, **flat_scores(last_scores)})
-        elif wishes.any or _is_due(step, config.checkpoint.every_steps):
-            save({})
-        if wishes.stop or wishes.now:
+            run.scores, constant = _evaluate(run)
+            run.tracker.evaluated(run.step, epoch, run.scores, constant)
+            _save(run, run.scores)
+            run.setup.context.publish({"step": run.step, "epoch": epoch + 1, **flat_scores(run.scores)})
+        elif asked_for.any or _is_due(run.step, config.checkpoint.every_steps):
+            _save(run, {})
+        if asked_for.stop or asked_for.now:
             saver.wait()
-        if wishes.stop and not is_last:
-            _say_stopped(tracker, step, setup.total_steps)
+        if asked_for.stop and not is_last:
+            _say_stopped(run)
             break
-    return last_scores
+    return run.scores
+
+
+def _train_epoch(run: _Run, epoch: int) -> bool:
+    """Take the steps of an epoch that are left; return False where it was asked to stop in its midst, and saved."""
+    setup, saver = run.setup, run.saver
+    config, context, watchdog = setup.config, setup.context, setup.watchdog
+    _set_training(run.trained, config)
+    batches = _open_batches(setup, epoch, start_step=run.step % setup.data.steps_per_epoch)
+    last: _Taken | None = None
+    asked = ended = time.monotonic()
+    watchdog.moved(Phase.DATA, run.step + 1)
+    for batch in batches:
+        waited_s = time.monotonic() - asked
+
+        # ------------------------------------------------------------------------------------------- step
+        watchdog.moved(Phase.STEP, run.step + 1)
+        lr, loss = _take_step(run, batch, epoch)
+        rows = batch.valid_rows()
+        if run.audit:
+            run.audit.finished(run.step, epoch, batch.samples.numpy(), setup.data.tasks)
+
+        # -------------------------------------------------------------------------------------------- log
+        took_s, ended = time.monotonic() - ended, time.monotonic()
+        context.observe(step_s=took_s, data_wait_s=waited_s, images_per_s=len(rows) / took_s)
+        if saver.saved:
+            context.observe(checkpoint_step=saver.saved.step)
+        if last:  # the step before, whose loss is there by now: this one is under way meanwhile
+            _look_at(last, run)
+        last = _Taken(run.step, epoch, lr, loss, rows, took_s, waited_s)
+
+        # ------------------------------------------------------------ once in a while: save in mid-epoch, stop
+        if run.step % setup.data.steps_per_epoch:  # what is due at an epoch's end comes after its evaluation
+            asked_for = _ask_ranks(run)
+            if asked_for.any or _is_due(run.step, config.checkpoint.every_steps):
+                _look_at(last, run)
+                last = None
+                _save(run, {})
+            if asked_for.stop or asked_for.now:
+                saver.wait()
+            if asked_for.stop:
+                batches.close()
+                _say_stopped(run)
+                return False
+        asked = time.monotonic()
+        watchdog.moved(Phase.DATA, run.step + 1)
+    if last:
+        _look_at(last, run)
+    return True
+
+
+def _set_training(trained: Trained, config: Config) -> None:
+    trained.engine.module.train()
+    if config.engine.batchnorm == "frozen":
+        freeze_batchnorm(trained.engine.module)
+
+
+def _take_step(run: _Run, batch: Batch, epoch: int) -> tuple[float, StepLoss]:
+    """Take one optimizer step, and note it; return its learning rate and its loss."""
+    setup, engine, average = run.setup, run.trained.engine, run.trained.average
+    lr = learning_rate(setup.config, run.step, setup.total_steps)
+    set_learning_rate(engine, lr)
+    where = {"epoch": epoch, "step": run.step, "device": setup.device, "rank": setup.context.rank}
+    loss = train_step(engine, batch, setup.config, **where)
+    run.step += 1
+    if average:
+        average.update(engine.module.model, run.step)
+    return lr, loss
+
+
+def _save(run: _Run, scored: dict[str, Any]) -> None:
+    """Save a checkpoint; `scored` are the scores of these very weights, where they have some."""
+    state = {"step": run.step, "scores": run.scores, "num_ranks": run.setup.context.num_ranks}
+    save_checkpoint(run.setup, run.trained, run.saver, run.tracker, state=state, scored=scored)
+    run.saved_at = time.monotonic()
 
 
 def _what_is_left(saver: Saver, *, begun_at: int) -> str:
@@ -198,10 +220,10 @@ def _what_is_left(saver: Saver, *, begun_at: int) -> str:
 
 def _open_records(
     setup: Setup, records: contextlib.ExitStack, *, life: Life, step: int, scores: dict[str, Any]
-) -> tuple[Tracker | None, Audit | None]:
+) -> tuple[Tracker | NoTracker, Audit | None]:
     """Open what this rank writes of the run, closed with `records`, and say where the run stands."""
     config, context = setup.config, setup.context
-    tracker = audit = None
+    tracker, audit = NoTracker(), None
 
     def open_tracker() -> None:
         nonlocal tracker
@@ -213,11 +235,8 @@ def _open_records(
     on_rank_0(open_tracker)
     if step >= setup.total_steps:
         context.publish({"step": step, "epoch": config.train.epochs, **flat_scores(scores)})
-        if tracker:
-            print(
-                f"run '{config.run.name}' is finished (step {step} of {setup.total_steps}); nothing is left to do",
-                flush=True,
-            )
+        where = f"step {step} of {setup.total_steps}"
+        tracker.say(f"run '{config.run.name}' is finished ({where}); nothing is left to do")
     if config.run.audit_dir:
         audit = Audit(config.run.audit_dir, config.run.name, life=life.name, rank=context.rank)
         records.callback(audit.close)
@@ -239,8 +258,10 @@ def _open_batches(setup: Setup, epoch: int, *, start_step: int) -> Generator[Bat
     )
 
 
-def _evaluate(setup: Setup, trained: Trained, step: int) -> dict[str, Any]:
-    config, context, watchdog = setup.config, setup.context, setup.watchdog
+def _evaluate(run: _Run) -> Scored:
+    """Score the validation set, and the best constant predictor on it."""
+    setup, trained = run.setup, run.trained
+    config, context = setup.config, setup.context
     average_batchnorm(trained.engine.module.model, config)
     if trained.average:
         trained.average.copy_buffers(trained.engine.module.model)
@@ -257,40 +278,38 @@ def _evaluate(setup: Setup, trained: Trained, step: int) -> dict[str, Any]:
         trained.evaluated,
         trained.engine.module.objective,
         batches,
-        step=step,
+        step=run.step,
         device=setup.device,
         size=config.input_size,
         bf16=config.engine.autocast == "bf16",
-        progress=lambda count: watchdog.moved(step, 2, f"the evaluation after step {step}"),
+        progress=lambda count: setup.watchdog.moved(Phase.EVALUATION, run.step),
     )
 
 
-def _look_at(progress: _Progress, setup: Setup, tracker: Tracker | None, saver: Saver) -> None:
+def _look_at(taken: _Taken, run: _Run) -> None:
     """Record a step's losses; stop the run where they are not finite. All ranks hold the same values."""
-    losses = {term: float(loss) for term, loss in progress.loss.terms.items()} | {"total": float(progress.loss.total)}
-    weights = {f"weight of {term}": float(weight) for term, weight in progress.loss.weights.items()}
-    wrong = {name: value for name, value in weights.items() if not math.isfinite(value)}
+    setup, loss = run.setup, taken.loss
+    losses = {term: float(value) for term, value in loss.terms.items()} | {"total": float(loss.total)}
+    weights = {term: float(weight) for term, weight in loss.weights.items()}
+    wrong = {f"weight of {term}": weight for term, weight in weights.items() if not math.isfinite(weight)}
     if wrong or not all(map(math.isfinite, losses.values())):
         shown = ", ".join(f"{name} {value:g}" for name, value in (losses | wrong).items())
-        rows = list_rows(gather_lists(progress.rows))
-        raise NonFiniteLoss(f"step {progress.step}: the loss is not finite ({shown}); its rows: {rows}")
-    if tracker:
-        present = {term for term, is_present in progress.loss.present.items() if bool(is_present)}
-        shown = {name: value for name, value in losses.items() if name == "total" or name in present}
-        learned = setup.config.loss.balancing != "fixed"
-        weights = {term: float(w) for term, w in progress.loss.weights.items() if learned and term in present}
-        tracker.step(
-            progress.step,
-            setup.total_steps,
-            progress.epoch,
-            progress.lr,
-            shown,
-            weights=weights,
-            images=setup.config.train.global_batch * max(len(setup.data.tasks), 1),
-            took_s=progress.took_s,
-            waited_s=progress.waited_s,
-            saved_step=saver.saved.step if saver.saved else None,
-        )
+        rows = list_rows(gather_lists(taken.rows))
+        raise NonFiniteLoss(f"step {taken.step}: the loss is not finite ({shown}); its rows: {rows}")
+    present = {term for term, is_present in loss.present.items() if bool(is_present)}
+    learned = setup.config.loss.balancing != "fixed"
+    run.tracker.step(
+        taken.step,
+        setup.total_steps,
+        taken.epoch,
+        taken.lr,
+        {name: value for name, value in losses.items() if name == "total" or name in present},
+        weights={term: weight for term, weight in weights.items() if learned and term in present},
+        images=setup.config.train.global_batch * max(len(setup.data.tasks), 1),
+        took_s=taken.took_s,
+        waited_s=taken.waited_s,
+        saved_step=run.saver.saved.step if run.saver.saved else None,
+    )
 
 
 def _is_due(count: int, every: int | None) -> bool:
@@ -301,7 +320,7 @@ def _is_late(saved_at: float, every_minutes: float | None) -> bool:
     return every_minutes is not None and time.monotonic() - saved_at >= 60 * every_minutes
 
 
-class _Wishes(NamedTuple):
+class _AskedFor(NamedTuple):
     stop: bool  # save and leave the loop
     now: bool  # save, and wait until it is stored
     late: bool  # save
@@ -311,22 +330,22 @@ class _Wishes(NamedTuple):
         return self.stop or self.now or self.late
 
 
-def _ask_ranks(context: RunContext, step: int, *, is_due: bool, always: bool = False) -> _Wishes:
+def _ask_ranks(run: _Run, *, always: bool = False) -> _AskedFor:
     """What any rank was asked for: all ranks must save and leave the loop at the same step. Rank 0's clock counts.
 
     Several ranks ask each other now and then only, since the answer makes the host wait for the device.
     """
+    context, is_late = run.setup.context, _is_late(run.saved_at, run.setup.config.checkpoint.every_minutes)
     if context.num_ranks == 1:
-        return _Wishes(context.should_stop(), context.should_save(), is_due)
-    if not always and step % ASK_EVERY_STEPS:
-        return _Wishes(False, False, False)
+        return _AskedFor(context.should_stop(), context.should_save(), is_late)
+    if not always and run.step % ASK_EVERY_STEPS:
+        return _AskedFor(False, False, False)
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    mine = (context.should_stop(), context.should_save(), is_due and context.rank == 0)
+    mine = (context.should_stop(), context.should_save(), is_late and context.rank == 0)
     flags = torch.tensor(mine, dtype=torch.float32, device=device)
     dist.all_reduce(flags)
-    return _Wishes(*(bool(flag) for flag in flags))
+    return _AskedFor(*(bool(flag) for flag in flags))
 
 
-def _say_stopped(tracker: Tracker | None, step: int, total_steps: int) -> None:
-    if tracker:
-        print(f"stopped at step {step} of {total_steps}, saved; the same command continues", flush=True)
+def _say_stopped(run: _Run) -> None:
+    run.tracker.say(f"stopped at step {run.step} of {run.setup.total_steps}, saved; the same command continues")

@@ -36,8 +36,8 @@ from mtl_dist.training.engine import build_engine, read_optimizer, restore_optim
 from mtl_dist.training.plan import Data, build_order, open_data
 from mtl_dist.training.saving import Saver
 from mtl_dist.training.step import check_finite
-from mtl_dist.training.tracking import Tracker
-from mtl_dist.training.watchdog import Watchdog
+from mtl_dist.training.tracking import NoTracker, Tracker
+from mtl_dist.training.watchdog import Phase, Watchdog
 
 STATES = {"adamw": 2, "sgd": 1}  # that an optimizer has of each trained parameter, at most
 BEGUN_BEFORE = (
@@ -115,7 +115,7 @@ def set_up(config: Config, context: RunContext, watchdog: Watchdog) -> Setup:
     with progress_bar("reading labels", len(data.train.shards)) if shows else contextlib.nullcontext() as advance:
 
         def moved(count: int) -> None:
-            watchdog.moved(0, 0, "reading the labels of the training set")
+            watchdog.moved(Phase.LABELS)
             if advance:
                 advance(count)
 
@@ -190,13 +190,13 @@ def restore(setup: Setup) -> tuple[Setup, Trained, int, dict[str, Any]]:
     The setup comes back with the order that the run was begun with.
     """
     config, watchdog, num_ranks = setup.config, setup.watchdog, setup.context.num_ranks
-    watchdog.moved(0, 1, "reading the checkpoint")
+    watchdog.moved(Phase.RESTORING)
     restored = load_checkpoint(config.run.uri, config, setup.data.identity())
     start = None if restored else start_on_ranks(config, setup.data.identity())
     began_from = restored.state.get(BEGAN_FROM) if restored else start and start.note
     if start and config.run.start_with == "everything":
         restored = load_everything(start)
-    watchdog.moved(0, 2, "building the model")
+    watchdog.moved(Phase.BUILDING)
     step, scores = (restored.state["step"], restored.state["scores"]) if restored else (0, {})
     if restored:
         setup = setup._replace(order=setup.order.of_version(restored.state.get("order", 1)))
@@ -268,7 +268,7 @@ def save_checkpoint(
     setup: Setup,
     trained: Trained,
     saver: Saver,
-    tracker: Tracker | None,
+    tracker: Tracker | NoTracker,
     *,
     state: dict[str, Any],
     scored: dict[str, Any],
@@ -298,5 +298,4 @@ def save_checkpoint(
         "total_steps": setup.total_steps,
         **({BEGAN_FROM: trained.began_from} if trained.began_from else {}),
     }
-    records = tracker.files() if tracker else {}
-    saver.save(model, rest, begun=begun, state=state, scores=scored, records=records)
+    saver.save(model, rest, begun=begun, state=state, scores=scored, records=tracker.files())

@@ -101,9 +101,26 @@ class Tracker:
             parts = "  ".join(f"{title} {cells}" for title, cells in more.items())
             self.console.print(f"epoch {epoch + 1} also    {parts}", soft_wrap=True)
 
+    def say(self, text: str) -> None:
+        """Say something once for all ranks."""
+        print(text, flush=True)
+
     def files(self) -> dict[str, list[bytes]]:
         """Return what to store in the run: name -> content in pieces, of what has changed since the last call."""
         return self._lines.take_changed() | self._board.parts.take_changed()
+
+
+class NoTracker:
+    """What ranks other than 0 have for a `Tracker`: it does nothing."""
+
+    def step(self, *args: Any, **details: Any) -> None: ...
+
+    def evaluated(self, *args: Any) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+    def files(self) -> dict[str, list[bytes]]:
+        return {}
 
 
 class _Parts:

@@ -6,6 +6,7 @@ behind, prints where this one stands, and ends the process: Ray, torchrun or a p
 
 from __future__ import annotations
 
+import enum
 import faulthandler
 import json
 import os
@@ -23,12 +24,28 @@ NAMING_S = 20.0
 ASLEEP_S = 10.0  # a tick that took so long: the whole process was stopped, not training alone
 
 
+class Phase(enum.Enum):
+    """What a rank is at, in the order in which it comes to it; of one step, or of none yet."""
+
+    STARTING = "starting"
+    LABELS = "reading the labels of the training set"
+    RESTORING = "reading the checkpoint"
+    BUILDING = "building the model"
+    DATA = "waiting for the data of step {step}"
+    STEP = "step {step}"
+    EVALUATION = "the evaluation after step {step}"
+    STORING = "storing the checkpoint of step {step}"
+
+    def words(self, step: int) -> str:
+        return self.value.format(step=step)
+
+
 class Watchdog:
     """Watches the rank of this process within a `with` block; `moved` tells it of every step."""
 
     def __init__(self, *, limit_s: float):
         self.limit_s, self.rank, self.num_ranks = limit_s, dist.get_rank(), dist.get_world_size()
-        self._at = (0, 0, "starting")  # step, phase, in words
+        self._at = (0, Phase.STARTING)
         self._moved = time.monotonic()
         self._posts, self._gives_up = 0, False
         self._ended = threading.Event()
@@ -36,9 +53,9 @@ class Watchdog:
         self._store = dist.distributed_c10d._get_default_store().clone() if self.num_ranks > 1 else None
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def moved(self, step: int, phase: int, what: str) -> None:
-        """Note that training has come to `what`; phases of one step are numbered in their order."""
-        self._at, self._moved = (step, phase, what), time.monotonic()
+    def moved(self, phase: Phase, step: int = 0) -> None:
+        """Note that training has come to a phase of a step."""
+        self._at, self._moved = (step, phase), time.monotonic()
 
     def __enter__(self) -> Watchdog:
         self._thread.start()
@@ -64,19 +81,21 @@ class Watchdog:
     def _post(self) -> None:
         if self._store is None:
             return
-        step, phase, what = self._at
+        step, phase = self._at
         self._posts += 1
-        about = {"step": step, "phase": phase, "what": what, "host": socket.gethostname(), "posts": self._posts}
+        about = {"step": step, "phase": list(Phase).index(phase), "what": phase.words(step)}
+        about |= {"host": socket.gethostname(), "posts": self._posts}
         try:
             self._store.set(f"watchdog/{self.rank}", json.dumps(about | {"gives_up": self._gives_up}))
         except RuntimeError:  # the rank that keeps the store is gone: this one's collectives will say so
             self._store = None
 
     def _give_up(self, still_s: float) -> None:
+        step, phase = self._at
         try:
             print(
-                f"rank {self.rank} has not moved for {still_s:.0f} s (engine.hang_s): it is at {self._at[2]}. Ending "
-                "it, so that the ranks are started again from the last checkpoint",
+                f"rank {self.rank} has not moved for {still_s:.0f} s (engine.hang_s): it is at {phase.words(step)}. "
+                "Ending it, so that the ranks are started again from the last checkpoint",
                 file=sys.stderr,
                 flush=True,
             )
@@ -89,9 +108,6 @@ class Watchdog:
             naming.join(NAMING_S)
         finally:
             os._exit(EXIT_CODE)
-
-    def _say_behind(self) -> None:
-        print(self._name_behind(), file=sys.stderr, flush=True)
 
     def _name_behind(self) -> str:
         """Say which ranks all the others wait for."""
