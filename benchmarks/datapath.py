@@ -47,9 +47,10 @@ from benchmarks.loader import (
 from mtl_dist import storage
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.index import read_index
-from mtl_dist.data.loader import train_batches
+from mtl_dist.data.loader import lend, train_batches
 from mtl_dist.data.order import Order
 from mtl_dist.data.reader import ShardReader
+from mtl_dist.data.samples import ImageSamples
 from mtl_dist.processes import with_parent
 from mtl_dist.shards.annotations import FILES, read_annotations
 from tests.s3_server import BUCKET, S3Server
@@ -253,8 +254,9 @@ def epoch(uri: str, cache: Path, *, workers: int, at: float = 0.0) -> Iterator:
 
 def batches_of(reader: ShardReader, order: Order, number: int, *, workers: int, at: float) -> Iterator:
     start = int(order.num_steps * at)
-    options = {"rank": 0, "num_ranks": 1, "size": SIZE, "workers": workers, "prefetch": PREFETCH}
-    return train_batches(reader, order, epoch=number, start_step=start, **options)
+    options = {"rank": 0, "num_ranks": 1, "workers": workers, "prefetch": PREFETCH}
+    samples = ImageSamples(reader, SIZE)
+    return lend(samples, train_batches(samples, order, epoch=number, start_step=start, **options))
 
 
 def repeat_rows(root: Path, source: Path, times: int) -> Path:

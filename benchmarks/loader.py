@@ -33,9 +33,10 @@ from PIL import Image
 
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.index import read_index
-from mtl_dist.data.loader import train_batches
+from mtl_dist.data.loader import lend, train_batches
 from mtl_dist.data.order import Order
 from mtl_dist.data.reader import ShardReader
+from mtl_dist.data.samples import ImageSamples
 from mtl_dist.shards.annotations import FILES, HEADER, read_annotations
 from mtl_dist.shards.writer import plan_set, write_sets
 
@@ -177,11 +178,13 @@ def decode_alone(samples: list[tuple[bytes, dict]]) -> Iterator[int]:
 def ours(shards: Path, workers: int) -> Epoch:
     """As a training run does it: one reader for all epochs."""
     index = read_index(str(shards))
-    order, reader = Order(index.shard_rows, BATCH, 16, 4, seed=0), ShardReader(str(shards), index, Cache())
+    order = Order(index.shard_rows, BATCH, 16, 4, seed=0)
+    samples = ImageSamples(ShardReader(str(shards), index, Cache()), SIZE)
 
     def epoch(number: int) -> Iterator[int]:
-        options = {"rank": 0, "num_ranks": 1, "size": SIZE, "workers": workers, "prefetch": 4}
-        for batch in train_batches(reader, order, epoch=number, start_step=0, **options):
+        options = {"rank": 0, "num_ranks": 1, "workers": workers, "prefetch": 4}
+        batches = train_batches(samples, order, epoch=number, start_step=0, **options)
+        for batch in lend(samples, batches):
             yield len(batch.rows)
 
     return epoch

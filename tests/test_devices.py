@@ -18,7 +18,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from mtl_dist.config import build_config, unflatten
-from mtl_dist.data.augment import normalise
+from mtl_dist.data.augment import build_preparation, normalise
 from mtl_dist.ensemble import __main__ as ensemble
 from mtl_dist.models import build_model
 from mtl_dist.objective.module import build_module
@@ -89,9 +89,8 @@ def no_autocast(monkeypatch):
 def test_a_step_computes_on_the_device_alone(system, changes, no_autocast):
     config = make_config(system, **changes)
     module = make_module(config).to("meta")
-    loss = train_step(
-        Engine(module, config), make_batch(), config, epoch=0, step=0, device=torch.device("meta"), rank=0
-    )
+    how = {"prepare": build_preparation(config), "device": torch.device("meta")}
+    loss = train_step(Engine(module, config), make_batch(), config, epoch=0, step=0, rank=0, **how)
     for tensor in (loss.total, *loss.weights.values(), *loss.terms.values(), *loss.present.values()):
         assert tensor.device.type == "meta"
 

@@ -13,6 +13,7 @@ from mtl_dist.config import ModelConfig, build_config
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.index import read_index
 from mtl_dist.data.reader import ShardReader
+from mtl_dist.data.samples import ImageSamples
 from mtl_dist.errors import InputError
 from mtl_dist.models import build_model
 from mtl_dist.models.heads import AUHead
@@ -124,7 +125,7 @@ def test_a_run_begun_with_the_old_order_continues_with_it_and_a_new_one_has_the_
     assert read_state(committed(config.run.uri)[0][-1])["order"] == 1
 
     data, reader = open_data(config), ShardReader(config.data.train, read_index(config.data.train), Cache())
-    order = build_order(config, data, reader)
+    order = build_order(config, data, ImageSamples(reader, config.data.image_size))
     first, *_, last = (life["life"] for life in read_lives(config.run.uri))
     for life, version in ((first, 2), (last, 1)):
         plan = order.of_version(version).plan(epoch=0, rank=0, num_ranks=1)

@@ -21,7 +21,8 @@ from PIL import Image
 from safetensors.numpy import load_file, save
 
 from mtl_dist import storage
-from mtl_dist.config import ModelConfig
+from mtl_dist.config import AugmentConfig, ModelConfig
+from mtl_dist.data.augment import ImagePreparation
 from mtl_dist.data.decode import decode
 from mtl_dist.data.frames import unlabelled
 from mtl_dist.errors import InputError
@@ -66,7 +67,9 @@ def read_pixels(paths: list[Path], size: int = SIZE) -> np.ndarray:
 
 def run_torch(model: torch.nn.Module, images: np.ndarray, input_size: int):
     batch = unlabelled(images.transpose(0, 2, 3, 1), range(len(images)))
-    return predict_batches(model, [batch], device=torch.device("cpu"), size=input_size).predictions
+    return predict_batches(
+        model, [batch], prepare=ImagePreparation(AugmentConfig(), input_size), device=torch.device("cpu")
+    ).predictions
 
 
 def test_an_export_holds_these_files_and_their_checksums(exported, run):

@@ -31,6 +31,7 @@ from mtl_dist.data.index import read_index
 from mtl_dist.data.loader import train_batches
 from mtl_dist.data.order import Order
 from mtl_dist.data.reader import ShardReader
+from mtl_dist.data.samples import ImageSamples
 from mtl_dist.errors import InputError, StorageError
 from mtl_dist.presets import read_config_file
 from mtl_dist.shards import writer
@@ -170,7 +171,7 @@ def batches_of(uri: str, cache: Cache, *, workers: int = 2):
     reader = ShardReader(uri, read_index(uri), cache)
     order = order_of(reader.index.shard_rows)
     return train_batches(
-        reader, order, epoch=1, start_step=0, rank=0, num_ranks=1, size=SIZE, workers=workers, prefetch=2
+        ImageSamples(reader, SIZE), order, epoch=1, start_step=0, rank=0, num_ranks=1, workers=workers, prefetch=2
     )
 
 

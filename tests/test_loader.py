@@ -21,10 +21,12 @@ from mtl_dist.config import AugmentConfig
 from mtl_dist.data.augment import NUM_DRAWS, augment, make_draws, normalise, turn_hue
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.decode import DecodeError, decode, decode_into
+from mtl_dist.data.frames import unlabelled
 from mtl_dist.data.index import Index, read_index
-from mtl_dist.data.loader import eval_batches, train_batches
+from mtl_dist.data.loader import eval_batches, lend, train_batches
 from mtl_dist.data.order import EpochPlan, Order
 from mtl_dist.data.reader import ShardReader
+from mtl_dist.data.samples import ImageSamples
 from mtl_dist.data.sidecar import parse_sidecar
 from mtl_dist.errors import InputError
 from mtl_dist.shards.__main__ import create
@@ -43,6 +45,10 @@ def train(shards) -> ShardReader:
 
 def open_reader(uri: Path | str, cache: Cache | None = None) -> ShardReader:
     return ShardReader(str(uri), read_index(str(uri)), cache or Cache())
+
+
+def images(reader: ShardReader) -> ImageSamples:
+    return ImageSamples(reader, SIZE)
 
 
 def rows_in_order(directory: Path, index: Index) -> np.ndarray:
@@ -67,7 +73,7 @@ def test_training_batches_hold_the_rows_of_the_plan_in_its_order(shards, train, 
     for rank in range(num_ranks):
         plan = EpochPlan(order, epoch=3, rank=rank, num_ranks=num_ranks)
         batches = train_batches(
-            train, order, epoch=3, start_step=start_step, rank=rank, num_ranks=num_ranks, size=SIZE,
+            images(train), order, epoch=3, start_step=start_step, rank=rank, num_ranks=num_ranks,
             workers=workers, prefetch=2,
         )  # fmt: skip
         found = [batch.rows[:, 0].tolist() for batch in batches]
@@ -77,12 +83,9 @@ def test_training_batches_hold_the_rows_of_the_plan_in_its_order(shards, train, 
 
 @pytest.mark.parametrize("num_ranks", [1, 3, 7, 25])
 def test_evaluation_reads_each_row_once_over_all_ranks(shards, num_ranks):
-    reader = open_reader(shards / "cropped" / "val")
-    found = []
+    samples, found = images(open_reader(shards / "cropped" / "val")), []
     for rank in range(num_ranks):
-        for batch in eval_batches(
-            reader, batch=4, rank=rank, num_ranks=num_ranks, size=SIZE, workers=rank % 2, prefetch=2
-        ):
+        for batch in eval_batches(samples, batch=4, rank=rank, num_ranks=num_ranks, workers=rank % 2, prefetch=2):
             assert 1 <= len(batch.rows) <= 4
             found += batch.rows[:, 0].tolist()
     assert sorted(found) == list(range(20))
@@ -147,7 +150,7 @@ def test_images_of_mixed_sizes_are_resized_to_one(tmp_path):
 def test_a_loader_closed_early_leaves_no_thread(train, workers):
     order = Order(train.index.shard_rows, 4, 4, 2, seed=0)
     batches = train_batches(
-        train, order, epoch=0, start_step=0, rank=0, num_ranks=1, size=SIZE, workers=workers, prefetch=3
+        images(train), order, epoch=0, start_step=0, rank=0, num_ranks=1, workers=workers, prefetch=3
     )
     next(batches)
     batches.close()
@@ -164,7 +167,7 @@ def test_a_fault_in_a_loader_thread_reaches_the_caller_and_leaves_no_thread(shar
     with pytest.raises(InputError, match=r"row .* do not match their checksum"):
         list(
             train_batches(
-                reader, order, epoch=0, start_step=0, rank=0, num_ranks=1, size=SIZE, workers=workers, prefetch=2
+                images(reader), order, epoch=0, start_step=0, rank=0, num_ranks=1, workers=workers, prefetch=2
             )
         )
     assert loader_threads() == []
@@ -619,18 +622,33 @@ def test_a_cache_that_cannot_be_written_is_named(s3, tmp_path):
         Cache(tmp_path / "file" / "cache").open(**about)
 
 
-def test_a_batch_that_is_kept_is_never_overwritten_and_one_that_is_not_lends_its_memory(shards):
-    """Pixels live in arrays that are used again: only when no batch, tensor or view refers to them."""
+def test_memory_of_pixels_is_used_again_once_a_batch_is_given_back_and_never_before(shards):
     index = read_index(f"{shards}/cropped/train")
     reader = ShardReader(f"{shards}/cropped/train", index, Cache())
-    first = reader.read_batch(np.arange(8), 80)
-    kept = first.inputs[2:3, :, 1].clone(), first.inputs[2:3, :, 1]  # a view of a view, when the batch itself is gone
-    address = first.inputs.data_ptr()
-    del first
-    others = [reader.read_batch(np.arange(begin, begin + 8), 80) for begin in range(8, 32, 8)]
-    assert address not in [batch.inputs.data_ptr() for batch in others]
-    assert torch.equal(*kept)
-    del kept
-    assert reader.read_batch(np.arange(8), 80).inputs.data_ptr() == address
-    many = [reader.read_batch(np.arange(8), 80) for _ in range(40)]
-    assert len({batch.inputs.data_ptr() for batch in many}) == 40
+    kept = [reader.read_batch(np.arange(begin, begin + 8), 80) for begin in range(0, 32, 8)]
+    expected = [batch.inputs.clone() for batch in kept]
+    addresses = [batch.inputs.data_ptr() for batch in kept]
+    assert len(set(addresses)) == 4
+    reader.give_back(kept.pop())
+    assert reader.read_batch(np.arange(8), 80).inputs.data_ptr() == addresses[3]
+    assert all(torch.equal(batch.inputs, pixels) for batch, pixels in zip(kept, expected))
+    reader.give_back(kept[0])
+    reader.give_back(kept[0])  # once counts
+    again = [reader.read_batch(np.arange(8), 80) for _ in range(3)]
+    assert [batch.inputs.data_ptr() for batch in again].count(addresses[0]) == 1
+    reader.give_back(unlabelled(np.zeros((8, 80, 80, 3), np.uint8), range(8)))  # none of its own
+
+
+def test_a_lent_batch_is_the_callers_until_the_next_and_memory_goes_round(shards, train):
+    order = Order(train.index.shard_rows, 4, 4, 2, seed=0)
+    samples, which = images(train), {"start_step": 0, "rank": 0, "num_ranks": 1, "workers": 2, "prefetch": 1}
+    alone = [batch.inputs.clone() for batch in train_batches(samples, order, epoch=0, **which)]
+    addresses = set()
+    for batch, pixels in zip(lend(samples, train_batches(samples, order, epoch=0, **which)), alone, strict=True):
+        assert torch.equal(batch.inputs, pixels)
+        addresses.add(batch.inputs.data_ptr())
+    assert len(addresses) < len(alone)
+    batches = lend(samples, train_batches(samples, order, epoch=0, **which))
+    next(batches)
+    batches.close()
+    assert loader_threads() == []

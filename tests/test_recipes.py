@@ -21,7 +21,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from mtl_dist.config import Config, build_config
-from mtl_dist.data.augment import make_draws
+from mtl_dist.data.augment import build_preparation, make_draws
 from mtl_dist.data.index import read_index
 from mtl_dist.data.loader import train_batches
 from mtl_dist.errors import InputError
@@ -239,15 +239,17 @@ def test_the_audit_of_a_run_per_task_counts_each_tasks_batches(runs, shards, num
 def test_task_batches_carry_the_labels_of_their_task_alone_and_rows_that_have_some(shards, tmp_path):
     from mtl_dist.data.cache import Cache
     from mtl_dist.data.reader import ShardReader
+    from mtl_dist.data.samples import ImageSamples
     from mtl_dist.training.plan import build_order
 
     config = config_of(shards, tmp_path, "run", PER_TASK)
     data = open_data(config)
     reader = ShardReader(config.data.train, data.train, Cache())
-    order = build_order(config, data, reader)
+    samples = ImageSamples(reader, 80)
+    order = build_order(config, data, samples)
     for rank in (0, 1):
         for batch in train_batches(
-            reader, order, epoch=0, start_step=0, rank=rank, num_ranks=2, size=80, workers=0, prefetch=1
+            samples, order, epoch=0, start_step=0, rank=rank, num_ranks=2, workers=0, prefetch=1
         ):
             assert len(batch.rows) == 3 * 4
             for place, own in enumerate(TASKS):
@@ -330,7 +332,16 @@ def test_dropout_differs_between_ranks_steps_and_micro_batches_and_repeats_for_e
 
     def masks(step: int, rank: int) -> list[bytes]:
         module = build_module(DropModel(), config.loss, counts)
-        train_step(PlainEngine(module), batch, config, epoch=0, step=step, device=torch.device("cpu"), rank=rank)
+        train_step(
+            PlainEngine(module),
+            batch,
+            config,
+            prepare=build_preparation(config),
+            epoch=0,
+            step=step,
+            device=torch.device("cpu"),
+            rank=rank,
+        )
         return [kept.numpy().tobytes() for kept in module.model.kept]
 
     found = {where: masks(*where) for where in ((0, 0), (0, 1), (1, 0), (1, 1))}

@@ -10,7 +10,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from mtl_dist.config import LossConfig, build_config
+from mtl_dist.config import AugmentConfig, LossConfig, build_config
+from mtl_dist.data.augment import ImagePreparation, build_preparation
 from mtl_dist.errors import NonFiniteLoss
 from mtl_dist.objective.module import ObjectiveModule, build_module
 from mtl_dist.predicting.evaluate import evaluate, predict
@@ -21,6 +22,7 @@ from tests.windows import LENGTHS, frames_alone, make_windows
 
 FEATURES, SIDE = 5, 8
 CPU = torch.device("cpu")
+PREPARE = ImagePreparation(AugmentConfig(), SIDE)
 COUNTS = LabelCounts(
     rows=100, va=80, expr=60, au=[50] * 12, expr_classes=[20, 10, 5, 5, 10, 5, 5, 0], au_positives=[10] * 12,
     unlabelled=1,
@@ -98,7 +100,7 @@ def images(lengths=LENGTHS) -> Batch:
 
 
 def predicted(batch: Batch, module: ObjectiveModule):
-    return predict(module.model, [batch.take(slice(0, 4)), batch.take(slice(4, None))], device=CPU, size=SIDE)
+    return predict(module.model, [batch.take(slice(0, 4)), batch.take(slice(4, None))], device=CPU, prepare=PREPARE)
 
 
 def scores_of_rank(rank: int, module: ObjectiveModule, batch: Batch) -> dict:
@@ -108,7 +110,7 @@ def scores_of_rank(rank: int, module: ObjectiveModule, batch: Batch) -> dict:
 
 def scored(module: ObjectiveModule, batches: list[Batch], told: list[int] | None = None) -> dict[str, float]:
     progress = (lambda count: None) if told is None else told.append
-    how = {"step": 7, "progress": progress, "device": CPU, "size": SIDE}
+    how = {"step": 7, "progress": progress, "device": CPU, "prepare": PREPARE}
     scores = evaluate(module.model, module.objective, batches, **how).scores
     parts = {**scores["f1_expr"], **scores["f1_au"], **scores["frames"]}
     return parts | {name: score for name, score in scores.items() if isinstance(score, float)}
@@ -177,7 +179,9 @@ def test_a_step_over_padded_samples_is_that_over_their_frames(accumulation):
     )
     for each in (batch, frames_alone(batch)):
         module = make_module("famo", 3 * 32**2)
-        loss = train_step(Engine(module), each, config, epoch=1, step=0, device=CPU, rank=0)
+        loss = train_step(
+            Engine(module), each, config, prepare=build_preparation(config), epoch=1, step=0, device=CPU, rank=0
+        )
         grads = [p.grad / accumulation for p in module.parameters()]
         losses.append([loss.total.float(), *(value.float() for value in loss.terms.values()), *grads])
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)

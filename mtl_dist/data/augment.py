@@ -8,18 +8,48 @@ ColorJitter draws the order, and cuts after each).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Protocol
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtl_dist.config import AugmentConfig
+from mtl_dist.config import AugmentConfig, Config
+from mtl_dist.tasks import Batch
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma
 NUM_FIRST_DRAWS = 12
 NUM_DRAWS = 14  # those that came later are drawn beside the first: what the first are must not change
+
+
+class Preparation(Protocol):
+    """Makes a model's inputs of a batch, on the device."""
+
+    def __call__(self, batch: Batch, draws: Tensor | None) -> Tensor:
+        """Return (B, T, ...) float32; `draws` (B, T, NUM_DRAWS) are from `make_draws`, None in evaluation."""
+        ...
+
+
+@dataclass(frozen=True)
+class ImagePreparation:
+    """Augments images in training, and brings them to the model's size in evaluation; normalises them in both."""
+
+    config: AugmentConfig
+    size: int  # side of the model's input in pixels
+
+    def __call__(self, batch: Batch, draws: Tensor | None) -> Tensor:
+        if draws is None:
+            return normalise(batch.inputs, self.size)
+        return augment(batch.inputs, draws, self.config, self.size)
+
+
+def build_preparation(config: Config) -> Preparation:
+    """Build what the configured model's inputs are prepared by."""
+    return ImagePreparation(config.augment, config.input_size)
 
 
 def normalise(inputs: Tensor, size: int) -> Tensor:

@@ -7,15 +7,16 @@ that wait for it are left to end by themselves. All they do is to fill the cache
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 
 import numpy as np
 
 from mtl_dist.data.order import Order, TaskOrders, eval_range
-from mtl_dist.data.reader import ShardReader
+from mtl_dist.data.samples import Samples
 from mtl_dist.tasks import TASKS, Batch
 from mtl_dist.threads import DaemonThreads
 
@@ -26,17 +27,16 @@ CLOSE_S = 1.0  # more than a batch takes; how long closing waits for loading thr
 
 
 def train_batches(
-    reader: ShardReader,
+    samples: Samples,
     order: Order | TaskOrders,
     *,
     epoch: int,
     start_step: int,
     rank: int,
     num_ranks: int,
-    size: int,
     workers: int,
     prefetch: int,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Yield this rank's part of every step of an epoch from `start_step` on.
 
     Of `TaskOrders` a `Batch` is as many samples of every task, one task behind the other, with the labels of it alone.
@@ -44,17 +44,17 @@ def train_batches(
     plan = order.plan(epoch=epoch, rank=rank, num_ranks=num_ranks)
     fetchers = DaemonThreads(FETCH_THREADS, "fetch")
 
-    def load(samples: np.ndarray) -> Batch:
-        return keep_own_labels(reader.read_batch(samples, size), order.tasks)
+    def load(numbers: np.ndarray) -> Batch:
+        return keep_own_labels(samples.read(numbers), order.tasks)
 
     def loads() -> Iterator[Callable[[], Batch]]:
         for begin in range(start_step, order.num_steps, PLAN_STEPS):
             left = order.num_steps - begin
             if (begin - start_step) % FETCH_AHEAD_STEPS == 0:
-                for shard in plan.shards_ahead(begin, min(2 * FETCH_AHEAD_STEPS, left)):
-                    fetchers.submit(functools.partial(reader.warm, [shard]))  # a failure shows when the shard is read
-            for samples in plan.samples_of(begin, min(PLAN_STEPS, left)):
-                yield functools.partial(load, samples)
+                for group in plan.shards_ahead(begin, min(2 * FETCH_AHEAD_STEPS, left)):
+                    fetchers.submit(functools.partial(samples.warm, [group]))  # a failure shows when it is read
+            for numbers in plan.samples_of(begin, min(PLAN_STEPS, left)):
+                yield functools.partial(load, numbers)
 
     try:
         yield from _ahead(loads(), workers=workers, prefetch=prefetch)
@@ -77,16 +77,24 @@ def keep_own_labels(batch: Batch, tasks: tuple[str, ...]) -> Batch:
 
 
 def eval_batches(
-    reader: ShardReader, *, batch: int, rank: int, num_ranks: int, size: int, workers: int, prefetch: int
-) -> Iterator[Batch]:
+    samples: Samples, *, batch: int, rank: int, num_ranks: int, workers: int, prefetch: int
+) -> Generator[Batch]:
     """Yield this rank's samples of a set, each exactly once over all ranks; the last batch is smaller."""
-    start, stop = eval_range(reader.index.rows, rank=rank, num_ranks=num_ranks)
+    start, stop = eval_range(int(samples.group_sizes.sum()), rank=rank, num_ranks=num_ranks)
 
     def load(begin: int) -> Callable[[], Batch]:
-        samples = np.arange(begin, min(begin + batch, stop))
-        return lambda: reader.read_batch(samples, size)
+        numbers = np.arange(begin, min(begin + batch, stop))
+        return lambda: samples.read(numbers)
 
     yield from _ahead((load(begin) for begin in range(start, stop, batch)), workers=workers, prefetch=prefetch)
+
+
+def lend(samples: Samples, batches: Generator[Batch]) -> Generator[Batch]:
+    """Yield batches of which each is the caller's until it asks for the next one: then its memory is used again."""
+    with contextlib.closing(batches):
+        for batch in batches:
+            yield batch
+            samples.give_back(batch)
 
 
 def _ahead(loads: Iterator[Callable[[], Batch]], *, workers: int, prefetch: int) -> Iterator[Batch]:

@@ -11,10 +11,10 @@ from __future__ import annotations
 import hashlib
 import math
 import mmap
-import sys
 import threading
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate, repeat
 from typing import NamedTuple
 
@@ -33,7 +33,7 @@ from mtl_dist.threads import DaemonThreads
 
 OPEN_SHARDS = 512  # kept, or as many as are needed at a time; each holds a file descriptor
 SIDECAR_THREADS = 8  # mostly waiting for the store
-MAX_BUFFERS = 16  # of one shape
+MAX_BUFFERS = 16  # of one size, that are free
 CACHE_LINE = 64  # bytes
 
 
@@ -96,6 +96,10 @@ class ShardReader:
             rows.append(shard.table[place * _ROW_BYTES : (place + 1) * _ROW_BYTES])
         return _collate(pixels, np.frombuffer(b"".join(rows)).reshape(-1, _ROW_WIDTH), samples)
 
+    def give_back(self, batch: Batch) -> None:
+        """Use the memory of a batch's pixels again. Nobody may read them any more."""
+        self._buffers.give_back(batch.inputs.data_ptr())
+
     def names(self) -> Names:
         """Return the names of every sample of the set, in its order."""
         sidecars = list(self._read_sidecars(lambda count: None))
@@ -125,7 +129,7 @@ class ShardReader:
         """Keep `count` shards open at least, where there are as many: opening one again reads its sidecar again."""
         self.max_open = max(self.max_open, min(count, len(self.index.shards)))
 
-    def warm(self, shards: np.ndarray) -> None:
+    def warm(self, shards: Iterable[int]) -> None:
         """Fetch shards into the cache and open them, ahead of need."""
         for shard in shards:
             self._shard(int(shard))
@@ -181,29 +185,30 @@ class ShardReader:
 
 
 class _Buffers:
-    """Pixel arrays that are used again once nobody holds their batch: new memory faults in page by page, at 6% of the
-    decoding. They begin at a cache line, which is worth 3%."""
+    """Pixel arrays that are used again once they are given back: new memory faults in page by page, at 6% of the
+    decoding. They begin at a cache line, which is worth 3%. One that nobody gives back is freed like any other."""
 
     def __init__(self):
-        self._owners: dict[tuple[int, ...], list[np.ndarray]] = {}  # of the memory, every view refers to its owner
+        self._free: dict[int, list[np.ndarray]] = {}  # by their bytes
+        self._lent: weakref.WeakValueDictionary[int, np.ndarray] = weakref.WeakValueDictionary()  # by address
         self._lock = threading.Lock()
 
     def take(self, shape: tuple[int, ...]) -> np.ndarray:
         with self._lock:
-            owners = self._owners.setdefault(shape, [])
-            for owner in owners:
-                # Ours, the loop's and the call's: no tensor, and no view of one, refers to it any more.
-                if sys.getrefcount(owner) == 3:
-                    return _aligned(owner, shape)
-            owner = np.empty(math.prod(shape) + CACHE_LINE, np.uint8)
-            if len(owners) < MAX_BUFFERS:  # someone who keeps every batch gets arrays of their own
-                owners.append(owner)
-            return _aligned(owner, shape)
+            num_bytes = math.prod(shape)
+            free = self._free.get(num_bytes + CACHE_LINE)
+            owner = free.pop() if free else np.empty(num_bytes + CACHE_LINE, np.uint8)
+            begin = -owner.ctypes.data % CACHE_LINE
+            pixels = owner[begin : begin + num_bytes].reshape(shape)
+            self._lent[pixels.ctypes.data] = owner  # which every view of it keeps alive
+            return pixels
 
-
-def _aligned(owner: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    begin = -owner.ctypes.data % CACHE_LINE
-    return owner[begin : begin + math.prod(shape)].reshape(shape)
+    def give_back(self, address: int) -> None:
+        """Take an array back by where its pixels begin; what is not lent is none of ours."""
+        with self._lock:
+            owner = self._lent.pop(address, None)
+            if owner is not None and len(free := self._free.setdefault(owner.nbytes, [])) < MAX_BUFFERS:
+                free.append(owner)
 
 
 def _collate(pixels: np.ndarray, table: np.ndarray, samples: np.ndarray) -> Batch:

@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mtl_dist import storage
+from mtl_dist.config import Config
+from mtl_dist.data.augment import build_preparation
 from mtl_dist.data.frames import unlabelled
 from mtl_dist.data.index import read_index
 from mtl_dist.errors import InputError
@@ -112,7 +114,7 @@ def _export_onnx(model: nn.Module, weights: Weights, faces: np.ndarray, path: Pa
     noise = np.random.default_rng(0).integers(0, 256, (NUM_RANDOM, 3, size, size), np.uint8)
     differences = {}
     for name, images in (("faces", faces), ("pictures of noise", noise)):
-        answers = _run_torch(model, images, config.input_size)
+        answers = _run_torch(model, images, config)
         numbers = range(1, len(images) + 1)
         check_finite(answers, [f"number {number} of the {name}" for number in numbers], source=weights.uri)
         found = largest_difference(run_onnx(path, images, batch=CHECK_BATCH), answers)
@@ -126,12 +128,12 @@ def _export_onnx(model: nn.Module, weights: Weights, faces: np.ndarray, path: Pa
     return Checked(max(differences.values()), len(faces), len(noise))
 
 
-def _run_torch(model: nn.Module, images: np.ndarray, input_size: int) -> Predictions:
+def _run_torch(model: nn.Module, images: np.ndarray, config: Config) -> Predictions:
     """Predict (n, 3, S, S) uint8 as predict and the ensemble do, in fp32."""
     pixels = images.transpose(0, 2, 3, 1)
     starts = range(0, len(pixels), CHECK_BATCH)
     batches = [unlabelled(pixels[i : i + CHECK_BATCH], range(len(pixels[i : i + CHECK_BATCH]))) for i in starts]
-    return predict(model, batches, device=torch.device("cpu"), size=input_size).predictions
+    return predict(model, batches, prepare=build_preparation(config), device=torch.device("cpu")).predictions
 
 
 def _read_faces(command: ExportCommand, weights: Weights, scratch: Path) -> np.ndarray:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from mtl_dist import storage
+from mtl_dist.data.augment import build_preparation
 from mtl_dist.data.decode import Exif
 from mtl_dist.data.frames import Seen, image_batches
 from mtl_dist.device import named_device
@@ -232,7 +233,7 @@ def _predict_test_list(task: MemberTask, model: nn.Module, device: torch.device)
         exif=how.exif, seen=seen)  # fmt: skip
     with progress_bar(f"predicting the test list with {task.name}", len(task.test_paths)) as advance:
         predicted = predict(
-            model, batches, device=device, size=config.input_size, bf16=config.engine.autocast == "bf16",
+            model, batches, prepare=build_preparation(config), device=device, bf16=config.engine.autocast == "bf16",
             progress=advance)  # fmt: skip
     if not len(predicted.rows):
         raise InputError(

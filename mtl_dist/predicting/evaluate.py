@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mtl_dist.data.augment import normalise
+from mtl_dist.data.augment import Preparation
 from mtl_dist.errors import NonFiniteLoss
 from mtl_dist.objective.affect import AffectMeter, Predicted
 from mtl_dist.objective.losses import Objective
@@ -25,14 +25,14 @@ def forward_all(
     model: nn.Module,
     batches: Iterable[Batch],
     *,
+    prepare: Preparation,
     device: torch.device,
-    size: int,
     bf16: bool = False,
     forward: Callable[[Tensor, Tensor], Any] | None = None,
 ) -> Iterator[tuple[Batch, Any]]:
     """Yield every batch, as it came, with the model's outputs of it, on the device: `tasks.Outputs`.
 
-    `size` is the side of the model's input. `forward` is what else of the model is asked than its own forward, with
+    `forward` is what else of the model is asked than its own forward, with
     the same arguments: inputs and which frames are valid. The model is in evaluation mode meanwhile.
     """
     was_training = model.training
@@ -41,7 +41,7 @@ def forward_all(
         for batch in batches:
             there = batch.to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                outputs = (forward or model)(normalise(there.inputs, size), there.valid)
+                outputs = (forward or model)(prepare(there, None), there.valid)
             yield batch, outputs
     finally:
         model.train(was_training)
@@ -51,14 +51,14 @@ def predict(
     model: nn.Module,
     batches: Iterable[Batch],
     *,
+    prepare: Preparation,
     device: torch.device,
-    size: int,
     bf16: bool = False,
     progress: Callable[[int], None] = lambda count: None,
 ) -> Predicted:
     """Predict every frame of batches that is there, padding is none. `progress` is told of frames."""
     meter = AffectMeter()
-    for batch, outputs in forward_all(model, batches, device=device, size=size, bf16=bf16):
+    for batch, outputs in forward_all(model, batches, prepare=prepare, device=device, bf16=bf16):
         meter.add(outputs, batch)
         progress(int(batch.valid.sum()))
     return meter.predicted()

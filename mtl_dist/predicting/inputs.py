@@ -21,6 +21,7 @@ from mtl_dist.data.index import INDEX_NAME, check_stored, index_dir, read_index
 from mtl_dist.data.loader import eval_batches
 from mtl_dist.data.names import other_form, why_no_name
 from mtl_dist.data.reader import ShardReader
+from mtl_dist.data.samples import ImageSamples
 from mtl_dist.data.videos import VIDEO_SUFFIXES, count_frames, video_batches
 from mtl_dist.errors import InputError, StorageError
 from mtl_dist.progress import progress_bar
@@ -150,8 +151,9 @@ class ShardSet:
     def batches(
         self, size: int, *, batch: int, workers: int, part: int, num_parts: int, seen: Seen | None = None
     ) -> Iterator[Batch]:
-        sizes = {"batch": batch, "size": size, "workers": workers, "prefetch": PREFETCH}
-        return eval_batches(self._reader(), rank=part, num_ranks=num_parts, **sizes)
+        samples = ImageSamples(self._reader(), size)
+        sizes = {"batch": batch, "workers": workers, "prefetch": PREFETCH}
+        return eval_batches(samples, rank=part, num_ranks=num_parts, **sizes)
 
     def names(self, rows: np.ndarray) -> list[str]:
         stored, names, _ = self._reader().names()

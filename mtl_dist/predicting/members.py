@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from mtl_dist import storage
+from mtl_dist.data.augment import build_preparation
 from mtl_dist.data.cache import GIB, Cache
 from mtl_dist.data.index import Index, check_stored, read_index
-from mtl_dist.data.loader import eval_batches
-from mtl_dist.data.reader import ShardReader
+from mtl_dist.data.loader import eval_batches, lend
+from mtl_dist.data.samples import open_samples
 from mtl_dist.errors import InputError
 from mtl_dist.objective.affect import Predicted
 from mtl_dist.objective.metrics import Predictions, Targets
@@ -89,14 +90,14 @@ def predict_member(
     """
     config = member.weights.config
     cache = Cache(cache_dir, max_bytes=int(config.data.cache_gib * GIB))
+    val = open_samples(member.val_uri, member.val, config.data, cache)
     batches = eval_batches(
-        ShardReader(member.val_uri, member.val, cache), batch=batch, rank=0, num_ranks=1,
-        size=config.data.image_size, workers=workers, prefetch=config.data.prefetch)  # fmt: skip
+        val, batch=batch, rank=0, num_ranks=1, workers=workers, prefetch=config.data.prefetch)  # fmt: skip
     predicted = predict(
         (model or load_weights(member.weights)).to(device),
-        batches,
+        lend(val, batches),
+        prepare=build_preparation(config),
         device=device,
-        size=config.input_size,
         bf16=config.engine.autocast == "bf16",
         progress=progress,
     )
@@ -117,7 +118,7 @@ class RowNames(NamedTuple):
 
 def row_names(member: Member, cache_dir: Path | None = None) -> RowNames:
     """Return the names of a member's validation rows and of their videos."""
-    rows, images, videos = ShardReader(member.val_uri, member.val, Cache(cache_dir)).names()
+    rows, images, videos = open_samples(member.val_uri, member.val, member.weights.config.data, Cache(cache_dir)).names()
     places = np.argsort(rows)
     images, videos = ([names[place] for place in places] for names in (images, videos))
     return RowNames(images, [own or video for own, video in zip(videos, video_names(images))])

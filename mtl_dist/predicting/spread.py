@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from mtl_dist.data.augment import build_preparation
 from mtl_dist.data.frames import Seen
 from mtl_dist.errors import InputError, StorageError
 from mtl_dist.machine import num_cpus
@@ -105,7 +106,9 @@ def _predict_pass(
 
     def predict_all(batches) -> Predicted:
         found = [
-            predict(model, batches, device=device, size=config.input_size, bf16=config.engine.autocast == "bf16")
+            predict(
+                model, batches, prepare=build_preparation(config), device=device, bf16=config.engine.autocast == "bf16"
+            )
             for model, config in loaded
         ]
         total = found[0]

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from mtl_dist.data.augment import build_preparation
 from mtl_dist.predicting.evaluate import forward_all
 from mtl_dist.report.drawing import Figure, canvas, save_png
 from mtl_dist.report.pictures import Pictures, choose_apart
@@ -40,7 +41,7 @@ def draw_attention(
     pictures = Pictures(result.member, cache_dir)
     batch = pictures.read(rows, result.member.weights.config.data.image_size)
     ((_, maps),) = forward_all(
-        model, [batch], device=device, size=result.member.weights.config.input_size,
+        model, [batch], prepare=build_preparation(result.member.weights.config), device=device,
         forward=lambda inputs, valid: model.attention_maps(inputs[valid]))  # fmt: skip
     maps = maps[:, :NUM_AUS].float()
     large = F.interpolate(maps, size=(SIDE, SIDE), mode="bilinear", align_corners=False).cpu().numpy()

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from mtl_dist import storage
 from mtl_dist.config import Config, dump_yaml
-from mtl_dist.data.loader import eval_batches, train_batches
+from mtl_dist.data.loader import eval_batches, lend, train_batches
 from mtl_dist.errors import NonFiniteLoss
 from mtl_dist.objective.module import StepLoss
 from mtl_dist.objective.scores import flat_scores
@@ -187,7 +187,7 @@ def _take_step(run: _Run, batch: Batch, epoch: int) -> tuple[float, StepLoss]:
     lr = learning_rate(setup.config, run.step, setup.total_steps)
     set_learning_rate(engine, lr)
     where = {"epoch": epoch, "step": run.step, "device": setup.device, "rank": setup.context.rank}
-    loss = train_step(engine, batch, setup.config, **where)
+    loss = train_step(engine, batch, setup.config, prepare=setup.prepare, **where)
     run.step += 1
     if average:
         average.update(engine.module.model, run.step)
@@ -245,17 +245,17 @@ def _open_records(
 
 def _open_batches(setup: Setup, epoch: int, *, start_step: int) -> Generator[Batch]:
     config = setup.config
-    return train_batches(
-        setup.train_reader,
+    batches = train_batches(
+        setup.train,
         setup.order,
         epoch=epoch,
         start_step=start_step,
         rank=setup.context.rank,
         num_ranks=setup.context.num_ranks,
-        size=config.data.image_size,
         workers=config.data.workers,
         prefetch=config.data.prefetch,
     )
+    return lend(setup.train, batches)
 
 
 def _evaluate(run: _Run) -> Scored:
@@ -266,21 +266,20 @@ def _evaluate(run: _Run) -> Scored:
     if trained.average:
         trained.average.copy_buffers(trained.engine.module.model)
     batches = eval_batches(
-        setup.val_reader,
+        setup.val,
         batch=config.train.eval_batch,
         rank=context.rank,
         num_ranks=context.num_ranks,
-        size=config.data.image_size,
         workers=config.data.workers,
         prefetch=config.data.prefetch,
     )
     return evaluate(
         trained.evaluated,
         trained.engine.module.objective,
-        batches,
+        lend(setup.val, batches),
         step=run.step,
         device=setup.device,
-        size=config.input_size,
+        prepare=setup.prepare,
         bf16=config.engine.autocast == "bf16",
         progress=lambda count: setup.watchdog.moved(Phase.EVALUATION, run.step),
     )

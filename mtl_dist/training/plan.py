@@ -10,7 +10,7 @@ from mtl_dist import storage
 from mtl_dist.config import Config
 from mtl_dist.data.index import Index, check_pair, check_stored, read_index
 from mtl_dist.data.order import Order, TaskOrders, build_task_orders
-from mtl_dist.data.reader import ShardReader
+from mtl_dist.data.samples import Samples
 from mtl_dist.errors import InputError
 from mtl_dist.objective.scores import find_score
 from mtl_dist.shards.overlap import check_shared, find_shared
@@ -115,22 +115,22 @@ def _share_of(count: int, share: float) -> int:
 
 
 def build_order(
-    config: Config, data: Data, reader: ShardReader, progress: Callable[[int], None] = lambda count: None
+    config: Config, data: Data, train: Samples, progress: Callable[[int], None] = lambda count: None
 ) -> Order | TaskOrders:
-    """Make the order of training. `per_task` sampling reads every sidecar; `progress` is told of shards."""
+    """Make the order of training. `per_task` sampling reads all labels; `progress` is told of shards."""
     settings = {
         "global_batch": config.train.global_batch,
         "streams": config.num_streams,
         "block_shards": config.data.block_shards,
         "seed": config.run.seed,
     }
-    shard_rows, steps = data.train.shard_rows, data.steps_per_epoch
+    group_sizes, steps = data.train.shard_rows, data.steps_per_epoch
     if data.tasks:
-        labelled = reader.labelled_samples(progress)
+        labelled = train.labelled(progress)
         chosen = {task: labelled[task] for task in data.tasks}
-        return build_task_orders(chosen, shard_rows, epoch_steps=steps, **settings)
+        return build_task_orders(chosen, group_sizes, epoch_steps=steps, **settings)
     is_whole = config.data.epoch_fraction == 1
-    return Order(shard_rows, epoch_steps=None if is_whole else steps, **settings)
+    return Order(group_sizes, epoch_steps=None if is_whole else steps, **settings)
 
 
 class Plan(NamedTuple):

@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch import nn
 
 from mtl_dist.config import Config, Varies, flatten, varying
+from mtl_dist.data.augment import Preparation, build_preparation
 from mtl_dist.data.cache import GIB, Cache
 from mtl_dist.data.loader import FETCH_AHEAD_STEPS
 from mtl_dist.data.order import Order, TaskOrders
-from mtl_dist.data.reader import ShardReader
+from mtl_dist.data.samples import Samples, open_samples
 from mtl_dist.device import check_device, keep_freed_memory, pick_device
 from mtl_dist.errors import InputError
 from mtl_dist.machine import allow_open_files
@@ -79,8 +80,9 @@ class Setup(NamedTuple):
     device: torch.device
     data: Data
     order: Order | TaskOrders
-    train_reader: ShardReader
-    val_reader: ShardReader
+    train: Samples
+    val: Samples
+    prepare: Preparation
 
     @property
     def total_steps(self) -> int:
@@ -109,8 +111,8 @@ def set_up(config: Config, context: RunContext, watchdog: Watchdog) -> Setup:
     check_ranks_agree(config, data)
     check_num_ranks(config, context.num_ranks)
     cache = Cache(config.data.cache_dir, max_bytes=int(config.data.cache_gib * GIB))
-    train_reader = ShardReader(config.data.train, data.train, cache)
-    val_reader = ShardReader(config.data.val, data.val, cache)
+    train = open_samples(config.data.train, data.train, config.data, cache)
+    val = open_samples(config.data.val, data.val, config.data, cache)
     shows = data.tasks and context.rank == 0
     with progress_bar("reading labels", len(data.train.shards)) if shows else contextlib.nullcontext() as advance:
 
@@ -119,10 +121,10 @@ def set_up(config: Config, context: RunContext, watchdog: Watchdog) -> Setup:
             if advance:
                 advance(count)
 
-        order = build_order(config, data, train_reader, moved)
-    train_reader.keep_open(order.shards_in_hand(context.num_ranks, num_steps=2 * FETCH_AHEAD_STEPS))
-    allow_open_files(train_reader.max_open + val_reader.max_open)
-    return Setup(config, context, watchdog, device, data, order, train_reader, val_reader)
+        order = build_order(config, data, train, moved)
+    train.keep_open(order.shards_in_hand(context.num_ranks, num_steps=2 * FETCH_AHEAD_STEPS))
+    allow_open_files(train.max_open + val.max_open)
+    return Setup(config, context, watchdog, device, data, order, train, val, build_preparation(config))
 
 
 def check_num_ranks(config: Config, num_ranks: int) -> None:

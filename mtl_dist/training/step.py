@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mtl_dist.config import Config
-from mtl_dist.data.augment import augment, make_draws
+from mtl_dist.data.augment import Preparation, make_draws
 from mtl_dist.errors import NonFiniteLoss
 from mtl_dist.models import non_finite
 from mtl_dist.objective.losses import Sums, add_sums, global_losses, total_sums
@@ -17,13 +17,21 @@ from mtl_dist.tasks import Batch
 
 
 def train_step(
-    engine, batch: Batch, config: Config, *, epoch: int, step: int, device: torch.device, rank: int
+    engine,
+    batch: Batch,
+    config: Config,
+    *,
+    prepare: Preparation,
+    epoch: int,
+    step: int,
+    device: torch.device,
+    rank: int,
 ) -> StepLoss:
     """Take one optimizer step on this rank's part of the global batch, in `train.accumulation` micro-batches."""
     module: ObjectiveModule = engine.module
     draws = draw_passes(batch.rows, seed=config.run.seed, epoch=epoch, passes=module.passes)
     batch = batch.to(device)
-    batch = batch._replace(inputs=augment(batch.inputs, draws.to(device), config.augment, config.input_size))
+    batch = batch._replace(inputs=prepare(batch, draws.to(device)))
     parts = split_batch(batch, parts=config.train.accumulation, passes=module.passes)
 
     # The losses of the whole batch need the sums of the whole batch before the first backward: CCC is no mean.
