@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
 
 from mtl_dist.errors import MAX_SEED, InputError, nearest
 from mtl_dist.families import FAMILIES, check_backbone_name, describe_backbones, describe_families, min_input_size
@@ -76,7 +76,7 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0, le=MAX_SEED)
     """Seeds the order, augmentation, initialisation and dropout."""
     audit_dir: Annotated[Path | None, Varies.BY_RANK] = None
-    """Also write the rows of every step here, a file a process: what a failure lost or repeated can be counted."""
+    """Also write the samples of every step here, a file a process: what a failure lost or repeated can be counted."""
 
     @property
     def uri(self) -> str:
@@ -85,10 +85,11 @@ class RunConfig(Section):
 
 
 class DataConfig(Section):
-    train: Annotated[str, Varies.BY_RANK] = ""
-    """Index of the training split: the directory or s3:// prefix that holds its index.json."""
-    val: Annotated[str, Varies.BY_RANK] = ""
-    """Index of the validation split, of the same view."""
+    train: Annotated[tuple[str, ...], Varies.BY_RANK] = ()
+    """Index of the training split: the directory or s3:// prefix that holds its index.json; or several, of one view,
+    whose rows are read as those of one set."""
+    val: Annotated[tuple[str, ...], Varies.BY_RANK] = ()
+    """Index of the validation split, of the same view; or several."""
     image_size: int = Field(112, ge=32, le=1024)
     """Side in pixels that the loader resizes every image to (images of this size are not touched). The challenge's
     cropped_aligned has 112; its cropped has larger images too, which lose detail."""
@@ -112,6 +113,15 @@ class DataConfig(Section):
     In a directory of another user it is <cache_dir>/user-<your id>."""
     cache_gib: Annotated[float, Varies.BY_RANK] = Field(50.0, gt=0, le=10**9)
     """Bound of the cache; shards not in use are evicted, oldest first."""
+
+    @field_validator("train", "val", mode="before")
+    @classmethod
+    def _one_or_several(cls, uris: Any) -> Any:
+        return tuple(uri for uri in [uris] if uri) if isinstance(uris, str) else uris
+
+    @field_serializer("train", "val")
+    def _one_as_itself(self, uris: tuple[str, ...]) -> Any:
+        return list(uris) if len(uris) > 1 else "".join(uris)
 
 
 class AugmentConfig(Section):

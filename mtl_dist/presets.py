@@ -139,7 +139,8 @@ def with_absolute_paths(config: Config) -> Config:
     own = {"storage": storage.absolute(run.storage), "start": run.start and storage.absolute(run.start)}
     own["audit_dir"] = run.audit_dir and run.audit_dir.expanduser().absolute()
     cache_dir = data.cache_dir and data.cache_dir.expanduser().absolute()
-    sets = {"train": storage.absolute(data.train), "val": storage.absolute(data.val), "cache_dir": cache_dir}
+    train, val = (tuple(map(storage.absolute, uris)) for uris in (data.train, data.val))
+    sets = {"train": train, "val": val, "cache_dir": cache_dir}
     return config.model_copy(
         update={
             "run": run.model_copy(update=own),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 TASKS = ("va", "expr", "au")
 VIEWS = ("cropped", "cropped_aligned")
 SPLITS = ("train", "val")
+SET_BITS = 32  # of a row of several sets: above them is the number of its set
 PERSON = "person: "  # begins what stands for a video's name where there is none: a person's pictures, which are no film
 
 EXPRESSIONS = ("Neutral", "Anger", "Disgust", "Fear", "Happiness", "Sadness", "Surprise", "Other")
@@ -87,6 +88,15 @@ class LabelCounts(BaseModel):
     expr_classes: list[int] = Field(min_length=NUM_EXPRESSIONS, max_length=NUM_EXPRESSIONS)
     au_positives: list[int] = Field(min_length=NUM_AUS, max_length=NUM_AUS)
     unlabelled: int  # rows without any label
+
+    def plus(self, other: LabelCounts) -> LabelCounts:
+        """Return the counts of both sets together."""
+        mine, theirs = self.model_dump(), other.model_dump()
+        added = {
+            name: [a + b for a, b in zip(value, theirs[name])] if isinstance(value, list) else value + theirs[name]
+            for name, value in mine.items()
+        }
+        return LabelCounts(**added)
 
     def missing_tasks(self) -> list[str]:
         """Tasks without a single label."""

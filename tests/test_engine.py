@@ -124,7 +124,7 @@ def test_a_run_begun_with_the_old_order_continues_with_it_and_a_new_one_has_the_
     assert "an earlier version began this run" in capsys.readouterr().out
     assert read_state(committed(config.run.uri)[0][-1])["order"] == 1
 
-    data, reader = open_data(config), ShardReader(config.data.train, read_index(config.data.train), Cache())
+    data, reader = open_data(config), ShardReader(config.data.train[0], read_index(config.data.train[0]), Cache())
     order = build_order(config, data, ImageSamples(reader, config.data.image_size))
     first, *_, last = (life["life"] for life in read_lives(config.run.uri))
     for life, version in ((first, 2), (last, 1)):

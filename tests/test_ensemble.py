@@ -303,7 +303,7 @@ def test_tasks_name_no_path_that_depends_on_where_they_run(runs, tmp_path, monke
     with pytest.raises(InputError, match="seen"):
         main(["--runs", "cropped", *sets, "--out", str(tmp_path / "out")])
     (task,) = tasks
-    paths = (task.member.weights.uri, task.member.val_uri, task.how.cache_dir)
+    paths = (task.member.weights.uri, task.member.val.uris[0], task.how.cache_dir)
     assert all(Path(path).is_absolute() for path in paths), paths
 
 

@@ -149,7 +149,7 @@ def test_a_folder_is_predicted_in_the_order_of_its_names(run, faces, tmp_path):
 
 def test_a_shard_set_is_predicted_as_the_ensemble_predicts_it_and_scored(run, tmp_path, capsys):
     member = open_member(str(run))
-    run_predict(run, member.val_uri, tmp_path / "out.parquet", "--batch", "9")
+    run_predict(run, str(member.val), tmp_path / "out.parquet", "--batch", "9")
     reference = predict_member(member, device=torch.device("cpu"))
     table = read_predictions(str(tmp_path / "out.parquet"))
     np.testing.assert_array_equal(table.predicted.rows, reference.rows)

@@ -224,7 +224,7 @@ def test_neither_the_number_of_saves_nor_a_kill_between_evaluations_shows_in_the
 def test_the_audit_of_a_run_per_task_counts_each_tasks_batches(runs, shards, num_ranks):
     config = config_of(shards, runs, f"famo-{num_ranks}", PER_TASK)
     steps = open_data(config).steps_per_epoch
-    labels = read_index(config.data.train).labels
+    labels = read_index(config.data.train[0]).labels
     assert steps == min(labels.va, labels.expr, max(labels.au)) // 8
     report = read_audit(runs / "audit", config.run.name, global_batch=8, num_steps=2 * steps)
     assert (report.samples_lost, report.samples_twice, report.steps_repeated) == (0, 0, 0)
@@ -244,7 +244,7 @@ def test_task_batches_carry_the_labels_of_their_task_alone_and_rows_that_have_so
 
     config = config_of(shards, tmp_path, "run", PER_TASK)
     data = open_data(config)
-    reader = ShardReader(config.data.train, data.train, Cache())
+    reader = ShardReader(config.data.train[0], data.train.indexes[0], Cache())
     samples = ImageSamples(reader, 80)
     order = build_order(config, data, samples)
     for rank in (0, 1):
@@ -322,7 +322,7 @@ class PlainEngine:
 @pytest.mark.parametrize("balancing", ["fixed", "famo"])
 def test_dropout_differs_between_ranks_steps_and_micro_batches_and_repeats_for_each(balancing, shards, tmp_path):
     config = config_of(shards, tmp_path, "run", {"train": {"accumulation": 2}, "loss": {"balancing": balancing}})
-    counts = read_index(config.data.train).labels
+    counts = read_index(config.data.train[0]).labels
     labels = Labels(
         torch.zeros(4, 1, 2), torch.zeros(4, 1, dtype=torch.int64), torch.zeros(4, 1, 12),
         *(torch.ones(shape, dtype=torch.bool) for shape in ((4, 1), (4, 1), (4, 1, 12))),

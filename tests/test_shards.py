@@ -26,7 +26,7 @@ from PIL import Image
 from mtl_dist import storage
 from mtl_dist.data import as_webdataset
 from mtl_dist.data.decode import decode
-from mtl_dist.data.index import INDEX_NAME, Index, dump_index, read_index
+from mtl_dist.data.index import INDEX_NAME, Index, dump_index, read_index, read_sets
 from mtl_dist.data.sidecar import dump_sidecar, parse_sidecar, read_about
 from mtl_dist.errors import InputError
 from mtl_dist.shards import skipping, ustar, writer
@@ -896,8 +896,8 @@ def test_validation_pictures_that_are_training_pictures_by_another_name_are_coun
     printed = capsys.readouterr().out
     assert f"note: cropped: {rows} of 20 validation pictures are training pictures too, byte for byte" in printed
     assert "note: cropped_aligned" not in printed
-    sets = [(uri, read_index(uri)) for uri in (str(tmp_path / "dest" / "cropped" / split) for split in SPLITS)]
-    shared = find_shared(*sets[0], *sets[1], max_bytes=2 * sets[0][1].shards[0].sidecar_bytes)
+    sets = [read_sets([str(tmp_path / "dest" / "cropped" / split)]) for split in SPLITS]
+    shared = find_shared(*sets, max_bytes=2 * sets[0].shards[0].sidecar_bytes)
     assert (shared.of, shared.looked_at) == (14, 14 / 40)
     assert shared.note().startswith("at least ")
 

@@ -85,8 +85,8 @@ def main(args: list[str] | None = None) -> None:
     plan = plan_run(probe)
     if score.task in (data := open_data(config)).val.labels.missing_tasks():
         raise InputError(
-            f"search.metric is {score.key}, and {config.data.val} has no labels of {score.task}: no trial would be "
-            "scored; give another metric, or a validation set with such labels"
+            f"search.metric is {score.key}, and {data.val} has no labels of {score.task}: no trial would be scored; "
+            "give another metric, or a validation set with such labels"
         )
     print(f"search  {search.trials} trials of {config.train.epochs} epochs over {json.dumps(space)}")
     if command.dry_run:
@@ -218,7 +218,7 @@ def _train_command(config: Config, search_uri: str) -> str:
     """Return a command that trains with what was found, on the data and the cluster of the search."""
     args = ["python", "-m", "mtl_dist.train", "--config", storage.join(search_uri, "best.yaml")]
     args += ["--run.name", f"{search_uri.rpartition('/')[2]}-best", "--run.storage", config.run.storage]
-    args += ["--data.train", config.data.train, "--data.val", config.data.val]
+    args += ["--data.train", *config.data.train, "--data.val", *config.data.val]
     if config.run.start:  # best.yaml leaves out what is a run's own
         args += ["--run.start", config.run.start, "--run.start-with", config.run.start_with]
     usual = Config().ray

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -131,18 +134,90 @@ def _find_contradiction(index: Index) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class Sets:
+    """One or several shard sets of a view and a split as one: their shards one behind the other."""
+
+    uris: tuple[str, ...]
+    indexes: tuple[Index, ...]
+
+    def __str__(self) -> str:
+        return " and ".join(self.uris)
+
+    def pairs(self) -> list[tuple[str, Index]]:
+        return list(zip(self.uris, self.indexes))
+
+    @property
+    def view(self) -> str:
+        return self.indexes[0].view
+
+    @property
+    def split(self) -> str:
+        return self.indexes[0].split
+
+    @property
+    def rows(self) -> int:
+        return sum(index.rows for index in self.indexes)
+
+    @property
+    def labels(self) -> LabelCounts:
+        return functools.reduce(LabelCounts.plus, (index.labels for index in self.indexes))
+
+    @property
+    def shards(self) -> list[ShardEntry]:
+        return [shard for index in self.indexes for shard in index.shards]
+
+    @property
+    def shard_rows(self) -> np.ndarray:
+        """(S,) int64 rows of every shard."""
+        return np.concatenate([index.shard_rows for index in self.indexes])
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the content: of one set its own, of several that of all in their order."""
+        return _identity([index.sha256 for index in self.indexes])
+
+    @property
+    def source_sha256(self) -> str:
+        """Identity of what the sets were made of."""
+        return _identity([index.source_sha256 for index in self.indexes])
+
+
+def read_sets(uris: Sequence[str]) -> Sets:
+    """Read one or several indexes, as `read_index`. Raises `InputError` unless they are of one view and split."""
+    if not uris:
+        raise InputError("no shard set is named; expected the directory or s3:// prefix of one at least")
+    sets = Sets(tuple(map(index_dir, uris)), tuple(map(read_index, uris)))
+    first_uri, first = sets.pairs()[0]
+    seen: dict[str, str] = {}
+    for uri, index in sets.pairs():
+        if (index.view, index.split) != (first.view, first.split):
+            raise InputError(
+                f"{uri} has view '{index.view}' and split '{index.split}', and {first_uri} '{first.view}' and "
+                f"'{first.split}'; sets that are read as one are of one view and split"
+            )
+        if index.sha256 in seen:
+            raise InputError(f"{uri} is the set that {seen[index.sha256]} is, too: every row would be read twice")
+        seen[index.sha256] = uri
+    return sets
+
+
+def _identity(of_sets: list[str]) -> str:
+    return of_sets[0] if len(of_sets) == 1 else hashlib.sha256(_canonical(of_sets)).hexdigest()
+
+
 def index_dir(uri: str) -> str:
     """Return the prefix of a set, whether it or its index.json was named."""
     return uri.removesuffix(f"/{INDEX_NAME}").rstrip("/")
 
 
-def check_pair(train: Index, val: Index) -> None:
-    """Raise unless these are a train and a val index of one view."""
+def check_pair(train: Sets, val: Sets) -> None:
+    """Raise unless these are of the splits train and val, of one view."""
     if train.view != val.view:
         raise InputError(f"data.train has view '{train.view}' and data.val '{val.view}'; expected both of one view")
-    for flag, index, split in (("data.train", train, "train"), ("data.val", val, "val")):
-        if index.split != split:
-            raise InputError(f"{flag} is an index of split '{index.split}'; expected '{split}'")
+    for flag, sets, split in (("data.train", train, "train"), ("data.val", val, "val")):
+        if sets.split != split:
+            raise InputError(f"{flag} is an index of split '{sets.split}'; expected '{split}'")
 
 
 def check_stored(uri: str, index: Index) -> None:

@@ -83,7 +83,7 @@ def check_members(members: list[Member]) -> None:
         if member.val.source_sha256 != first.val.source_sha256:
             pairs = ((first, "is scored on"), (member, "on"))
             sets = " and ".join(
-                f"{m.run_uri} {verb} {m.val_uri} (index {m.val.sha256[:12]}, of source {m.val.source_sha256[:12]})"
+                f"{m.run_uri} {verb} {m.val} (index {m.val.sha256[:12]}, of source {m.val.source_sha256[:12]})"
                 for m, verb in pairs
             )
             raise InputError(
@@ -158,7 +158,7 @@ def _about_member(name: str, member: Member) -> dict[str, Any]:
         "checkpoint": member.weights.uri,
         "step": member.weights.checkpoint.step,
         "p_in_training": member.weights.checkpoint.score,
-        "validation_set": {"uri": member.val_uri, "sha256": member.val.sha256},
+        "validation_set": {"uri": str(member.val), "sha256": member.val.sha256},
         "predictions": table_name(name, VAL),
     }
 

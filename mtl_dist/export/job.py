@@ -16,7 +16,7 @@ from mtl_dist import storage
 from mtl_dist.config import Config
 from mtl_dist.data.augment import build_preparation
 from mtl_dist.data.frames import unlabelled
-from mtl_dist.data.index import read_index
+from mtl_dist.data.index import read_sets
 from mtl_dist.errors import InputError
 from mtl_dist.export.card import ONNX, Checked, write_card
 from mtl_dist.export.graph import check_onnx_installed, largest_difference, run_onnx, write_onnx
@@ -139,7 +139,7 @@ def _run_torch(model: nn.Module, images: np.ndarray, config: Config) -> Predicti
 def _read_faces(command: ExportCommand, weights: Weights, scratch: Path) -> np.ndarray:
     """Read up to `NUM_FACES` pictures (n, 3, S, S) uint8 as the model takes them."""
     config = weights.config
-    uri = command.images or config.data.val
+    uri = command.images or "".join(config.data.val[:1])
     try:
         frames = open_frames(uri, scratch=scratch, cache_dir=command.cache_dir)
     except InputError as error:
@@ -167,7 +167,7 @@ def _constant_scores(weights: Weights) -> dict[str, Any] | None:
             if record["kind"] == "eval" and record["step"] == weights.checkpoint.step and "constant" in record:
                 return record["constant"]
     try:
-        val = read_index(weights.config.data.val)
+        val = read_sets(weights.config.data.val)
     except InputError:
         return None
     is_same = val.sha256 == weights.state["identity"]["validation set"]

@@ -10,6 +10,7 @@ import hashlib
 import json
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,7 +144,8 @@ def _with_absolute_paths(task: MemberTask) -> MemberTask:
     member, cache_dir = task.member, task.how.cache_dir
     checkpoint = member.weights.checkpoint._replace(uri=storage.absolute(member.weights.uri))
     weights = member.weights._replace(checkpoint=checkpoint)
-    member = member._replace(weights=weights, val_uri=storage.absolute(member.val_uri))
+    val = replace(member.val, uris=tuple(map(storage.absolute, member.val.uris)))
+    member = member._replace(weights=weights, val=val)
     how = task.how._replace(cache_dir=cache_dir.expanduser().absolute() if cache_dir else None)
     return task._replace(member=member, how=how)
 

@@ -15,7 +15,7 @@ from mtl_dist.errors import NonFiniteLoss
 from mtl_dist.objective.affect import AffectMeter, Predicted
 from mtl_dist.objective.losses import Objective
 from mtl_dist.ranks import gather_lists
-from mtl_dist.tasks import Batch
+from mtl_dist.tasks import SET_BITS, Batch
 
 MAX_LISTED = 32  # rows in one message
 
@@ -107,7 +107,12 @@ def check_predictions(bad_rows: list[int], step: int) -> None:
 def list_rows(rows: list[int]) -> str:
     """Name rows in ascending order, the first of many."""
     more = f" and {len(rows) - MAX_LISTED} more" if len(rows) > MAX_LISTED else ""
-    return f"{', '.join(map(str, sorted(rows)[:MAX_LISTED]))}{more}"
+    return f"{', '.join(map(_row_name, sorted(rows)[:MAX_LISTED]))}{more}"
+
+
+def _row_name(row: int) -> str:
+    number, own = divmod(row, 1 << SET_BITS)
+    return f"{own} of set {number + 1}" if number else str(own)
 
 
 def _total(sums: np.ndarray) -> np.ndarray:

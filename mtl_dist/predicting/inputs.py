@@ -18,7 +18,7 @@ from mtl_dist.data.cache import Cache
 from mtl_dist.data.decode import Exif
 from mtl_dist.data.frames import IMAGE_SUFFIXES, Seen, image_batches, read_image
 from mtl_dist.data.index import INDEX_NAME, check_stored, index_dir, read_index
-from mtl_dist.data.loader import eval_batches
+from mtl_dist.data.loader import eval_batches, lend
 from mtl_dist.data.names import other_form, why_no_name
 from mtl_dist.data.reader import ShardReader
 from mtl_dist.data.samples import ImageSamples
@@ -41,7 +41,7 @@ class Frames(Protocol):
     def batches(
         self, size: int, *, batch: int, workers: int, part: int, num_parts: int, seen: Seen | None = None
     ) -> Iterator[Batch]:
-        """Yield the batches of one part; `seen` is told what was noticed of them."""
+        """Yield the batches of one part, each the caller's until it takes the next; `seen` is told what was noticed."""
         ...
 
     def names(self, rows: np.ndarray) -> list[str]: ...
@@ -153,7 +153,7 @@ class ShardSet:
     ) -> Iterator[Batch]:
         samples = ImageSamples(self._reader(), size)
         sizes = {"batch": batch, "workers": workers, "prefetch": PREFETCH}
-        return eval_batches(samples, rank=part, num_ranks=num_parts, **sizes)
+        return lend(samples, eval_batches(samples, rank=part, num_ranks=num_parts, **sizes))
 
     def names(self, rows: np.ndarray) -> list[str]:
         stored, names, _ = self._reader().names()

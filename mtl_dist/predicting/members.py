@@ -16,7 +16,7 @@ from torch import nn
 from mtl_dist import storage
 from mtl_dist.data.augment import build_preparation
 from mtl_dist.data.cache import GIB, Cache
-from mtl_dist.data.index import Index, check_stored, read_index
+from mtl_dist.data.index import Sets, check_stored, read_sets
 from mtl_dist.data.loader import eval_batches, lend
 from mtl_dist.data.samples import open_samples
 from mtl_dist.errors import InputError
@@ -32,25 +32,24 @@ class Member(NamedTuple):
 
     run_uri: str  # as it was given
     weights: Weights
-    val_uri: str
-    val: Index
+    val: Sets
 
 
 def open_member(run_uri: str, val_uri: str | None = None) -> Member:
     """Find a run's best committed checkpoint and its validation set. Raises `InputError`."""
     weights = open_best(run_uri)
     moved = "" if val_uri else "; where the set has moved since training, say where it is with --val, one set a run"
-    val_uri = val_uri or weights.config.data.val
     try:
-        val = read_index(val_uri)
-        check_stored(val_uri, val)
+        val = read_sets((val_uri,) if val_uri else weights.config.data.val)
+        for uri, index in val.pairs():
+            check_stored(uri, index)
     except InputError as error:
         raise InputError(f"the validation set of run {run_uri}: {error}{moved}") from None
     if val.sha256 != weights.state["identity"].get("validation set"):
         raise InputError(
-            f"{val_uri} is not the validation set that {weights.uri} was scored on; give the right one with --val"
+            f"{val} is not the validation set that {weights.uri} was scored on; give the right one with --val"
         )
-    return Member(run_uri, weights, val_uri, val)
+    return Member(run_uri, weights, val)
 
 
 def unique_names(uris: Sequence[str], *, taken: tuple[str, ...] = ()) -> list[str]:
@@ -90,7 +89,7 @@ def predict_member(
     """
     config = member.weights.config
     cache = Cache(cache_dir, max_bytes=int(config.data.cache_gib * GIB))
-    val = open_samples(member.val_uri, member.val, config.data, cache)
+    val = open_samples(member.val, config.data, cache)
     batches = eval_batches(
         val, batch=batch, rank=0, num_ranks=1, workers=workers, prefetch=config.data.prefetch)  # fmt: skip
     predicted = predict(
@@ -118,7 +117,7 @@ class RowNames(NamedTuple):
 
 def row_names(member: Member, cache_dir: Path | None = None) -> RowNames:
     """Return the names of a member's validation rows and of their videos."""
-    rows, images, videos = open_samples(member.val_uri, member.val, member.weights.config.data, Cache(cache_dir)).names()
+    rows, images, videos = open_samples(member.val, member.weights.config.data, Cache(cache_dir)).names()
     places = np.argsort(rows)
     images, videos = ([names[place] for place in places] for names in (images, videos))
     return RowNames(images, [own or video for own, video in zip(videos, video_names(images))])

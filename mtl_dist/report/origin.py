@@ -26,8 +26,8 @@ def run_block(result: Result) -> str:
         ("weights, sha256", checkpoint.files[MODEL]["sha256"]),
         ("step", f"{checkpoint.step:,}"),
         (f"{FIRST.title} in training", f"{checkpoint.score:.4f}"),
-        ("training set", f"{member.weights.config.data.train} (sha256 {member.weights.train_sha256})"),
-        ("validation set", f"{member.val_uri} ({index.view}, {index.rows:,} rows, sha256 {index.sha256})"),
+        ("training set", f"{' and '.join(member.weights.config.data.train)} (sha256 {member.weights.train_sha256})"),
+        ("validation set", f"{member.val} ({index.view}, {index.rows:,} rows, sha256 {index.sha256})"),
     ]
     lives = read_lives(result.uri)
     typed = lives[-1].get("typed") if lives else None  # runs of before it was recorded have none

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from mtl_dist.data.cache import GIB, Cache
-from mtl_dist.data.reader import ShardReader
+from mtl_dist.data.samples import Samples, open_samples
 from mtl_dist.predicting.members import Member
 from mtl_dist.tasks import Batch
 
@@ -18,13 +18,16 @@ class Pictures:
     """Reads a run's validation pictures by row number."""
 
     def __init__(self, member: Member, cache_dir: Path | None):
-        cache = Cache(cache_dir, max_bytes=int(member.weights.config.data.cache_gib * GIB))
-        self._reader = ShardReader(member.val_uri, member.val, cache)
-        self._sample = {int(row): place for place, row in enumerate(self._reader.names().rows)}
+        self._val, self._data = member.val, member.weights.config.data
+        self._cache = Cache(cache_dir, max_bytes=int(self._data.cache_gib * GIB))
+        self._sample = {int(row): place for place, row in enumerate(self._open(self._data.image_size).names().rows)}
 
     def read(self, rows: np.ndarray, side: int) -> Batch:
         """Read rows (n,) as a batch of n pictures of `side` pixels, in their order."""
-        return self._reader.read_batch(np.array([self._sample[int(row)] for row in rows]), side)
+        return self._open(side).read(np.array([self._sample[int(row)] for row in rows]))
+
+    def _open(self, side: int) -> Samples:
+        return open_samples(self._val, self._data.model_copy(update={"image_size": side}), self._cache)
 
     def pixels(self, rows: np.ndarray, side: int) -> np.ndarray:
         """(n, side, side, 3) uint8."""

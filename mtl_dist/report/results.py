@@ -102,7 +102,7 @@ def check_same_data(members: list[Member]) -> None:
 
 def _other_data(one: Member, other: Member, how: str) -> InputError:
     return InputError(
-        f"runs {one.run_uri} ({one.val_uri}, sha256 {one.val.sha256[:12]}) and {other.run_uri} ({other.val_uri}, "
+        f"runs {one.run_uri} ({one.val}, sha256 {one.val.sha256[:12]}) and {other.run_uri} ({other.val}, "
         f"sha256 {other.val.sha256[:12]}) cannot be compared: their validation sets {how}; report them apart"
     )
 

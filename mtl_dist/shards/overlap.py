@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from safetensors.numpy import load
 
 from mtl_dist import storage
-from mtl_dist.data.index import Index, ShardEntry, index_dir, repair_hint
+from mtl_dist.data.index import Index, Sets, ShardEntry, index_dir, repair_hint
 from mtl_dist.errors import InputError
 
 MAX_LISTED = 5  # names in one message
@@ -47,20 +47,23 @@ class Shared(NamedTuple):
         )
 
 
-def find_shared(train_uri: str, train: Index, val_uri: str, val: Index, *, max_bytes: int = MAX_READ_BYTES) -> Shared:
-    """Count validation pictures that are in the training set too, from at most `max_bytes` of each set's sidecars.
+def find_shared(train: Sets, val: Sets, *, max_bytes: int = MAX_READ_BYTES) -> Shared:
+    """Count validation pictures that are in the training set too, from at most `max_bytes` of the sidecars of each.
 
     Raises `InputError` for a sidecar that is gone or damaged.
     """
-    seen, keys = _read_keys(train_uri, train, max_bytes), _read_keys(val_uri, val, max_bytes)
+    seen, keys = (
+        np.concatenate([_read_keys(uri, index, max_bytes // len(sets.uris)) for uri, index in sets.pairs()])
+        for sets in (train, val)
+    )
     return Shared(int(np.isin(keys, seen).sum()), len(keys), len(seen) / train.rows)
 
 
-def check_shared(shared: Shared, train_uri: str, val_uri: str) -> None:
+def check_shared(shared: Shared, train: Sets, val: Sets) -> None:
     """Raise an `InputError` where the validation set is, nearly or wholly, made of training pictures."""
     if shared.share >= NEARLY_ALL:
         raise InputError(
-            f"{val_uri} has the pictures of {train_uri}: {shared.note()}; expected other pictures, best of other "
+            f"{val} has the pictures of {train}: {shared.note()}; expected other pictures, best of other "
             "people; make the sets again, from lists that are apart or with --val-fraction"
         )
 

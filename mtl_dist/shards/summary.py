@@ -12,7 +12,7 @@ from rich.table import Table
 
 from mtl_dist import storage
 from mtl_dist.config import build_config
-from mtl_dist.data.index import Index
+from mtl_dist.data.index import Index, Sets
 from mtl_dist.presets import load_preset
 from mtl_dist.shards.overlap import find_shared
 from mtl_dist.shards.skipping import SKIPPED_NAME, Skipped, count_reasons
@@ -83,8 +83,8 @@ def _shared_pictures(dest: str, indexes: list[Index]) -> list[str]:
     sets = {(index.view, index.split): index for index in indexes}
     lines = []
     for view in dict.fromkeys(index.view for index in indexes):
-        pair = [(storage.join(dest, view, split), sets[view, split]) for split in SPLITS]
-        if note := find_shared(*pair[0], *pair[1]).note():
+        train, val = (Sets((storage.join(dest, view, split),), (sets[view, split],)) for split in SPLITS)
+        if note := find_shared(train, val).note():
             lines.append(f"note: {view}: {note}")
     return lines
 

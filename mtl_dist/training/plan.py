@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mtl_dist import storage
 from mtl_dist.config import Config
-from mtl_dist.data.index import Index, check_pair, check_stored, read_index
+from mtl_dist.data.index import Sets, check_pair, check_stored, read_sets
 from mtl_dist.data.order import Order, TaskOrders, build_task_orders
 from mtl_dist.data.samples import Samples
 from mtl_dist.errors import InputError
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class Data(NamedTuple):
     """The two sets of a run, and how many steps an epoch over the first has."""
 
-    train: Index
-    val: Index
+    train: Sets
+    val: Sets
     steps_per_epoch: int
     tasks: tuple[str, ...]  # that a step reads a batch of each; none: one batch with the labels of all
 
@@ -39,10 +39,10 @@ def open_data(config: Config) -> Data:
     Everything is found out from the indexes: how many rows carry a label of any AU is taken to be how many carry the AU
     that most carry, which is at most too few.
     """
-    for flag, uri in (("data.train", config.data.train), ("data.val", config.data.val)):
-        if not uri:
+    for flag, uris in (("data.train", config.data.train), ("data.val", config.data.val)):
+        if not all(uris) or not uris:
             raise InputError(f"--{flag} is not given; expected the directory or s3:// prefix that holds an index.json")
-    train, val = read_index(config.data.train), read_index(config.data.val)
+    train, val = read_sets(config.data.train), read_sets(config.data.val)
     check_pair(train, val)
     _check_labels(config, train, val)
     batch, share, rows, tasks = config.train.global_batch, config.data.epoch_fraction, {"": train.rows}, ()
@@ -54,20 +54,19 @@ def open_data(config: Config) -> Data:
         if _share_of(count, share) < batch:
             part = f", of which an epoch reads {share:g} (data.epoch_fraction)" if share < 1 else ""
             raise InputError(
-                f"train.global_batch is {batch}, but {config.data.train} has {count} rows{which}{part}; use a smaller "
-                "batch"
+                f"train.global_batch is {batch}, but {train} has {count} rows{which}{part}; use a smaller batch"
             )
     if not rows:
-        raise InputError(f"data.sampling is per_task, but {config.data.train} has no labels of any task")
+        raise InputError(f"data.sampling is per_task, but {train} has no labels of any task")
     return Data(train, val, _share_of(min(rows.values()), share) // batch, tasks)
 
 
-def _trained(config: Config, train: Index) -> list[str]:
+def _trained(config: Config, train: Sets) -> list[str]:
     """Tasks with a loss and labels."""
     return [task for task in TASKS if config.loss.weight(task) and task not in train.labels.missing_tasks()]
 
 
-def _check_labels(config: Config, train: Index, val: Index) -> None:
+def _check_labels(config: Config, train: Sets, val: Sets) -> None:
     """Raise where nothing would be learnt, or nothing of it scored."""
     weighted = ", ".join(f"loss.{task} {config.loss.weight(task):g}" for task in TASKS)
     labels = {name: index.labels.missing_tasks() for name, index in (("train", train), ("val", val))}
@@ -75,12 +74,12 @@ def _check_labels(config: Config, train: Index, val: Index) -> None:
     trained = _trained(config, train)
     if not trained:
         raise InputError(
-            f"{config.data.train} has labels of {found['train']}, and the weights of losses are {weighted}: nothing "
+            f"{train} has labels of {found['train']}, and the weights of losses are {weighted}: nothing "
             "would be trained; give a set with labels, or a weight to a task that has some"
         )
     if not set(trained) - set(labels["val"]):
         raise InputError(
-            f"{config.data.val} has labels of {found['val']}, and trained are {', '.join(trained)}: nothing of it "
+            f"{val} has labels of {found['val']}, and trained are {', '.join(trained)}: nothing of it "
             "would be scored, and no checkpoint could be chosen; give a validation set with labels of these"
         )
 
@@ -156,8 +155,8 @@ def plan_run(config: Config, *, num_ranks: tuple[int, int] | None = None, compar
     for key in config.checkpoint.best_of:
         find_score(key, setting="checkpoint.best_of")
     data = open_data(config)
-    check_stored(config.data.train, data.train)
-    check_stored(config.data.val, data.val)
+    for uri, index in data.train.pairs() + data.val.pairs():
+        check_stored(uri, index)
     storage.check_writable(config.run.uri)
     found, _ = committed(config.run.uri)
     start, begins = None, False
@@ -179,8 +178,8 @@ def plan_run(config: Config, *, num_ranks: tuple[int, int] | None = None, compar
         storage.check_writable(str(config.run.audit_dir), flag="--run.audit-dir")
     notes = note_labels(config, data) + ([f"it begins with {describe_start(start.note)}"] if start else [])
     if compares:
-        shared = find_shared(config.data.train, data.train, config.data.val, data.val)
-        check_shared(shared, config.data.train, config.data.val)
+        shared = find_shared(data.train, data.val)
+        check_shared(shared, data.train, data.val)
         notes += filter(None, [shared.note()])
     text = _describe(config, data, notes, done=done, num_ranks=num_ranks or config.ray.num_ranks, begins=begins)
     return Plan(text, begins=not done)
@@ -218,9 +217,9 @@ def _describe(
         left_out = f"each of {len(data.tasks)} batches, of rows with labels of {', '.join(data.tasks)}"
     lines = [
         f"run     {config.run.uri}{where}",
-        f"train   {config.data.train}: {train.rows} rows of {train.view}, {_labelled(train.labels)}, "
+        f"train   {train}: {train.rows} rows of {train.view}, {_labelled(train.labels)}, "
         f"{len(train.shards)} shards, {size_mb:.1f} MB",
-        f"val     {config.data.val}: {val.rows} rows, {_labelled(val.labels)}, {len(val.shards)} shards",
+        f"val     {val}: {val.rows} rows, {_labelled(val.labels)}, {len(val.shards)} shards",
         f"steps   {steps} an epoch, {total} in all; {left_out}",
         f"batch   {batch} over {ranks}, {config.num_streams} streams, {pixels_mb:.0f} MB of pixels",
         f"model   {config.model.name}, backbone {config.model.backbone}{frozen}, weights {weights}, "

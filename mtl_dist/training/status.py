@@ -13,7 +13,7 @@ from rich.table import Table
 
 from mtl_dist import storage
 from mtl_dist.config import Config, build_config
-from mtl_dist.data.index import read_index
+from mtl_dist.data.index import read_sets
 from mtl_dist.errors import InputError, plain
 from mtl_dist.objective.scores import FIRST, constant_scores, label_sums
 from mtl_dist.presets import read_config_file
@@ -123,7 +123,7 @@ def _constant_row(config: Config, evaluations: list[dict[str, Any]]) -> dict[str
     if evaluations and "constant" in evaluations[-1]:
         return {"constant predictor": evaluations[-1]["constant"]}
     try:
-        return {"constant predictor": constant_scores(label_sums(read_index(config.data.val).labels))}
+        return {"constant predictor": constant_scores(label_sums(read_sets(config.data.val).labels))}
     except InputError as error:
         print(f"note: without the constant predictor's row: {plain(str(error))}", flush=True)
         return {}
