@@ -104,6 +104,7 @@ def test_a_search_beside_another_ray_runs_one_trial_at_a_time_and_takes_one_that
     args = [arg.replace("s3://mtl/faces", str(shards)) for arg in run_args("cropped", "unused")]
     args[args.index(RUNS)] = str(tmp_path)
     args += ["--search.trials", "2", "--search.concurrent", "1", "--search.space", str(space), "--run.seed", "2"]
+    args += ["--search.metric", "rmse_v"]
     env = {**os.environ, "RAY_AUTH_MODE": "disabled"}
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         env.pop(name, None)
@@ -117,6 +118,7 @@ def test_a_search_beside_another_ray_runs_one_trial_at_a_time_and_takes_one_that
     assert yaml.safe_load((tmp_path / "search" / "best.yaml").read_text())["optim"]["lr"] == 6e-4
     finished = tmp_path / "search" / "trials" / f"trial-{trials[0]['trial']}"
     assert list(finished.glob("checkpoints/step_000000005_*/COMMIT.json")), "ASHA stopped it at its last evaluation"
+    assert 0 < float(trials[0]["best RMSE V"]) < 2
     assert "ignored" not in done.stdout
     assert "TensorBoard" not in done.stdout
     first = done.stdout.index(f"trial {trials[1]['trial']} diverged: ")
