@@ -346,7 +346,7 @@ def make_member(
     )
     index = SimpleNamespace(view=view, **{"sha256": f"{view}-set", "source_sha256": "source", **val})
     weights = Weights(Checkpoint("", 1, {}, 0.0, {}), config, {}, view, 1)
-    return Member(f"runs/{name}", weights, f"sets/{view}", index)
+    return Member(f"runs/{name}", weights, index)
 
 
 def trained_on(member: Member, sha256: str) -> Member:

@@ -7,6 +7,7 @@ import json
 import tarfile
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 from simplejpeg import encode_jpeg
 
-from mtl_dist.data.index import read_index
+from mtl_dist.config import Config
+from mtl_dist.data.index import read_sets
 from mtl_dist.data.names import find_bad_name, is_image_name
 from mtl_dist.errors import InputError
 from mtl_dist.objective.smoothing import make_timeline, smooth
@@ -443,7 +445,7 @@ def test_pictures_of_no_video_belong_to_their_persons_and_are_no_film(tmp_path):
     for part, videos in (("train", ["train"] * 2), ("val", [f"person: p{i // 4}" for i in range(16)] + ["film"] * 4)):
         uri = f"{tmp_path}/set/cropped/{part}"
         shards.main(["verify", uri])
-        names = row_names(Member("run", None, uri, read_index(uri)))
+        names = row_names(Member("run", SimpleNamespace(config=Config()), read_sets([uri])))
         assert names.videos == videos
     assert number_videos(names.videos).tolist() == [i // 4 for i in range(20)]
     values, timeline = np.arange(20.0)[:, None], make_timeline(names.images, names.videos)
@@ -475,7 +477,7 @@ def test_videos_that_a_table_names_are_in_the_shards_and_part_what_is_scored(tmp
     for part, first, count in (("train", 0, 20), ("val", 20, 20)):
         uri = f"{tmp_path}/set/cropped/{part}"
         shards.main(["verify", uri])
-        names = row_names(Member("run", None, uri, read_index(uri)))
+        names = row_names(Member("run", SimpleNamespace(config=Config()), read_sets([uri])))
         assert names.images == [row[0] for row in rows[first : first + count]]
         assert names.videos == [row[2] or row[0] for row in rows[first : first + count]]
     assert number_videos(names.videos).tolist() == [i // 5 for i in range(20)]
