@@ -142,6 +142,13 @@ def test_a_library_is_imported_in_its_place_only(library):
     assert wrong == []
 
 
+def test_no_command_starts_processes_itself():
+    """They could not find its functions: a package's __main__ is not imported again in a process that is spawned."""
+    commands = [found for found in IMPORTS if found.imported.startswith("mtl_dist.processes.")]
+    assert commands
+    assert [found.importer for found in commands if found.importer.endswith("__main__")] == []
+
+
 def test_no_import_hides_in_a_string():
     """`importlib` and `__import__` would pass by the tests above."""
     assert [found for found in IMPORTS if is_within(found.imported, ("importlib.import_module",))] == []

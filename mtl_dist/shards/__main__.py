@@ -25,7 +25,6 @@ from mtl_dist import storage
 from mtl_dist.data.decode import Exif
 from mtl_dist.errors import OPTION_BOUNDS, InputError, check_numbers, plain_refusals, run_command
 from mtl_dist.machine import num_cpus
-from mtl_dist.processes import process_pool
 from mtl_dist.progress import progress_bar
 from mtl_dist.shards.columns import NO_OPTIONS, TableOptions
 from mtl_dist.tasks import AUS, EXPRESSIONS, SPLITS, VIEWS
@@ -130,18 +129,13 @@ def verify(uri: Annotated[str, tyro.conf.Positional], *, jobs: Jobs = CORES) -> 
     Args:
         uri: The directory or s3:// prefix that holds index.json.
     """
-    from mtl_dist.data.index import index_dir, read_index
-    from mtl_dist.shards.verify import find_set_faults
+    from mtl_dist.data.index import read_index
+    from mtl_dist.shards.verify import find_faults
 
     check_numbers(BOUNDS, jobs=jobs)
-    index, shards = read_index(uri), []
-    with progress_bar("verifying", index.rows) as advance, contextlib.ExitStack() as stack:
-        run = map if jobs == 1 else stack.enter_context(process_pool(jobs)).map
-        tasks = [(index_dir(uri), shard.model_dump()) for shard in index.shards]
-        for shard, found in zip(index.shards, run(_verify_shard, tasks)):
-            shards.append(found)
-            advance(shard.rows)
-    faults = [fault for found in shards for fault in found.faults] or find_set_faults(index, shards)
+    index = read_index(uri)
+    with progress_bar("verifying", index.rows) as advance:
+        faults = find_faults(uri, index, jobs=jobs, progress=advance)
     if faults:
         repair = "to repair: delete these, then run `python -m mtl_dist.shards create` with the original arguments"
         raise InputError("\n  ".join([f"{len(faults)} faults in {uri}:", *faults, repair]))
@@ -237,13 +231,6 @@ def synth(
         print(f"  {split:6}" + ", ".join(f"{name} {count:,}" for name, count in told.items()))
     shards_dir = dest.with_name(f"{dest.name}-shards")
     print("next: " + shlex.join(["python", "-m", "mtl_dist.shards", "create", str(dest), str(shards_dir)]))
-
-
-def _verify_shard(task: tuple[str, dict]):
-    from mtl_dist.data.index import ShardEntry
-    from mtl_dist.shards.verify import verify_shard
-
-    return verify_shard(task[0], ShardEntry.model_validate(task[1]))
 
 
 COMMANDS = {"create": create, "verify": verify, "inspect": inspect, "synth": synth}

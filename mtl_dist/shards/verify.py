@@ -6,10 +6,11 @@ headers claim: time and memory are those of the members that should be there.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -17,8 +18,9 @@ import numpy as np
 
 from mtl_dist import storage
 from mtl_dist.data.decode import DecodeError, decode
-from mtl_dist.data.index import Index, ShardEntry
+from mtl_dist.data.index import Index, ShardEntry, index_dir
 from mtl_dist.data.sidecar import Sidecar, check_places, parse_sidecar
+from mtl_dist.processes import process_pool
 from mtl_dist.shards.writer import count_labels
 from mtl_dist.tasks import LabelCounts
 
@@ -39,6 +41,23 @@ class Findings(NamedTuple):
     faults: list[str]
     rows: np.ndarray | None = None  # (n,) int64
     labels: LabelCounts | None = None
+
+
+def find_faults(uri: str, index: Index, *, jobs: int, progress: Callable[[int], None]) -> list[str]:
+    """Return what is damaged of a set, or contradicts its index; `progress` is told of rows."""
+    shards = []
+    with contextlib.ExitStack() as stack:
+        run = map if jobs == 1 else stack.enter_context(process_pool(jobs)).map
+        tasks = [(index_dir(uri), shard.model_dump()) for shard in index.shards]
+        for shard, found in zip(index.shards, run(_verify_shard, tasks)):
+            shards.append(found)
+            progress(shard.rows)
+    return [fault for found in shards for fault in found.faults] or find_set_faults(index, shards)
+
+
+def _verify_shard(task: tuple[str, dict[str, Any]]) -> Findings:
+    uri, entry = task
+    return verify_shard(uri, ShardEntry.model_validate(entry))
 
 
 def verify_shard(uri: str, entry: ShardEntry) -> Findings:
