@@ -606,7 +606,7 @@ def test_what_another_user_put_at_the_place_of_ones_own_cache_is_refused(s3, tmp
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file to another user")
 def test_a_cached_file_of_another_user_is_fetched_anew(s3, tmp_path):
-    cache, about = Cache(tmp_path), put("s3://mtl/replaced", b"x" * 1000)
+    cache, about = Cache(tmp_path), put("s3://mtl/cached-replaced", b"x" * 1000)
     path = cache.path(about["uri"], about["sha256"])
     path.write_bytes(b"y" * 1000)  # where all may write, as in /tmp
     os.chown(path, 65534, 65534)
