@@ -1,4 +1,4 @@
-"""Predict a shard set, each row exactly once over all ranks, and score it."""
+"""What a model says of batches: its outputs, predictions of every frame, or scores over all ranks."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def forward_all(
 ) -> Iterator[tuple[Batch, Any]]:
     """Yield every batch, as it came, with the model's outputs of it, on the device: `tasks.Outputs`.
 
-    `forward` is what else of the model is asked than its own forward, with
-    the same arguments: inputs and which frames are valid. The model is in evaluation mode meanwhile.
+    `forward` is asked in the model's place where that is wanted, with the same arguments: inputs, and which frames are
+    valid. The model is in evaluation mode meanwhile.
     """
     was_training = model.training
     model.eval()

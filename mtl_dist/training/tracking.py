@@ -78,7 +78,7 @@ class Tracker:
         speed, waiting = self._window.rates()
         self._board.add(step, {"speed/images_per_s": speed, "speed/waiting_for_data": waiting})
         left = (total - step) * self._window.seconds / max(self._window.steps, 1)
-        shown = "  ".join(f"{task} {losses[task]:.3f}" for task in (*TASKS, "total") if task in losses)
+        shown = "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
         line = (
             f"epoch {epoch + 1}  step {step}/{total}  loss {shown}  {speed:.0f} images/s  "
             f"waiting for data {waiting:.0%}  checkpoint {self._saved_step or 'none yet'}  "
