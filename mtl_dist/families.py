@@ -17,8 +17,6 @@ class Family(NamedTuple):
     title: str  # in tables
     what: str  # in a sentence
     paper: str
-    inputs: str  # what a sample of it is
-    objective: str  # what its outputs are compared with
     reads: tuple[str, ...]  # settings of `model.` that are its own: given to its class by these names
 
 
@@ -35,24 +33,18 @@ FAMILIES: dict[str, Family] = {
         "baseline",
         "the challenge's baseline, fully connected layers over the backbone's features",
         "Kollias 2022, arXiv 2202.10659",
-        inputs="images",
-        objective="affect",
         reads=("dropout", "hidden"),
     ),
     "b": Family(
         "B (SMM-EmotionNet)",
         "SMM-EmotionNet, the parent of A",
         "Deng 2022, arXiv 2203.12845",
-        inputs="images",
-        objective="affect",
         reads=("dropout",),
     ),
     "a": Family(
         "A",
         "the members of the ensemble system",
         "Haider et al. 2022, arXiv 2207.10878",
-        inputs="images",
-        objective="affect",
         reads=("dropout",),
     ),
 }

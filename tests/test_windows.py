@@ -18,6 +18,7 @@ from mtl_dist.predicting.evaluate import evaluate, predict
 from mtl_dist.predicting.predictions import prediction_table
 from mtl_dist.tasks import Batch, LabelCounts, Outputs
 from mtl_dist.training.step import train_step
+from tests.test_recipes import PlainEngine
 from tests.windows import LENGTHS, frames_alone, make_windows
 
 FEATURES, SIDE = 5, 8
@@ -155,21 +156,6 @@ def test_what_is_not_finite_on_padding_is_no_fault_and_on_a_frame_names_its_row(
         scored(module, [batch])
 
 
-class Engine:
-    """What DeepSpeed's engine is to a step, on one rank."""
-
-    def __init__(self, module: nn.Module):
-        self.module = module
-
-    def __call__(self, *args, **options):
-        return self.module(*args, **options)
-
-    def backward(self, loss):
-        loss.backward()
-
-    def step(self): ...
-
-
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_a_step_over_padded_samples_is_that_over_their_frames(accumulation):
     """Augmentation is keyed by row; micro-batches are of samples, so that padding is cut as the frames are."""
@@ -180,7 +166,7 @@ def test_a_step_over_padded_samples_is_that_over_their_frames(accumulation):
     for each in (batch, frames_alone(batch)):
         module = make_module("famo", 3 * 32**2)
         loss = train_step(
-            Engine(module), each, config, prepare=build_preparation(config), epoch=1, step=0, device=CPU, rank=0
+            PlainEngine(module), each, config, prepare=build_preparation(config), epoch=1, step=0, device=CPU, rank=0
         )
         grads = [p.grad / accumulation for p in module.parameters()]
         losses.append([loss.total.float(), *(value.float() for value in loss.terms.values()), *grads])

@@ -21,8 +21,7 @@ def check_pretrained(config: Config) -> None:
     check_backbone(config.model.backbone, imagenet=weights == "imagenet")
     if weights in ("none", "imagenet"):
         return
-    is_file = not storage.is_s3(weights) and not storage.local_path(weights).is_dir()
-    uri = weights if is_file else find_weights(weights)[0]
+    uri = find_weights(weights)[0]
     if not storage.exists(uri):
         raise _not_there(uri)
 
@@ -39,7 +38,7 @@ def build_pretrained(config: Config) -> nn.Module:
 
 def _build(config: Config) -> nn.Module:
     weights = config.model.weights
-    if weights in ("none", "imagenet") or (not storage.is_s3(weights) and not storage.local_path(weights).is_dir()):
+    if weights in ("none", "imagenet") or _is_local_file(weights):
         return build_model(config.model, seed=config.run.seed, input_size=config.input_size)
     # Rank 0 chooses: the best checkpoint of a run that still trains may be another one a second later. Nodes may have
     # the run at paths of their own.
@@ -65,10 +64,15 @@ def _place_of_weights(weights: str) -> tuple[str, str | None]:
 def find_weights(uri: str) -> tuple[str, str | None]:
     """Return the file to read for a URI, and its sha256 where that is known. Of a run it is the best checkpoint's."""
     uri = uri.rstrip("/")
-    if storage.is_s3(uri) and (uri.endswith(FILE_SUFFIXES) or storage.exists(uri)):
+    if _is_local_file(uri) or (storage.is_s3(uri) and (uri.endswith(FILE_SUFFIXES) or storage.exists(uri))):
         return uri, None
     checkpoint = open_weights(uri).checkpoint
     return storage.join(checkpoint.uri, MODEL), checkpoint.files[MODEL]["sha256"]
+
+
+def _is_local_file(uri: str) -> bool:
+    """Whether a URI is of a file here, which need not exist, and not of a directory or an object."""
+    return not storage.is_s3(uri) and not storage.local_path(uri).is_dir()
 
 
 def _not_there(uri: str) -> InputError:

@@ -54,8 +54,7 @@ def find_start(config: Config, identity: dict[str, str], *, verifies: bool = Fal
     if not start:
         return None
     if start_with == "backbone":
-        is_file = not storage.is_s3(start) and not storage.local_path(start).is_dir()
-        uri, sha256 = (start, None) if is_file else find_weights(start)
+        uri, sha256 = find_weights(start)
         if not storage.exists(uri):
             raise InputError(f"run.start {start} does not exist; give a run, a checkpoint or a file of weights")
         uri = uri.rpartition("/")[0] if sha256 else uri  # a checkpoint, whose weights prove themselves

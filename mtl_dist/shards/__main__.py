@@ -100,8 +100,8 @@ def create(
     for note in found.notes:
         print(note, flush=True)
     kept = skipping.Kept(found.splits, [], {})
+    listed = skipping.read_skipped(dest, but=views) if skip_bad_images else []
     if skip_bad_images:
-        listed = skipping.read_skipped(dest, but=views)
         with progress_bar("checking images", len(views) * skipping.count_images(found.splits)) as advance:
             kept = skipping.drop_bad_images(found.splits, images_dirs, dest=dest, jobs=jobs, progress=advance)
     lying: list[int] = []
@@ -111,14 +111,17 @@ def create(
         begun = time.monotonic()
         with progress_bar("writing shards", sum(plan.index.rows for plan in plans)) as advance:
             indexes = write_sets(plans, jobs=jobs, progress=advance, lying=lying.append)
-        seconds = time.monotonic() - begun
     if skip_bad_images:
         skipping.write_skipped(dest, [*listed, *kept.skipped])
     written = sum(plan.index.rows - sum(entry.rows for entry in plan.done.values()) for plan in plans)
-    if any(lying):
+    _say_lying(sum(lying), exif)
+    print_summary(dest, indexes, found, kept.skipped, num_written=written, seconds=time.monotonic() - begun)
+
+
+def _say_lying(count: int, exif: Exif) -> None:
+    if count:
         what = "turned (--exif ignore: not)" if exif == "apply" else "taken as they are stored"
-        print(f"{sum(lying):,} images are not stored upright, says their EXIF, and were {what}, as predict does")
-    print_summary(dest, indexes, found, kept.skipped, num_written=written, seconds=seconds)
+        print(f"{count:,} images are not stored upright, says their EXIF, and were {what}, as predict does")
 
 
 def verify(uri: Annotated[str, tyro.conf.Positional], *, jobs: Jobs = CORES) -> None:

@@ -15,7 +15,7 @@ from concurrent.futures import FIRST_COMPLETED, wait
 from itertools import chain, repeat
 from json.encoder import encode_basestring_ascii
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from isal.isal_zlib import crc32  # zlib's, at a fifth of its time
@@ -59,27 +59,12 @@ def plan_sets(
     splits: dict[str, Annotations],
     images_dirs: dict[str, Path],
     dest: str,
-    *,
-    seed: int,
-    claims: contextlib.ExitStack,
-    frames_per_shard: int | None = None,
-    shard_bytes: int | None = None,
-    exif: Exif = "apply",
+    **how: Any,
 ) -> list[SetPlan]:
-    """Decide what will be written to <dest>/<view>/<split>/; `images_dirs` by view. Raises as `plan_set` does."""
+    """Decide what will be written to <dest>/<view>/<split>/; `images_dirs` by view. `how`, and what it raises, are
+    `plan_set`'s."""
     return [
-        plan_set(
-            splits[split],
-            images_dir,
-            storage.join(dest, view, split),
-            view=view,
-            split=split,
-            seed=seed,
-            claims=claims,
-            frames_per_shard=frames_per_shard,
-            shard_bytes=shard_bytes,
-            exif=exif,
-        )
+        plan_set(splits[split], images_dir, storage.join(dest, view, split), view=view, split=split, **how)
         for split in SPLITS
         for view, images_dir in images_dirs.items()
     ]
