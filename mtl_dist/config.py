@@ -191,6 +191,7 @@ class LossConfig(Section):
         return self
 
     def weight(self, task: str) -> float:
+        """Return the configured weight of a task's loss; 0: it is not trained."""
         assert task in TASKS
         return getattr(self, task)
 
@@ -351,6 +352,7 @@ class Config(Section):
 
     @property
     def input_size(self) -> int:
+        """Side in pixels of the images that the model sees."""
         return self.model.image_size or self.data.image_size
 
 

@@ -48,6 +48,7 @@ class PlainParser(argparse.ArgumentParser):
     """Its refusals are `InputError`s, as those of all commands are."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise `InputError`, where argparse would print its usage and exit."""
         raise InputError(f"{message}; see {self.prog} --help")
 
 

@@ -151,6 +151,7 @@ def with_absolute_paths(config: Config) -> Config:
 
 
 def load_preset(name: str) -> dict[str, Any]:
+    """Return the settings of a preset, nested by section. Raises `InputError` for an unknown name."""
     if name not in PRESETS:
         raise InputError(f"unknown preset '{name}': {nearest(name, PRESETS)}")
     return PRESETS[name]

@@ -80,6 +80,7 @@ class _Part(NamedTuple):
 
 
 def exists(uri: str) -> bool:
+    """Whether an object of exactly this key is there."""
     try:
         _request(uri, lambda client, **where: client.head_object(**where))
     except FileNotFoundError:
@@ -112,6 +113,7 @@ def download(uri: str, path: Path) -> None:
 
 
 def write_bytes(uri: str, data: bytes) -> None:
+    """Store an object in one request. One of the same key is replaced."""
     _request(uri, lambda client, **where: client.put_object(**where, Body=data))
 
 
@@ -142,6 +144,7 @@ def list_objects(uri: str, prefix: str) -> list[tuple[str, int, str]]:
 
 
 def delete(uri: str) -> None:
+    """Delete an object. One that is not there is no error."""
     _request(uri, lambda client, **where: client.delete_object(**where))
 
 

@@ -40,15 +40,19 @@ ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # deleted meanwhile, or a l
 
 
 class StoredObject(NamedTuple):
+    """A file or object that was listed."""
+
     name: str  # relative to the listed prefix, with '/' between parts
     size: int  # bytes
 
 
 def is_s3(uri: str) -> bool:
+    """Whether a URI is in object storage; all others are local paths."""
     return uri.startswith("s3://")
 
 
 def join(uri: str, *parts: str) -> str:
+    """Append parts to a URI, with one slash before each."""
     return "/".join([uri.rstrip("/"), *parts])
 
 
@@ -235,6 +239,7 @@ def check_lasting(uri: str, *, flag: str = "") -> None:
 
 
 def sha256_of(path: Path) -> str:
+    """Return the checksum of a local file's content, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -41,6 +41,7 @@ class Labels(NamedTuple):
     au_mask: Tensor  # (B, T, 12) bool
 
     def to(self, device, non_blocking: bool = True) -> Labels:
+        """Copy all tensors to a device."""
         return Labels(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
 
 

@@ -29,6 +29,7 @@ class DaemonThreads:
             thread.start()
 
     def submit(self, call: Callable[[], Any]) -> Future:
+        """Have a thread make the call. The future has its result, or the exception it raised."""
         future: Future = Future()
         self._tasks.put((future, call))
         return future

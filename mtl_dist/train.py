@@ -19,6 +19,8 @@ from mtl_dist.training.restarts import ending_restarts
 
 
 class TrainCommand(CommandConfig):
+    """Options of `python -m mtl_dist.train` beside the settings of a run."""
+
     local: bool = False
     """Train in this process, without Ray. Under torchrun this goes without saying."""
     dry_run: bool = False
@@ -29,6 +31,7 @@ class TrainCommand(CommandConfig):
 
 
 def main(args: list[str] | None = None) -> None:
+    """Read the command line, then train, or tell what would be done. Raises `InputError` for what the user can mend."""
     with ending_restarts():
         _main(args)
 

@@ -75,6 +75,7 @@ class Cache:
             ) from None
 
     def path(self, uri: str, sha256: str) -> Path:
+        """Where the copy of an object lies, or would lie. The name depends on its URI and content."""
         return self.directory / hashlib.sha256(f"{uri}\n{sha256}".encode()).hexdigest()[:NAME_DIGITS]
 
     def forget(self, uri: str, sha256: str) -> None:

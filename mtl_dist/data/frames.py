@@ -34,10 +34,12 @@ class Seen:
     seconds: dict[int, float] = field(default_factory=dict)  # by row, from where the video starts; NaN: not told
 
     def note(self, kind: str, what: str) -> None:
+        """Count one frame with a note of this kind. `what` tells of it; the first of a kind is kept."""
         self.counts[kind] = self.counts.get(kind, 0) + 1
         self.first.setdefault(kind, what)
 
     def note_video(self, kind: str, what: str) -> None:
+        """Keep the name of a video with a note of this kind, once."""
         self.videos.setdefault(kind, set()).add(what)
 
     def add(self, other: Seen) -> None:

@@ -145,26 +145,32 @@ class Sets:
         return " and ".join(self.uris)
 
     def pairs(self) -> list[tuple[str, Index]]:
+        """Return each set's URI with its index."""
         return list(zip(self.uris, self.indexes))
 
     @property
     def view(self) -> str:
+        """The view, which all sets share."""
         return self.indexes[0].view
 
     @property
     def split(self) -> str:
+        """The split, which all sets share."""
         return self.indexes[0].split
 
     @property
     def rows(self) -> int:
+        """Number of rows of all sets."""
         return sum(index.rows for index in self.indexes)
 
     @property
     def labels(self) -> LabelCounts:
+        """Label counts, summed over the sets."""
         return functools.reduce(LabelCounts.plus, (index.labels for index in self.indexes))
 
     @property
     def shards(self) -> list[ShardEntry]:
+        """The shards of all sets, in the order of the sets."""
         return [shard for index in self.indexes for shard in index.shards]
 
     @property
@@ -233,6 +239,7 @@ def check_stored(uri: str, index: Index) -> None:
 
 
 def repair_hint(uri: str) -> str:
+    """Say how to find the damaged files of a set and write them again."""
     return (
         f"`python -m mtl_dist.shards verify {index_dir(uri)}` lists all that is damaged; delete that, and `python -m "
         "mtl_dist.shards create` with the original arguments writes it again"

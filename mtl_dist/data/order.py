@@ -58,6 +58,7 @@ class Order:
 
     @property
     def num_rows(self) -> int:
+        """Samples of the set; an epoch may read fewer."""
         return int(self.shard_rows.sum())
 
     @property
@@ -67,6 +68,7 @@ class Order:
 
     @property
     def rows_per_stream(self) -> int:
+        """Samples that one canonical stream gives in an epoch."""
         return self.num_steps * (self.global_batch // self.streams)
 
     @property
@@ -82,9 +84,11 @@ class Order:
         return min(-(-self.streams // num_ranks) * of_stream, used)
 
     def of_version(self, version: int) -> Order:
+        """Return this order as another version of the algorithm makes it: an old run goes on with its own."""
         return replace(self, version=version)
 
     def plan(self, *, epoch: int, rank: int, num_ranks: int) -> EpochPlan:
+        """Return what a rank reads in an epoch."""
         return EpochPlan(self, epoch=epoch, rank=rank, num_ranks=num_ranks)
 
 
@@ -99,23 +103,29 @@ class TaskOrders:
 
     @property
     def num_steps(self) -> int:
+        """Steps of an epoch, the same for every task and rank."""
         return next(iter(self.orders.values())).num_steps
 
     @property
     def tasks(self) -> tuple[str, ...]:
+        """Tasks that a step reads a batch of each."""
         return tuple(self.orders)
 
     @property
     def version(self) -> int:
+        """Version of the algorithm, the same for every task."""
         return next(iter(self.orders.values())).version
 
     def shards_in_hand(self, num_ranks: int, *, num_steps: int) -> int:
+        """As `Order.shards_in_hand`, over all tasks."""
         return sum(order.shards_in_hand(num_ranks, num_steps=num_steps) for order in self.orders.values())
 
     def of_version(self, version: int) -> TaskOrders:
+        """As `Order.of_version`, for every task."""
         return TaskOrders({task: order.of_version(version) for task, order in self.orders.items()})
 
     def plan(self, *, epoch: int, rank: int, num_ranks: int) -> TaskPlans:
+        """Return what a rank reads in an epoch: a batch a task and step."""
         plans = [order.plan(epoch=epoch, rank=rank, num_ranks=num_ranks) for order in self.orders.values()]
         return TaskPlans(plans)
 

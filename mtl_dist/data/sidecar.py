@@ -41,9 +41,11 @@ class Sidecar(NamedTuple):
     video: np.ndarray | None = None  # (n, w) uint8: the name of its video, as `image`; None: that is its directory
 
     def image_names(self) -> list[str]:
+        """Unpack the names of the images, one a sample."""
         return unpack_names(self.image)
 
     def video_names(self) -> list[str] | None:
+        """Unpack the names of the videos, one a sample. None: a video is named by its image's directory."""
         return None if self.video is None else unpack_names(self.video)
 
 

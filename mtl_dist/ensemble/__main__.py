@@ -30,6 +30,7 @@ PROG = "python -m mtl_dist.ensemble"
 
 
 def main(args: list[str] | None = None) -> None:
+    """Read the command line, then ensemble. Raises `InputError` for what the user can mend."""
     with plain_refusals(PROG):
         command = tyro.cli(EnsembleCommand, args=args, prog=PROG, description=__doc__)
     check_command(command)

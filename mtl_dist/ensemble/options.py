@@ -21,6 +21,8 @@ RECORDED = (
 
 @dataclass(frozen=True)
 class EnsembleCommand:
+    """Options of `python -m mtl_dist.ensemble`."""
+
     runs: tuple[str, ...]
     """Runs to ensemble, of either view, several of one too: <storage>/<name> of each, as training printed it."""
     out: str

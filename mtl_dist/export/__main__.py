@@ -22,6 +22,7 @@ PROG = "python -m mtl_dist.export"
 
 
 def main(args: list[str] | None = None) -> None:
+    """Read the command line, then export. Raises `InputError` for what the user can mend."""
     with plain_refusals(PROG):
         command = tyro.cli(ExportCommand, args=args, prog=PROG, description=__doc__)
     check_command(command)

@@ -13,6 +13,8 @@ from mtl_dist.errors import InputError
 
 @dataclass(frozen=True)
 class ExportCommand:
+    """Options of `python -m mtl_dist.export`."""
+
     run: Annotated[str, tyro.conf.Positional]
     """Run (<storage>/<name>: its best checkpoint), or one of its checkpoints (.../checkpoints/step_...)."""
     out: str

@@ -45,6 +45,7 @@ class Backbone(nn.Sequential):
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> Backbone:
+        """As `nn.Module.train`; a frozen backbone stays in evaluation mode."""
         return super().train(mode and not self.is_frozen)
 
     def imagenet_state(self) -> dict[str, Tensor]:

@@ -71,6 +71,7 @@ class Renormalise(nn.Module):
         self.register_buffer("shift", (is_mean - mean) / std, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) to the same shape."""
         return images * self.scale + self.shift
 
 
@@ -166,6 +167,7 @@ class Stages(nn.Module):
             (getattr(self, outer[0]) if outer else self).add_module(last, part)
 
     def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) images to the last stage's (N, C, h, w) features."""
         for name in self.names:
             images = self.get_submodule(name)(images)
         return images.permute(0, 3, 1, 2) if self.channels_last else images

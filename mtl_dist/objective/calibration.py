@@ -48,6 +48,7 @@ class Calibration(NamedTuple):
 
     @classmethod
     def plain_mean(cls, num_members: int) -> Calibration:
+        """Return the calibration that changes nothing: equal weights, thresholds of 0.5, no smoothing."""
         weights = [np.full((num_members, *rest), 1 / num_members) for rest in ((2,), (), (NUM_AUS,))]
         return cls(np.ones((num_members, 2)), *weights, np.full(NUM_AUS, AU_THRESHOLD), np.zeros(2, np.int64))
 

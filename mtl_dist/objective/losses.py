@@ -57,7 +57,9 @@ class Objective(Protocol):
     def loss(self, term: str, total: Tensor) -> Tensor:
         """Return a term's loss (), of its sums over all ranks. Where its weight is 0, nobody reads the value."""
 
-    def meter(self) -> Meter: ...
+    def meter(self) -> Meter:
+        """Return a new meter, which has seen no batch."""
+        ...
 
 
 def add_sums(mine: Sums | None, other: Sums) -> Sums:

@@ -45,9 +45,11 @@ class MetricSums(NamedTuple):
 
     @classmethod
     def zero(cls) -> MetricSums:
+        """Return the sums of no frames."""
         return cls(*(np.zeros(shape) for shape in _SHAPES))
 
     def plus(self, other: MetricSums) -> MetricSums:
+        """Add the sums of other frames."""
         return MetricSums(*(mine + theirs for mine, theirs in zip(self, other)))
 
     def flatten(self) -> np.ndarray:

@@ -16,6 +16,8 @@ from mtl_dist.tasks import Batch, LabelCounts, Outputs
 
 
 class StepLoss(NamedTuple):
+    """The loss of one step, and what it is made of."""
+
     total: Tensor  # () what backward is called on
     terms: dict[str, Tensor]  # term -> () loss of the global batch, detached
     present: dict[str, Tensor]  # term -> () bool, whether the global batch has something to learn it from

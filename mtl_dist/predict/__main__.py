@@ -31,6 +31,7 @@ PROG = "python -m mtl_dist.predict"
 
 
 def main(args: list[str] | None = None) -> None:
+    """Read the command line, then predict. Raises `InputError` for what the user can mend."""
     with plain_refusals(PROG):
         command = tyro.cli(PredictCommand, args=args, prog=PROG, description=__doc__)
     check_command(command)

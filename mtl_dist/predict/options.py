@@ -16,6 +16,8 @@ BOUNDS = OPTION_BOUNDS | {"every_frames": (1, 10**9), "processes": (1, 1024)}
 
 @dataclass(frozen=True)
 class PredictCommand:
+    """Options of `python -m mtl_dist.predict`."""
+
     runs: tuple[str, ...]
     """What predicts: runs (<storage>/<name>: the best checkpoint), checkpoints of runs (.../checkpoints/step_...), or
     directories that mtl_dist.export wrote. Of several, probabilities and VA are averaged."""

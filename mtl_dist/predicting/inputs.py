@@ -44,7 +44,9 @@ class Frames(Protocol):
         """Yield the batches of one part, each the caller's until it takes the next; `seen` is told what was noticed."""
         ...
 
-    def names(self, rows: np.ndarray) -> list[str]: ...
+    def names(self, rows: np.ndarray) -> list[str]:
+        """Return the names of rows, as the table of predictions has them."""
+        ...
 
 
 @dataclass(frozen=True)

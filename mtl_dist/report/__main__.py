@@ -23,6 +23,7 @@ PROG = "python -m mtl_dist.report"
 
 
 def main(args: list[str] | None = None) -> None:
+    """Read the command line, then write the report. Raises `InputError` for what the user can mend."""
     with plain_refusals(PROG):
         command = tyro.cli(ReportCommand, args=args, prog=PROG, description=__doc__)
     check_command(command)

@@ -46,6 +46,7 @@ class Drawings(NamedTuple):
 
     @property
     def figures(self) -> list[Figure]:
+        """All figures, in the order of the page."""
         some = [self.reliability] if self.reliability else []
         return [*self.curves, *self.confusion, *self.f1, *some, *self.affect, *self.attention]
 

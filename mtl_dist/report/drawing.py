@@ -36,6 +36,8 @@ class Figure(NamedTuple):
 
 
 class Style(NamedTuple):
+    """How a method is drawn in every figure."""
+
     colour: str
     marker: str
     hatch: str = ""  # of bars, which have no markers

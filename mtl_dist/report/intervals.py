@@ -24,6 +24,8 @@ FEW_VIDEOS = 10
 
 
 class Interval(NamedTuple):
+    """The ends of a confidence interval of level `LEVEL`."""
+
     low: float
     high: float
 

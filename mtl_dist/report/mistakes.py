@@ -25,6 +25,7 @@ class Mistake(NamedTuple):
 
     @property
     def alt(self) -> str:
+        """The picture in words, for those who do not see it."""
         return f"Face {self.image}: {'; '.join(self.lines)}"
 
 

@@ -15,6 +15,8 @@ BOUNDS = OPTION_BOUNDS | {"draws": (1, 10**6), "faces": (0, 100), "errors": (0, 
 
 @dataclass(frozen=True)
 class ReportCommand:
+    """Options of `python -m mtl_dist.report`."""
+
     runs: tyro.conf.Positional[tuple[str, ...]]
     """Runs to compare: <storage>/<name> of each, as training printed it."""
     out: str

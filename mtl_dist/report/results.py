@@ -52,6 +52,7 @@ class Result(NamedTuple):
 
     @property
     def seed(self) -> int | None:
+        """The run's seed; None for what is no single run."""
         return self.member.weights.config.run.seed if self.member else None
 
     @property

@@ -20,6 +20,8 @@ SHOWN_ELSEWHERE = ("run.name", "run.storage", "data.train", "data.val")
 
 
 class Cell(NamedTuple):
+    """One cell of a table."""
+
     text: str
     sort: float | None = None  # of a number: what it is sorted by
     is_best: bool = False
@@ -51,6 +53,7 @@ def write_csv(rows) -> bytes:
 
 
 def text(value: Any) -> Cell:
+    """A cell of plain text."""
     return Cell(str(value))
 
 

@@ -52,6 +52,7 @@ class Life:
 
     @property
     def name(self) -> str:
+        """This start's own name."""
         return self.known[-1]["life"]
 
     def names(self) -> list[str]:

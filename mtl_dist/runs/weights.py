@@ -51,6 +51,7 @@ class Weights(NamedTuple):
 
     @property
     def uri(self) -> str:
+        """Where they lie: a checkpoint's directory, or an exported one."""
         return self.checkpoint.uri
 
     @property

@@ -241,6 +241,7 @@ PROG = "python -m mtl_dist.shards"
 
 
 def main(args: list[str] | None = None) -> None:
+    """Read the command line, then run its command. Raises `InputError` for what the user can mend."""
     commands = {name: _later(command) for name, command in COMMANDS.items()}
     with plain_refusals(PROG):
         chosen = tyro.extras.subcommand_cli_from_dict(commands, args=args, prog=PROG, description=__doc__)

@@ -41,6 +41,8 @@ class Columns(Section):
 
 
 class TableOptions(Section):
+    """How a table is read: its columns, and what its values mean."""
+
     table_format: Literal["plain", "affectnet"] = "plain"
     """affectnet: the columns of AffectNet's lists (a list without a header is read by position), its expression codes
     (mapped by name), VA of -2 missing."""
@@ -57,6 +59,8 @@ NO_OPTIONS = TableOptions()
 
 
 class TableFormat(NamedTuple):
+    """What is known of one format of tables."""
+
     columns: dict[str, str]  # by role; "au" is a pattern
     codes: tuple[str, ...]  # names of the expression codes 0, 1, ...
     unlabelled: tuple[str, ...]  # names that are none of our classes, and no error

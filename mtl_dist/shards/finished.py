@@ -139,6 +139,7 @@ def _check_same(dest: str, what: str, found: dict, expected: dict) -> None:
 
 
 def entry_of(name: str, sidecar: bytes) -> ShardEntry:
+    """Return a shard's entry in the index, read from its sidecar."""
     about = read_about(sidecar)
     return ShardEntry(
         name=name,

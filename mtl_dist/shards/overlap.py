@@ -34,6 +34,7 @@ class Shared(NamedTuple):
 
     @property
     def share(self) -> float:
+        """Estimated share of the validation pictures that are in the whole training set."""
         return self.count / (self.of * self.looked_at)
 
     def note(self) -> str:
@@ -75,6 +76,7 @@ def names_in_both(train: pa.Array, val: pa.Array) -> list[str]:
 
 
 def listed(names: list[str]) -> str:
+    """Join names for a message. After the first `MAX_LISTED` only their number is told."""
     more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
     return ", ".join(names[:MAX_LISTED]) + more
 

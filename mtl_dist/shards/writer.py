@@ -153,6 +153,7 @@ def write_sets(
 
 
 def count_labels(labels: Annotations) -> LabelCounts:
+    """Count the rows and labels of annotations, as the index tells them."""
     expr_classes = np.bincount(labels.expr[labels.expr_mask], minlength=NUM_EXPRESSIONS)
     any_label = labels.va_mask | labels.expr_mask | labels.au_mask.any(1)
     return LabelCounts(

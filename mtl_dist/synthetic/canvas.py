@@ -69,10 +69,12 @@ class Canvas:
         self.pen = ImageDraw.Draw(image)
 
     def pixels(self, points_N2, *, relief: float = 0.0, scene: bool = False) -> list[tuple[float, float]]:
+        """Turn face points into pixels of the supersampled picture; with `scene`, scene points."""
         points = np.asarray(points_N2, dtype=float) if scene else self.head.to_scene(points_N2, relief=relief)
         return list(map(tuple, (points @ self.transform[:, :2].T + self.transform[:, 2]).tolist()))
 
     def fill(self, points_N2, colour, *, relief: float = 0.0, scene: bool = False) -> None:
+        """Fill a contour with an opaque colour."""
         self.pen.polygon(self.pixels(points_N2, relief=relief, scene=scene), fill=colour)
 
     def line(self, points_N2, colour, width: float, *, relief: float = 0.0, scene: bool = False) -> None:
@@ -81,6 +83,7 @@ class Canvas:
         self.pen.line(self.pixels(points_N2, relief=relief, scene=scene), fill=colour, width=width_px, joint="curve")
 
     def layer(self) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+        """Return an empty mask as large as the picture, and a pen for it."""
         mask = Image.new("L", self.image.size, 0)
         return mask, ImageDraw.Draw(mask)
 
@@ -139,6 +142,7 @@ def both_sides(half_N2) -> np.ndarray:
 
 
 def ellipse(centre, radii, num_points: int = 20) -> np.ndarray:
+    """The contour of an ellipse, (num_points, 2)."""
     angles = np.linspace(0, 2 * np.pi, num_points, endpoint=False)
     return np.stack([centre[0] + radii[0] * np.cos(angles), centre[1] + radii[1] * np.sin(angles)], axis=1)
 
@@ -162,8 +166,10 @@ def smooth(points_N2, *, closed: bool) -> np.ndarray:
 
 
 def mix(colour, other, amount: float) -> tuple[int, ...]:
+    """Blend two colours; at `amount` 0 it is `colour`, at 1 `other`."""
     return tuple(int(c) for c in np.clip(np.asarray(colour) * (1 - amount) + np.asarray(other) * amount, 0, 255))
 
 
 def shade(colour, factor: float) -> tuple[int, ...]:
+    """Make a colour darker (`factor` below 1) or lighter, at most 255."""
     return tuple(int(c) for c in np.clip(np.asarray(colour) * factor, 0, 255))

@@ -23,6 +23,7 @@ def draw_wall(canvas: Canvas, wall) -> None:
 
 
 def draw_hair_behind(canvas: Canvas) -> None:
+    """Long hair or a bun, drawn before the head, which covers most of it."""
     identity = canvas.head.identity
     wide = identity.face_width
     if identity.hair_style in ("long", "fringe"):
@@ -61,6 +62,7 @@ def draw_body(canvas: Canvas) -> None:
 
 
 def draw_hair_in_front(canvas: Canvas) -> None:
+    """Hair over the forehead and temples, drawn after the face."""
     identity = canvas.head.identity
     wide = identity.face_width
     if identity.hair_style == "bald":
@@ -91,6 +93,7 @@ def draw_hair_in_front(canvas: Canvas) -> None:
 
 
 def draw_glasses(canvas: Canvas) -> None:
+    """Two rims, their sides and the bridge between them."""
     for side in (-1, 1):
         rim = smooth(
             mirror([(0.16, -0.18), (0.5, -0.24), (0.86, -0.18), (0.84, 0.18), (0.5, 0.27), (0.2, 0.2)], side),

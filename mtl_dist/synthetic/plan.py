@@ -107,6 +107,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Frame:
+    """One picture of a video: what it shows, how it is compressed, its labels."""
+
     number: int  # 1-based
     look: Look
     jpeg_quality: int
@@ -115,6 +117,8 @@ class Frame:
 
 @dataclass(frozen=True)
 class Video:
+    """The frames of one person, in order."""
+
     name: str
     key: tuple[int, ...]  # (seed, split, index): what its random numbers are keyed by
     identity: Identity
@@ -386,6 +390,7 @@ def _add_duplicates(videos: list[Video], rng: np.random.Generator, num_duplicate
 
 
 def count_labels(videos: list[Video]) -> dict:
+    """Count videos, frames, rows and labels, as `shards synth` prints them."""
     rows = [frame.row for video in videos for frame in video.frames] + [
         row for video in videos for row in video.duplicates.values()
     ]
@@ -402,4 +407,5 @@ def count_labels(videos: list[Video]) -> dict:
 
 
 def keyed_rng(*key: int) -> np.random.Generator:
+    """Return a random generator that depends on the key alone, not on what was drawn before."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))

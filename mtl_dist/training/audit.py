@@ -45,6 +45,7 @@ class Audit:
         self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
 
     def close(self) -> None:
+        """Close the file. What was written is kept."""
         self._file.close()
 
 

@@ -33,6 +33,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def copy_buffers(self, model: nn.Module) -> None:
+        """Take over the model's buffers, such as BatchNorm's statistics: they are not averaged."""
         for mine, current in zip(self.model.buffers(), model.buffers()):
             mine.copy_(current)
 
@@ -48,6 +49,7 @@ def sync_batchnorm(module: nn.Module, config: Config) -> nn.Module:
 
 
 def freeze_batchnorm(module: nn.Module) -> None:
+    """Have BatchNorm layers use their running statistics, and not change them, until the next `train()`."""
     for child in module.modules():
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
             child.eval()

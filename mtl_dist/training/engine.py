@@ -83,6 +83,7 @@ def learning_rate(config: Config, step: int, total_steps: int) -> float:
 
 
 def set_learning_rate(engine, lr: float) -> None:
+    """Set the learning rate of all parameter groups."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
 

@@ -86,6 +86,7 @@ class Setup(NamedTuple):
 
     @property
     def total_steps(self) -> int:
+        """Steps of the whole run, all epochs."""
         return self.data.steps_per_epoch * self.config.train.epochs
 
 
@@ -98,6 +99,7 @@ class Trained(NamedTuple):
 
     @property
     def evaluated(self) -> nn.Module:
+        """The model that is evaluated and saved: the averaged weights, where there are some."""
         return self.average.model if self.average else self.engine.module.model
 
 

@@ -113,13 +113,17 @@ class Tracker:
 class NoTracker:
     """What ranks other than 0 have for a `Tracker`: it does nothing."""
 
-    def step(self, *args: Any, **details: Any) -> None: ...
+    def step(self, *args: Any, **details: Any) -> None:
+        """Write nothing."""
 
-    def evaluated(self, *args: Any) -> None: ...
+    def evaluated(self, *args: Any) -> None:
+        """Write nothing."""
 
-    def say(self, text: str) -> None: ...
+    def say(self, text: str) -> None:
+        """Print nothing."""
 
     def files(self) -> dict[str, list[bytes]]:
+        """Return no files: rank 0 stores them."""
         return {}
 
 

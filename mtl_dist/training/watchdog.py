@@ -37,6 +37,7 @@ class Phase(enum.Enum):
     STORING = "storing the checkpoint of step {step}"
 
     def words(self, step: int) -> str:
+        """Say what a rank does in this phase, for a message."""
         return self.value.format(step=step)
 
 
