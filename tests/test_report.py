@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
-import html
 import io
 import re
 import shlex
+from html import unescape
 from types import SimpleNamespace
 
 import numpy as np
@@ -32,7 +32,7 @@ from mtl_dist.report.evidence import Evidence, _taken_for_one, _warnings
 from mtl_dist.report.intervals import CHUNK, bootstrap, number_videos, video_sums
 from mtl_dist.report.mistakes import worst_mistakes
 from mtl_dist.report.origin import ensemble_block
-from mtl_dist.report.page import Part, definitions, render_page, table_block
+from mtl_dist.report.page import Part, html
 from mtl_dist.report.pictures import choose_apart
 from mtl_dist.report.results import (
     CALIBRATED,
@@ -249,9 +249,9 @@ def test_of_an_error_the_lowest_is_marked_and_less_of_it_is_better():
     error, f1 = (dict(zip(t.columns, t.rows[1]))[name] for t, name in ((more, "RMSE V"), (main, "AU F1")))
     assert (error.is_apart, error.sort > 0, error.below.endswith(", worse")) == (True, True, True)
     assert (f1.is_apart, f1.sort < 0, f1.below.endswith(", worse")) == (True, True, True)
-    page = table_block(table)
-    assert '<th scope="col" class=n data-lower>RMSE V ↓</th>' in page
-    assert '<th scope="col" class=n>PCC V</th>' in page
+    page = html.table(table)
+    assert '<th scope="col" class="n" data-lower>RMSE V ↓</th>' in page
+    assert '<th scope="col" class="n">PCC V</th>' in page
 
 
 def test_a_score_that_an_ensemble_was_made_without_is_shown_as_not_known():
@@ -402,7 +402,7 @@ def test_the_command_of_an_ensemble_on_the_page_is_one_that_its_command_line_tak
         about["options"] |= more
         ((plain, _),) = make_ensembles(about)
         page = ensemble_block(plain._replace(uri="runs/ensemble"))
-        line = html.unescape(re.search("<code>python -m mtl_dist.ensemble (.*?)</code>", page)[1])
+        line = unescape(re.search("<code>python -m mtl_dist.ensemble (.*?)</code>", page)[1])
         command = tyro.cli(EnsembleCommand, args=shlex.split(line))
         assert (command.runs, command.out, command.seed) == (("runs/a b", "runs/c"), "runs/ensemble", 0)
         assert (command.steps, command.skip_bad_images) == ((), bool(more))
@@ -511,12 +511,9 @@ def test_what_runs_are_called_is_text_in_the_page():
     methods = make_methods()
     methods[1] = Method(name, (methods[1].results[0]._replace(name=name),))
     drawn = bootstrap(methods, np.arange(60) // 6, num_draws=5, seed=0)
-    blocks = [
-        table_block(headline_table(methods, drawn)),
-        table_block(runs_table(methods)),
-        definitions([(name, name)]),
-    ]
-    page = render_page(title=name, lead=[name], parts=[Part("a", name, blocks)], footer=[name]).decode()
+    tables = [html.table(headline_table(methods, drawn)), html.table(runs_table(methods))]
+    blocks = [*tables, html.definitions([(name, name)]), name]  # a block that no macro made is text too
+    page = html.page(title=name, lead=[name], parts=[Part("a", name, blocks)], footer=[name])
     assert page.count("<script>") == 1  # the page's own
     assert "alert(1)" in page
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 
 from mtl_dist.objective.scores import FIRST
-from mtl_dist.report import page
 from mtl_dist.report.drawing import Figure
 from mtl_dist.report.evidence import Evidence
 from mtl_dist.report.intervals import FEW_VIDEOS, LEAST_VIDEOS
 from mtl_dist.report.mistakes import Mistakes
 from mtl_dist.report.origin import ensemble_block, run_block
-from mtl_dist.report.page import Part
+from mtl_dist.report.page import Part, html
 from mtl_dist.report.results import CALIBRATED, Method
 from mtl_dist.report.tables import (
     Table,
@@ -121,7 +121,7 @@ def compose(evidence: Evidence, drawings: Drawings) -> tuple[list[Table], list[P
     of_scores = [headline, *_some(differences), *steps, *_some(more), *more_differences]
     tables = [*of_scores, *numbered, runs, *classes, *_some(settings, drawings.calibration)]
     parts = [
-        Part("scores", "Scores", [page.table_block(table) for table in of_scores]),
+        Part("scores", "Scores", [html.table(table) for table in of_scores]),
         Part("tables", "Tables 1–5", _numbered_blocks(numbered)),
         Part("training", "Training", _curves_blocks(drawings)),
         Part("classes", "Expressions and action units", _classes_blocks(drawings, classes)),
@@ -138,34 +138,34 @@ def _some(*tables: Table | None) -> list[Table]:
     return [table for table in tables if table]
 
 
-def _numbered_blocks(tables: list[Table]) -> list[str]:
+def _numbered_blocks(tables: list[Table]) -> list[Markup]:
     about = (
         "As in Haider et al. 2022 (arXiv 2207.10878), on this page's data: EXPR F1, AU F1, CCC of valence, CCC of "
         "arousal, and P, each with the constant predictor's row. n counts seeds."
     )
-    return [page.paragraph(about), page.grid([page.table_block(table) for table in tables])]
+    return [html.paragraph(about), html.grid([html.table(table) for table in tables])]
 
 
-def _curves_blocks(drawings: Drawings) -> list[str]:
-    blocks = [page.grid([page.figure_block(figure) for figure in drawings.curves])] if drawings.curves else []
-    return blocks + [page.paragraph(note, kind="soft") for note in drawings.curve_notes]
+def _curves_blocks(drawings: Drawings) -> list[Markup]:
+    blocks = [html.grid([html.figure(figure) for figure in drawings.curves])] if drawings.curves else []
+    return blocks + [html.paragraph(note, kind="soft") for note in drawings.curve_notes]
 
 
-def _classes_blocks(drawings: Drawings, tables: list[Table]) -> list[str]:
+def _classes_blocks(drawings: Drawings, tables: list[Table]) -> list[Markup]:
     if not drawings.f1:
-        return [page.paragraph("The validation set has labels of neither expressions nor action units.")]
-    blocks = [page.grid([page.figure_block(figure) for figure in drawings.f1])]
-    blocks += [page.folded(table.caption, page.table_block(table)) for table in tables]
+        return [html.paragraph("The validation set has labels of neither expressions nor action units.")]
+    blocks = [html.grid([html.figure(figure) for figure in drawings.f1])]
+    blocks += [html.folded(table.caption, html.table(table)) for table in tables]
     if drawings.confusion:
-        blocks.append(page.heading("Confusion of expressions"))
-        blocks.append(page.grid([page.figure_block(figure, level=4) for figure in drawings.confusion]))
+        blocks.append(html.heading("Confusion of expressions"))
+        blocks.append(html.grid([html.figure(figure, level=4) for figure in drawings.confusion]))
     return blocks
 
 
-def _calibration_blocks(drawings: Drawings, methods: list[Method]) -> list[str]:
+def _calibration_blocks(drawings: Drawings, methods: list[Method]) -> list[Markup]:
     if not drawings.reliability:
-        return [page.paragraph("The validation set has labels of neither expressions nor action units.")]
-    blocks = [page.figure_block(drawings.reliability), page.table_block(drawings.calibration)]
+        return [html.paragraph("The validation set has labels of neither expressions nor action units.")]
+    blocks = [html.figure(drawings.reliability), html.table(drawings.calibration)]
     if any(method.kind == CALIBRATED for method in methods):
         about = (
             f"'{CALIBRATED.capitalize()}' may well have a higher error here than the plain mean. Its steps are fitted "
@@ -174,38 +174,38 @@ def _calibration_blocks(drawings: Drawings, methods: list[Method]) -> list[str]:
             "mean of members who disagree is less sure than it is right. Use it for decisions, with its thresholds, "
             "and no probability of it as a chance."
         )
-        blocks.append(page.paragraph(about))
+        blocks.append(html.paragraph(about))
     return blocks
 
 
-def _affect_blocks(drawings: Drawings) -> list[str]:
+def _affect_blocks(drawings: Drawings) -> list[Markup]:
     if not drawings.affect:
-        return [page.paragraph("The validation set has no labels of valence and arousal.")]
-    return [page.grid([page.figure_block(figure) for figure in drawings.affect])]
+        return [html.paragraph("The validation set has no labels of valence and arousal.")]
+    return [html.grid([html.figure(figure) for figure in drawings.affect])]
 
 
-def _attention_blocks(drawings: Drawings) -> list[str]:
+def _attention_blocks(drawings: Drawings) -> list[Markup]:
     blocks = [
-        page.paragraph(
+        html.paragraph(
             "Where the model looks for each action unit. The faces are the validation frames with the most active "
             "units, of different videos; every method shows the same frames in its own view."
         )
     ]
-    blocks += [page.figure_block(figure) for figure in drawings.attention]
+    blocks += [html.figure(figure) for figure in drawings.attention]
     if drawings.without_attention:
-        blocks.append(page.paragraph(f"No attention maps in: {', '.join(drawings.without_attention)}.", kind="soft"))
+        blocks.append(html.paragraph(f"No attention maps in: {', '.join(drawings.without_attention)}.", kind="soft"))
     return blocks
 
 
-def _mistakes_blocks(drawings: Drawings, best: Method) -> list[str]:
+def _mistakes_blocks(drawings: Drawings, best: Method) -> list[Markup]:
     about = f"Of {best.label} ({best.shown.name}), from as many videos as there are; in brackets probabilities."
-    return [page.paragraph(about), *(page.mistakes_block(mistakes) for mistakes in drawings.mistakes)]
+    return [html.paragraph(about), *(html.mistakes(mistakes) for mistakes in drawings.mistakes)]
 
 
-def _runs_blocks(methods: list[Method], runs: Table, settings: Table | None) -> list[str]:
-    blocks = [page.table_block(runs)]
+def _runs_blocks(methods: list[Method], runs: Table, settings: Table | None) -> list[Markup]:
+    blocks = [html.table(runs)]
     if settings:
-        blocks.append(page.table_block(settings))
+        blocks.append(html.table(settings))
     for method in methods:
         for result in method.results:
             if result.member:

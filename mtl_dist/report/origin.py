@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import shlex
 
+from markupsafe import Markup
+
 from mtl_dist import storage
 from mtl_dist.config import dump_yaml
 from mtl_dist.objective.scores import FIRST
-from mtl_dist.report.page import definitions, folded, paragraph, preformatted, table_block
+from mtl_dist.report.page import html
 from mtl_dist.report.results import Result
 from mtl_dist.report.tables import Table, number, text
 from mtl_dist.runs.checkpoint import MODEL
 from mtl_dist.runs.lives import read_lives
 
 
-def run_block(result: Result) -> str:
+def run_block(result: Result) -> Markup:
     """A run: its checkpoint, how it was started, its configuration."""
     member = result.member
     checkpoint, index = member.weights.checkpoint, member.val
@@ -38,22 +40,22 @@ def run_block(result: Result) -> str:
         [text(life["started"]), number(life["step"]), number(life["num_ranks"]), text(life["host"])] for life in lives
     ]
     starts = Table("starts", f"Starts of {result.name}", ("started", "from step", "ranks", "rank 0 on"), rows)
-    return folded(
+    return html.folded(
         f"{result.name}: {result.method}",
-        definitions(about),
-        paragraph(
+        html.definitions(about),
+        html.paragraph(
             "The command that trained it (under torchrun or a Ray job: what these started); with another --run.name "
             "it is repeated:"
             if typed
             else "The command that trains it, given what launches it (--local, torchrun or a Ray job):"
         ),
-        preformatted(command),
-        table_block(starts, sortable=False) if rows else paragraph("Its starts were not recorded."),
-        folded("configuration", preformatted(dump_yaml(member.weights.config))),
+        html.preformatted(command),
+        html.table(starts, sortable=False) if rows else html.paragraph("Its starts were not recorded."),
+        html.folded("configuration", html.preformatted(dump_yaml(member.weights.config))),
     )
 
 
-def ensemble_block(result: Result) -> str:
+def ensemble_block(result: Result) -> Markup:
     """An ensemble: its members and what score.json says of how they were combined."""
     about = result.score_file
     runs = [member["run"] for member in about["members"]]
@@ -65,9 +67,11 @@ def ensemble_block(result: Result) -> str:
         elif value is not None and value is not False and (values or name == "steps"):
             command += [flag, *map(str, values)]
     rest = {key: value for key, value in about.items() if key not in ("scores", "rows", "covers", "p", "options")}
-    return folded(
+    return html.folded(
         f"{result.name}: ensemble of {len(runs)}",
-        paragraph("The command that makes it:"),
-        preformatted(shlex.join(command)),
-        folded("members and calibration, as in score.json", preformatted(json.dumps(rest, indent=1, allow_nan=False))),
+        html.paragraph("The command that makes it:"),
+        html.preformatted(shlex.join(command)),
+        html.folded(
+            "members and calibration, as in score.json", html.preformatted(json.dumps(rest, indent=1, allow_nan=False))
+        ),
     )

@@ -12,7 +12,6 @@ from mtl_dist import storage
 from mtl_dist.device import named_device
 from mtl_dist.predicting.members import Member
 from mtl_dist.progress import progress_bar
-from mtl_dist.report import page
 from mtl_dist.report.affect import draw_affect
 from mtl_dist.report.attention import choose_faces, draw_attention
 from mtl_dist.report.calibration import draw_reliability
@@ -23,6 +22,7 @@ from mtl_dist.report.drawing import method_styles
 from mtl_dist.report.evidence import Evidence, gather
 from mtl_dist.report.mistakes import worst_mistakes
 from mtl_dist.report.options import ReportCommand
+from mtl_dist.report.page import html
 from mtl_dist.report.pictures import Pictures
 from mtl_dist.report.results import CONSTANT, Method
 from mtl_dist.sealed import seal, unseal
@@ -44,9 +44,7 @@ def write_report(command: ReportCommand, *, written: str) -> str:
         f"Made {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())} by: {written}",
         f"Validation rows are those of the source with sha256 {val.source_sha256}.",
     ]
-    html = page.render_page(
-        title=command.title, lead=lead(evidence, num_draws=command.draws), parts=parts, footer=footer
-    )
+    page = html.page(title=command.title, lead=lead(evidence, num_draws=command.draws), parts=parts, footer=footer)
     files = {f"tables/{table.name}.csv": table.csv() for table in tables}
     for figure in drawings.figures:
         files |= {f"figures/{figure.name}.png": figure.png, f"figures/{figure.name}.csv": figure.csv}
@@ -58,7 +56,7 @@ def write_report(command: ReportCommand, *, written: str) -> str:
     _remove_earlier(command.out, files)
     for name, data in files.items():
         storage.write_bytes(storage.join(command.out, name), data)
-    storage.write_bytes(where, html)
+    storage.write_bytes(where, page.encode())
     return where
 
 
