@@ -13,7 +13,6 @@ Examples:
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -23,19 +22,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cluster.local import ClusterState, LocalCluster, down
 from cluster.processes import ClusterError
-from mtl_dist.errors import InputError, PlainParser, run_command
+from mtl_dist.errors import InputError, plain_refusals, run_command
 from mtl_dist.processes import with_parent
 from mtl_dist.shards.annotations import FILES, read_annotations
 from mtl_dist.tasks import VIEWS
 
+PROG = "python -m cluster.demo"
 DEMO_DIR = Path("demo")
 RENDERED_FACES = "rendered faces"
 BUCKET = "s3://mtl"
@@ -92,11 +94,15 @@ def plan_recipe(data: Path | None) -> Recipe:
     return Recipe(epochs, 16, max(1, epochs // 3), max(1, epochs // 6), 60 * max(1, num_rows / IMAGES_BUDGET))
 
 
+@dataclass(frozen=True)
+class DemoCommand:
+    data: Path | None = None
+    """Data set in the s-Aff-Wild2 layout; None: rendered faces."""
+
+
 def main(args: list[str] | None = None) -> None:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = PlainParser(prog="python -m cluster.demo", description=__doc__, formatter_class=formatter)
-    parser.add_argument("--data", type=Path, help="data set in the s-Aff-Wild2 layout; default: rendered faces")
-    command = parser.parse_args(args)
+    with plain_refusals(PROG):
+        command = tyro.cli(DemoCommand, args=args, prog=PROG, description=__doc__)
     recipe = plan_recipe(command.data)
     demo = DEMO_DIR / (command.data.resolve().name if command.data else "rendered")
     begin(demo, of=str(command.data.resolve()) if command.data else RENDERED_FACES)

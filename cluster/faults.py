@@ -28,16 +28,17 @@ from cluster.processes import (
     stop_processes,
 )
 from cluster.state import ClusterState, load_state, lock
+from mtl_dist.errors import InputError
 
 START_TIMEOUT_S = 60.0
 VIEW_TIMEOUT_S = 60.0
 
 
 def load_running(dir: Path | str) -> ClusterState:
-    """Read the state of the cluster in `dir`. Raises ValueError where none runs."""
+    """Read the state of the cluster in `dir`. Raises InputError where none runs."""
     state = load_state(dir)
     if state is None or not state.ready or not find_processes(state.cluster_id):
-        raise ValueError(f"no cluster runs in {dir}: `up` starts one")
+        raise InputError(f"no cluster runs in {dir}: `up` starts one")
     return state
 
 
@@ -98,7 +99,7 @@ def start(
                 clear(state, each)
             parts.start_others(state, parts.start_node(state, 0), deadline, progress)
         elif not is_running(state, 0):
-            raise ValueError("host 0, the head, does not run: start that first")
+            raise InputError("host 0, the head, does not run: start that first")
         else:
             clear(state, host)
             former = [node["node_id"] for node in parts.read_nodes(state, alive=False)]
@@ -150,12 +151,12 @@ def wait_for_view(state: ClusterState, host: int, view: str, *, timeout_s: float
 
 def check_host(state: ClusterState, host: int) -> None:
     if not 0 <= host < state.hosts:
-        raise ValueError(f"host is {host}, expected 0 to {state.hosts - 1}")
+        raise InputError(f"host is {host}, expected 0 to {state.hosts - 1}")
 
 
 def check_namespaces(state: ClusterState) -> None:
     if state.network != "namespaces":
-        raise ValueError(
+        raise InputError(
             "the hosts of this cluster share the loopback interface and cannot be cut off;"
             " `kill` and `freeze` work, and `up --network namespaces` as root makes hosts that can"
         )

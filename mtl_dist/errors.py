@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import difflib
 import faulthandler
+import functools
 import io
 import os
 import re
@@ -27,7 +28,7 @@ class NonFiniteLoss(InputError):
 
 
 class RunFailed(RuntimeError):
-    """Training failed, and neither the user nor another try mends it. The message says where it stands."""
+    """What was begun failed, and neither the user nor another try mends it. The message says where it stands."""
 
 
 # What options of several commands may be: (least, most).
@@ -63,6 +64,27 @@ def plain_refusals(prog: str) -> Iterator[None]:
         if ended.code != 2:  # 0: --help
             raise
         raise InputError(_unbox(said.getvalue(), prog)) from None
+
+
+def choose_command(
+    commands: Mapping[str, Callable[..., None]], args: list[str] | None, *, prog: str, description: str
+) -> Callable[[], None]:
+    """Return the subcommand that the command line names, with its flags. Raises `InputError` for what it refuses."""
+    import tyro  # ranks and loader processes have no command line
+
+    later = {name: _later(command) for name, command in commands.items()}
+    with plain_refusals(prog):
+        return tyro.extras.subcommand_cli_from_dict(later, args=args, prog=prog, description=description)
+
+
+def _later(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    """Give a function with the same flags that only remembers them: what the command says is no refusal of a flag."""
+
+    @functools.wraps(command)
+    def remember(*args, **flags):
+        return functools.partial(command, *args, **flags)
+
+    return remember
 
 
 def _unbox(box: str, prog: str) -> str:

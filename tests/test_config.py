@@ -304,6 +304,7 @@ sys.exit(code)
         *(f"mtl_dist.{name}" for name in ("shards", "train", "predict", "ensemble", "export", "report")),
         "tune.search",
         "cluster.local",
+        "cluster.demo",
     ],
 )
 def test_help_answers_with_examples_and_without_heavy_imports(module):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +16,7 @@ from cluster.local import up
 from cluster.parts import wait_until
 from cluster.processes import ClusterError
 from cluster.state import plan_state
-from mtl_dist.errors import InputError
+from mtl_dist.errors import InputError, choose_command
 
 
 def test_a_busy_machine_is_told_with_its_load_and_a_remedy_and_without_a_page_of_addresses(tmp_path):
@@ -47,6 +49,14 @@ def test_a_cluster_that_does_not_start_leaves_no_directory(tmp_path, monkeypatch
     with pytest.raises(ValueError, match="no rclone on this machine"):
         up(tmp_path / "cluster", network="loopback")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_host_is_told_to_run_keeps_its_own_flags():
+    args = ["exec", "--dir", "one", "2", "--", "sh", "-c", "echo $0", "--", "--dir", "other"]
+    chosen = choose_command(local.COMMANDS, args, prog=local.PROG, description="")
+    told = inspect.signature(local.run_exec).bind(*chosen.args, **chosen.keywords).arguments
+    command = {"command": "sh", "arguments": ("-c", "echo $0", "--", "--dir", "other")}
+    assert told == {"host": 2, "dir": Path("one"), **command}
 
 
 def test_a_demo_of_other_data_of_the_same_name_leaves_results_alone(tmp_path):

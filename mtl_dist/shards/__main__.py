@@ -11,11 +11,9 @@ Examples:
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import shlex
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,7 +21,7 @@ import tyro
 
 from mtl_dist import storage
 from mtl_dist.data.decode import Exif
-from mtl_dist.errors import OPTION_BOUNDS, InputError, check_numbers, plain_refusals, run_command
+from mtl_dist.errors import OPTION_BOUNDS, InputError, check_numbers, choose_command, run_command
 from mtl_dist.machine import num_cpus
 from mtl_dist.progress import progress_bar
 from mtl_dist.shards.columns import NO_OPTIONS, TableOptions
@@ -242,20 +240,7 @@ PROG = "python -m mtl_dist.shards"
 
 def main(args: list[str] | None = None) -> None:
     """Read the command line, then run its command. Raises `InputError` for what the user can mend."""
-    commands = {name: _later(command) for name, command in COMMANDS.items()}
-    with plain_refusals(PROG):
-        chosen = tyro.extras.subcommand_cli_from_dict(commands, args=args, prog=PROG, description=__doc__)
-    chosen()
-
-
-def _later(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
-    """Give a function with the same flags that only remembers them: what the command says is no refusal of a flag."""
-
-    @functools.wraps(command)
-    def remember(*args, **flags):
-        return functools.partial(command, *args, **flags)
-
-    return remember
+    choose_command(COMMANDS, args, prog=PROG, description=__doc__)()
 
 
 if __name__ == "__main__":

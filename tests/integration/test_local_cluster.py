@@ -1,5 +1,6 @@
 """A real cluster on this machine: what it offers, what can befall it, and that it disappears whatever was killed."""
 
+import functools
 import ipaddress
 import os
 import signal
@@ -16,6 +17,7 @@ from botocore.exceptions import ClientError
 from cluster import faults, local, network, parts
 from cluster.processes import ClusterError, find_processes, read_command
 from cluster.state import BUCKET, REGION, ClusterState, cluster_id, load_state, runtime_dir
+from mtl_dist.errors import run_command
 
 pytestmark = pytest.mark.integration
 SLOW = pytest.mark.slow
@@ -59,7 +61,16 @@ def assert_runs(state: ClusterState) -> None:
 
 
 def run(state: ClusterState, *argv: str) -> int:
-    return local.main([argv[0], "--dir", str(state.dir), *argv[1:]])
+    return code_of([argv[0], "--dir", str(state.dir), *argv[1:]])
+
+
+def code_of(args: list[str]) -> int:
+    """Run a command of `cluster.local` and return its exit code."""
+    try:
+        run_command(functools.partial(local.main, args))
+    except SystemExit as ended:
+        return ended.code
+    return 0
 
 
 # ------------------------------------------------------------------------------------------------------ what it offers
@@ -168,9 +179,9 @@ def test_a_host_has_its_own_network_name_and_processes(cluster, namespaces):
 
 def test_up_on_a_running_cluster_starts_nothing(cluster, capsys):
     arguments = ["up", "--dir", str(cluster.dir), "--cpus-per-host", "2", "--hosts"]
-    assert local.main([*arguments, "3"]) == 0
+    assert code_of([*arguments, "3"]) == 0
     assert "already running" in capsys.readouterr().out
-    assert local.main([*arguments, "2"]) == 2
+    assert code_of([*arguments, "2"]) == 2
     assert f"3 hosts x 2 CPUs ({cluster.network}) already runs" in capsys.readouterr().err
     assert load_state(cluster.dir) == cluster
     assert run(cluster, "status") == 0
@@ -339,7 +350,7 @@ def test_a_part_that_dies_is_named_with_its_log(other_dir, monkeypatch):
 
 def test_where_namespaces_cannot_be_had_it_says_why(other_dir, monkeypatch, capsys):
     monkeypatch.setattr(network, "COMMANDS", {"no-such-ip": "iproute2"})
-    assert local.main(["up", "--network", "namespaces", "--dir", str(other_dir)]) == 2
+    assert code_of(["up", "--network", "namespaces", "--dir", str(other_dir)]) == 2
     error = capsys.readouterr().err
     assert "no network namespaces here: no `no-such-ip` command (package iproute2)" in error
     assert error.count("\n") == 1
@@ -382,7 +393,7 @@ def test_a_subnet_that_is_in_use_is_passed_over():
 )
 def test_bad_input_is_one_message_and_exit_code_2(arguments, message, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(local, "default_dir", lambda: tmp_path)
-    assert local.main(arguments) == 2
+    assert code_of(arguments) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -396,9 +407,9 @@ def test_a_host_that_is_none_is_refused(cluster, verb, capsys):
 
 def test_down_and_status_where_nothing_ever_ran_touch_nothing(tmp_path, capsys):
     (tmp_path / "logs").mkdir()
-    assert local.main(["down", "--purge", "--dir", str(tmp_path)]) == 0
-    assert local.main(["status", "--dir", str(tmp_path)]) == 1
+    assert code_of(["down", "--purge", "--dir", str(tmp_path)]) == 0
+    assert code_of(["status", "--dir", str(tmp_path)]) == 1
     assert capsys.readouterr().out.count("nothing") == 2
     assert (tmp_path / "logs").is_dir()
-    assert local.main(["down", "--dir", str(tmp_path / "absent")]) == 0
+    assert code_of(["down", "--dir", str(tmp_path / "absent")]) == 0
     assert not (tmp_path / "absent").exists()
