@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import tyro
 from rich.console import Console
@@ -96,7 +96,7 @@ def plan_recipe(data: Path | None) -> Recipe:
 
 @dataclass(frozen=True)
 class DemoCommand:
-    data: Path | None = None
+    data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Data set in the s-Aff-Wild2 layout; None: rendered faces."""
 
 

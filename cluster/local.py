@@ -57,7 +57,7 @@ NETWORKS = get_args(Network)
 
 Dir = Annotated[
     Path | None,
-    tyro.conf.arg(help="Where its state is kept; None: $MTL_CLUSTER_DIR or ~/.cache/mtl_dist/cluster."),
+    tyro.conf.arg(metavar="DIR", help="Where its state is kept; None: $MTL_CLUSTER_DIR or ~/.cache/mtl_dist/cluster."),
 ]
 Host = Annotated[int, tyro.conf.Positional, tyro.conf.arg(metavar="HOST", help="Number of the host; 0 is the head.")]
 
