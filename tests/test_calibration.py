@@ -102,8 +102,8 @@ def test_the_temperature_of_many_rows_is_that_of_all_of_them_wherever_it_was_loo
 
 def test_temperatures_of_perfect_and_of_reversed_members_stay_within_their_bounds():
     z = np.linspace(-3, 3, 100)
-    assert sigmoid_temperature(z, z > 0) == pytest.approx(0.05, rel=1e-3)
-    assert sigmoid_temperature(z, z < 0) == pytest.approx(20, rel=1e-3)
+    assert sigmoid_temperature(z, z > 0) == pytest.approx(0.05, rel=1e-8)
+    assert sigmoid_temperature(z, z < 0) == pytest.approx(20, rel=1e-8)
 
 
 def test_tempering_divides_logits_and_one_leaves_all_as_it_is():

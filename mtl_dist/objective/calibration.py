@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import optimize
 
 from mtl_dist.objective.metrics import AU_THRESHOLD, Predictions, Targets, va_moments
 from mtl_dist.objective.scores import concordance
@@ -31,7 +32,8 @@ AU_NAMES = tuple(f"AU{number}" for number in AUS)
 LEAST_PROBABILITY = 1e-7  # float32 sigmoids saturate about here
 MIN_EXAMPLES = 20  # fewer labels say nothing of a temperature, fewer positives nothing of a threshold
 TEMPERATURES = (0.05, 20.0)
-FEW_ROWS = 10_000  # a temperature is looked for among so many first
+FEW_ROWS = 10_000  # a temperature is looked for among so many first,
+NEAR = 1.02  # and then within this factor of what they say
 MAX_ROUNDS, LEAST_GAIN = 40, 1e-6  # of ensemble selection
 NUM_LEVELS = 1024  # of probabilities, where F1 is compared and not yet a threshold found
 
@@ -143,30 +145,25 @@ def fit_temperatures(members: Predictions, targets: Targets) -> np.ndarray:
 def softmax_temperature(logits: np.ndarray, truth: np.ndarray) -> float:
     """Return the T that minimises the cross entropy of softmax(logits / T) (n, C) against classes (n,)."""
     columns = np.ascontiguousarray((logits - logits.max(-1, keepdims=True)).T)  # a constant of a row changes nothing
-    squares, own, weights = columns**2, columns[truth, np.arange(len(truth))].mean(), np.empty_like(columns)
+    own, weights = columns[truth, np.arange(len(truth))].mean(), np.empty_like(columns)
 
-    def derivatives(scale: float) -> tuple[float, float]:
+    def slope(scale: float) -> float:
         np.exp(np.multiply(columns, scale, out=weights), out=weights)
-        np.divide(weights, weights.sum(0), out=weights)
-        mean = np.einsum("cn,cn->n", weights, columns)
-        return mean.mean() - own, np.vdot(weights, squares) / len(mean) - mean @ mean / len(mean)
+        return (np.einsum("cn,cn->n", weights, columns) / weights.sum(0)).mean() - own
 
-    return 1 / _minimise_convex(derivatives, _first_scale(softmax_temperature, logits, truth))
+    return 1 / _minimise_convex(slope, near=_first_scale(softmax_temperature, logits, truth))
 
 
 def sigmoid_temperature(logits: np.ndarray, is_on: np.ndarray) -> float:
     """Return the T that minimises the binary cross entropy of sigmoid(logits / T) (n,) against labels (n,) bool."""
-    half, squares, n = 0.5 * logits, logits**2, len(logits)
-    own, tanh = logits.mean() - 2 * (logits @ is_on) / n, np.empty(n)
+    half, n, tanh = 0.5 * logits, len(logits), np.empty(len(logits))
+    own = logits.mean() - 2 * (logits @ is_on) / n
 
-    def derivatives(scale: float) -> tuple[float, float]:
+    def slope(scale: float) -> float:
         np.tanh(np.multiply(half, scale, out=tanh), out=tanh)  # sigmoid(x) = (1 + tanh(x / 2)) / 2
-        slope = (own + tanh @ logits / n) / 2
-        np.multiply(tanh, tanh, out=tanh)
-        np.subtract(1, tanh, out=tanh)
-        return slope, tanh @ squares / n / 4
+        return own + tanh @ logits / n
 
-    return 1 / _minimise_convex(derivatives, _first_scale(sigmoid_temperature, logits, is_on))
+    return 1 / _minimise_convex(slope, near=_first_scale(sigmoid_temperature, logits, is_on))
 
 
 def _first_scale(fit: Callable[[np.ndarray, np.ndarray], float], logits: np.ndarray, truth: np.ndarray) -> float:
@@ -175,18 +172,18 @@ def _first_scale(fit: Callable[[np.ndarray, np.ndarray], float], logits: np.ndar
     return 1 / fit(logits[::every], truth[::every]) if every > 1 else 1.0
 
 
-def _minimise_convex(derivatives: Callable[[float], tuple[float, float]], scale: float) -> float:
-    """Newton's method on 1 / T, in which both losses are convex; halved where it would leave the known interval."""
-    low, high = 1 / TEMPERATURES[1], 1 / TEMPERATURES[0]
-    for _ in range(60):
-        slope, curvature = derivatives(scale)
-        low, high = (low, scale) if slope > 0 else (scale, high)
-        step = scale - slope / curvature if curvature > 0 else -1.0
-        following = step if low < step < high else float(np.sqrt(low * high))
-        if abs(following - scale) < 1e-9 * scale:
-            break
-        scale = following
-    return following
+def _minimise_convex(slope: Callable[[float], float], *, near: float) -> float:
+    """Return the 1 / T, in which both losses are convex, where their slope is 0, or the bound beyond which it is."""
+    slope = functools.cache(slope)
+    least, most = 1 / TEMPERATURES[1], 1 / TEMPERATURES[0]
+    low, high = max(near / NEAR, least), min(near * NEAR, most)
+    while slope(high) <= 0 and high < most:
+        low, high = high, min(2 * high, most)
+    while slope(low) > 0 and low > least:
+        low, high = max(low / 2, least), low
+    if slope(high) <= 0:
+        return high
+    return low if slope(low) > 0 else optimize.brentq(slope, low, high, xtol=1e-12, rtol=1e-10)
 
 
 def _logit(p: np.ndarray) -> np.ndarray:
