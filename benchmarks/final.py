@@ -18,7 +18,7 @@ from mtl_dist.objective.crossfit import cross_fit, make_folds
 from mtl_dist.objective.metrics import Predictions, Targets
 from mtl_dist.objective.scores import scores
 from mtl_dist.objective.smoothing import Timeline
-from mtl_dist.predicting.predictions import Predicted
+from mtl_dist.predicting.predictions import PredictedRows
 from mtl_dist.report.intervals import bootstrap
 from mtl_dist.report.results import Method, Result
 from mtl_dist.tasks import NUM_AUS, NUM_EXPRESSIONS
@@ -42,7 +42,7 @@ def main() -> None:
     begun = time.perf_counter()
     cross_fit(stack_members(members), targets, timeline, folds=folds, steps=STEPS, half_windows=HALF_WINDOWS)
     print(f"calibration of {args.rows:,} rows: {time.perf_counter() - begun:.1f} s", flush=True)
-    result = Result("made up", "", "made up", Predicted(np.arange(args.rows), members[0], targets), {})
+    result = Result("made up", "", "made up", PredictedRows(np.arange(args.rows), members[0], targets), {})
     method = Method("made up", (result._replace(scores=scores(result.sums())),))
     begun = time.perf_counter()
     bootstrap([method], video, num_draws=DRAWS, seed=0)

@@ -45,7 +45,7 @@ def main() -> None:
         run = f"s3://{BUCKET}/run"
         alone = [measure_product() for _ in range(50)]
         beside = []
-        life = begin_life(run, command="benchmark", num_ranks=1)
+        life = begin_life(run, launcher="benchmark", num_ranks=1)
         with Saver(run, CheckpointConfig(keep_last=args.rounds), life=life) as saver:
             for step in range(1, args.rounds + 1):
                 state = {"step": step}

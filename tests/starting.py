@@ -20,10 +20,10 @@ from mtl_dist.training.torchrun import join_torchrun
 if __name__ == "__main__":
     run, damaged, marker = sys.argv[1:]
     context = LocalContext()
-    context.command = join_torchrun("gloo", timedelta(seconds=60))
+    context.launcher = join_torchrun("gloo", timedelta(seconds=60))
     for uri in (damaged, run):
         try:
-            begin_life(uri, command=context.command, num_ranks=context.num_ranks)
+            begin_life(uri, launcher=context.launcher, num_ranks=context.num_ranks)
         except InputError as error:
             sys.stdout.write(f"rank {context.rank}: {error}\n")  # at once: ranks share the pipe
     sys.stdout.flush()

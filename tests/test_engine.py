@@ -116,7 +116,7 @@ def test_a_run_begun_with_the_old_order_continues_with_it_and_a_new_one_has_the_
     assert state.pop("order") == 2
     tensors = [read_tensors(begun, name) for name in (MODEL, TRAIN)]
     cut_back(tmp_path, "run", 0)  # what is left is a checkpoint as earlier versions made it
-    life = begin_life(config.run.uri, command="second", num_ranks=1)
+    life = begin_life(config.run.uri, launcher="second", num_ranks=1)
     with Saver(config.run.uri, config.checkpoint, life=life) as saver:
         saver.save(*tensors, begun=0.0, state=state, scores={}, records={})
     assert "an earlier version" not in capsys.readouterr().out

@@ -21,13 +21,13 @@ from mtl_dist.ensemble.calibrated import calibrate
 from mtl_dist.ensemble.job import combine
 from mtl_dist.ensemble.options import EnsembleCommand
 from mtl_dist.errors import InputError
-from mtl_dist.objective.affect import Predicted
+from mtl_dist.objective.affect import PredictedRows
 from mtl_dist.objective.metrics import Predictions, Targets, metric_sums
 from mtl_dist.objective.scores import scores
 from mtl_dist.predict import __main__ as predict
 from mtl_dist.predicting import ensembling
 from mtl_dist.predicting.cluster import TaskFailed
-from mtl_dist.predicting.ensembling import FORMAT, TEST, VAL, Prediction, _key_of, map_here, table_name
+from mtl_dist.predicting.ensembling import FORMAT, TEST, VAL, MemberOptions, _key_of, map_here, table_name
 from mtl_dist.predicting.members import open_member, predict_member
 from mtl_dist.predicting.predictions import PredictionTable, read_predictions
 from mtl_dist.predicting.submission import TestImages, find_images, submission_text
@@ -42,13 +42,13 @@ from tests.conftest import assert_one_message, run_here, run_module, write_datas
 from tests.test_training import train
 
 
-def make_predicted(rows: np.ndarray, seed: int) -> Predicted:
+def make_predicted(rows: np.ndarray, seed: int) -> PredictedRows:
     rng = np.random.default_rng(seed)
     n = len(rows)
     predictions = Predictions(rng.uniform(-1, 1, (n, 2)), rng.dirichlet(np.ones(8), n), rng.random((n, 12)))
     none = np.zeros((n, 12))
     targets = Targets(none[:, :2], rows % 8, none, none[:, 0] > 0, none[:, 0] == 0, none > 0)
-    return Predicted(rows, predictions, targets)
+    return PredictedRows(rows, predictions, targets)
 
 
 def test_probabilities_and_va_are_averaged():
@@ -257,7 +257,7 @@ def test_frames_without_a_picture_have_what_is_known_of_them(runs, dataset, tmp_
 def test_predictions_of_test_images_of_before_exif_was_read_do_not_hold(runs):
     member, files = open_member(f"{runs}/cropped"), best(committed(f"{runs}/cropped")[0]).files
     before = {"format": FORMAT, "model": files["model.safetensors"]["sha256"], "state": files["state.json"]["sha256"]}
-    how = Prediction(64, 0, "cpu", None, 1, 0, 0, True, False)
+    how = MemberOptions(64, 0, "cpu", None, 1, 0, 0, True, False)
     keys = [hashlib.sha256(json.dumps(before | {"test": "of images"}).encode()).hexdigest()]
     keys += [_key_of(member, TestImages([], "of images"), how._replace(exif=exif)) for exif in ("apply", "ignore")]
     assert len(set(keys)) == 3

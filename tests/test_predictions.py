@@ -12,14 +12,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from mtl_dist.errors import InputError, NonFiniteLoss
-from mtl_dist.objective.affect import Predicted, finite_rows
+from mtl_dist.objective.affect import PredictedRows, finite_rows
 from mtl_dist.objective.metrics import Predictions, Targets
 from mtl_dist.predicting.evaluate import check_predictions
 from mtl_dist.predicting.predictions import prediction_table, read_key, read_predictions, write_parquet
 from mtl_dist.runs.checkpoint import on_rank_0
 
 
-def make_predicted(num_rows: int, seed: int = 0) -> Predicted:
+def make_predicted(num_rows: int, seed: int = 0) -> PredictedRows:
     rng = np.random.default_rng(seed)
     predictions = Predictions(
         rng.uniform(-1, 1, (num_rows, 2)).astype(np.float32),
@@ -39,7 +39,7 @@ def make_predicted(num_rows: int, seed: int = 0) -> Predicted:
         expr_mask,
         au_mask,
     )
-    return Predicted(np.arange(num_rows) * 3, predictions, targets)
+    return PredictedRows(np.arange(num_rows) * 3, predictions, targets)
 
 
 def test_a_table_of_predictions_comes_back_as_it_was(tmp_path):

@@ -67,10 +67,10 @@ def config_of(shards: Path, storage: Path, name: str, *layers: dict[str, Any]) -
 class Context:
     """A rank of a test: nobody watches it, and nobody stops it."""
 
-    has_gpu, num_cpus, typed = False, 1, "a test"
+    has_gpu, num_cpus, command_line = False, 1, "a test"
 
-    def __init__(self, rank: int, num_ranks: int, command: str):
-        self.rank, self.num_ranks, self.command = rank, num_ranks, command
+    def __init__(self, rank: int, num_ranks: int, launcher: str):
+        self.rank, self.num_ranks, self.launcher = rank, num_ranks, launcher
 
     def publish(self, metrics) -> None: ...
 
@@ -92,7 +92,7 @@ def rank_main(rank: int, num_ranks: int, init_file: str, jobs: list) -> None:
             shutil.copytree(storage.parent / name, storage / name)
             cut_back(storage, name, cut_at)
         dist.barrier()
-        fit(config, Context(rank, num_ranks, command=f"job-{number}"))
+        fit(config, Context(rank, num_ranks, launcher=f"job-{number}"))
     dist.destroy_process_group()
 
 

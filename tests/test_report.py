@@ -16,7 +16,7 @@ import tyro
 from mtl_dist.config import build_config
 from mtl_dist.ensemble.options import EnsembleCommand
 from mtl_dist.errors import InputError
-from mtl_dist.objective.affect import Predicted
+from mtl_dist.objective.affect import PredictedRows
 from mtl_dist.objective.metrics import Predictions, Targets, metric_sums
 from mtl_dist.objective.scores import SCORES, constant_scores, label_sums, main_scores, scores, single_scores
 from mtl_dist.objective.smoothing import video_names
@@ -81,7 +81,7 @@ def make_result(targets: Targets, seed: int, method: str, *, skill: float = 0.5,
     au = (skill * targets.au + (1 - skill) * rng.random((size, 12))).clip(0, 1)
     predictions = Predictions(va, expr / expr.sum(1, keepdims=True), au)
     result = Result(
-        f"{method}-{seed}", f"runs/{method}-{seed}", method, Predicted(np.arange(size), predictions, targets), {}
+        f"{method}-{seed}", f"runs/{method}-{seed}", method, PredictedRows(np.arange(size), predictions, targets), {}
     )
     result = result._replace(decided=rng.random((size, 12)) < 0.5) if decided else result
     return result._replace(scores=scores(result.sums()))

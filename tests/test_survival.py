@@ -131,7 +131,7 @@ def test_torchrun_is_one_command_through_restarts_and_another_at_every_launch(al
     assert first["command"] == again["command"]
     for rank in (0, 1):
         assert printed.count(f"rank {rank}: {damaged}/lives.json is damaged") == 2, "every rank learns of it"
-    begin_life(str(run), command="another", num_ranks=1)
+    begin_life(str(run), launcher="another", num_ranks=1)
     assert "taken over" not in run_module("torch.distributed.run", *args).stdout
     *_, another, later = read_lives(str(run))
     assert len({first["command"], another["command"], later["command"]}) == 3
@@ -155,7 +155,7 @@ def save(saver: Saver, step: int, records: dict[str, list[bytes]] | None = None,
 
 
 def open_saver(run: Path, command: str = "one", **settings) -> Saver:
-    return Saver(str(run), CheckpointConfig(**settings), life=begin_life(str(run), command=command, num_ranks=1))
+    return Saver(str(run), CheckpointConfig(**settings), life=begin_life(str(run), launcher=command, num_ranks=1))
 
 
 def test_what_is_saved_is_the_moment_of_the_save(alone, tmp_path):

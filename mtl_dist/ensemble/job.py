@@ -11,10 +11,10 @@ from mtl_dist.ensemble.calibrated import about_calibration, calibrate
 from mtl_dist.ensemble.options import RECORDED, EnsembleCommand
 from mtl_dist.ensemble.outputs import render_tables, render_test, write_files
 from mtl_dist.errors import InputError
-from mtl_dist.objective.affect import Predicted
+from mtl_dist.objective.affect import PredictedRows
 from mtl_dist.objective.metrics import metric_sums
 from mtl_dist.objective.scores import constant_scores, scores
-from mtl_dist.predicting.ensembling import TEST, VAL, Prediction, predict_members, table_name
+from mtl_dist.predicting.ensembling import TEST, VAL, MemberOptions, predict_members, table_name
 from mtl_dist.predicting.members import Member, check_apart, open_member, unique_names
 from mtl_dist.predicting.predictions import PredictionTable
 from mtl_dist.predicting.submission import TestImages, find_images, read_test_list
@@ -99,8 +99,8 @@ def _find_test_images(command: EnsembleCommand, members: dict[str, Member], name
     return {view: find_images(command.test_root, view, names, skip_missing=skip) for view in views}
 
 
-def _how(command: EnsembleCommand) -> Prediction:
-    return Prediction(
+def _how(command: EnsembleCommand) -> MemberOptions:
+    return MemberOptions(
         command.batch, command.workers, command.device, command.cache_dir, command.cpus_per_member,
         command.gpus_per_member, command.retries, command.local, command.autoscaling, command.skip_bad_images,
         command.exif)  # fmt: skip
@@ -116,7 +116,7 @@ def _check_names(names: list[str], tables: list[PredictionTable]) -> None:
             )
 
 
-def combine(members: list[Predicted]) -> Predicted:
+def combine(members: list[PredictedRows]) -> PredictedRows:
     """Average probabilities and VA of members, row by row. Raises `InputError` where rows or labels do not pair."""
     first = members[0]
     for other in members[1:]:
@@ -132,7 +132,7 @@ def combine(members: list[Predicted]) -> Predicted:
     return first._replace(predictions=type(first.predictions)(*(np.mean(column, axis=0) for column in columns)))
 
 
-def _score(names: list[str], found: list[PredictionTable], mean: Predicted) -> dict[str, dict[str, Any]]:
+def _score(names: list[str], found: list[PredictionTable], mean: PredictedRows) -> dict[str, dict[str, Any]]:
     """Score the constant predictor, every member and their plain mean."""
     sums = metric_sums(mean.predictions, mean.targets)
     results = {"constant predictor": constant_scores(sums)}

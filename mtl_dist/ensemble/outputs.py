@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from mtl_dist import storage
 from mtl_dist.ensemble.calibrated import Fitted
-from mtl_dist.objective.affect import Predicted
+from mtl_dist.objective.affect import PredictedRows
 from mtl_dist.objective.calibration import AU_NAMES, Calibration, apply, stack_members
 from mtl_dist.objective.metrics import Predictions, Targets
 from mtl_dist.objective.smoothing import make_timeline
@@ -24,7 +24,7 @@ WRITTEN = (
 
 
 def render_tables(
-    ensemble: Predicted, first: PredictionTable, fitted: Fitted | None, results: dict, steps: dict
+    ensemble: PredictedRows, first: PredictionTable, fitted: Fitted | None, results: dict, steps: dict
 ) -> dict[str, pa.Table | bytes]:
     """Write the plain mean, the calibrated predictions where there are some, and the scores as a table."""
     names = {"images": first.images, "videos": first.videos, "labels": True}
@@ -39,7 +39,7 @@ def render_tables(
 
 
 def render_test(
-    names: list[str], found: list[Predicted], final: Calibration | None
+    names: list[str], found: list[PredictedRows], final: Calibration | None
 ) -> tuple[dict[str, pa.Table | bytes], list[str]]:
     """Combine what members predicted of the test list, calibrated as the validation rows found it best.
 
@@ -51,7 +51,7 @@ def render_test(
     combined = apply(stack_members(predictions), final, make_timeline(images))
     au_on = combined.au > final.thresholds
     none = Targets(*(np.zeros(0) for _ in Targets._fields))
-    table = prediction_table(Predicted(rows, combined, none), images, labels=False)
+    table = prediction_table(PredictedRows(rows, combined, none), images, labels=False)
     filled = fill_missing(names, rows, (combined.va, combined.expr.argmax(-1), au_on))
     files = {
         "test_predictions.parquet": _with_decisions(table, au_on),
@@ -61,7 +61,7 @@ def render_test(
     return files, [note for note in (partial if num_partial else "", filled.note) if note]
 
 
-def _same_rows(found: list[Predicted]) -> tuple[np.ndarray, list[Predictions], int]:
+def _same_rows(found: list[PredictedRows]) -> tuple[np.ndarray, list[Predictions], int]:
     """Return the rows that any member has, and predictions of all: a member without a row has the others' mean.
 
     The last is the number of rows that not all members have.

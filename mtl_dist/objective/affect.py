@@ -117,7 +117,7 @@ def _at_least_float32(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-class Predicted(NamedTuple):
+class PredictedRows(NamedTuple):
     """Predictions of n rows with what they are compared to."""
 
     rows: np.ndarray  # (n,) int64
@@ -146,11 +146,11 @@ class AffectMeter:
         parts = [tensor.cpu().numpy()[valid] for tensor in (batch.rows, *probabilities, *batch.labels)]
         self._parts.append(parts)
 
-    def predicted(self) -> Predicted:
+    def predicted(self) -> PredictedRows:
         """Return the predictions of all frames that were there."""
         parts = self._parts[1:] or self._parts
         rows, va, expr, au, *labels = (np.concatenate(column) for column in zip(*parts))
-        return Predicted(rows, Predictions(va, expr, au), Targets(*labels))
+        return PredictedRows(rows, Predictions(va, expr, au), Targets(*labels))
 
     def bad_rows(self) -> list[int]:
         found = self.predicted()

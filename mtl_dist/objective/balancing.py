@@ -150,15 +150,17 @@ class FAMO(Balancer):
         shares = torch.where(taking_part, torch.exp(self.logits - self.logits.amax()), 0.0)
         return shares / shares.sum().clamp_min(TINY)
 
-    def _adam(self, gradient: Tensor, moved: Tensor) -> None:
+    def _adam(self, gradient: Tensor, taking_part: Tensor) -> None:
         first, second = self.BETAS
-        self.steps += moved
-        self.mean.copy_(torch.where(moved, torch.lerp(gradient, self.mean, first), self.mean))
-        self.mean_square.copy_(torch.where(moved, torch.lerp(gradient**2, self.mean_square, second), self.mean_square))
+        self.steps += taking_part
+        self.mean.copy_(torch.where(taking_part, torch.lerp(gradient, self.mean, first), self.mean))
+        self.mean_square.copy_(
+            torch.where(taking_part, torch.lerp(gradient**2, self.mean_square, second), self.mean_square)
+        )
         steps = self.steps.clamp_min(1)
         spread = (self.mean_square / (1 - second**steps)).sqrt() + self.EPS
         update = self.LEARNING_RATE * self.mean / (1 - first**steps) / spread
-        self.logits -= torch.where(moved, update, 0.0)
+        self.logits -= torch.where(taking_part, update, 0.0)
 
 
 def build_balancer(kind: str, fixed: Mapping[str, float]) -> Balancer:

@@ -13,7 +13,7 @@ from mtl_dist import storage
 from mtl_dist.data.frames import Seen
 from mtl_dist.device import named_device
 from mtl_dist.errors import InputError
-from mtl_dist.objective.affect import Predicted
+from mtl_dist.objective.affect import PredictedRows
 from mtl_dist.objective.metrics import AU_THRESHOLD, metric_sums
 from mtl_dist.objective.scores import constant_scores, scores
 from mtl_dist.predict.options import PredictCommand
@@ -80,7 +80,7 @@ def _seconds(seen: Seen, rows: np.ndarray) -> np.ndarray:
     return np.array([seen.seconds[row] for row in rows.tolist()], np.float64)
 
 
-def _skipped(command: PredictCommand, frames: ImageFiles, predicted: Predicted) -> list[str]:
+def _skipped(command: PredictCommand, frames: ImageFiles, predicted: PredictedRows) -> list[str]:
     """Return a line for every image that was left out, with reasons for the first; raises where that is every one."""
     bad = frames.skipped(predicted.rows)
     if len(bad) == frames.num_frames:
@@ -115,7 +115,7 @@ def _check_names(out: str, names: Sequence[str]) -> None:
 
 
 def _write(
-    out: str, predicted: Predicted, names: list[str], seconds: np.ndarray | None, listed: Sequence[str] | None
+    out: str, predicted: PredictedRows, names: list[str], seconds: np.ndarray | None, listed: Sequence[str] | None
 ) -> str:
     """Write --out; of the challenge's file say which of the `listed` names had no picture, and what they have."""
     if _is_submission(out):
@@ -141,7 +141,7 @@ def _is_submission(out: str) -> bool:
     return out.lower().endswith(".txt")
 
 
-def _report(command: PredictCommand, predicted: Predicted, skipped: list[str], *, num_expected: int) -> None:
+def _report(command: PredictCommand, predicted: PredictedRows, skipped: list[str], *, num_expected: int) -> None:
     if _has_labels(predicted):
         sums = metric_sums(predicted.predictions, predicted.targets)
         rows = {"constant predictor": constant_scores(sums), "prediction": scores(sums)}
@@ -154,6 +154,6 @@ def _report(command: PredictCommand, predicted: Predicted, skipped: list[str], *
     print(f"wrote {command.out}: {len(predicted.rows)} frames{without}, mean of {len(command.runs)} model(s)")
 
 
-def _has_labels(predicted: Predicted) -> bool:
+def _has_labels(predicted: PredictedRows) -> bool:
     targets = predicted.targets
     return bool(targets.va_mask.any() or targets.expr_mask.any() or targets.au_mask.any())

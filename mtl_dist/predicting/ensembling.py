@@ -25,7 +25,7 @@ from mtl_dist.data.frames import Seen, image_batches
 from mtl_dist.device import named_device
 from mtl_dist.errors import InputError
 from mtl_dist.joining import has_cluster
-from mtl_dist.objective.affect import Predicted
+from mtl_dist.objective.affect import PredictedRows
 from mtl_dist.predicting.cluster import TaskFailed, map_over_cluster
 from mtl_dist.predicting.evaluate import predict
 from mtl_dist.predicting.members import Member, predict_member, row_names
@@ -46,7 +46,7 @@ FORMAT = "mtl_dist-member-1"
 VAL, TEST = "val", "test"
 
 
-class Prediction(NamedTuple):
+class MemberOptions(NamedTuple):
     """How members are predicted."""
 
     batch: int
@@ -67,7 +67,7 @@ class MemberTask(NamedTuple):
 
     name: str
     member: Member
-    how: Prediction
+    how: MemberOptions
     sets: tuple[str, ...]  # of VAL, TEST
     test_names: list[str]
     test_paths: list[str]
@@ -91,7 +91,7 @@ def predict_members(
     members: dict[str, Member],
     out: str,
     *,
-    how: Prediction,
+    how: MemberOptions,
     test_names: list[str] | None = None,
     test: dict[str, TestImages] | None = None,
 ) -> dict[str, dict[str, PredictionTable]]:
@@ -129,7 +129,7 @@ def predict_members(
     }
 
 
-def _key_of(member: Member, test: TestImages | None, how: Prediction) -> str:
+def _key_of(member: Member, test: TestImages | None, how: MemberOptions) -> str:
     """What decides a prediction, but for the last bits that machines and batch sizes may change."""
     files = member.weights.checkpoint.files
     about = {"format": FORMAT, "model": files[MODEL]["sha256"], "state": files[STATE]["sha256"]}
@@ -150,7 +150,7 @@ def _with_absolute_paths(task: MemberTask) -> MemberTask:
     return task._replace(member=member, how=how)
 
 
-def _predict_parts(tasks: dict[str, MemberTask], how: Prediction) -> Iterator[tuple[str, str, pa.Table]]:
+def _predict_parts(tasks: dict[str, MemberTask], how: MemberOptions) -> Iterator[tuple[str, str, pa.Table]]:
     """Yield (member, part, table) as they are finished; where a task failed half-way, the other half is tried again."""
     while tasks:
         left = {}
@@ -168,7 +168,7 @@ def _predict_parts(tasks: dict[str, MemberTask], how: Prediction) -> Iterator[tu
         tasks, how = left, how._replace(retries=how.retries - 1)
 
 
-def _run(tasks: dict[str, MemberTask], how: Prediction) -> Iterator[tuple[str, Finished]]:
+def _run(tasks: dict[str, MemberTask], how: MemberOptions) -> Iterator[tuple[str, Finished]]:
     if how.local or not has_cluster():
         yield from map_here(predict_task, tasks, retries=how.retries)
         return
@@ -247,7 +247,7 @@ def _predict_test_list(task: MemberTask, model: nn.Module, device: torch.device)
 
 
 def _checked_table(
-    predicted: Predicted, member: Member, images: list[str], videos: list[str] | None = None
+    predicted: PredictedRows, member: Member, images: list[str], videos: list[str] | None = None
 ) -> pa.Table:
     check_finite(predicted.predictions, images, source=member.weights.uri)
     return prediction_table(predicted, images, labels=True, videos=videos)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mtl_dist.data.augment import Preparation
 from mtl_dist.errors import NonFiniteLoss
-from mtl_dist.objective.affect import AffectMeter, Predicted
+from mtl_dist.objective.affect import AffectMeter, PredictedRows
 from mtl_dist.objective.losses import Objective
 from mtl_dist.ranks import gather_lists
 from mtl_dist.tasks import SET_BITS, Batch
@@ -55,7 +55,7 @@ def predict(
     device: torch.device,
     bf16: bool = False,
     progress: Callable[[int], None] = lambda count: None,
-) -> Predicted:
+) -> PredictedRows:
     """Predict every frame of batches that is there, padding is none. `progress` is told of frames."""
     meter = AffectMeter()
     for batch, outputs in forward_all(model, batches, prepare=prepare, device=device, bf16=bf16):

@@ -20,7 +20,7 @@ from mtl_dist.data.index import Sets, check_stored, read_sets
 from mtl_dist.data.loader import eval_batches, lend
 from mtl_dist.data.samples import open_samples
 from mtl_dist.errors import InputError
-from mtl_dist.objective.affect import Predicted
+from mtl_dist.objective.affect import PredictedRows
 from mtl_dist.objective.metrics import Predictions, Targets
 from mtl_dist.objective.smoothing import video_names
 from mtl_dist.predicting.evaluate import predict
@@ -82,7 +82,7 @@ def predict_member(
     cache_dir: Path | None = None,
     progress: Callable[[int], None] = lambda count: None,
     model: nn.Module | None = None,
-) -> Predicted:
+) -> PredictedRows:
     """Predict a member's validation set with its checkpoint; rows in ascending order.
 
     `model` is what `load_weights` returned, where it is wanted for more than this.
@@ -101,7 +101,7 @@ def predict_member(
         progress=progress,
     )
     by_row = np.argsort(predicted.rows)
-    return Predicted(
+    return PredictedRows(
         predicted.rows[by_row],
         Predictions(*(array[by_row] for array in predicted.predictions)),
         Targets(*(array[by_row] for array in predicted.targets)),

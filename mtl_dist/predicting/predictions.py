@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from mtl_dist import storage
 from mtl_dist.errors import InputError
-from mtl_dist.objective.affect import Predicted, finite_rows
+from mtl_dist.objective.affect import PredictedRows, finite_rows
 from mtl_dist.objective.metrics import Predictions, Targets
 from mtl_dist.objective.smoothing import last_known, make_timeline, video_names
 from mtl_dist.tasks import AUS, EXPRESSIONS
@@ -30,7 +30,7 @@ _AU_NAMES = tuple(f"AU{number}" for number in AUS)
 class PredictionTable(NamedTuple):
     """What a Parquet file of predictions holds."""
 
-    predicted: Predicted
+    predicted: PredictedRows
     images: list[str]
     videos: list[str]
 
@@ -79,7 +79,7 @@ def fill_missing(names: Sequence[str], rows: np.ndarray, values: Sequence[np.nda
 
 
 def prediction_table(
-    predicted: Predicted,
+    predicted: PredictedRows,
     images: list[str],
     *,
     labels: bool,
@@ -152,7 +152,7 @@ def read_predictions(uri: str) -> PredictionTable:
         raise InputError(f"{uri} is not a table of predictions with labels ({error})") from None
     check_finite(predictions, images, source=uri)
     targets = Targets(va, expr[:, 0].astype(np.int64), au, ~missing_va[:, 0], ~missing_expr[:, 0], ~missing_au)
-    return PredictionTable(Predicted(rows, predictions, targets), images, videos)
+    return PredictionTable(PredictedRows(rows, predictions, targets), images, videos)
 
 
 def _parse(data: bytes) -> pa.Table:

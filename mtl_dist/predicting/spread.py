@@ -19,7 +19,7 @@ from mtl_dist.data.augment import build_preparation
 from mtl_dist.data.frames import Seen
 from mtl_dist.errors import InputError, StorageError
 from mtl_dist.machine import num_cpus
-from mtl_dist.objective.affect import Predicted
+from mtl_dist.objective.affect import PredictedRows
 from mtl_dist.objective.metrics import Predictions, Targets
 from mtl_dist.predicting.evaluate import predict
 from mtl_dist.predicting.inputs import Frames
@@ -46,14 +46,14 @@ class Task(NamedTuple):
         return len(_sizes(self.models))
 
 
-class Found(NamedTuple):
-    """What was predicted, and what was noticed meanwhile."""
+class Outcome(NamedTuple):
+    """What was predicted, and what was noticed of the frames meanwhile."""
 
-    predicted: Predicted
+    predicted: PredictedRows
     seen: Seen
 
 
-def predict_frames(task: Task, *, processes: int, progress: Progress) -> Found:
+def predict_frames(task: Task, *, processes: int, progress: Progress) -> Outcome:
     """Predict all frames; rows in ascending order. `progress` is told of frames, each `task.num_passes` times.
 
     Raises `InputError` where frames or weights cannot be read, or a process was killed.
@@ -81,7 +81,7 @@ def predict_frames(task: Task, *, processes: int, progress: Progress) -> Found:
                 process.kill()
 
 
-def predict_part(task: Task, *, part: int, num_parts: int, progress: Progress) -> Found:
+def predict_part(task: Task, *, part: int, num_parts: int, progress: Progress) -> Outcome:
     """Predict one part of the frames in this process, in the order of the frames."""
     device = torch.device("cpu")
     if task.device == "cuda":
@@ -95,16 +95,16 @@ def predict_part(task: Task, *, part: int, num_parts: int, progress: Progress) -
         predicted = _predict_pass(models, task, size, device, which, progress)
         total = predicted if total is None else _add(total, predicted)
     mean = Predictions(*(array / len(task.models) for array in total.predictions))
-    return Found(total._replace(predictions=mean), seen)
+    return Outcome(total._replace(predictions=mean), seen)
 
 
 def _predict_pass(
     models: list[Weights], task: Task, size: int, device: torch.device, which: dict[str, Any], progress: Progress
-) -> Predicted:
+) -> PredictedRows:
     """Sum the predictions of models of one size over one pass through the frames."""
     loaded = [(load_weights(weights).to(device), weights.config) for weights in models]
 
-    def predict_all(batches) -> Predicted:
+    def predict_all(batches) -> PredictedRows:
         found = [
             predict(
                 model, batches, prepare=build_preparation(config), device=device, bf16=config.engine.autocast == "bf16"
@@ -124,7 +124,7 @@ def _predict_pass(
 
 
 def _part_main(sender: Connection, task: Task, part: int, num_parts: int) -> None:
-    """Run in a process of its own: send ("progress", n) and at the end ("done", Found) or what went wrong."""
+    """Run in a process of its own: send ("progress", n) and at the end ("done", Outcome) or what went wrong."""
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process, which ends the others
     if task.device == "cpu":
@@ -179,28 +179,28 @@ def _sizes(models: tuple[Weights, ...]) -> list[int]:
     return list(dict.fromkeys(weights.config.data.image_size for weights in models))
 
 
-def _add(mine: Predicted, other: Predicted) -> Predicted:
+def _add(mine: PredictedRows, other: PredictedRows) -> PredictedRows:
     assert np.array_equal(mine.rows, other.rows)
     sums = (a + b for a, b in zip(mine.predictions, other.predictions))
     return mine._replace(predictions=Predictions(*sums))
 
 
-def _concatenate(parts: list[Predicted]) -> Predicted:
+def _concatenate(parts: list[PredictedRows]) -> PredictedRows:
     rows = np.concatenate([part.rows for part in parts])
     predictions = Predictions(*(np.concatenate(column) for column in zip(*(part.predictions for part in parts))))
-    return Predicted(
+    return PredictedRows(
         rows, predictions, Targets(*(np.concatenate(column) for column in zip(*(part.targets for part in parts))))
     )
 
 
-def _joined(parts: list[Found]) -> Found:
+def _joined(parts: list[Outcome]) -> Outcome:
     joined, seen = _concatenate([part.predicted for part in parts]), Seen()
     for part in parts:
         seen.add(part.seen)
     by_row = np.argsort(joined.rows)
-    predicted = Predicted(
+    predicted = PredictedRows(
         joined.rows[by_row],
         Predictions(*(array[by_row] for array in joined.predictions)),
         Targets(*(array[by_row] for array in joined.targets)),
     )
-    return Found(predicted, seen)
+    return Outcome(predicted, seen)

@@ -32,8 +32,8 @@ def run_block(result: Result) -> Markup:
         ("validation set", f"{member.val} ({index.view}, {index.rows:,} rows, sha256 {index.sha256})"),
     ]
     lives = read_lives(result.uri)
-    typed = lives[-1].get("typed") if lives else None  # runs of before it was recorded have none
-    command = typed or shlex.join(
+    command_line = lives[-1].get("typed") if lives else None  # runs of before it was recorded have none
+    command = command_line or shlex.join(
         ["python", "-m", "mtl_dist.train", "--config", storage.join(result.uri, "config.yaml")]
     )
     rows = [
@@ -46,7 +46,7 @@ def run_block(result: Result) -> Markup:
         html.paragraph(
             "The command that trained it (under torchrun or a Ray job: what these started); with another --run.name "
             "it is repeated:"
-            if typed
+            if command_line
             else "The command that trains it, given what launches it (--local, torchrun or a Ray job):"
         ),
         html.preformatted(command),

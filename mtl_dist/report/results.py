@@ -19,7 +19,7 @@ from mtl_dist.config import Varies, flatten, varying
 from mtl_dist.data.index import Index
 from mtl_dist.errors import InputError
 from mtl_dist.families import FAMILIES
-from mtl_dist.objective.affect import Predicted
+from mtl_dist.objective.affect import PredictedRows
 from mtl_dist.objective.metrics import AU_THRESHOLD, MetricSums, Predictions, Targets, metric_sums
 from mtl_dist.objective.scores import FIRST, constant_scores, scores
 from mtl_dist.predicting.members import Member, predict_member, row_names, unique_names
@@ -44,7 +44,7 @@ class Result(NamedTuple):
     name: str
     uri: str
     method: str
-    predicted: Predicted
+    predicted: PredictedRows
     scores: dict[str, Any]
     member: Member | None = None  # of a run
     score_file: dict[str, Any] | None = None  # of an ensemble
@@ -152,7 +152,7 @@ def predict_run(
     workers: int,
     cache_dir: Path | None,
     progress: Callable[[int], None],
-) -> Predicted:
+) -> PredictedRows:
     """Predict a run's validation set, or read `data_uri`/<name>.parquet where its key says that it holds just that."""
     where = storage.join(data_uri, f"{name}.parquet")
     key = f"{CACHE_FORMAT} weights {member.weights.checkpoint.files[MODEL]['sha256']} rows {member.val.sha256}"
@@ -169,7 +169,7 @@ def predict_run(
     return read_predictions(where).predicted  # as the next report will read it
 
 
-def run_result(member: Member, name: str, label: str, predicted: Predicted) -> Result:
+def run_result(member: Member, name: str, label: str, predicted: PredictedRows) -> Result:
     """Score a run's predictions."""
     return Result(name, member.run_uri, label, predicted, _scores(predicted), member=member)
 
@@ -288,7 +288,7 @@ def check_same_rows(results: list[Result]) -> None:
             )
 
 
-def constant_result(predicted: Predicted, counts: LabelCounts) -> Result:
+def constant_result(predicted: PredictedRows, counts: LabelCounts) -> Result:
     """The best constant predictor: mean VA, the commonest expression, every action unit on (or, of its accuracy, each
     as it mostly is)."""
     n, targets = len(predicted.rows), predicted.targets
@@ -326,7 +326,7 @@ def _place(label: str) -> int:
     return next(fits, len(titles))
 
 
-def _scores(predicted: Predicted) -> dict[str, Any]:
+def _scores(predicted: PredictedRows) -> dict[str, Any]:
     return scores(metric_sums(predicted.predictions, predicted.targets))
 
 

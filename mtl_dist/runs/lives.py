@@ -25,8 +25,8 @@ FIELDS = {
     "step": int | None,  # that it continued from
     "num_ranks": int,
     "host": str,  # of rank 0
-    "command": str,
-    "typed": str,
+    "command": str,  # names of the launchers
+    "typed": str,  # the command line; runs of before it was noted have none
 }
 
 
@@ -67,7 +67,7 @@ class Life:
             lives = []
         mine = self.names()
         later = [life for life in lives if life["life"] not in mine]
-        if later and is_same_command(later[-1]["command"], self.known[-1]["command"]):
+        if later and is_same_launcher(later[-1]["command"], self.known[-1]["command"]):
             raise Stale(f"the ranks of run {self.run_uri} were started again: this process was believed dead, and ends")
         if later:
             raise _taken_over(self.run_uri, later[-1])
@@ -86,33 +86,32 @@ class Life:
         storage.write_bytes(storage.join(self.run_uri, LIVES), seal({STARTS: self.known}))
 
 
-def begin_life(run_uri: str, *, command: str, num_ranks: int, typed: str = "") -> Life:
+def begin_life(run_uri: str, *, launcher: str, num_ranks: int, command_line: str = "") -> Life:
     """Enter a new life of the run in its storage, so that earlier ones end. Every rank calls it.
 
-    `command` names what started the ranks, the same for all its restarts: one word, or one for each of several
-    launchers, of which a restart has one at least. `typed` is how it was typed. Raises `Superseded` where another
-    command has taken the run over from it.
+    `launcher` names what started the ranks, the same for all its restarts: one word, or one for each of several
+    launchers, of which a restart has one at least. `command_line` is what was typed to start it. Raises `Superseded`
+    where another command has taken the run over from it.
     """
 
     def enter() -> Life:
         lives = read_lives(run_uri)
-        is_mine = [is_same_command(life["command"], command) for life in lives]
+        is_mine = [is_same_launcher(life["command"], launcher) for life in lives]
         if any(is_mine) and not is_mine[-1]:
             raise _taken_over(run_uri, lives[-1])
         # The list may have been deleted: what is in the checkpoints counts too.
         number = 1 + max([len(lives), *(checkpoint.start for checkpoint in committed(run_uri)[0])])
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         mine = {"life": secrets.token_hex(4), "started": started, "step": None, "num_ranks": num_ranks}
-        life = Life(
-            run_uri, [*lives, mine | {"host": socket.gethostname(), "command": command, "typed": typed}], number
-        )
+        mine |= {"host": socket.gethostname(), "command": launcher, "typed": command_line}
+        life = Life(run_uri, [*lives, mine], number)
         life._write()
         return life
 
     return on_rank_0(enter)
 
 
-def is_same_command(one: str, other: str) -> bool:
+def is_same_launcher(one: str, other: str) -> bool:
     """Whether two starts have a launcher in common: of several nodes some may be new."""
     return not set(one.split()).isdisjoint(other.split())
 

@@ -52,8 +52,8 @@ class LocalContext:
 
     def __init__(self):
         self.rank, self.num_ranks = torchrun_rank()
-        self.command = uuid.uuid4().hex  # under torchrun `run_local` puts the launchers' names in its place
-        self.typed = typed_command()
+        self.launcher = uuid.uuid4().hex  # under torchrun `run_local` puts the launchers' names in its place
+        self.command_line = typed_command()
         self.num_cpus = max(1, num_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         self.has_gpu = has_gpus()
         self.signal = 0  # the one that asked to stop
@@ -82,7 +82,7 @@ class LocalContext:
 class RayContext:
     """A rank of Ray Train."""
 
-    def __init__(self, config: Config, *, command: str, typed: str):
+    def __init__(self, config: Config, *, note: str, command_line: str):
         import ray.train
         from ray.util.metrics import Gauge
 
@@ -91,8 +91,8 @@ class RayContext:
             logging.getLogger(name).setLevel(logging.WARNING)
         context = ray.train.get_context()
         self.rank, self.num_ranks = context.get_world_rank(), context.get_world_size()
-        self.command, self.typed = command.rpartition("/")[2], typed
-        self._stop = StopFlag(_stop_name(command))
+        self.launcher, self.command_line = note.rpartition("/")[2], command_line
+        self._stop = StopFlag(_stop_name(note))
         self.num_cpus = max(1, int(config.ray.cpus_per_rank))  # the machine's other cores may be another rank's
         self.has_gpu = config.ray.gpus_per_rank > 0  # Ray hides no GPU from a worker that asked for none
         self._asked, self._notice = 0.0, None
@@ -143,7 +143,7 @@ def run_local(config: Config) -> None:
     backend = "nccl" if use_cuda else "gloo"
     timeout = collective_timeout(config)
     if is_torchrun():
-        context.command = join_torchrun(backend, timeout)
+        context.launcher = join_torchrun(backend, timeout)
     else:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -256,7 +256,7 @@ def build_trainer(config: Config, *, note: str, callbacks: list | None = None):
     path, filesystem = ray_storage(storage.join(config.run.storage, config.run.name, "ray"))
     return TorchTrainer(
         _rank_main,
-        train_loop_config={"config": config.model_dump(mode="json"), "note": note, "typed": typed_command()},
+        train_loop_config={"config": config.model_dump(mode="json"), "note": note, "command_line": typed_command()},
         torch_config=TorchConfig(timeout_s=int(collective_timeout(config).total_seconds())),
         scaling_config=ScalingConfig(
             placement_strategy=config.ray.placement,
@@ -320,7 +320,7 @@ def _rank_main(task: dict[str, Any]) -> None:
         return
     config = Config(**task["config"])
     try:
-        fit(config, RayContext(config, command=task["note"], typed=task["typed"]))
+        fit(config, RayContext(config, note=task["note"], command_line=task["command_line"]))
     except InputError as error:
         kind = NonFiniteLoss if isinstance(error, NonFiniteLoss) else InputError
         about = {"kind": kind.__name__, "message": str(error)}

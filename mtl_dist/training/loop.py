@@ -78,7 +78,8 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
 def _fit(config: Config, context: RunContext, watchdog: Watchdog) -> dict[str, Any]:
     setup = set_up(config, context, watchdog)
     # The life first: from here on no earlier one commits, or deletes what is being read.
-    life = begin_life(config.run.uri, command=context.command, num_ranks=context.num_ranks, typed=context.typed)
+    started_by = {"launcher": context.launcher, "command_line": context.command_line}
+    life = begin_life(config.run.uri, **started_by, num_ranks=context.num_ranks)
     setup, trained, step, last_scores = restore(setup)
     say_start(setup, trained)
     with contextlib.ExitStack() as records:

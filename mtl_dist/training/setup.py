@@ -53,8 +53,8 @@ class RunContext(Protocol):
 
     rank: int
     num_ranks: int
-    command: str  # names what started the ranks, the same when they are started again
-    typed: str  # that command, as it was typed
+    launcher: str  # names what started the ranks, the same when they are started again
+    command_line: str  # of the launcher, as it was typed
     num_cpus: int  # that this rank may use
     has_gpu: bool  # whether this rank may use one
 
