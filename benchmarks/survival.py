@@ -100,12 +100,12 @@ class Run:
     def ranks(self) -> dict[int, int]:
         """The pid, outside of its host, of every rank of the life that is under way."""
         files = sorted((self.audit / self.name).glob("*.jsonl"), key=lambda path: path.stat().st_mtime)
-        life, found = files[-1].name.partition("-")[0], {}
+        life, pids = files[-1].name.partition("-")[0], {}
         for path in files:
             if path.name.startswith(life):
                 _, rank, *_, pid = path.stem.split("-")
-                found[int(rank)] = find_outside(self.cluster, path.stem.split("-", 2)[2].rpartition("-")[0], int(pid))
-        return found
+                pids[int(rank)] = find_outside(self.cluster, path.stem.split("-", 2)[2].rpartition("-")[0], int(pid))
+        return pids
 
     def outcome(self, failure: str, failed_at: float, undisturbed: float | None) -> Outcome:
         report = read_audit(self.audit, self.name, global_batch=BATCH, num_steps=NUM_STEPS)

@@ -83,12 +83,12 @@ def choose_subnet(id: str, taken: Iterable[ipaddress.IPv4Network]) -> str:
 
 def read_networks(id: str) -> list[ipaddress.IPv4Network]:
     """List the networks of all addresses and routes of this machine, other than its default routes."""
-    found = []
+    written = []
     for interface in json.loads(run_command(id, ["ip", "-4", "-j", "addr", "show"])):
-        found += [f"{entry['local']}/{entry['prefixlen']}" for entry in interface.get("addr_info", ())]
+        written += [f"{entry['local']}/{entry['prefixlen']}" for entry in interface.get("addr_info", ())]
     routes = json.loads(run_command(id, ["ip", "-4", "-j", "route", "show", "table", "all"]))
-    found += [route["dst"] for route in routes if route["dst"] != "default"]
-    networks = [ipaddress.IPv4Network(network, strict=False) for network in found]
+    written += [route["dst"] for route in routes if route["dst"] != "default"]
+    networks = [ipaddress.IPv4Network(network, strict=False) for network in written]
     return [network for network in networks if network.prefixlen > 1]  # a VPN's default route is 0.0.0.0/1, 128.0.0.0/1
 
 

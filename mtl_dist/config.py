@@ -408,20 +408,20 @@ def flatten(config: Config) -> dict[str, Any]:
 
 def varying(level: Varies, section: type[BaseModel] | None = None, path: str = "") -> frozenset[str]:
     """Return the dotted paths of the settings that may have another value at this level."""
-    found: set[str] = set()
+    paths: set[str] = set()
     for name, field in (section or Config).model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found |= varying(level, field.annotation, f"{path}{name}.")
+            paths |= varying(level, field.annotation, f"{path}{name}.")
         elif any(isinstance(mark, Varies) and mark >= level for mark in field.metadata):
-            found.add(f"{path}{name}")
-    return frozenset(found)
+            paths.add(f"{path}{name}")
+    return frozenset(paths)
 
 
 def _flatten(tree: dict[str, Any], path: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
-        found |= _flatten(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
-    return found
+        flat |= _flatten(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+    return flat
 
 
 def _merge(target: dict[str, Any], layer: dict[str, Any]) -> None:

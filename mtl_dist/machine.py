@@ -27,7 +27,7 @@ def _cgroup_cpus(cgroup_file: Path, cgroup_dir: Path) -> float:
         lines = cgroup_file.read_text().splitlines()
     except OSError:  # not Linux
         return math.inf
-    found = [math.inf]
+    limits = [math.inf]
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
@@ -36,10 +36,10 @@ def _cgroup_cpus(cgroup_file: Path, cgroup_dir: Path) -> float:
         for top in (cgroup_dir / mount for mount in mounts):
             # A container sees its own cgroup as the top one, whatever the path says.
             for directory in (top, *(top / part for part in _prefixes(path))):
-                found.append(
+                limits.append(
                     _quota(directory, ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",))
                 )
-    return min(found)
+    return min(limits)
 
 
 def _prefixes(path: str) -> list[str]:

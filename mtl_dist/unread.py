@@ -19,27 +19,27 @@ NOT_WRITTEN = {"run", "ray"}  # sections that best.yaml leaves out
 
 def find_unread(config: Config) -> dict[str, str]:
     """Return the settings, or whole sections, that nothing reads, each with the reason and what would read it."""
-    chosen, found = config.model.name, {}
+    chosen, unread = config.model.name, {}
     for name in dict.fromkeys(name for family in FAMILIES.values() for name in family.reads):
         if name not in FAMILIES[chosen].reads:
             readers = " or ".join(other for other, family in FAMILIES.items() if name in family.reads)
-            found[f"model.{name}"] = f"model.name is {chosen}; it is for {readers}"
+            unread[f"model.{name}"] = f"model.name is {chosen}; it is for {readers}"
     optim, augment = config.optim, config.augment
     if optim.name != "sgd":
-        found |= {f"optim.{name}": f"optim.name is {optim.name}; it is for sgd" for name in ("momentum", "nesterov")}
+        unread |= {f"optim.{name}": f"optim.name is {optim.name}; it is for sgd" for name in ("momentum", "nesterov")}
     elif not optim.momentum:
-        found["optim.nesterov"] = "optim.momentum is 0; it is for more"
+        unread["optim.nesterov"] = "optim.momentum is 0; it is for more"
     if augment.resize is not None:
-        found["augment.crop_scale"] = f"augment.resize is {augment.resize}, which is there instead"
+        unread["augment.crop_scale"] = f"augment.resize is {augment.resize}, which is there instead"
     if not (augment.brightness or augment.contrast or augment.saturation or augment.hue):
-        found["augment.jitter_p"] = "augment.brightness, contrast, saturation and hue are all 0"
+        unread["augment.jitter_p"] = "augment.brightness, contrast, saturation and hue are all 0"
     if not config.data.workers:
-        found["data.prefetch"] = "data.workers is 0; it is for 1 or more"
+        unread["data.prefetch"] = "data.workers is 0; it is for 1 or more"
     if config.run.start:
-        found["model.weights"] = f"run.start is {config.run.start}, which is there instead"
+        unread["model.weights"] = f"run.start is {config.run.start}, which is there instead"
     else:
-        found["run.start_with"] = "it is for run.start"
-    return found
+        unread["run.start_with"] = "it is for run.start"
+    return unread
 
 
 def why_unread(setting: str, unread: dict[str, str]) -> str | None:

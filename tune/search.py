@@ -237,8 +237,8 @@ class RankedTrial(NamedTuple):
 
 def rank_trials(results: Iterable[Any], score: Score) -> list[RankedTrial]:
     """Return the trials with a score that is a number, the best first, and none that diverged: it would again."""
-    found = [_score(result, score) for result in results if not (result.metrics or {}).get(DIVERGED)]
-    scored = [trial for trial in found if math.isfinite(trial.best)]
+    trials = [_score(result, score) for result in results if not (result.metrics or {}).get(DIVERGED)]
+    scored = [trial for trial in trials if math.isfinite(trial.best)]
     return sorted(scored, key=lambda trial: (-score.sign * trial.best, trial.result.metrics["trial_id"]))
 
 
@@ -274,12 +274,12 @@ def _reasons(results: Iterable[Any]) -> list[str]:
     """Say in full why trials failed or diverged, each reason once."""
     from tune.experiment import explain
 
-    found: dict[str, list[str]] = {}
+    trials_of: dict[str, list[str]] = {}
     for result in results:
         metrics = result.metrics or {}
         if why := explain(result.error) if result.error else metrics.get(DIVERGED):
-            found.setdefault(why, []).append(metrics.get("trial_id", "?"))
-    return [f"{', '.join(names)}: {why}" for why, names in found.items()]
+            trials_of.setdefault(why, []).append(metrics.get("trial_id", "?"))
+    return [f"{', '.join(names)}: {why}" for why, names in trials_of.items()]
 
 
 def best_yaml(config: Config, params: dict[str, Any]) -> str:

@@ -103,10 +103,10 @@ class Cache:
                 file = self._fetch(uri, path, sha256=sha256, size=size)
             if file is None:
                 continue
-            found = os.fstat(file.fileno())
+            about = os.fstat(file.fileno())
             # Else cut short when the machine went down, or put there by somebody who may write here too.
-            is_good = found.st_size == size and found.st_uid == os.geteuid()
-            if is_good and found.st_nlink:  # 0 links: evicted between opening and locking
+            is_good = about.st_size == size and about.st_uid == os.geteuid()
+            if is_good and about.st_nlink:  # 0 links: evicted between opening and locking
                 os.utime(file.fileno())  # eviction goes by it; most mounts do not keep it by themselves
                 return file
             file.close()
@@ -138,16 +138,16 @@ class Cache:
 
     def _evict(self, *, room_for: int, max_bytes: int) -> None:
         """Remove the files used longest ago until `room_for` more bytes fit; what a process holds open stays."""
-        found, total = [], 0
+        copies, total = [], 0
         for path in filter(lambda path: OWN_NAME.fullmatch(path.name), self.directory.iterdir()):
             with contextlib.suppress(FileNotFoundError):
                 if path.suffix in (".part", ".lock"):
                     if not _remove_leftovers(path) and path.suffix == ".part":  # a download under way
                         total += sum(file.stat().st_size for file in path.iterdir())
                 elif path.is_file():
-                    found.append((path.stat().st_atime_ns, path.stat().st_size, path))
-        total += sum(size for _, size, _ in found)
-        for _, size, path in sorted(found):
+                    copies.append((path.stat().st_atime_ns, path.stat().st_size, path))
+        total += sum(size for _, size, _ in copies)
+        for _, size, path in sorted(copies):
             if total + room_for <= max_bytes:
                 return
             with contextlib.suppress(FileNotFoundError, BlockingIOError, PermissionError), path.open("rb") as file:

@@ -53,12 +53,12 @@ class Seen:
 
     def lines(self) -> list[str]:
         """Return the notes in words."""
-        found = {kind: (count, self.first[kind]) for kind, count in self.counts.items()}
-        found |= {kind: (len(names), min(names)) for kind, names in self.videos.items()}
+        noticed = {kind: (count, self.first[kind]) for kind, count in self.counts.items()}
+        noticed |= {kind: (len(names), min(names)) for kind, names in self.videos.items()}
         return [
-            f"note: {text.format(n=found[kind][0], first=found[kind][1])}"
+            f"note: {text.format(n=noticed[kind][0], first=noticed[kind][1])}"
             for kind, text in NOTES.items()
-            if kind in found
+            if kind in noticed
         ]
 
 

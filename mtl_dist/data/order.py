@@ -176,8 +176,8 @@ class EpochPlan:
         """Return (num_steps, n) int64: the samples of several steps, at little more than the cost of one."""
         assert 0 <= step < step + num_steps <= self.order.num_steps, (step, num_steps, self.order.num_steps)
         streams = [self.stream_samples(stream, step, num_steps).reshape(num_steps, -1) for stream in self.streams]
-        found = np.concatenate(streams, axis=1)
-        return found if self.order.samples is None else self.order.samples[found]
+        places = np.concatenate(streams, axis=1)
+        return places if self.order.samples is None else self.order.samples[places]
 
     def stream_samples(self, stream: int, step: int, num_steps: int = 1) -> np.ndarray:
         """Return the (num_steps * global_batch / streams,) samples that one stream gives to steps from `step` on.
@@ -194,14 +194,14 @@ class EpochPlan:
 
         In the order of need: the first shards of all streams come before the later ones of any.
         """
-        found = []
+        of_streams = []
         for stream in self.streams:
             of_stream = []
             for start, stop, *_ in self._pieces(stream, step, min(num_steps, self.order.num_steps - step)):
                 low, high = np.searchsorted(self._starts, [start, stop - 1], side="right") - 1
                 of_stream += self._shards[low : high + 1].tolist()
-            found.append(of_stream)
-        return [shard for shard in _in_turn(found) if self.order.shard_rows[shard]]
+            of_streams.append(of_stream)
+        return [shard for shard in _in_turn(of_streams) if self.order.shard_rows[shard]]
 
     def _pieces(self, stream: int, step: int, num_steps: int) -> Iterator[tuple[int, int, int, int]]:
         """Yield (start, stop, place, count): `count` samples from `place` on are read, of the block [start, stop)."""

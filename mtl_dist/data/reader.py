@@ -112,11 +112,11 @@ class ShardReader:
 
         Reads all sidecars and no tar; `progress` is told of shards.
         """
-        found = {task: [np.zeros(0, np.int64)] for task in TASKS}
+        numbers = {task: [np.zeros(0, np.int64)] for task in TASKS}
         for start, sidecar in zip(self._starts.tolist(), self._read_sidecars(progress)):
             for task, mask in zip(TASKS, (sidecar.va_mask, sidecar.expr_mask, sidecar.au_mask.any(1))):
-                found[task].append(start + np.flatnonzero(mask))
-        return {task: np.concatenate(parts) for task, parts in found.items()}
+                numbers[task].append(start + np.flatnonzero(mask))
+        return {task: np.concatenate(parts) for task, parts in numbers.items()}
 
     def _read_sidecars(self, progress: Callable[[int], None]) -> Iterator[Sidecar]:
         """Yield the sidecars of all shards in their order."""

@@ -133,16 +133,17 @@ class Mixture:
             part.keep_open(count)
 
     def labelled(self, progress: Callable[[int], None] = lambda count: None) -> dict[str, np.ndarray]:
-        found = [part.labelled(progress) for part in self.parts]
+        of_parts = [part.labelled(progress) for part in self.parts]
         return {
-            task: np.concatenate([start + part[task] for start, part in zip(self._starts, found)]) for task in found[0]
+            task: np.concatenate([start + part[task] for start, part in zip(self._starts, of_parts)])
+            for task in of_parts[0]
         }
 
     def names(self) -> Names:
-        found = [part.names() for part in self.parts]
-        rows = [names.rows + (number << SET_BITS) for number, names in enumerate(found)]
-        images = [f"{number}/{image}" for number, names in enumerate(found, 1) for image in names.images]
-        videos = [_name_apart(video, number) for number, names in enumerate(found, 1) for video in names.videos]
+        of_parts = [part.names() for part in self.parts]
+        rows = [names.rows + (number << SET_BITS) for number, names in enumerate(of_parts)]
+        images = [f"{number}/{image}" for number, names in enumerate(of_parts, 1) for image in names.images]
+        videos = [_name_apart(video, number) for number, names in enumerate(of_parts, 1) for video in names.videos]
         return Names(np.concatenate(rows), images, videos)
 
 

@@ -24,16 +24,16 @@ class Fitted(NamedTuple):
     final: Calibration  # fitted on all rows
 
 
-def calibrate(found: list[PredictionTable], command: EnsembleCommand) -> Fitted | None:
+def calibrate(tables: list[PredictionTable], command: EnsembleCommand) -> Fitted | None:
     """Fit the steps for every fold and on all rows; None where none is asked for, or all rows are of one video."""
     if not command.steps:
         return None
-    (_, _, targets), images, videos = found[0]
+    (_, _, targets), images, videos = tables[0]
     folds = make_folds(group_rows(pa.array(videos), None), command.folds, seed=command.seed)
     if not folds.any():
         print(f"all {len(images)} rows are of one video: nothing can be fitted on other videos, so nothing is fitted")
         return None
-    members, timeline = stack_members([table.predicted.predictions for table in found]), make_timeline(images, videos)
+    members, timeline = stack_members([table.predicted.predictions for table in tables]), make_timeline(images, videos)
     options = {"steps": command.steps, "half_windows": command.half_windows}
     if videos == images:
         print(

@@ -31,11 +31,11 @@ def make_ensemble(command: EnsembleCommand) -> None:
     test = _find_test_images(command, members, test_names) if test_names else None
     storage.check_writable(command.out, flag="--out")
     tables = predict_members(members, command.out, how=_how(command), test_names=test_names, test=test)
-    found = [tables[name][VAL] for name in members]
-    _check_names(list(members), found)
-    mean = combine([table.predicted for table in found])
-    results = _score(list(members), found, mean)
-    fitted = calibrate(found, command)
+    val_tables = [tables[name][VAL] for name in members]
+    _check_names(list(members), val_tables)
+    mean = combine([table.predicted for table in val_tables])
+    results = _score(list(members), val_tables, mean)
+    fitted = calibrate(val_tables, command)
     steps = {name: scores(sums) for name, sums in fitted.crossfit.sums.items()} if fitted else {}
 
     first = next(iter(members.values()))
@@ -45,14 +45,14 @@ def make_ensemble(command: EnsembleCommand) -> None:
         "covers": results["ensemble"]["covers"],
         "scores": results,
         "steps": steps,
-        "calibration": about_calibration(fitted, command, list(members), found[0]) if fitted else None,
+        "calibration": about_calibration(fitted, command, list(members), val_tables[0]) if fitted else None,
         "members": [_about_member(name, member) for name, member in members.items()],
         "rows": first.val.rows,
         "test": {"list": command.test_list, "rows": len(test_names)} if test_names else None,
         "options": {name: getattr(command, name) for name in RECORDED},
     }
     notes: list[str] = []
-    files = render_tables(mean, found[0], fitted, results, _step_rows(steps))
+    files = render_tables(mean, val_tables[0], fitted, results, _step_rows(steps))
     if test_names:
         predicted = [tables[name][TEST].predicted for name in members]
         test_files, notes = render_test(test_names, predicted, fitted.final if fitted else None)
@@ -132,11 +132,11 @@ def combine(members: list[PredictedRows]) -> PredictedRows:
     return first._replace(predictions=type(first.predictions)(*(np.mean(column, axis=0) for column in columns)))
 
 
-def _score(names: list[str], found: list[PredictionTable], mean: PredictedRows) -> dict[str, dict[str, Any]]:
+def _score(names: list[str], tables: list[PredictionTable], mean: PredictedRows) -> dict[str, dict[str, Any]]:
     """Score the constant predictor, every member and their plain mean."""
     sums = metric_sums(mean.predictions, mean.targets)
     results = {"constant predictor": constant_scores(sums)}
-    for name, table in zip(names, found):
+    for name, table in zip(names, tables):
         results[name] = scores(metric_sums(table.predicted.predictions, table.predicted.targets))
     return results | {"ensemble": scores(sums)}
 

@@ -39,14 +39,14 @@ def render_tables(
 
 
 def render_test(
-    names: list[str], found: list[PredictedRows], final: Calibration | None
+    names: list[str], predicted: list[PredictedRows], final: Calibration | None
 ) -> tuple[dict[str, pa.Table | bytes], list[str]]:
-    """Combine what members predicted of the test list, calibrated as the validation rows found it best.
+    """Combine what members predicted of the test list, with the calibration that was fitted on all validation rows.
 
     Returns the files, and what is to be said of frames without a picture.
     """
-    final = final or Calibration.plain_mean(len(found))
-    rows, predictions, num_partial = _same_rows(found)
+    final = final or Calibration.plain_mean(len(predicted))
+    rows, predictions, num_partial = _same_rows(predicted)
     images = [names[row] for row in rows]
     combined = apply(stack_members(predictions), final, make_timeline(images))
     au_on = combined.au > final.thresholds
@@ -61,16 +61,16 @@ def render_test(
     return files, [note for note in (partial if num_partial else "", filled.note) if note]
 
 
-def _same_rows(found: list[PredictedRows]) -> tuple[np.ndarray, list[Predictions], int]:
+def _same_rows(members: list[PredictedRows]) -> tuple[np.ndarray, list[Predictions], int]:
     """Return the rows that any member has, and predictions of all: a member without a row has the others' mean.
 
     The last is the number of rows that not all members have.
     """
-    rows = np.unique(np.concatenate([member.rows for member in found]))
-    has = np.stack([np.isin(rows, member.rows) for member in found])  # (members, rows)
+    rows = np.unique(np.concatenate([member.rows for member in members]))
+    has = np.stack([np.isin(rows, member.rows) for member in members])  # (members, rows)
     columns = []
-    for values in zip(*(member.predictions for member in found)):
-        column = np.zeros((len(found), len(rows), values[0].shape[1]), values[0].dtype)
+    for values in zip(*(member.predictions for member in members)):
+        column = np.zeros((len(members), len(rows), values[0].shape[1]), values[0].dtype)
         for place, own in enumerate(values):
             column[place, has[place]] = own
         mean = column.sum(0) / has.sum(0)[:, None]

@@ -153,12 +153,12 @@ class AffectMeter:
         return PredictedRows(rows, Predictions(va, expr, au), Targets(*labels))
 
     def bad_rows(self) -> list[int]:
-        found = self.predicted()
-        return found.rows[~finite_rows(found.predictions)].tolist()
+        frames = self.predicted()
+        return frames.rows[~finite_rows(frames.predictions)].tolist()
 
     def sums(self) -> np.ndarray:
-        found = self.predicted()
-        return metric_sums(found.predictions, found.targets).flatten()
+        frames = self.predicted()
+        return metric_sums(frames.predictions, frames.targets).flatten()
 
     def scores(self, total: np.ndarray) -> dict[str, Any]:
         return scores(MetricSums.unflatten(total))

@@ -65,23 +65,26 @@ def cross_fit(
     calibrations = []
     for fold in range(folds.max() + 1):
         held_out, others = np.flatnonzero(folds == fold), np.flatnonzero(folds != fold)
-        found = fit(*_take(members, targets, timeline, others), steps=steps, half_windows=half_windows)
+        calibration = fit(*_take(members, targets, timeline, others), steps=steps, half_windows=half_windows)
         mine, labels, times = _take(members, targets, timeline, held_out)
-        tempered = temper(mine, found.temperature)
-        for name, known in zip(names, _stages(found, steps)):
+        tempered = temper(mine, calibration.temperature)
+        for name, known in zip(names, _stages(calibration, steps)):
             scored = combine_tempered(mine if name == PLAIN_MEAN else tempered, known, times)
             sums[name] = sums[name].plus(metric_sums(scored, labels, au_thresholds=known.thresholds))
         for whole, part in zip(predictions, scored):
             whole[held_out] = part
-        au_on[held_out] = scored.au > found.thresholds
-        calibrations.append(found)
+        au_on[held_out] = scored.au > calibration.thresholds
+        calibrations.append(calibration)
         progress(1)
     return CrossFit(calibrations, predictions, au_on, sums)
 
 
-def _stages(found: Calibration, steps: tuple[str, ...]) -> list[Calibration]:
-    """The plain mean, then `found` with one more of its steps each time."""
-    return [found.until(0), *(found.until(place) for place, step in enumerate(STEPS, start=1) if step in steps)]
+def _stages(calibration: Calibration, steps: tuple[str, ...]) -> list[Calibration]:
+    """The plain mean, then `calibration` with one more of its steps each time."""
+    return [
+        calibration.until(0),
+        *(calibration.until(place) for place, step in enumerate(STEPS, start=1) if step in steps),
+    ]
 
 
 def _take(members: Predictions, targets: Targets, timeline: Timeline, rows: np.ndarray):

@@ -68,10 +68,10 @@ def predict_frames(task: Task, *, processes: int, progress: Progress) -> Outcome
             process.start()
             sender.close()  # the process's own end alone: when it dies, the pipe ends
             running[receiver] = (part, process)
-        found = list(_results(dict(running), processes, progress))
+        outcomes = list(_results(dict(running), processes, progress))
         for _, process in running.values():
             process.join(_STOP_S)  # it is done: it ends by itself, and leaves its GPU in order
-        return _joined(found)
+        return _joined(outcomes)
     finally:
         for _, process in running.values():
             process.terminate()
@@ -105,14 +105,14 @@ def _predict_pass(
     loaded = [(load_weights(weights).to(device), weights.config) for weights in models]
 
     def predict_all(batches) -> PredictedRows:
-        found = [
+        of_models = [
             predict(
                 model, batches, prepare=build_preparation(config), device=device, bf16=config.engine.autocast == "bf16"
             )
             for model, config in loaded
         ]
-        total = found[0]
-        for other in found[1:]:
+        total = of_models[0]
+        for other in of_models[1:]:
             total = _add(total, other)
         return total
 
@@ -130,10 +130,10 @@ def _part_main(sender: Connection, task: Task, part: int, num_parts: int) -> Non
     if task.device == "cpu":
         torch.set_num_threads(max(1, min(torch.get_num_threads(), num_cpus()) // num_parts))
     try:
-        found = predict_part(
+        outcome = predict_part(
             task, part=part, num_parts=num_parts, progress=lambda count: sender.send(("progress", count))
         )
-        sender.send(("done", found))
+        sender.send(("done", outcome))
     except InputError as error:  # or a kind of it
         sender.send(("InputError", str(error)))
     except StorageError as error:

@@ -97,11 +97,11 @@ def submission_text(names: list[str], va: np.ndarray, expr: np.ndarray, au_on: n
 
 def _stat(path: Path) -> tuple[int, int] | None:
     try:
-        found = os.stat(path)
+        about = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except PermissionError:
         raise InputError(
             f"image {path} may not be looked up by this user; change the permissions of the directories it is in"
         ) from None
-    return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
+    return (about.st_size, about.st_mtime_ns) if stat.S_ISREG(about.st_mode) else None

@@ -51,8 +51,8 @@ def task_reliability(result: Result, task: str) -> Reliability | None:
 def draw_reliability(methods: list[Method], styles: dict[str, Style]) -> tuple[Figure | None, Table | None]:
     """Reliability diagrams of EXPR and AU with a line a method, and the calibration errors."""
     shown = [method for method in methods if method.label != CONSTANT]
-    found = {(m.label, task): task_reliability(m.shown, task) for m in shown for task in TASKS}
-    tasks = [task for task in TASKS if found[shown[0].label, task] is not None]
+    bins_of = {(m.label, task): task_reliability(m.shown, task) for m in shown for task in TASKS}
+    tasks = [task for task in TASKS if bins_of[shown[0].label, task] is not None]
     if not tasks:
         return None, None
     rows: list[tuple] = [("task", "method", "run", "from", "to", "predictions", "mean confidence", "observed")]
@@ -61,7 +61,7 @@ def draw_reliability(methods: list[Method], styles: dict[str, Style]) -> tuple[F
         for axes, task in zip(panels, tasks):
             axes.plot([0, 1], [0, 1], color="#8b929a", linewidth=1, linestyle=":")
             for method in shown:
-                bins, style = found[method.label, task], styles[method.label]
+                bins, style = bins_of[method.label, task], styles[method.label]
                 full = bins.count >= LEAST
                 axes.plot(bins.confidence[full], bins.observed[full], color=style.colour, marker=style.marker,
                           markersize=5, label=method.label if axes is panels[0] else None)  # fmt: skip
@@ -72,12 +72,12 @@ def draw_reliability(methods: list[Method], styles: dict[str, Style]) -> tuple[F
                      ylabel="share that is right" if task == "expr" else "share that is active")  # fmt: skip
         figure.legend(loc="outside lower center", ncols=2)
         png = save_png(figure)
-    errors = [[text(m.label), *(number(found[m.label, task].error) for task in tasks)] for m in shown]
+    errors = [[text(m.label), *(number(bins_of[m.label, task].error) for task in tasks)] for m in shown]
     table = Table("calibration", "Expected calibration error (10 bins; lower is better)",
                   ("Method", *(TASKS[task] for task in tasks)), errors, "",
                   tuple(TASKS[task] for task in tasks))  # fmt: skip
     alt = "Reliability diagrams. " + "; ".join(
-        f"{m.label}: calibration error {', '.join(f'{t.upper()} {found[m.label, t].error:.3f}' for t in tasks)}"
+        f"{m.label}: calibration error {', '.join(f'{t.upper()} {bins_of[m.label, t].error:.3f}' for t in tasks)}"
         for m in shown
     )
     caption = (

@@ -70,11 +70,11 @@ def _bars(name: str, score: Score, frames: list[str], unit: str, methods, styles
         axes.grid(False, axis="y")
         for method in methods:
             values = [class_values(method, score, each) for each in classes]
-            means = np.array([statistics.fmean(found) if found else 0.0 for found in values])
-            spread = [statistics.stdev(found) if len(found) > 1 else 0.0 for found in values]
-            for each, count, mean, deviation, found in zip(classes, frames, means, spread, values):
+            means = np.array([statistics.fmean(of_seeds) if of_seeds else 0.0 for of_seeds in values])
+            spread = [statistics.stdev(of_seeds) if len(of_seeds) > 1 else 0.0 for of_seeds in values]
+            for each, count, mean, deviation, of_seeds in zip(classes, frames, means, spread, values):
                 rows.append((each, count.replace(",", ""), method.label, f"{mean:.6f}",
-                             f"{deviation:.6f}", len(found)))  # fmt: skip
+                             f"{deviation:.6f}", len(of_seeds)))  # fmt: skip
             style = styles[method.label]
             if method.label == CONSTANT:
                 axes.vlines(

@@ -125,13 +125,13 @@ def draw_scores(flat: np.ndarray, covers: list[str], *, is_constant: np.ndarray)
     sums = MetricSums.unflatten(flat)
     counts = sums.va[..., 0, 0], sums.confusion.sum((-1, -2)), sums.au.sum((-1, -2))
     is_whole = np.logical_and.reduce([count > 0 for task, count in zip(TASKS, counts) if task in covers])
-    found = {}
+    drawn = {}
     for score in single_scores():
         values = score.of(sums)
         if score.floor:
             values = np.where(is_constant[:, None], score.floor(sums), values)
-        found[score.key] = values if score.task else np.where(is_whole, values, np.nan)
-    return found
+        drawn[score.key] = values if score.task else np.where(is_whole, values, np.nan)
+    return drawn
 
 
 def _central(values: np.ndarray) -> Interval | None:

@@ -43,19 +43,19 @@ def worst_mistakes(
 ) -> list[Mistakes]:
     """The worst frames of every task that has labels, of different videos where there are enough."""
     predictions, targets = result.predicted.predictions, result.predicted.targets
-    found = []
+    kinds = []
     known = targets.expr_mask & (predictions.expr.argmax(-1) != targets.expr)
     if targets.expr_mask.any():
-        found.append(("expr", "EXPR: wrong and most sure of it", known, predictions.expr.max(-1), _expression_lines))
+        kinds.append(("expr", "EXPR: wrong and most sure of it", known, predictions.expr.max(-1), _expression_lines))
     if targets.va_mask.any():
         distance = np.linalg.norm(predictions.va - targets.va, axis=-1)
-        found.append(("va", "Valence and arousal: furthest from the label", targets.va_mask, distance, _va_lines))
+        kinds.append(("va", "Valence and arousal: furthest from the label", targets.va_mask, distance, _va_lines))
     if targets.au_mask.any():
         loss = _au_loss(result)
         known = targets.au_mask.any(-1)
-        found.append(("au", "AU: the highest cross entropy", known, loss, _au_lines))
+        kinds.append(("au", "AU: the highest cross entropy", known, loss, _au_lines))
     mistakes = []
-    for task, title, known, badness, describe in found:
+    for task, title, known, badness, describe in kinds:
         order = np.flatnonzero(known)[np.argsort(-badness[known], kind="stable")]
         places = choose_apart(order, images, video, count=min(count, len(order)))
         rows = [("row", "image", "error", "labelled", "predicted")]

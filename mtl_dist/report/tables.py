@@ -259,8 +259,8 @@ def _steps_table(name: str, method: str, ensembles: list[dict[str, Any]]) -> Tab
     for step in ensembles[0]:
         values = {score: [steps[step].get(score.key) for steps in ensembles] for score in main_scores()}
         cells = [
-            _value(ensembles[0][step], score) if None in found else number(statistics.fmean(found))
-            for score, found in values.items()
+            _value(ensembles[0][step], score) if None in of_seeds else number(statistics.fmean(of_seeds))
+            for score, of_seeds in values.items()
         ]
         if before is not None:
             gains = [after - earlier for after, earlier in zip(values[FIRST], before)]

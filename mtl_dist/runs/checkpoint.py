@@ -138,7 +138,7 @@ def committed(run_uri: str) -> tuple[list[Checkpoint], list[str]]:
     """
     root = storage.join(run_uri, "checkpoints")
     stored = dict(storage.list_objects(root))
-    found, skipped = [], []
+    checkpoints, skipped = [], []
     for directory in sorted({name.partition("/")[0] for name in stored}):
         uri = storage.join(root, directory)
         if not DIRECTORY.fullmatch(directory):  # somebody's copy, for instance
@@ -160,8 +160,8 @@ def committed(run_uri: str) -> tuple[list[Checkpoint], list[str]]:
         if wrong:
             skipped.append(f"{uri}: {wrong[0]} is missing or has another size than {COMMIT} says")
         else:
-            found.append(checkpoint)
-    return sorted(found, key=lambda checkpoint: (checkpoint.step, *newness(checkpoint))), skipped
+            checkpoints.append(checkpoint)
+    return sorted(checkpoints, key=lambda checkpoint: (checkpoint.step, *newness(checkpoint))), skipped
 
 
 def read_commit(uri: str) -> Checkpoint:
@@ -251,13 +251,13 @@ def differences(state: dict[str, Any], config: Config, level: Varies) -> dict[st
     # A setting that is newer than the checkpoint has the default, which is what was done before there was a choice.
     theirs, mine = flatten(Config()) | state["config"], flatten(config)
     unread, free = find_unread(config), varying(level)
-    found = {}
+    unlike = {}
     for key in sorted(theirs.keys() | mine.keys()):
         pair = theirs.get(key), mine.get(key)
         same = weights_name(pair[0]) == weights_name(pair[1]) if key in READ_AT_THE_START else pair[0] == pair[1]
         if not same and key not in free and not why_unread(key, unread):
-            found[key] = pair
-    return found
+            unlike[key] = pair
+    return unlike
 
 
 def check_same_run(state: dict[str, Any], config: Config, identity: dict[str, str], where: str) -> None:
@@ -287,10 +287,10 @@ def choose_newest(run_uri: str, *, verifies: bool = True) -> tuple[Checkpoint, d
 
     Without `verifies` its files are taken to be what its COMMIT says.
     """
-    found, skipped = committed(run_uri)
+    checkpoints, skipped = committed(run_uri)
     chosen = None
-    while found and chosen is None:
-        checkpoint = found.pop()
+    while checkpoints and chosen is None:
+        checkpoint = checkpoints.pop()
         if damage := verifies and find_damage(checkpoint):
             skipped.append(f"{checkpoint.uri}: {damage}")
             continue

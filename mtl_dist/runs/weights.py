@@ -105,15 +105,15 @@ def open_weights(uri: str) -> Weights:
 
 def open_best(run_uri: str) -> Weights:
     """Find a run's best committed checkpoint. Raises `InputError`."""
-    found, skipped = committed(run_uri)
-    chosen = best(found)
+    checkpoints, skipped = committed(run_uri)
+    chosen = best(checkpoints)
     if chosen is None:
         reasons = f" ({'; '.join(skipped)})" if skipped else ""
         raise InputError(
             f"run {run_uri} has no committed checkpoint with a score{reasons}; train it first, or correct the name"
         )
     return _open_checkpoint(
-        chosen, newest_step=found[-1].step, remedy=f"delete {chosen.uri} to use the next best checkpoint"
+        chosen, newest_step=checkpoints[-1].step, remedy=f"delete {chosen.uri} to use the next best checkpoint"
     )
 
 

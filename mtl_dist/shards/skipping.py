@@ -177,12 +177,12 @@ def _read_checked(where: str, state: str) -> dict[str, str] | None:
 
 def _find_bad(directory: Path, names: list[str], jobs: int, progress: Callable[[int], None]) -> dict[str, str]:
     """Return the reason of every bad image, by name."""
-    found: dict[str, str] = {}
+    bad: dict[str, str] = {}
     tasks = [(directory, names[begin : begin + CHUNK]) for begin in range(0, len(names), CHUNK)]
     for (_, part), reasons in zip(tasks, _map(tasks, min(jobs, len(tasks)))):
-        found |= reasons
+        bad |= reasons
         progress(len(part))
-    return found
+    return bad
 
 
 def _map(tasks: list[tuple[Path, list[str]]], jobs: int) -> Iterator[dict[str, str]]:
@@ -203,7 +203,7 @@ def check_images(task: tuple[Path, list[str]]) -> dict[str, str]:
     Raises `InputError` for a whole picture of a kind or size that is not decoded.
     """
     directory, names = task
-    found = {}
+    bad = {}
     for name in names:
         try:
             storage.check_ends(directory / name)
@@ -212,16 +212,16 @@ def check_images(task: tuple[Path, list[str]]) -> dict[str, str]:
             if data:
                 decode_picture(data)
             else:
-                found[name] = "empty"
+                bad[name] = "empty"
         except FileNotFoundError:
-            found[name] = "missing"
+            bad[name] = "missing"
         except OSError as error:
-            found[name] = f"{UNREADABLE} ({error.strerror})"
+            bad[name] = f"{UNREADABLE} ({error.strerror})"
         except ForeignPicture as error:  # whole, as far as one can tell: not left out for being what it is
             raise InputError(
                 f"image {directory / name}: {error}; expected a {KINDS}; --skip-bad-images leaves out "
                 "what is damaged only: convert it, or take its rows out of the source"
             ) from None
         except DecodeError as error:
-            found[name] = str(error)
-    return found
+            bad[name] = str(error)
+    return bad

@@ -104,9 +104,9 @@ def gather_batchnorm(model: nn.Module, config: Config) -> torch.Tensor | None:
     if not (buffers := _own_statistics(model, config)):
         return None
     mine = torch.cat(list(buffers.values()))
-    found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(found, mine)
-    return torch.stack(found)
+    of_ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(of_ranks, mine)
+    return torch.stack(of_ranks)
 
 
 def name_batchnorm(model: nn.Module, config: Config, flat: torch.Tensor) -> dict[str, torch.Tensor]:

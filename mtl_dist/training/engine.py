@@ -94,14 +94,14 @@ def read_optimizer(engine, config: Config) -> dict[str, torch.Tensor]:
     All ranks must call it: at ZeRO 1 and 2 every tensor is gathered. A parameter that was never stepped has none.
     """
     keys = _state_keys(config)
-    found = {}
+    tensors = {}
     for name, parameter in _trained(engine):
         for key in keys:
             if config.engine.zero_stage:
-                found[f"{key}/{name}"] = parameter.get_full_hp_param(key)
+                tensors[f"{key}/{name}"] = parameter.get_full_hp_param(key)
             elif key in engine.optimizer.state.get(parameter, {}):
-                found[f"{key}/{name}"] = engine.optimizer.state[parameter][key]
-    return found
+                tensors[f"{key}/{name}"] = engine.optimizer.state[parameter][key]
+    return tensors
 
 
 def restore_optimizer(engine, config: Config, tensors: dict[str, torch.Tensor], *, steps: int) -> None:

@@ -201,8 +201,8 @@ def run_ray(config: Config, *, callbacks: list | None = None) -> None:
                 trainer.fit()
                 break
             except WorkerGroupError as error:
-                if found := _read_note(note) or _input_error_of(error):
-                    raise found from None
+                if reported := _read_note(note) or _input_error_of(error):
+                    raise reported from None
                 reached = newest_step(config.run.uri)
                 is_stopped = signals is not None and signals.signal
                 if reached <= begun or not config.ray.max_failures or is_stopped:
@@ -210,8 +210,8 @@ def run_ray(config: Config, *, callbacks: list | None = None) -> None:
                 print(f"ranks failed often, but step {reached} is stored: failures are counted anew", flush=True)
             except Exception as error:
                 raise _read_note(note) or error from None
-    if found := _read_note(note):
-        raise found
+    if reported := _read_note(note):
+        raise reported
     if signals and signals.signal:
         sys.exit(128 + signals.signal)
 
@@ -223,12 +223,14 @@ def newest_step(run_uri: str) -> int:
 
 def _gave_up(config: Config, error: WorkerGroupError, reached: int) -> Exception:
     """Say in one message which ranks failed, why, and where the run stands."""
-    failures = {rank: getattr(found, "health_check_failure", found) for rank, found in error.worker_failures.items()}
+    failures = {
+        rank: getattr(failure, "health_check_failure", failure) for rank, failure in error.worker_failures.items()
+    }
     reasons = [
-        f"rank {rank}: {type(found).__name__}: {(str(found).strip().splitlines() or [''])[0]}"[:MAX_REASON]
-        for rank, found in sorted(failures.items())
+        f"rank {rank}: {type(failure).__name__}: {(str(failure).strip().splitlines() or [''])[0]}"[:MAX_REASON]
+        for rank, failure in sorted(failures.items())
     ]
-    kind = StorageError if any(isinstance(found, StorageError) for found in failures.values()) else RunFailed
+    kind = StorageError if any(isinstance(failure, StorageError) for failure in failures.values()) else RunFailed
     return kind(
         f"run {config.run.uri} failed more often than ray.max_failures {config.ray.max_failures} without getting "
         f"further than step {reached}. {'; '.join(reasons[:MAX_REASONS])} (MTL_TRACEBACK=1 shows all). The same "

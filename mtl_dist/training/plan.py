@@ -70,16 +70,16 @@ def _check_labels(config: Config, train: Sets, val: Sets) -> None:
     """Raise where nothing would be learnt, or nothing of it scored."""
     weighted = ", ".join(f"loss.{task} {config.loss.weight(task):g}" for task in TASKS)
     labels = {name: index.labels.missing_tasks() for name, index in (("train", train), ("val", val))}
-    found = {name: ", ".join(t for t in TASKS if t not in missing) or "no task" for name, missing in labels.items()}
+    labelled = {name: ", ".join(t for t in TASKS if t not in missing) or "no task" for name, missing in labels.items()}
     trained = _trained(config, train)
     if not trained:
         raise InputError(
-            f"{train} has labels of {found['train']}, and the weights of losses are {weighted}: nothing "
+            f"{train} has labels of {labelled['train']}, and the weights of losses are {weighted}: nothing "
             "would be trained; give a set with labels, or a weight to a task that has some"
         )
     if not set(trained) - set(labels["val"]):
         raise InputError(
-            f"{val} has labels of {found['val']}, and trained are {', '.join(trained)}: nothing of it "
+            f"{val} has labels of {labelled['val']}, and trained are {', '.join(trained)}: nothing of it "
             "would be scored, and no checkpoint could be chosen; give a validation set with labels of these"
         )
 

@@ -165,15 +165,17 @@ class Saver:
         root, former = storage.join(self.run_uri, "checkpoints"), set(self.life.names())
         try:
             self.life.check_current()
-            found, _ = committed(self.run_uri)
-            names = [found.name for found in storage.list_objects(root)]
+            checkpoints, _ = committed(self.run_uri)
+            names = [stored.name for stored in storage.list_objects(root)]
             directories = storage.list_directories(root)
         except Superseded:
             raise
         except (InputError, OSError) as error:
             self._say_kept(f"old checkpoints of {self.run_uri}", error)
             return
-        planned = plan_retention([checkpoint for checkpoint in found if checkpoint.step <= newest.step], self.config)
+        planned = plan_retention(
+            [checkpoint for checkpoint in checkpoints if checkpoint.step <= newest.step], self.config
+        )
         whole = {name.partition("/")[0] for name in names if name.endswith(f"/{COMMIT}")}
         torn = [name for name in directories if name not in whole and DIRECTORY.fullmatch(name)]
         torn = [name for name in torn if DIRECTORY.fullmatch(name)[2] in former]

@@ -37,9 +37,9 @@ def print_status(run_uri: str) -> None:
     config = build_config(read_config_file(where))
     console = Console(highlight=False, width=None if Console().is_terminal else 140)
     lives, records = read_lives(run_uri), read_records(run_uri)
-    found, torn = committed(run_uri)
+    checkpoints, torn = committed(run_uri)
 
-    step, newest = max([checkpoint.step for checkpoint in found], default=0), _newest_state(found)
+    step, newest = max([checkpoint.step for checkpoint in checkpoints], default=0), _newest_state(checkpoints)
     total = _total_steps(config, newest)
     console.print(f"run          {run_uri}")
     if total:
@@ -55,12 +55,12 @@ def print_status(run_uri: str) -> None:
         console.print(f"command      {plain(lives[-1]['typed'])}", markup=False, soft_wrap=True)
     console.print(_lives_table(lives))
 
-    top, damage = best(found), {}
-    with progress_bar("reading checkpoints", len(found)) as advance:
-        for checkpoint in found:
+    top, damage = best(checkpoints), {}
+    with progress_bar("reading checkpoints", len(checkpoints)) as advance:
+        for checkpoint in checkpoints:
             damage[checkpoint.uri] = find_damage(checkpoint)
             advance(1)
-    console.print(_checkpoints_table(found, top, damage))
+    console.print(_checkpoints_table(checkpoints, top, damage))
     for reason in [*filter(None, damage.values()), *torn]:
         console.print(f"passed over  {plain(reason)}", markup=False, soft_wrap=True)
 
@@ -97,9 +97,9 @@ def print_ending(config: Config) -> None:
     )
 
 
-def _newest_state(found: list[Checkpoint]) -> dict[str, Any]:
+def _newest_state(checkpoints: list[Checkpoint]) -> dict[str, Any]:
     """Return what the newest readable checkpoint notes."""
-    for checkpoint in reversed(found):
+    for checkpoint in reversed(checkpoints):
         with contextlib.suppress(ValueError, FileNotFoundError):  # damaged, or deleted meanwhile
             return read_state(checkpoint)
     return {}
@@ -137,9 +137,9 @@ def _lives_table(lives: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _checkpoints_table(found: list[Checkpoint], top: Checkpoint | None, damage: dict[str, str | None]) -> Table:
+def _checkpoints_table(checkpoints: list[Checkpoint], top: Checkpoint | None, damage: dict[str, str | None]) -> Table:
     table = Table("checkpoint", "step", "saved", "MB", FIRST.title, "whole")
-    for checkpoint in found:
+    for checkpoint in checkpoints:
         score = "" if checkpoint.score is None else f"{checkpoint.score:.4f}{' best' if checkpoint is top else ''}"
         table.add_row(
             checkpoint.uri.rpartition("/")[2],

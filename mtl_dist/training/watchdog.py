@@ -119,19 +119,19 @@ class Watchdog:
         for _ in range(3):  # long enough for every living rank to post again
             self._post()
             time.sleep(POST_EVERY_S)
-        found = self._read_posts()
-        if not found:
+        posts = self._read_posts()
+        if not posts:
             return "The rank that keeps the ranks' store is gone."
         silent = [
             rank
-            for rank, about in found.items()
+            for rank, about in posts.items()
             if not about.get("gives_up") and about.get("posts") == before.get(rank, {}).get("posts")
         ]
         if silent:
-            where = [f"rank {rank} on {found[rank].get('host', 'an unknown host')}" for rank in silent]
+            where = [f"rank {rank} on {posts[rank].get('host', 'an unknown host')}" for rank in silent]
             return f"Stopped or gone: {', '.join(where)}."
-        first = min((about["step"], about["phase"]) for about in found.values())
-        behind = {rank: about for rank, about in found.items() if (about["step"], about["phase"]) == first}
+        first = min((about["step"], about["phase"]) for about in posts.values())
+        behind = {rank: about for rank, about in posts.items() if (about["step"], about["phase"]) == first}
         if len(behind) == self.num_ranks:
             return "All ranks stand there."
         named = [f"rank {rank} on {about['host']}, at {about['what']}" for rank, about in behind.items()]
