@@ -65,10 +65,6 @@ class ClusterState:
     ready: bool = False  # `up` has finished
 
     @property
-    def storage_uri(self) -> str:
-        return f"s3://{BUCKET}"
-
-    @property
     def token_path(self) -> Path:
         return self.dir / "token"
 

@@ -26,7 +26,7 @@ MAX_COUNT, MAX_SECONDS, MAX_BATCH, MAX_SIDE = 10**9, 10**7, 2**20, 2048
 
 
 class Varies(enum.IntEnum):
-    """Where a setting, which says so at its field, may have another value; each level holds the ones before it, too."""
+    """Where a setting may have another value; its field says so. What varies at a level may at those before it, too."""
 
     BY_RUN = 1  # in a run that begins with everything of another
     BY_PART = 2  # in another part of a run: it moves or times the work, and leaves its result

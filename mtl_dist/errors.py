@@ -114,12 +114,11 @@ def plain(text: str) -> str:
 def run_command(
     main: Callable[[], None], *, interrupted: str = "the same command continues where this one stopped"
 ) -> None:
-    """Run a command's `main`: an `InputError` becomes one message and exit code 2, Ctrl-C exit code 130.
+    """Run a command's `main`, and turn what it raises into one message and an exit code.
 
-    `interrupted` tells what is left after Ctrl-C.
-
-    A fault of the store becomes one message and exit code 3: the same command may succeed later; a run that failed, one
-    and exit code 1. Every other exception is ours and keeps its traceback. `MTL_TRACEBACK=1` keeps it for all.
+    2: `InputError`, which the user can mend. 3: `StorageError`; the same command may succeed later. 1: `RunFailed`.
+    130: Ctrl-C; `interrupted` tells what is left then. Every other exception is a fault of ours and keeps its
+    traceback. With `MTL_TRACEBACK=1` all keep it.
     """
     faulthandler.enable(sys.__stderr__)  # a crash in C code, or a mapped file that was cut short, says where
     try:

@@ -1,7 +1,8 @@
 """Join a Ray cluster, so that every process of this job there has the environment it needs and knows its own cluster.
 
 Ray hands on neither by itself. Where several Rays run on a machine and RAY_ADDRESS is not set, Ray Train's actors ask
-the wrong one whether a run is alive, hear that it is not, and take its resources away: the next waits for ever.
+the wrong one whether a run is alive. They hear that it is not, and take its resources away. The next run then waits for
+ever.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Requests to an S3 server: every retry, the renewal of credentials, every error in words. The only importer of boto3.
 
-A request is tried again with waits of 1, 2, 4, 8, 16, 16, ... s between: when the server says that it is busy or
-broken, when nothing answers, when the connection breaks or stalls, in the middle of a body too. A try waits 10 s to
-connect and 30 s (`MTL_S3_TIMEOUT_S`) for the next byte, and none begins later than 3 minutes after the first: a request
-ends within 5 minutes, whatever the server does. Two end sooner: where nothing has ever listened, after 6 tries, about
-25 s; and after `AWS_MAX_ATTEMPTS` tries, where that is set. Reads are whole or again: they ask for parts of 8 MiB, and
-the answer names the object's size, so that an answer that is cut short and says so of itself is no whole object. Only
-an upload over 8 MiB can take twice as long: boto3 tries its parts by itself, and then takes them back.
+A request is tried again, with waits of 1, 2, 4, 8, 16, 16, ... s between, when the server says that it is busy or
+broken, when nothing answers, and when the connection breaks or stalls, also in the middle of a body. A try waits 10 s
+to connect and 30 s (`MTL_S3_TIMEOUT_S`) for the next byte. No try begins later than 3 minutes after the first. So a
+request ends within 5 minutes, whatever the server does. Two kinds end sooner: where nothing has ever listened, after 6
+tries, about 25 s; where `AWS_MAX_ATTEMPTS` is set, after so many tries. A read gives the whole object or is tried
+again: it asks for parts of 8 MiB, and every answer names the object's size, so an answer that was cut short is noticed.
+Only an upload over 8 MiB can take twice as long: boto3 tries its parts by itself, and then takes them back.
 
 Credentials that the server refuses are asked for anew from boto3's own chain, once a request: they may have expired
 before their time. What a user can mend is an `InputError`, the rest a `StorageError`; both name the URI.

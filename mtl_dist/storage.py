@@ -1,10 +1,10 @@
 """One URI, a local path or s3://bucket/key: read, write, list, delete.
 
 Writes are atomic: a temporary name and a rename; S3 puts are atomic by themselves. What is written is on the disk when
-the call returns, so a file that vouches for others, written after them, outlives no power cut that they do not.
+the call returns. So where a file vouches for others and is written after them, no power cut keeps it and loses them.
 
-What a user can mend (credentials, bucket, server, path) is an `InputError` with the URI, a store that does not answer a
-`StorageError`: how often and how long it is asked is said in `s3.py`, which the first s3:// URI imports.
+What a user can mend (credentials, bucket, server, path) is an `InputError` with the URI. A store that does not answer
+is a `StorageError`; `s3.py`, which the first s3:// URI imports, says how often and how long it is asked.
 """
 
 from __future__ import annotations
@@ -163,8 +163,8 @@ def list_objects(uri: str, *, follow_links: bool = False) -> list[StoredObject]:
 
 
 def list_directories(uri: str) -> list[str]:
-    """Name what is directly below a prefix and holds something, sorted; on local storage every directory, also one in
-    which a killed process left nothing but what it was writing."""
+    """Name the directories directly below a prefix, sorted. On S3 each holds something; a local one may be empty, or
+    hold only what a killed process was writing."""
     names = {name.partition("/")[0] for name, _ in list_objects(uri) if "/" in name}
     if not is_s3(uri) and (path := local_path(uri)).is_dir():
         names |= {entry.name for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False)}

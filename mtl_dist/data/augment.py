@@ -1,9 +1,9 @@
 """Augmentation and normalisation of a whole batch on the device, with randomness keyed by (seed, epoch, row).
 
 A sample's augmentation depends on nothing else: not on rank, worker, batch or resume. An image larger than the model's
-input is made as small as in evaluation; then one affine sampling does crop, rotation, flip and enlarging; colours are
-changed after it, always in the order brightness, contrast, saturation, hue, and cut to their range once (torchvision's
-ColorJitter draws the order, and cuts after each).
+input is made as small as in evaluation. Then one affine sampling does crop, rotation, flip and enlarging. Colours are
+changed last: brightness, contrast, saturation, hue, always in this order, and cut to their range once at the end.
+(torchvision's ColorJitter draws the order at random, and cuts after each.)
 """
 
 from __future__ import annotations

@@ -3,15 +3,15 @@
 A file's name is a hash of its URI and checksum, so neither equal base names nor a set written anew can collide. A file
 is downloaded under a lock to a temporary name, checked against the index, then renamed: what has its name is whole.
 The lock is a file of its own, which its holder removes: who waited for it begins anew.
-Readers hold a shared lock on what they have open, and eviction takes only what nobody holds: jobs with bounds of their
-own can share a directory, and the smallest bound holds for what is not open. Open files can exceed it, as one that is
-larger than the bound does. Whatever has another name than the cache gives is somebody's, and stays.
-Files are one user's: in a directory of another user each has a subdirectory, because files that somebody else made or
-can replace prove nothing, and theirs may be unreadable.
+Readers hold a shared lock on what they have open, and eviction removes only what nobody holds. So jobs with different
+bounds can share a directory; the smallest bound holds for files that nobody has open. Open files can exceed it. A file
+whose name is none that the cache gives belongs to somebody else, and stays.
+Every user has files of their own: in another user's directory each has a subdirectory. Files that somebody else made or
+can replace prove nothing, and may be unreadable.
 
-A disk that fills up before the bound is reached costs the cache everything nobody holds; if that is not enough, the run
-ends with an `InputError`. A download that fails fails for all who wait for it, so their waits do not add up: a store
-that falls silent ends a run within 10 minutes, 5 for fetching ahead and 5 for fetching when the shard is needed.
+Where a disk fills up before the bound is reached, everything that nobody holds is removed; if that is not enough, the
+run ends with an `InputError`. A download that fails does so for all who wait for it, so their waits do not add up. A
+store that falls silent ends a run within 10 minutes: 5 for fetching ahead and 5 for fetching when the shard is needed.
 """
 
 from __future__ import annotations

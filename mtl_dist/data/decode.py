@@ -1,8 +1,7 @@
 """Decode pictures to uint8 pixels, strictly: a damaged, foreign or monstrous file is an error, never a guess.
 
-Shards hold JPEG, which `decode` reads. What people have may be of other kinds, transparent, or stored lying on its
-side: `decode_picture` shows it on `BACKGROUND` and turned as its EXIF says, and `as_jpeg` makes of it what a shard
-holds.
+Shards hold JPEG, which `decode` reads. People's pictures may be of other kinds, transparent, or stored on their side.
+`decode_picture` shows them on `BACKGROUND`, turned as their EXIF says. `as_jpeg` turns them into what a shard holds.
 """
 
 from __future__ import annotations

@@ -8,14 +8,14 @@ No torch, no files, no clock. How it works:
     step      takes the next global_batch / C samples of every stream
     rank      r of R reads the streams c with c = r (mod R)
 
-So the set of rows of a step does not depend on R (a stream belongs to exactly one rank), every rank has the same number
-of steps, and the state to resume is (epoch, step): whole blocks before it are skipped unopened. At most
-global_batch - 1 samples of an epoch are left out, or all but what `epoch_steps` reads; every sample is as likely to be
+A stream belongs to exactly one rank. So the set of rows of a step does not depend on R, and every rank has the same
+number of steps. The state to resume is (epoch, step): whole blocks before it are skipped unopened. An epoch leaves out
+at most global_batch - 1 samples; with `epoch_steps`, all that these steps do not read. Every sample is as likely to be
 left out as any other. Samples are numbered by their place in the index.
 
 A set of up to `block_shards` shards is one block: any two samples of it share a batch as often as if all were shuffled.
-In a set of many shards a step takes from as many places far apart as there are streams: two samples of one block share
-a batch only where a stream gives a step more than one sample, or is not longer than the block.
+In a set of many shards the streams lie far apart, and a step takes from all of them. Two samples of one block share a
+batch only where a stream gives a step more than one sample, or where a stream is not longer than the block.
 
 Runs continue with the order they were begun with. In the first `VERSIONS` a block ended where its stream did, and the
 circle was a line, whose end was always left out, unless `epoch_steps` was given.

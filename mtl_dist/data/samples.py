@@ -93,8 +93,8 @@ class ImageSamples:
 class Mixture:
     """Several sets as one: their samples and groups one behind the other.
 
-    A row is what it is in its own set, with that set's number, from 0, in the bits above `SET_BITS`; names begin with
-    that number, from 1.
+    A row keeps its number in its own set, and has the set's number (from 0) in the bits above `SET_BITS`. A name begins
+    with the set's number (from 1).
     """
 
     def __init__(self, parts: Sequence[Samples], sha256: str):

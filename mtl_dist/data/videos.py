@@ -1,9 +1,9 @@
 """Videos as batches without labels: which stream is the moving picture, and how a container says to show its frames.
 
-A frame is shown as a player shows it: cropped, stretched by its sample aspect ratio, mirrored and turned, on black
-where it is transparent, colours by the matrix and range it names (without a name: BT.601, limited, as FFmpeg). Not
-done, and said aloud: fields of interlaced video are not parted, HDR is not mapped to the tones of a screen, and the
-alpha of VP8 and VP9 is not read.
+A frame is shown as a player shows it: cropped, stretched by its sample aspect ratio, mirrored and turned, and on black
+where it is transparent. Its colours follow the matrix and range that it names; without a name BT.601, limited, as in
+FFmpeg. Three things are not done, and a note says so: fields of interlaced video are not separated, HDR is not mapped
+to the tones of a screen, and the alpha of VP8 and VP9 is not read.
 """
 
 from __future__ import annotations

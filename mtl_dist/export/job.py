@@ -160,8 +160,8 @@ def _read_faces(command: ExportCommand, weights: Weights, scratch: Path) -> np.n
 
 
 def _constant_scores(weights: Weights) -> dict[str, Any] | None:
-    """Return the constant predictor's scores on the run's validation set, as they were recorded, else what label
-    counts tell of them; None where the set is not where it was."""
+    """Return the constant predictor's scores on the run's validation set: as the run recorded them, else what the set's
+    label counts tell. None where the set is not where it was."""
     with contextlib.suppress(InputError):  # damaged records are no reason to refuse an export
         for record in read_records(weights.uri.rpartition("/checkpoints/")[0]):
             if record["kind"] == "eval" and record["step"] == weights.checkpoint.step and "constant" in record:

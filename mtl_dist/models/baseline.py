@@ -20,9 +20,11 @@ class Baseline(PerFrame):
     """VGG's classifier (arXiv 1409.1556) over a backbone; its last layer serves all tasks (arXiv 2202.10659).
 
     The paper trains the fully connected layers alone: `model.freeze_backbone`, as the presets have it. VA is bounded by
-    tanh, as in our other models. `input_size` is the side of the images in pixels, 224 where it is not given:
-    torchvision always makes 7 x 7 cells, means of an image's where it has fewer; here there are as many as it has, 3 x
-    3 for 112 pixels. A linear layer over them can be what one over their means is, with fewer weights.
+    tanh, as in our other models. `input_size` is the side of the images in pixels; 224 where it is not given.
+
+    torchvision always pools to 7 x 7 cells, also where an image has fewer. Here there are as many cells as the image
+    has, 3 x 3 for 112 pixels. A linear layer over these can compute whatever one over pooled cells can, with fewer
+    weights.
     """
 
     def __init__(self, backbone: Backbone, *, dropout: float, hidden: int, input_size: int | None):

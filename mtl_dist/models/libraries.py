@@ -1,8 +1,8 @@
-"""Backbones of torchvision and timm by name: maps, Swin's (N, h, w, C) and ViT's tokens, all as (N, C, h, w).
+"""Backbones of torchvision and timm by name. Features are always (N, C, h, w), also those of Swin and ViT.
 
-A network ends at its last stage whose cells are 16 x 16 pixels at most, so that the attention has a grid to attend to:
-ResNet's third of four, ConvNeXt's and Swin's third, EfficientNet's fifth block; a ViT after its last layer (cells of
-its patch size). What comes later is taken out: no parameter is left without a gradient.
+A network is cut after its last stage whose cells are 16 x 16 pixels at most, so that the attention has a grid to attend
+to. This is ResNet's third stage of four, ConvNeXt's and Swin's third, and EfficientNet's fifth block. A ViT, with cells
+of its patch size, ends after its last layer. What comes later is taken out: no parameter is left without a gradient.
 """
 
 from __future__ import annotations

@@ -80,12 +80,13 @@ class RegionEmbeddings(nn.Module):
 class GatedConv(nn.Module):
     """3 x 3 convolutions of x * map_r + x for every region r: (N, C, h, w), (N, 17, h, w) -> (N, 17 * 16, h, w).
 
-    The gate is one number for a cell and region, so it commutes with the sum over channels: one matrix product computes
-    every kernel position's contribution of the *ungated* x, the gate scales 16 * 9 numbers of each region and cell, not
-    C, and `fold` adds the contributions where they belong. It is the arithmetic of 17 convolutions, while the 17 gated
-    copies of x (362 MB for 24 images of 299 pixels) never exist. Forward and backward of 24 images of 112 pixels took
-    23 ms on two cores, 32 ms as 17 convolutions and 58-120 ms as one with 17 groups; of 8 images of 299 pixels 78, 110
-    and 293 ms. Not measured on a GPU.
+    The gate is one number for a cell and region, so it can be applied after the sum over channels. One matrix product
+    computes what the *ungated* x contributes at every kernel position. The gate then scales 16 * 9 numbers of each
+    region and cell, instead of C. `fold` adds the contributions where they belong. It is the arithmetic of 17
+    convolutions, but the 17 gated copies of x (362 MB for 24 images of 299 pixels) never exist.
+
+    Forward and backward on two cores, not measured on a GPU: 24 images of 112 pixels took 23 ms, as 17 convolutions
+    32 ms, as one with 17 groups 58-120 ms; 8 images of 299 pixels took 78, 110 and 293 ms.
     """
 
     def __init__(self, num_channels: int):

@@ -1,9 +1,9 @@
 """From the losses of an objective's terms to one scalar: sum of weight x loss, the weights fixed or found in training.
 
-A balancer never calls backward. All it sees are losses of the whole global batch, so that its weights are the same on
-every rank; what it learns is in parameters and buffers, which checkpoints carry. A term that a step has nothing to
-learn from adds nothing in it, and moves nothing (the optimizer's momentum does not know: it moves learned uncertainties
-on).
+A balancer never calls backward. All it sees are losses of the whole global batch, so its weights are the same on every
+rank. What it learns is in parameters and buffers, which checkpoints hold. A term that has nothing to learn from in a
+step adds nothing to its loss and changes no weight. One exception: the optimizer's momentum does not know of this, and
+goes on changing learned uncertainties.
 """
 
 from __future__ import annotations
@@ -69,11 +69,12 @@ class UncertaintyWeights(Balancer):
 
 
 class DynamicWeightAverage(Balancer):
-    """K softmax(r / 2) of r = a term's mean loss in the last epoch / in the one before (Liu et al. 2019, MTAN, arXiv
-    1803.10704, equation 7): what falls slowly weighs more, and the weights add up to the number of terms K.
+    """Weights K softmax(r / 2), where r = a term's mean loss in the last epoch / that in the epoch before (Liu et al.
+    2019, MTAN, arXiv 1803.10704, equation 7). A loss that falls slowly weighs more. The weights add up to K, the number
+    of terms.
 
-    A mean is over the steps that the term is present in; one that has no two means yet has r = 1, and one that never
-    was present has no part in the sum. Weights change between epochs only.
+    A mean is over the steps that the term is present in. A term without two means yet has r = 1; one that never was
+    present has no part in the sum. Weights change between epochs only.
     """
 
     TEMPERATURE = 2.0
@@ -110,14 +111,15 @@ class DynamicWeightAverage(Balancer):
 
 
 class FAMO(Balancer):
-    """Fast adaptive multitask optimization (Liu et al. 2023, arXiv 2306.03792, algorithm 1): weights c z / loss with
-    z = softmax(logits) and c such that they add up to 1, so that all losses fall at the same relative rate.
+    """Fast adaptive multitask optimization (Liu et al. 2023, arXiv 2306.03792, algorithm 1): weights c z / loss.
 
-    After a step the logits follow how much the log-loss of each term fell on the same batch, by Adam (learning rate
-    0.025), as in the authors' code: one more forward pass, without gradients. The weight decay is their code's
-    default. Their cheaper variant compares the losses of successive batches
-    instead, which differ by more than a step changes them. A step's softmax, c and update are over the terms that are
-    present; Adam counts the steps of each logit by itself.
+    So all losses fall at the same relative rate. z = softmax(logits), and c makes the weights add up to 1.
+
+    After a step, Adam (learning rate 0.025) updates the logits by how much the log-loss of each term fell on the same
+    batch. This takes one more forward pass, without gradients, as in the authors' code; the weight decay is its
+    default. Their cheaper variant compares the losses of successive batches instead. These differ by more than a step
+    changes them. A step's softmax, c and update are over the terms that are present. Adam counts the steps of each
+    logit by itself.
     """
 
     LEARNING_RATE, WEIGHT_DECAY, BETAS, EPS = 0.025, 1e-2, (0.9, 0.999), 1e-8

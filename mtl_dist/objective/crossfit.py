@@ -1,8 +1,8 @@
 """Calibrate an ensemble and score what that brings, no row ever scored with parameters that were fitted on it.
 
-Cross-fitting: videos are dealt into folds; the parameters for a fold are fitted on all others, and applied to it. Every
-labelled row is scored once, so that each step is compared with the plain mean on the same rows: those of the whole set,
-which a single held-out part would leave half unused. What is applied to new data is fitted on all rows.
+Cross-fitting: videos are dealt into folds. The parameters for a fold are fitted on all other folds, and applied to it.
+So every labelled row is scored once, and each step is compared with the plain mean on all rows; a single held-out part
+would leave the others unused. What is applied to new data is fitted on all rows.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What is learned, and its losses of the whole global batch: exact for any split over ranks and micro-batches.
 
-An `Objective` has terms, each with a loss. Of a batch it makes sums, which simply add over micro-batches and ranks, and
-of the sums of all ranks the losses: so a loss may be a ratio of sums, or no mean of samples at all, as CCC is, and any
-labels may be missing anywhere.
+An `Objective` has terms, each with a loss. It reduces a batch to sums, which add up over micro-batches and ranks. It
+computes the losses from the sums of all ranks. So a loss may be a ratio of sums, or no mean over samples at all, as CCC
+is; and any labels may be missing anywhere.
 
 The gradient of such a loss needs the sums S of all ranks. Every rank computes dL/dS from them (no gradient flows
 through the all-reduce) and backpropagates <dL/dS, own sums>: by the chain rule the gradients of all ranks add up to

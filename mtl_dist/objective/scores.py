@@ -254,8 +254,8 @@ def scores(sums: MetricSums) -> dict[str, Any]:
 def constant_scores(sums: MetricSums) -> dict[str, Any]:
     """Return the scores of the best constant predictor where the labels are those of `sums`: the floor of every table.
 
-    It says the mean valence and arousal (CCC 0), the commonest expression always, and every action unit, which F1 is
-    highest with; for the accuracy it gives each unit's commoner answer, for SAGR the commoner sign.
+    It always predicts the mean valence and arousal (CCC 0) and the commonest expression. For F1 it predicts all action
+    units as on, which gives the highest F1; for the accuracy, each unit's commoner answer; for SAGR, the commoner sign.
     """
     constant = constant_sums(sums)
     return _named(sums, {score.key: score.floor(sums) if score.floor else score.of(constant) for score in SCORES})

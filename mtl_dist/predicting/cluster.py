@@ -30,8 +30,8 @@ def map_over_cluster(
 ) -> Iterator[tuple[str, Any]]:
     """Run `function` of every item as a Ray task of that name; yield (name, result) as they finish.
 
-    A task that raises, or whose worker or node dies, is run again up to `retries` times, where there is room; an
-    `InputError` is raised here at once, and `TaskFailed` for a task that keeps failing. The others are cancelled then.
+    A task that raises, or whose worker or node dies, is run again up to `retries` times, where there is room. One that
+    keeps failing raises `TaskFailed` here; an `InputError` is raised at once. The other tasks are cancelled then.
     """
     import ray
     from ray.exceptions import RayError

@@ -1,7 +1,8 @@
 """Predict the members of an ensemble, over the cluster where there is one, and keep what each predicted.
 
-Predictions are tables in <out>/members/, one a member and set, each with a key of what it was made of: an interrupted
-ensemble continues with those that are there, and another ensemble in the same place takes over what still holds.
+Predictions are tables in <out>/members/, one for each member and set. A table has a key: what it was made of. So an
+interrupted ensemble goes on with the tables that are there, and another ensemble in the same place uses those that
+still fit.
 """
 
 from __future__ import annotations

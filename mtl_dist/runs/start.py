@@ -1,7 +1,7 @@
 """What a run begins from: `run.start`, with the backbone, the model or everything of what is there.
 
-Every rank calls these; rank 0 chooses, since the best checkpoint of a run that still trains may be another one a second
-later, and nodes may have the run at paths of their own.
+Every rank calls these, but rank 0 alone chooses. The best checkpoint of a run that still trains may be another one a
+second later, and nodes may have the run at paths of their own.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ NEAR = 0.8  # likeness of two names (difflib) from which one is probably meant b
 class Columns(Section):
     """Columns by their names in the table's header. A column that is named and not there is an error; '' is none.
 
-    A usual name (None) is found in any case, and AU1 as AU01, au_1 too, where one column only has it; said aloud.
+    None looks for the usual name, in upper or lower case; for AU1, also AU01 or au_1. Another spelling is taken where
+    only one column has it, and a note says so.
     """
 
     image: str | None = None

@@ -292,7 +292,7 @@ def _not_a_table(path: Path, error: Exception) -> InputError:
 
 
 def _parse_splits(texts: pa.Array) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-    """Return which rows are of train or val, (N,) bool, which are of val, (N,) bool, and how many of others by why."""
+    """Return which rows are of train or val, (N,) bool; which are of val, (N,) bool; counts of the others, by why."""
     coded = texts.dictionary_encode()
     names = [*coded.dictionary.to_pylist(), None]
     index = pc.fill_null(coded.indices, len(names) - 1).to_numpy(zero_copy_only=False)

@@ -196,8 +196,11 @@ def write_shard(job: ShardJob) -> tuple[str, ShardEntry, int]:
 
 
 def _write_tar(path: Path, job: ShardJob) -> tuple[np.ndarray, str, int]:
-    """Write the members; return offset, length and CRC-32 (n, 3) int64 of every image, the SHA-256 of the tar, and how
-    many images are not stored upright, says their EXIF."""
+    """Write the members of a tar.
+
+    Returns offset, length and CRC-32 of every image, (n, 3) int64; the SHA-256 of the tar; and how many images are not
+    stored upright, as their EXIF says.
+    """
     places, sha256, lying = np.zeros((len(job.labels.row), 3), np.int64), hashlib.sha256(), 0
     rows = zip(job.labels.row.tolist(), job.labels.images, _label_texts(job.labels))
     with path.open("wb", buffering=1 << 20) as tar:

@@ -1,8 +1,8 @@
 """Which samples every step consumed, on request (`run.audit_dir`): what a failure lost or repeated can be counted.
 
-A file for every process that trains, a line for every step it finished: life, step, epoch, rank, samples, and when.
-Samples, by their place in the set, are listed a batch: one named "all", or one a task (`data.sampling per_task`), which
-may share samples.
+Every process that trains has a file, with a line for every step it finished: life, step, epoch, rank, samples, time.
+Samples are told by their place in the set, in one list named "all". With `data.sampling per_task` every task has a list
+of its own; these may share samples.
 """
 
 from __future__ import annotations

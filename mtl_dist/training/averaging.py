@@ -17,8 +17,8 @@ FEW_ROWS = 8  # fewer make poor statistics (arXiv 1803.08494, figure 1)
 class WeightAverage:
     """Averages the parameters of `model` over its steps; buffers are taken as they are.
 
-    Every rank holds the same average. The decay is min(decay, (1 + step) / (10 + step)), so that the first weights do
-    not weigh for long; a function of the step alone, there is nothing to save but the average itself.
+    Every rank holds the same average. The decay is min(decay, (1 + step) / (10 + step)), so that the first weights are
+    soon forgotten. It depends on the step alone, so only the average itself has to be saved.
     """
 
     def __init__(self, model: nn.Module, decay: float):

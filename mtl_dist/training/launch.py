@@ -181,10 +181,11 @@ def has_gpus() -> bool:
 def run_ray(config: Config, *, callbacks: list | None = None) -> None:
     """Train under Ray Train on the cluster this process is connected to. Exits with 128 + signal where one stopped it.
 
-    Ray restarts ranks after any error. After an `InputError` that would only repeat it: the rank leaves a note for the
-    restarted ranks, which end at once, and for us, who raise it again. Ray counts failures over the whole run, however
-    long: where it gives up and the run has come further meanwhile, it is started again, and counts anew. Raises
-    `RunFailed` where it has not.
+    Ray restarts ranks after any error, but a restart would only repeat an `InputError`. So the rank leaves a note. The
+    restarted ranks read it and end at once, and this process raises the error again.
+
+    Ray counts failures over the whole run, however long. Where it gives up although the run has come further meanwhile,
+    the run is started again, with a new count. Raises `RunFailed` where the run has not come further.
     """
     from ray.train import WorkerGroupError
 

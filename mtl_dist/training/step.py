@@ -50,8 +50,10 @@ def train_step(
 
 
 def draw_passes(rows: Tensor, *, seed: int, epoch: int, passes: int) -> Tensor:
-    """Draw the augmentation of rows (B, T): (B, T, NUM_DRAWS); another one in each of `passes` equal parts, as the
-    same row can be in the batches of several tasks."""
+    """Draw the augmentation of rows (B, T): (B, T, NUM_DRAWS).
+
+    The batch is `passes` equal parts, such as one a task. A row that is in several has other draws in each.
+    """
     parts = enumerate(rows.tensor_split(passes))
     return torch.cat([make_draws(part, seed=seed, epoch=epoch * passes + number) for number, part in parts])
 

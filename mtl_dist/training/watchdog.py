@@ -1,7 +1,7 @@
-"""Find a rank that hangs: all others wait for it in a collective, for ever, and nothing else would say so.
+"""Find a rank that hangs. All others would wait for it in a collective for ever, and nothing else would say so.
 
-A thread in every rank looks whether training moves. Where it has not for `limit_s`, the thread names the ranks that are
-behind, prints where this one stands, and ends the process: Ray, torchrun or a person starts the ranks again.
+A thread in every rank looks whether training moves. Where it has not moved for `limit_s`, the thread names the ranks
+that are behind, prints where this one stands, and ends the process. Ray, torchrun or a person starts the ranks again.
 """
 
 from __future__ import annotations
