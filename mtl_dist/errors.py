@@ -19,6 +19,11 @@ class InputError(ValueError):
     """Something the user can mend. The message says what is wrong, the value, what was expected, and what to do."""
 
 
+class Damaged(Exception):
+    """What we wrote is not as it was written: cut short, changed, or without a part. Its reader says where, and what to
+    do: pass it over, make it anew, or an `InputError`."""
+
+
 class StorageError(OSError):
     """The store did not answer as it should after every retry; carries the URI and the store's own words."""
 

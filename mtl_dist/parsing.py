@@ -7,18 +7,25 @@ from typing import Any
 
 import yaml
 
+from mtl_dist.errors import Damaged
+
 MAX_YAML_BYTES, MAX_YAML_NODES = 1 << 20, 10_000
 MAX_KEY = 100  # characters in a message
 
 
-def parse_object(data: bytes | str) -> dict[str, Any]:
-    """Parse an object of JSON, of anyone's. Raises ValueError for what is none."""
+def parse_json(data: bytes | str) -> Any:
+    """Parse JSON, of anyone's. Raises `Damaged` for what is none."""
     try:
-        content = json.loads(data)
+        return json.loads(data)
     except (ValueError, RecursionError) as error:  # of nesting a thousand deep
-        raise ValueError(f"not JSON: {error}") from None
+        raise Damaged(f"not JSON: {error}") from None
+
+
+def parse_object(data: bytes | str) -> dict[str, Any]:
+    """Parse an object of JSON, of anyone's. Raises `Damaged` for what is none."""
+    content = parse_json(data)
     if not isinstance(content, dict):
-        raise ValueError(f"a JSON {type(content).__name__}, not an object")
+        raise Damaged(f"a JSON {type(content).__name__}, not an object")
     return content
 
 

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from mtl_dist.errors import Damaged
 from mtl_dist.parsing import parse_object
 
 SEAL = "sha256"  # the key
@@ -24,7 +25,7 @@ def seal(content: dict[str, Any]) -> bytes:
 
 
 def unseal(data: bytes, *, unsealed: Iterable[str] = ()) -> dict[str, Any]:
-    """Return the content. Raises ValueError with the reason where it is damaged, or no object of JSON.
+    """Return the content. Raises `Damaged` with the reason where it is damaged, or no object of JSON.
 
     `unsealed` are the keys that files of before they were sealed may have. One with another key is damaged: that key
     may be what is left of the checksum's.
@@ -34,7 +35,7 @@ def unseal(data: bytes, *, unsealed: Iterable[str] = ()) -> dict[str, Any]:
     if claimed is None and content.keys() <= set(unsealed):
         return content
     if claimed != _digest(content):
-        raise ValueError("its checksum does not match its content")
+        raise Damaged("its checksum does not match its content")
     return content
 
 

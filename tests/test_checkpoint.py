@@ -17,7 +17,7 @@ from safetensors.torch import save
 
 from mtl_dist import storage
 from mtl_dist.config import CheckpointConfig, Config, build_config, dump_yaml, flatten
-from mtl_dist.errors import InputError
+from mtl_dist.errors import Damaged, InputError
 from mtl_dist.objective.scores import constant_scores, label_sums
 from mtl_dist.runs.checkpoint import (
     FORMAT,
@@ -31,7 +31,7 @@ from mtl_dist.runs.checkpoint import (
     read_model,
     read_state,
 )
-from mtl_dist.runs.lives import DamagedLives, read_lives
+from mtl_dist.runs.lives import read_lives
 from mtl_dist.runs.weights import Weights, load_weights, open_weights
 from mtl_dist.sealed import seal
 from mtl_dist.tasks import LabelCounts
@@ -176,7 +176,7 @@ def test_a_flipped_bit_is_found_when_the_file_is_read(tmp_path):
     state = directory / "state.json"
     state.write_bytes(state.read_bytes().replace(b"5", b"6"))
     (checkpoint,), _ = committed(str(tmp_path))
-    with pytest.raises(ValueError, match=r"state\.json is damaged"):
+    with pytest.raises(Damaged, match=r"state\.json is damaged"):
         read_state(checkpoint)
 
 
@@ -189,7 +189,7 @@ def test_weights_that_are_a_pickle_are_not_loaded(tmp_path):
     commit["files"]["model.safetensors"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     (directory / "COMMIT.json").write_text(json.dumps(commit))
     (checkpoint,), _ = committed(str(tmp_path))
-    with pytest.raises(ValueError, match=r"model\.safetensors"):
+    with pytest.raises(Damaged, match=r"model\.safetensors"):
         read_model(checkpoint)
     assert not Path("/tmp/owned").exists()
 
@@ -361,5 +361,5 @@ def test_every_flipped_bit_of_the_list_of_starts_is_found_or_changes_nothing(tmp
         assert read_lives(str(tmp_path)) == starts
     for data in flips(seal({"starts": starts})):
         where.write_bytes(data)
-        with contextlib.suppress(DamagedLives):
+        with contextlib.suppress(InputError):
             assert read_lives(str(tmp_path)) == starts, data

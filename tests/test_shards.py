@@ -28,7 +28,7 @@ from mtl_dist.data import as_webdataset
 from mtl_dist.data.decode import decode
 from mtl_dist.data.index import INDEX_NAME, Index, dump_index, read_index, read_sets
 from mtl_dist.data.sidecar import dump_sidecar, parse_sidecar, read_about
-from mtl_dist.errors import InputError
+from mtl_dist.errors import Damaged, InputError
 from mtl_dist.shards import skipping, ustar, writer
 from mtl_dist.shards.__main__ import create, inspect, verify
 from mtl_dist.shards.annotations import FILES, read_annotations
@@ -491,9 +491,9 @@ def test_a_sidecar_of_other_arrays_is_refused():
     from safetensors.numpy import save
 
     sidecar = {"row": np.zeros(2, np.int64)}
-    with pytest.raises(ValueError, match="holds the arrays"):
+    with pytest.raises(Damaged, match="holds the arrays"):
         parse_sidecar(save(sidecar))
-    with pytest.raises(ValueError, match="not a safetensors file"):
+    with pytest.raises(Damaged, match="not a safetensors file"):
         parse_sidecar(io.BytesIO(b"x" * 100).read())
 
 

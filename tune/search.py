@@ -28,7 +28,7 @@ from pydantic import Field
 
 from mtl_dist import storage
 from mtl_dist.config import MAX_COUNT, Config, Name, Section, flatten, unflatten
-from mtl_dist.errors import InputError, run_command
+from mtl_dist.errors import Damaged, InputError, run_command
 from mtl_dist.objective.scores import FIRST, Score, find_score
 from mtl_dist.presets import CommandConfig, config_of, parse_command
 from mtl_dist.sealed import seal, unseal
@@ -322,7 +322,7 @@ def check_same_search(
             stored = unseal(storage.read_bytes(uri), unsealed=wanted)
             # A setting that was unknown then was what its default is, and data as it is now.
             stored = _settings(Config(), SearchConfig()) | data | stored
-        except ValueError as error:
+        except Damaged as error:
             raise InputError(
                 f"{uri} is damaged ({error}); restore it, or give this search another --search.name"
             ) from None

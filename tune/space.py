@@ -46,7 +46,7 @@ def read_space(path: Path, config: Config) -> Space:
     """Read a space such as `optim.lr: {loguniform: [1e-4, 1e-2]}`. Raises `InputError` naming path, kind and values."""
     try:
         loaded = parse_yaml(storage.read_bytes(str(path), max_bytes=MAX_YAML_BYTES))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, InputError, yaml.YAMLError) as error:
         raise InputError(f"search space {path} cannot be read: {error}; give a YAML file") from None
     if not isinstance(loaded, dict) or not loaded:
         raise InputError(

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mtl_dist import storage
 from mtl_dist.config import explain_validation
-from mtl_dist.errors import InputError
+from mtl_dist.errors import Damaged, InputError
+from mtl_dist.parsing import parse_json
 from mtl_dist.tasks import AUS, EXPRESSIONS, LabelCounts
 
 FORMAT = "mtl_dist-shards-1"
@@ -84,16 +85,14 @@ def read_index(uri: str) -> Index:
     uri = index_dir(uri)
     where = storage.join(uri, INDEX_NAME)
     try:
-        raw: Any = json.loads(storage.read_bytes(where, max_bytes=MAX_INDEX_BYTES))
+        raw = parse_json(storage.read_bytes(where, max_bytes=MAX_INDEX_BYTES))
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             f"no shard set at '{uri}': {INDEX_NAME} does not exist; make one with `python -m "
             "mtl_dist.shards create`, or correct the address"
         ) from None
-    except InputError:  # may not be read, or is too large: not damaged
-        raise
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is damaged: not JSON ({error}); make the set again, or restore it") from None
+    except Damaged as error:
+        raise InputError(f"{where} is damaged: {error}; make the set again, or restore it") from None
     claimed = raw.pop("sha256", None) if isinstance(raw, dict) else None
     try:
         index = Index.model_validate(raw)

@@ -27,7 +27,7 @@ from mtl_dist.data.cache import Cache
 from mtl_dist.data.decode import DecodeError, decode_into
 from mtl_dist.data.index import Index, ShardEntry, index_dir, repair_hint
 from mtl_dist.data.sidecar import Sidecar, check_places, parse_sidecar
-from mtl_dist.errors import InputError
+from mtl_dist.errors import Damaged, InputError
 from mtl_dist.tasks import NUM_AUS, TASKS, Batch, Labels
 from mtl_dist.threads import DaemonThreads
 
@@ -155,7 +155,7 @@ class ShardReader:
         try:
             sidecar = parse_sidecar(data)
             check_places(sidecar, rows=entry.rows, tar_bytes=entry.tar_bytes)
-        except ValueError as error:
+        except Damaged as error:
             raise InputError(f"{sidecar_uri}: {error}; {repair_hint(self.uri)}") from None
         return sidecar
 

@@ -19,6 +19,7 @@ from safetensors.numpy import load, save
 
 from mtl_dist.data.decode import MAX_IMAGE_BYTES
 from mtl_dist.data.names import MAX_NAME_BYTES, find_bad_name
+from mtl_dist.errors import Damaged
 from mtl_dist.tasks import NUM_AUS, NUM_EXPRESSIONS
 
 MAX_ROW = 10**9 - 1  # nine digits name its members
@@ -90,67 +91,70 @@ def dump_sidecar(sidecar: Sidecar, about: dict) -> bytes:
 
 
 def parse_sidecar(data: bytes) -> Sidecar:
-    """Parse and check names, types, shapes and values. Raises ValueError with the reason."""
+    """Parse and check names, types, shapes and values. Raises `Damaged` with the reason."""
     try:
         arrays = load(data)
-    except (SafetensorError, KeyError, TypeError) as error:  # the latter two of types that numpy lacks
-        raise ValueError(f"not a safetensors file of arrays ({error})") from None
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:  # the latter of types that numpy lacks
+        raise Damaged(f"not a safetensors file of arrays ({error})") from None
     if set(arrays) | _OPTIONAL != set(_DTYPES):
-        raise ValueError(f"holds the arrays {sorted(arrays)[:20]}; expected {sorted(_DTYPES)}")
+        raise Damaged(f"holds the arrays {sorted(arrays)[:20]}; expected {sorted(_DTYPES)}")
     rows = arrays["row"].size
     for name, array in arrays.items():
         width = array.shape[-1:] if name in _NAMES else tuple(filter(None, [_WIDTHS.get(name)]))
         if array.dtype != _DTYPES[name] or array.shape != (rows, *width):
-            raise ValueError(f"array '{name}' is {array.dtype} {array.shape}; expected {_DTYPES[name]} {rows, *width}")
+            raise Damaged(f"array '{name}' is {array.dtype} {array.shape}; expected {_DTYPES[name]} {rows, *width}")
     sidecar = Sidecar(**arrays)
     _check_values(sidecar)
     return sidecar
 
 
 def check_places(sidecar: Sidecar, *, rows: int, tar_bytes: int) -> None:
-    """Raise ValueError unless the sidecar has so many rows and its images lie in such a tar, one behind the other."""
+    """Raise `Damaged` unless the sidecar has so many rows and its images lie in such a tar, one behind the other."""
     if len(sidecar.row) != rows:
-        raise ValueError(f"{len(sidecar.row)} rows; the index says {rows}")
+        raise Damaged(f"{len(sidecar.row)} rows; the index says {rows}")
     begin, length = sidecar.offset, sidecar.length
     if length.min() < 1 or length.max() > MAX_IMAGE_BYTES:
-        raise ValueError(f"images of {length.min()} to {length.max()} bytes; expected 1 to {MAX_IMAGE_BYTES}")
+        raise Damaged(f"images of {length.min()} to {length.max()} bytes; expected 1 to {MAX_IMAGE_BYTES}")
     if begin.min() < 0 or begin.max() > tar_bytes:  # before sums: they could overflow
-        raise ValueError(f"images at {begin.min()} to {begin.max()}; the tar has {tar_bytes} bytes")
+        raise Damaged(f"images at {begin.min()} to {begin.max()}; the tar has {tar_bytes} bytes")
     if (begin[1:] < begin[:-1] + length[:-1]).any() or begin[-1] + length[-1] > tar_bytes:
-        raise ValueError(f"images that overlap, are not in tar order, or end beyond the tar's {tar_bytes} bytes")
+        raise Damaged(f"images that overlap, are not in tar order, or end beyond the tar's {tar_bytes} bytes")
 
 
 def _check_values(sidecar: Sidecar) -> None:
     if not len(sidecar.row) or not sidecar.image.shape[1]:
-        raise ValueError("holds no rows or no names")
+        raise Damaged("holds no rows or no names")
     if sidecar.row.min() < 0 or sidecar.row.max() > MAX_ROW or len(np.unique(sidecar.row)) < len(sidecar.row):
-        raise ValueError(f"row numbers are not 0 to {MAX_ROW}, each once")
+        raise Damaged(f"row numbers are not 0 to {MAX_ROW}, each once")
     if not (np.abs(sidecar.va) <= 1).all():
-        raise ValueError("valence or arousal is not in [-1, 1]")
+        raise Damaged("valence or arousal is not in [-1, 1]")
     for name, largest in _LARGEST.items():
         if (found := getattr(sidecar, name).max()) > largest:
-            raise ValueError(f"array '{name}' holds {found}; expected 0 to {largest}")
+            raise Damaged(f"array '{name}' holds {found}; expected 0 to {largest}")
     for kind in _NAMES:
         packed = getattr(sidecar, kind)
         if packed is not None and packed.shape[1] > MAX_NAME_BYTES:
-            raise ValueError(f"{kind} names of {packed.shape[1]} bytes; at most {MAX_NAME_BYTES} are read")
-    names = sidecar.image_names()  # raises UnicodeDecodeError, a ValueError
+            raise Damaged(f"{kind} names of {packed.shape[1]} bytes; at most {MAX_NAME_BYTES} are read")
+    try:
+        names, videos = sidecar.image_names(), sidecar.video_names()
+    except UnicodeDecodeError as error:
+        raise Damaged(str(error)) from None
     if (place := find_bad_name(pa.array(names))) is not None:
-        raise ValueError(f"row {sidecar.row[place]} has the image name {names[place]!r}; expected a relative path")
-    for row, video in zip(sidecar.row, sidecar.video_names() or ()):
+        raise Damaged(f"row {sidecar.row[place]} has the image name {names[place]!r}; expected a relative path")
+    for row, video in zip(sidecar.row, videos or ()):
         if not video or not video.isprintable():
-            raise ValueError(f"row {row} has the video name {video!r}; expected printable text")
+            raise Damaged(f"row {row} has the video name {video!r}; expected printable text")
 
 
 def read_about(data: bytes) -> dict:
-    """Return what the header says about plan and tar. Raises ValueError for a foreign or damaged file."""
+    """Return what the header says about plan and tar. Raises `Damaged` for a foreign or damaged file."""
     header, body = _split_header(data)
     try:
         about = dict(json.loads(json.loads(header)["__metadata__"]["about"]))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"its header does not say what it is ({error})") from None
+        raise Damaged(f"its header does not say what it is ({error})") from None
     if about.pop("sha256", None) != _digest(about, body):
-        raise ValueError("it does not match the checksum in its header")
+        raise Damaged("it does not match the checksum in its header")
     return about
 
 

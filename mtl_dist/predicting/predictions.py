@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mtl_dist import storage
-from mtl_dist.errors import InputError
+from mtl_dist.errors import Damaged, InputError
 from mtl_dist.objective.affect import PredictedRows, finite_rows
 from mtl_dist.objective.metrics import Predictions, Targets
 from mtl_dist.objective.smoothing import last_known, make_timeline, video_names
@@ -126,8 +126,8 @@ def read_key(uri: str) -> str | None:
     except FileNotFoundError:
         return None
     try:
-        return (_parse(data).schema.metadata or {}).get(_KEY, b"").decode()
-    except ValueError:
+        return (_parse(data).schema.metadata or {}).get(_KEY, b"").decode(errors="replace")
+    except Damaged:
         return None
 
 
@@ -148,7 +148,7 @@ def read_predictions(uri: str) -> PredictionTable:
         videos = table["video"].to_pylist() if "video" in table.column_names else video_names(images)
     except FileNotFoundError:
         raise InputError(f"{uri} does not exist; it is what mtl_dist.ensemble writes") from None
-    except (pa.ArrowException, KeyError, ValueError) as error:
+    except (Damaged, pa.ArrowException, KeyError, ValueError) as error:
         raise InputError(f"{uri} is not a table of predictions with labels ({error})") from None
     check_finite(predictions, images, source=uri)
     targets = Targets(va, expr[:, 0].astype(np.int64), au, ~missing_va[:, 0], ~missing_expr[:, 0], ~missing_au)
@@ -156,15 +156,15 @@ def read_predictions(uri: str) -> PredictionTable:
 
 
 def _parse(data: bytes) -> pa.Table:
-    """Read Parquet, checksums checked. Raises ValueError for what is none or is damaged."""
+    """Read Parquet, checksums checked. Raises `Damaged` for what is none or is damaged."""
     try:
         table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
         claimed = (table.schema.metadata or {}).get(_SEAL)
         is_whole = claimed is None or claimed.decode() == _digest(table)  # None: of before there was one
-    except (pa.ArrowException, OSError) as error:  # Arrow calls a damaged page an OSError
-        raise ValueError(str(error)) from None
+    except (pa.ArrowException, OSError, ValueError) as error:  # Arrow calls a damaged page an OSError
+        raise Damaged(str(error)) from None
     if not is_whole:
-        raise ValueError("its checksum does not match its content")
+        raise Damaged("its checksum does not match its content")
     return table
 
 

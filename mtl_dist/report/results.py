@@ -17,7 +17,7 @@ import torch
 from mtl_dist import storage
 from mtl_dist.config import Varies, flatten, varying
 from mtl_dist.data.index import Index
-from mtl_dist.errors import InputError
+from mtl_dist.errors import Damaged, InputError
 from mtl_dist.families import FAMILIES
 from mtl_dist.objective.affect import PredictedRows
 from mtl_dist.objective.metrics import AU_THRESHOLD, MetricSums, Predictions, Targets, metric_sums
@@ -186,7 +186,7 @@ def open_ensemble(uri: str, members: list[Member], images: list[str]) -> list[Re
         plain, steps = about["scores"][ENSEMBLE], about.get("steps") or {}
     except FileNotFoundError:
         raise InputError(f"no ensemble at '{uri}': score.json does not exist; run mtl_dist.ensemble first") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (Damaged, KeyError, TypeError) as error:
         raise InputError(f"{where} is not what mtl_dist.ensemble writes ({error!r}); run it again") from None
     known = {member.val.view: member for member in members}
     for view, sha256 in sorted(shas):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
@@ -10,6 +9,8 @@ import torch
 
 from mtl_dist import storage
 from mtl_dist.device import named_device
+from mtl_dist.errors import Damaged
+from mtl_dist.parsing import parse_json
 from mtl_dist.predicting.members import Member
 from mtl_dist.progress import progress_bar
 from mtl_dist.report.affect import draw_affect
@@ -65,8 +66,8 @@ def _remove_earlier(out: str, files: dict[str, bytes]) -> None:
     where = storage.join(out, LISTING_NAME)
     try:
         data = storage.read_bytes(where)  # a list, of before it was sealed
-        earlier = set(json.loads(data) if data.startswith(b"[") else unseal(data)["files"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        earlier = set(parse_json(data) if data.startswith(b"[") else unseal(data)["files"])
+    except (FileNotFoundError, Damaged, KeyError, TypeError):
         earlier = set()
     # Should this one be interrupted, the next still knows of both.
     storage.write_bytes(where, seal({"files": sorted(earlier | files.keys())}))

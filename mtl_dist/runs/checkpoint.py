@@ -26,7 +26,7 @@ from torch import Tensor
 from mtl_dist import storage
 from mtl_dist.config import Config, Varies, explain_validation, flatten, varying
 from mtl_dist.data.order import VERSIONS
-from mtl_dist.errors import InputError
+from mtl_dist.errors import Damaged, InputError
 from mtl_dist.objective.scores import FIRST
 from mtl_dist.parsing import parse_object
 from mtl_dist.sealed import unseal
@@ -149,12 +149,10 @@ def committed(run_uri: str) -> tuple[list[Checkpoint], list[str]]:
             continue
         try:
             if stored[f"{directory}/{COMMIT}"] > MAX_COMMIT_BYTES:
-                raise ValueError(f"it has more than {MAX_COMMIT_BYTES} bytes")
+                raise Damaged(f"it has more than {MAX_COMMIT_BYTES} bytes")
             checkpoint = read_commit(uri)
             wrong = [n for n, about in checkpoint.files.items() if stored.get(f"{directory}/{n}") != about["bytes"]]
-        except InputError:  # the store refuses or is away: that says nothing of the checkpoint
-            raise
-        except (ValueError, FileNotFoundError) as error:
+        except (Damaged, FileNotFoundError) as error:
             skipped.append(f"{uri}: damaged {COMMIT} ({error})")
             continue
         if wrong:
@@ -165,30 +163,30 @@ def committed(run_uri: str) -> tuple[list[Checkpoint], list[str]]:
 
 
 def read_commit(uri: str) -> Checkpoint:
-    """Read what a checkpoint's COMMIT says. Raises ValueError if it is damaged."""
+    """Read what a checkpoint's COMMIT says. Raises `Damaged` if it is damaged."""
     content = unseal(
         storage.read_bytes(storage.join(uri, COMMIT), max_bytes=MAX_COMMIT_BYTES), unsealed=Commit.model_fields
     )
     if content.get("format") != FORMAT:
-        raise ValueError(f"format '{content.get('format')}'; this version reads '{FORMAT}'")
+        raise Damaged(f"format '{content.get('format')}'; this version reads '{FORMAT}'")
     try:
         commit = Commit.model_validate(content)
     except pydantic.ValidationError as error:
-        raise ValueError(explain_validation(error)[:MAX_MESSAGE]) from None
+        raise Damaged(explain_validation(error)[:MAX_MESSAGE]) from None
     if commit.step != int(DIRECTORY.fullmatch(uri.rpartition("/")[2])[1]):
-        raise ValueError(f"it is of step {commit.step}")
+        raise Damaged(f"it is of step {commit.step}")
     if absent := {MODEL, TRAIN, STATE} - commit.files.keys():
-        raise ValueError(f"it names no {min(absent)}")
+        raise Damaged(f"it names no {min(absent)}")
     files = {name: file.model_dump() for name, file in commit.files.items()}
     scores = {name: score for name, score in commit.scores.items() if math.isfinite(score)}
     return Checkpoint(uri, commit.step, scores, commit.saved_at, files, commit.start)
 
 
 def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Read and verify state.json. Raises ValueError where it is damaged."""
+    """Read and verify state.json. Raises `Damaged` where it is damaged."""
     state = parse_object(_read_verified(checkpoint, STATE, max_bytes=MAX_STATE_BYTES))
     if not isinstance(scores := state.get("scores", {}), dict):
-        raise ValueError(f"{storage.join(checkpoint.uri, STATE)} has the scores {str(scores)[:80]!r}")
+        raise Damaged(f"{storage.join(checkpoint.uri, STATE)} has the scores {str(scores)[:80]!r}")
     wrong = {n: None for n, v in scores.items() if isinstance(v, float) and not math.isfinite(v)}
     return state | ({"scores": scores | wrong} if wrong else {})
 
@@ -198,27 +196,25 @@ def find_damage(checkpoint: Checkpoint) -> str | None:
     for name in checkpoint.files:
         try:
             _read_verified(checkpoint, name)
-        except (ValueError, FileNotFoundError) as error:
-            if isinstance(error, InputError):
-                raise
+        except (Damaged, FileNotFoundError) as error:
             return str(error)
     return None
 
 
 def read_model(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Read and verify the weights. Raises ValueError where they are damaged."""
+    """Read and verify the weights. Raises `Damaged` where they are damaged."""
     return read_tensors(checkpoint, MODEL)
 
 
 def read_tensors(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
-    """Read and verify a safetensors file. Raises ValueError where it is damaged."""
+    """Read and verify a safetensors file. Raises `Damaged` where it is damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     try:
         return load(_read_verified(checkpoint, name))
-    except SafetensorError as error:
-        raise ValueError(f"{storage.join(checkpoint.uri, name)} is not a safetensors file ({error})") from None
+    except (SafetensorError, ValueError) as error:
+        raise Damaged(f"{storage.join(checkpoint.uri, name)} is not a safetensors file ({error})") from None
 
 
 def newness(checkpoint: Checkpoint) -> tuple[int, float]:
@@ -296,9 +292,7 @@ def choose_newest(run_uri: str, *, verifies: bool = True) -> tuple[Checkpoint, d
             continue
         try:
             chosen = checkpoint, read_state(checkpoint)
-        except InputError:
-            raise
-        except ValueError as error:  # whole by its checksums, and not what training writes
+        except Damaged as error:  # whole by its checksums, and not what training writes
             skipped.append(f"{checkpoint.uri}: {error}")
     for reason in skipped:
         print(f"passed over {reason}", flush=True)
@@ -315,13 +309,13 @@ def _choose(run_uri: str, config: Config, identity: dict[str, str]) -> tuple[Che
 
 
 def _read_verified(checkpoint: Checkpoint, name: str, *, max_bytes: int = MAX_TENSOR_BYTES) -> bytes:
-    """Read a checkpoint's file. Raises ValueError where it is not what COMMIT says, or larger than `max_bytes`."""
+    """Read a checkpoint's file. Raises `Damaged` where it is not what COMMIT says, or larger than `max_bytes`."""
     about, where = checkpoint.files[name], storage.join(checkpoint.uri, name)
     if about["bytes"] > max_bytes:
-        raise ValueError(f"{where} has {about['bytes']} bytes; at most {max_bytes} are read")
+        raise Damaged(f"{where} has {about['bytes']} bytes; at most {max_bytes} are read")
     with storage.scratch_directory("read") as scratch:
         path = scratch / "file"
         storage.download(where, path)
         if path.stat().st_size != about["bytes"] or storage.sha256_of(path) != about["sha256"]:
-            raise ValueError(f"{where} is damaged: its size or sha256 is not what {COMMIT} says")
+            raise Damaged(f"{where} is damaged: its size or sha256 is not what {COMMIT} says")
         return path.read_bytes()

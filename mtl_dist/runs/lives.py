@@ -6,7 +6,6 @@ ends. A list that is deleted or damaged while a run is under way is written agai
 
 from __future__ import annotations
 
-import json
 import secrets
 import socket
 import time
@@ -14,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mtl_dist import storage
-from mtl_dist.errors import InputError
+from mtl_dist.errors import Damaged, InputError
+from mtl_dist.parsing import parse_json
 from mtl_dist.runs.checkpoint import committed, on_rank_0
 from mtl_dist.sealed import seal, unseal
 
@@ -38,10 +38,6 @@ class Stale(RuntimeError):
     """The ranks of this command were started again: this process is one of those before."""
 
 
-class DamagedLives(InputError):
-    """lives.json is not a list of starts."""
-
-
 @dataclass
 class Life:
     """A start of a run. Every rank has it; rank 0 alone reads and writes the list."""
@@ -62,8 +58,8 @@ class Life:
     def check_current(self) -> None:
         """Raise `Superseded` or `Stale` where a later start has the run."""
         try:
-            lives = read_lives(self.run_uri)
-        except DamagedLives:
+            lives = _read(self.run_uri)
+        except Damaged:
             lives = []
         mine = self.names()
         later = [life for life in lives if life["life"] not in mine]
@@ -117,22 +113,23 @@ def is_same_launcher(one: str, other: str) -> bool:
 
 
 def read_lives(run_uri: str) -> list[dict[str, Any]]:
-    """Return every start of a run, the latest last: `FIELDS`; `typed` may be missing. Raises `DamagedLives`."""
-    where = storage.join(run_uri, LIVES)
+    """Return every start of a run, the latest last: `FIELDS`; `typed` may be missing. Raises `InputError`."""
     try:
-        data = storage.read_bytes(where)
-        # Of before it was sealed it is a list.
-        lives = json.loads(data) if data.lstrip().startswith(b"[") else unseal(data).get(STARTS)
-        wrong = next((life for life in lives if not _is_life(life)), None) if isinstance(lives, list) else lives
-        reason = None if isinstance(lives, list) and wrong is None else f"expected starts, found {str(wrong)[:80]!r}"
+        return _read(run_uri)
+    except Damaged as error:
+        where = storage.join(run_uri, LIVES)
+        raise InputError(f"{where} is damaged ({error}); delete it: only the list of starts is lost") from None
+
+
+def _read(run_uri: str) -> list[dict[str, Any]]:
+    try:
+        data = storage.read_bytes(storage.join(run_uri, LIVES))
     except FileNotFoundError:
         return []
-    except InputError:  # this user may not read it, or the store refuses
-        raise
-    except (ValueError, RecursionError) as error:
-        reason = str(error)
-    if reason:
-        raise DamagedLives(f"{where} is damaged ({reason}); delete it: only the list of starts is lost")
+    # Of before it was sealed it is a list.
+    lives = parse_json(data) if data.lstrip().startswith(b"[") else unseal(data).get(STARTS)
+    if wrong := [life for life in lives if not _is_life(life)] if isinstance(lives, list) else [lives]:
+        raise Damaged(f"expected starts, found {str(wrong[0])[:80]!r}")
     return lives
 
 

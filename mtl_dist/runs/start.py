@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from mtl_dist import storage
 from mtl_dist.config import Config, Varies
 from mtl_dist.data.order import VERSIONS
-from mtl_dist.errors import InputError
+from mtl_dist.errors import Damaged, InputError
 from mtl_dist.models import build_model
 from mtl_dist.runs.checkpoint import (
     DIRECTORY,
@@ -25,7 +25,6 @@ from mtl_dist.runs.checkpoint import (
     differences,
     find_damage,
     on_rank_0,
-    read_model,
     read_tensors,
 )
 from mtl_dist.runs.pretrained import build_pretrained, find_weights
@@ -83,10 +82,7 @@ def load_everything(start: Start) -> Restored:
     """Read what training goes on with. Raises `InputError` where it is gone or damaged."""
     # Scores are those of the other run, and its number of ranks was its own.
     state = {key: start.state[key] for key in ("step", "order") if key in start.state} | {"scores": {}}
-    try:
-        return Restored(state, read_model(start.checkpoint), read_tensors(start.checkpoint, TRAIN))
-    except FileNotFoundError:
-        raise deleted(start.checkpoint) from None
+    return Restored(state, _read(start.checkpoint, MODEL), _read(start.checkpoint, TRAIN))
 
 
 def build_started(config: Config, start: Start) -> nn.Module:
@@ -98,14 +94,7 @@ def build_started(config: Config, start: Start) -> nn.Module:
     model = build_model(
         config.model.model_copy(update={"weights": "none"}), seed=config.run.seed, input_size=config.input_size
     )
-    try:
-        given = read_model(start.checkpoint)
-    except FileNotFoundError:
-        raise deleted(start.checkpoint) from None
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(f"run.start: {error}; give another checkpoint") from None
+    given = _read(start.checkpoint, MODEL)
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     theirs = {name: tuple(tensor.shape) for name, tensor in given.items()}
     if wrong := [name for name in {**own, **theirs} if own.get(name) != theirs.get(name)]:
@@ -117,6 +106,15 @@ def build_started(config: Config, start: Start) -> nn.Module:
         )
     model.load_state_dict(given)
     return model
+
+
+def _read(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
+    try:
+        return read_tensors(checkpoint, name)
+    except FileNotFoundError:
+        raise deleted(checkpoint) from None
+    except Damaged as error:
+        raise InputError(f"run.start: {error}; give another checkpoint") from None
 
 
 def describe_start(note: dict[str, Any]) -> str:

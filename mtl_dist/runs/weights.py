@@ -12,7 +12,7 @@ from torch import nn
 from mtl_dist import storage
 from mtl_dist.config import Config, build_config, explain_validation, flatten, unflatten
 from mtl_dist.data.augment import IMAGENET_MEAN, IMAGENET_STD
-from mtl_dist.errors import InputError
+from mtl_dist.errors import Damaged, InputError
 from mtl_dist.models import TooLarge, at_most, build_model
 from mtl_dist.runs.checkpoint import (
     CLASSES,
@@ -135,9 +135,7 @@ def load_weights(weights: Weights) -> nn.Module:
             f"{checkpoint.uri}: its configuration asks for a network of {error}, and its weights are fewer than half "
             "as many: they do not belong together"
         ) from None
-    except InputError:
-        raise
-    except (ValueError, RuntimeError) as error:
+    except (Damaged, RuntimeError) as error:
         raise InputError(f"{checkpoint.uri}: {error}; delete it to use the next best checkpoint") from None
     return model.eval()
 
@@ -178,9 +176,7 @@ def _open_copy(uri: str) -> Weights:
         checkpoint = read_commit(uri)
     except FileNotFoundError:
         raise InputError(f"{where} has no {COMMIT}: its save did not finish; give another one") from None
-    except InputError:
-        raise
-    except ValueError as error:
+    except Damaged as error:
         raise InputError(f"{where} has a damaged {COMMIT} ({error}); give another one") from None
     return _open_checkpoint(checkpoint, newest_step=checkpoint.step, remedy="give another one")
 
@@ -191,7 +187,7 @@ def _open_checkpoint(checkpoint: Checkpoint, *, newest_step: int, remedy: str) -
         state = read_state(checkpoint)
     except FileNotFoundError:
         raise deleted(checkpoint) from None
-    except ValueError as error:
+    except Damaged as error:
         raise InputError(f"{error}; {remedy}") from None
     check_classes(checkpoint, state)
     config = build_config(unflatten(state["config"]))
@@ -205,9 +201,7 @@ def _open_exported(uri: str) -> Weights:
         exported = ExportedConfig.model_validate(unseal(data, unsealed=ExportedConfig.model_fields))
     except pydantic.ValidationError as error:
         raise InputError(f"{where} is not what mtl_dist.export writes: {explain_validation(error)[:1000]}") from None
-    except InputError:
-        raise
-    except ValueError as error:
+    except Damaged as error:
         raise InputError(f"{where} is damaged ({error}); export the run again") from None
     if exported.format != EXPORT_FORMAT:
         raise InputError(f"{where} has format '{exported.format}'; this version reads '{EXPORT_FORMAT}'")

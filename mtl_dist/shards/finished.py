@@ -18,7 +18,7 @@ from mtl_dist import storage
 from mtl_dist.data.decode import MAX_IMAGE_BYTES, DecodeError, Exif, as_jpeg, lies_for_earlier_versions
 from mtl_dist.data.index import INDEX_NAME, ShardEntry, read_index
 from mtl_dist.data.sidecar import read_about
-from mtl_dist.errors import InputError
+from mtl_dist.errors import Damaged, InputError
 from mtl_dist.shards.annotations import Annotations
 from mtl_dist.shards.claims import CLAIM_PREFIX
 from mtl_dist.threads import DaemonThreads
@@ -66,7 +66,7 @@ def find_done(dest: str, fingerprint: dict, jobs: list[ShardJob], exif: Exif) ->
         for stem, data in zip(sidecars, found):
             try:
                 about = read_about(data)
-            except (ValueError, KeyError, TypeError):
+            except Damaged:
                 continue  # torn, changed or foreign: made again
             wanted = expected[stem] | ({"exif": exif} if "lying" in about else {})
             _check_same(dest, f"{stem}.safetensors", about, wanted)

@@ -19,7 +19,7 @@ import numpy as np
 
 from mtl_dist import storage
 from mtl_dist.data.decode import KINDS, MAX_IMAGE_BYTES, DecodeError, ForeignPicture, decode_picture
-from mtl_dist.errors import InputError
+from mtl_dist.errors import Damaged, InputError
 from mtl_dist.processes import process_pool
 from mtl_dist.sealed import seal, unseal
 from mtl_dist.shards.annotations import Annotations
@@ -171,7 +171,7 @@ def _read_checked(where: str, state: str) -> dict[str, str] | None:
             return None
         bad = checked["bad"]
         return bad if all(isinstance(reason, str) for reason in bad.values()) else None
-    except (FileNotFoundError, ValueError, KeyError, AttributeError):
+    except (FileNotFoundError, Damaged, KeyError, AttributeError):
         return None  # none yet, torn, or another program's: looked at again
 
 

@@ -20,6 +20,7 @@ from mtl_dist import storage
 from mtl_dist.data.decode import DecodeError, decode
 from mtl_dist.data.index import Index, ShardEntry, index_dir
 from mtl_dist.data.sidecar import Sidecar, check_places, parse_sidecar
+from mtl_dist.errors import Damaged
 from mtl_dist.processes import process_pool
 from mtl_dist.shards.writer import count_labels
 from mtl_dist.tasks import LabelCounts
@@ -29,10 +30,6 @@ MAX_JSON_BYTES = 16 << 10
 MAX_PADDING = tarfile.RECORDSIZE + 2 * TAR_BLOCK  # zeros behind the last member
 MAX_FAULTS = 10  # listed of one shard
 VA_TOLERANCE = 1e-6  # the tar's JSON has six digits
-
-
-class _Shift(ValueError):
-    """The tar's members are not where the sidecar says: nothing behind can be judged."""
 
 
 class Findings(NamedTuple):
@@ -86,7 +83,7 @@ def verify_shard(uri: str, entry: ShardEntry) -> Findings:
         try:
             sidecar = parse_sidecar(paths[0].read_bytes())
             check_places(sidecar, rows=entry.rows, tar_bytes=entry.tar_bytes)
-        except ValueError as error:
+        except Damaged as error:
             return Findings([f"{sidecar_uri}: {error}"])
         with paths[1].open("rb") as tar:
             for fault in _find_faults(tar, sidecar, entry.tar_bytes):
@@ -127,17 +124,17 @@ def _find_faults(tar: BinaryIO, sidecar: Sidecar, tar_bytes: int) -> Iterator[st
     for place, (row, begin, length, crc32) in enumerate(zip(*(column.tolist() for column in columns))):
         try:
             if begin != end + TAR_BLOCK:
-                raise _Shift(f"the image is at byte {begin}; expected {end + TAR_BLOCK}, behind what comes before it")
+                raise Damaged(f"the image is at byte {begin}; expected {end + TAR_BLOCK}, behind what comes before it")
             if (size := _read_header(tar, end, f"{row:09d}.jpg")) != length:
-                raise _Shift(f"the image has {size} bytes; the sidecar says {length}")
+                raise Damaged(f"the image has {size} bytes; the sidecar says {length}")
             image = tar.read(length)
             end = begin + -(-length // TAR_BLOCK) * TAR_BLOCK
             json_size = _read_header(tar, end, f"{row:09d}.json")
             if json_size > MAX_JSON_BYTES:
-                raise _Shift(f"labels of {json_size} bytes; expected at most {MAX_JSON_BYTES}")
+                raise Damaged(f"labels of {json_size} bytes; expected at most {MAX_JSON_BYTES}")
             text = tar.read(json_size)
             end += TAR_BLOCK + -(-json_size // TAR_BLOCK) * TAR_BLOCK
-        except _Shift as error:
+        except Damaged as error:  # nothing behind can be judged
             yield f": its members are not those of the sidecar: row {row}: {error}"
             return
         if zlib.crc32(image) != crc32:
@@ -154,14 +151,17 @@ def _find_faults(tar: BinaryIO, sidecar: Sidecar, tar_bytes: int) -> Iterator[st
 
 
 def _read_header(tar: BinaryIO, begin: int, name: str) -> int:
-    """Return the size of the plain file `name` whose header is at `begin`; the next read gives its bytes."""
+    """Return the size of the plain file `name` whose header is at `begin`; the next read gives its bytes.
+
+    Raises `Damaged` where there is another.
+    """
     tar.seek(begin)
     try:
         member = tarfile.TarInfo.frombuf(tar.read(TAR_BLOCK), "ascii", "strict")
     except (tarfile.TarError, ValueError) as error:
-        raise _Shift(f"no tar header for {name} ({error})") from None
+        raise Damaged(f"no tar header for {name} ({error})") from None
     if member.name != name or not member.isreg() or member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-        raise _Shift(f"the tar holds {member.name!r} of type {member.type!r}; expected the plain file {name}")
+        raise Damaged(f"the tar holds {member.name!r} of type {member.type!r}; expected the plain file {name}")
     return member.size
 
 

@@ -19,7 +19,8 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from mtl_dist.errors import InputError
+from mtl_dist.errors import Damaged, InputError
+from mtl_dist.parsing import parse_object
 from mtl_dist.processes import process_pool
 from mtl_dist.shards.annotations import FILES
 from mtl_dist.synthetic.faces import encode_jpeg, render_views
@@ -87,8 +88,8 @@ def check_destination(dest: Path, parameters: dict) -> bool:
             )
         return False
     try:
-        found = json.loads(parameters_path.read_text())
-    except ValueError as error:
+        found = parse_object(parameters_path.read_bytes())
+    except Damaged as error:
         raise InputError(f"{parameters_path} is damaged ({error}); delete {dest} or choose another directory") from None
     if found != parameters:
         raise InputError(

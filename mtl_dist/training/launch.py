@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from mtl_dist import storage
 from mtl_dist.config import Config
-from mtl_dist.errors import InputError, RunFailed, StorageError
+from mtl_dist.errors import Damaged, InputError, RunFailed, StorageError
 from mtl_dist.joining import join_cluster, note_idle_gpus
 from mtl_dist.machine import num_cpus
 from mtl_dist.runs.checkpoint import committed
@@ -339,7 +339,7 @@ def _read_note(uri: str) -> Exception | None:
         about = unseal(storage.read_bytes(uri))
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except Damaged as error:
         return RunFailed(f"a rank gave up, and its reason in {uri} is damaged: {error}")
     storage.delete(uri)
     return {"InputError": InputError, "NonFiniteLoss": NonFiniteLoss}[about["kind"]](about["message"])

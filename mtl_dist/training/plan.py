@@ -11,7 +11,7 @@ from mtl_dist.config import Config
 from mtl_dist.data.index import Sets, check_pair, check_stored, read_sets
 from mtl_dist.data.order import Order, TaskOrders, build_task_orders
 from mtl_dist.data.samples import Samples
-from mtl_dist.errors import InputError
+from mtl_dist.errors import Damaged, InputError
 from mtl_dist.objective.scores import find_score
 from mtl_dist.shards.overlap import check_shared, find_shared
 from mtl_dist.tasks import AUS, TASKS, LabelCounts
@@ -163,9 +163,7 @@ def plan_run(config: Config, *, num_ranks: tuple[int, int] | None = None, compar
     for checkpoint in reversed(found):
         try:
             state = read_state(checkpoint)
-        except InputError:
-            raise
-        except ValueError:
+        except Damaged:
             continue  # damaged: the run will pass it over too, and say so
         check_same_run(state, config, data.identity(), checkpoint.uri)
         done = checkpoint.step

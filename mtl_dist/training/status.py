@@ -14,7 +14,7 @@ from rich.table import Table
 from mtl_dist import storage
 from mtl_dist.config import Config, build_config
 from mtl_dist.data.index import read_sets
-from mtl_dist.errors import InputError, plain
+from mtl_dist.errors import Damaged, InputError, plain
 from mtl_dist.objective.scores import FIRST, constant_scores, label_sums
 from mtl_dist.presets import read_config_file
 from mtl_dist.progress import progress_bar
@@ -100,7 +100,7 @@ def print_ending(config: Config) -> None:
 def _newest_state(checkpoints: list[Checkpoint]) -> dict[str, Any]:
     """Return what the newest readable checkpoint notes."""
     for checkpoint in reversed(checkpoints):
-        with contextlib.suppress(ValueError, FileNotFoundError):  # damaged, or deleted meanwhile
+        with contextlib.suppress(Damaged, FileNotFoundError):  # damaged, or deleted meanwhile
             return read_state(checkpoint)
     return {}
 
