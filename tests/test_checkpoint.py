@@ -19,6 +19,7 @@ from mtl_dist import storage
 from mtl_dist.config import CheckpointConfig, Config, build_config, dump_yaml, flatten
 from mtl_dist.errors import Damaged, InputError
 from mtl_dist.objective.scores import constant_scores, label_sums
+from mtl_dist.runs import CONFIG_NAME
 from mtl_dist.runs.checkpoint import (
     FORMAT,
     Checkpoint,
@@ -35,7 +36,6 @@ from mtl_dist.runs.lives import read_lives
 from mtl_dist.runs.weights import Weights, load_weights, open_weights
 from mtl_dist.sealed import seal
 from mtl_dist.tasks import LabelCounts
-from mtl_dist.training.loop import CONFIG_NAME
 from mtl_dist.training.plan import plan_run
 from mtl_dist.training.saving import HOUR_S, plan_retention
 from mtl_dist.training.status import print_status

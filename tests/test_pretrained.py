@@ -14,7 +14,7 @@ from mtl_dist.errors import InputError
 from mtl_dist.export import __main__ as export
 from mtl_dist.presets import load_preset, read_config_file
 from mtl_dist.runs.checkpoint import committed
-from mtl_dist.runs.pretrained import _place_of_weights, build_pretrained
+from mtl_dist.runs.start import _place_of_weights, build_pretrained
 from mtl_dist.training import setup
 from mtl_dist.training.plan import plan_run
 from mtl_dist.training.setup import check_start

@@ -27,10 +27,10 @@ from mtl_dist.objective.scores import constant_scores, label_sums
 from mtl_dist.predicting.evaluate import predict
 from mtl_dist.predicting.inputs import open_frames, parent_uri
 from mtl_dist.predicting.predictions import check_finite
+from mtl_dist.runs import CONFIG_NAME
 from mtl_dist.runs.checkpoint import MODEL
 from mtl_dist.runs.weights import EXPORTED_CONFIG, Weights, exported_config, load_weights, open_weights
 from mtl_dist.sealed import seal
-from mtl_dist.training.loop import CONFIG_NAME
 from mtl_dist.training.tracking import read_records
 
 TOLERANCE = 1e-4

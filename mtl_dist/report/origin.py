@@ -13,6 +13,7 @@ from mtl_dist.objective.scores import FIRST
 from mtl_dist.report.page import html
 from mtl_dist.report.results import Result
 from mtl_dist.report.tables import Table, number, text
+from mtl_dist.runs import CONFIG_NAME
 from mtl_dist.runs.checkpoint import MODEL
 from mtl_dist.runs.lives import read_lives
 
@@ -34,7 +35,7 @@ def run_block(result: Result) -> Markup:
     lives = read_lives(result.uri)
     command_line = lives[-1].get("typed") if lives else None  # runs of before it was recorded have none
     command = command_line or shlex.join(
-        ["python", "-m", "mtl_dist.train", "--config", storage.join(result.uri, "config.yaml")]
+        ["python", "-m", "mtl_dist.train", "--config", storage.join(result.uri, CONFIG_NAME)]
     )
     rows = [
         [text(life["started"]), number(life["step"]), number(life["num_ranks"]), text(life["host"])] for life in lives

@@ -1,4 +1,5 @@
-"""What a run begins from: `run.start`, with the backbone, the model or everything of what is there.
+"""What a run begins from: `run.start`, with the backbone, the model or everything of what is there; else its backbone
+from `model.weights`.
 
 Every rank calls these, but rank 0 alone chooses. The best checkpoint of a run that still trains may be another one a
 second later, and nodes may have the run at paths of their own.
@@ -14,7 +15,8 @@ from mtl_dist import storage
 from mtl_dist.config import Config, Varies
 from mtl_dist.data.order import VERSIONS
 from mtl_dist.errors import Damaged, InputError
-from mtl_dist.models import build_model
+from mtl_dist.models import build_model, non_finite
+from mtl_dist.models.backbones import check_backbone
 from mtl_dist.runs.checkpoint import (
     DIRECTORY,
     MODEL,
@@ -27,8 +29,7 @@ from mtl_dist.runs.checkpoint import (
     on_rank_0,
     read_tensors,
 )
-from mtl_dist.runs.pretrained import build_pretrained, find_weights
-from mtl_dist.runs.weights import check_classes, deleted, open_weights
+from mtl_dist.runs.weights import check_classes, deleted, find_weights, is_local_file, open_weights
 
 TRAINING_SET = "training set"  # what the identity of a run's data calls it
 BEGAN_FROM = "began_from"  # of state.json: `Start.note`
@@ -68,13 +69,28 @@ def find_start(config: Config, identity: dict[str, str], *, verifies: bool = Fal
     return Start(checkpoint.uri, checkpoint, state, note | {"sha256": checkpoint.files[MODEL]["sha256"]})
 
 
+def check_pretrained(config: Config) -> None:
+    """Raise `InputError` for an unknown backbone, or weights that are not there. Builds and downloads nothing."""
+    weights = "none" if config.run.start else config.model.weights
+    check_backbone(config.model.backbone, imagenet=weights == "imagenet")
+    if weights in ("none", "imagenet"):
+        return
+    uri = find_weights(weights)[0]
+    if not storage.exists(uri):
+        raise _not_there(uri)
+
+
 def start_on_ranks(config: Config, identity: dict[str, str]) -> Start | None:
     """Return what rank 0 finds, at this node's path."""
-    start, root = on_rank_0(lambda: (find_start(config, identity, verifies=True), config.run.start.rstrip("/")))
-    if start is None:
+
+    def find() -> tuple[Start, str] | None:
+        start = find_start(config, identity, verifies=True)
+        return start and (start, _place_below(config.run.start, start.uri))
+
+    if (found := on_rank_0(find)) is None:
         return None
-    place = start.uri.removeprefix(root)
-    uri = start.uri if place == start.uri else config.run.start.rstrip("/") + place
+    start, place = found
+    uri = config.run.start.rstrip("/") + place
     return start._replace(uri=uri, checkpoint=start.checkpoint and start.checkpoint._replace(uri=uri))
 
 
@@ -108,13 +124,14 @@ def build_started(config: Config, start: Start) -> nn.Module:
     return model
 
 
-def _read(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
-    try:
-        return read_tensors(checkpoint, name)
-    except FileNotFoundError:
-        raise deleted(checkpoint) from None
-    except Damaged as error:
-        raise InputError(f"run.start: {error}; give another checkpoint") from None
+def build_pretrained(config: Config) -> nn.Module:
+    """Build the configured model with the weights that it names. Raises `InputError`."""
+    model = _build(config)
+    if wrong := non_finite(model):
+        raise InputError(
+            f"model.weights {config.model.weights} holds what is not finite ({', '.join(wrong[:3])}); give others"
+        )
+    return model
 
 
 def describe_start(note: dict[str, Any]) -> str:
@@ -154,9 +171,52 @@ def _check_everything(checkpoint: Checkpoint, state: dict[str, Any], config: Con
         )
 
 
+def _not_there(uri: str) -> InputError:
+    return InputError(
+        f"model.weights {uri} does not exist; give a state dict, a run or checkpoint of ours, imagenet or none"
+    )
+
+
+def _read(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
+    try:
+        return read_tensors(checkpoint, name)
+    except FileNotFoundError:
+        raise deleted(checkpoint) from None
+    except Damaged as error:
+        raise InputError(f"run.start: {error}; give another checkpoint") from None
+
+
 def _settings_that_differ(start: Start, config: Config) -> str:
     if not start.state:
         return f"model.name is {config.model.name}, model.backbone {config.model.backbone}"
     differ = differences(start.state, config, Varies.BY_RUN)
     pairs = [f"{k} {theirs!r} there, {mine!r} here" for k, (theirs, mine) in differ.items() if k.startswith("model.")]
     return "; ".join(pairs) or "settings of model. are the same"
+
+
+def _build(config: Config) -> nn.Module:
+    weights = config.model.weights
+    if weights in ("none", "imagenet") or is_local_file(weights):
+        return build_model(config.model, seed=config.run.seed, input_size=config.input_size)
+    place, sha256 = on_rank_0(lambda: _place_of_weights(weights))
+    uri = weights.rstrip("/") + place
+    with storage.scratch_directory("weights") as scratch:
+        path = scratch / uri.rpartition("/")[2]
+        try:
+            storage.download(uri, path)
+        except FileNotFoundError:
+            raise _not_there(uri) from None
+        if sha256 and storage.sha256_of(path) != sha256:
+            raise InputError(f"model.weights {uri} is damaged: its sha256 is not what its checkpoint says")
+        return build_model(config.model, seed=config.run.seed, input_size=config.input_size, weights_file=path)
+
+
+def _place_of_weights(weights: str) -> tuple[str, str | None]:
+    """Return the file to read as what comes after `weights`, and its sha256 where that is known."""
+    uri, sha256 = find_weights(weights)
+    return _place_below(weights, uri), sha256
+
+
+def _place_below(given: str, uri: str) -> str:
+    """Return what comes after the given URI in that of what was found there: the same on all nodes."""
+    return storage.absolute(uri).removeprefix(storage.absolute(given.rstrip("/")))

@@ -1,4 +1,4 @@
-"""Weights that exist, under the names users have for them: a run, one of its checkpoints, or an exported directory."""
+"""Weights that exist, under the names users have for them: a run, a checkpoint, an exported directory, a file."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from mtl_dist.runs.checkpoint import (
 from mtl_dist.sealed import unseal
 from mtl_dist.tasks import AUS, EXPRESSIONS
 
+FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")  # a run's name may hold dots too
 EXPORT_FORMAT = "mtl_dist-export-1"
 EXPORTED_CONFIG = "config.json"
 # What a model needs of the configuration to predict as it was evaluated; the rest is how it was trained.
@@ -115,6 +116,23 @@ def open_best(run_uri: str) -> Weights:
     return _open_checkpoint(
         chosen, newest_step=checkpoints[-1].step, remedy=f"delete {chosen.uri} to use the next best checkpoint"
     )
+
+
+def find_weights(uri: str) -> tuple[str, str | None]:
+    """Return the file of weights to read for a URI, and its sha256 where that is known.
+
+    A file, of anyone's, is itself and may not exist; of all else it is that of what `open_weights` finds.
+    """
+    uri = uri.rstrip("/")
+    if is_local_file(uri) or (storage.is_s3(uri) and (uri.endswith(FILE_SUFFIXES) or storage.exists(uri))):
+        return uri, None
+    checkpoint = open_weights(uri).checkpoint
+    return storage.join(checkpoint.uri, MODEL), checkpoint.files[MODEL]["sha256"]
+
+
+def is_local_file(uri: str) -> bool:
+    """Whether a URI is of a file here, which need not exist, and not of a directory or an object."""
+    return not storage.is_s3(uri) and not storage.local_path(uri).is_dir()
 
 
 def load_weights(weights: Weights) -> nn.Module:

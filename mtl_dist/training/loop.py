@@ -24,6 +24,7 @@ from mtl_dist.objective.module import StepLoss
 from mtl_dist.objective.scores import flat_scores
 from mtl_dist.predicting.evaluate import Scored, evaluate, list_rows
 from mtl_dist.ranks import gather_lists
+from mtl_dist.runs import CONFIG_NAME
 from mtl_dist.runs.checkpoint import on_rank_0
 from mtl_dist.runs.lives import Life, begin_life
 from mtl_dist.tasks import Batch
@@ -36,7 +37,6 @@ from mtl_dist.training.step import train_step
 from mtl_dist.training.tracking import NoTracker, Tracker
 from mtl_dist.training.watchdog import Phase, Watchdog
 
-CONFIG_NAME = "config.yaml"
 ASK_EVERY_STEPS = 8
 
 

@@ -149,8 +149,7 @@ def plan_run(config: Config, *, num_ranks: tuple[int, int] | None = None, compar
     have, for which up to 128 MiB are read.
     """
     from mtl_dist.runs.checkpoint import check_same_run, committed, read_state
-    from mtl_dist.runs.pretrained import check_pretrained
-    from mtl_dist.runs.start import describe_start, find_start
+    from mtl_dist.runs.start import check_pretrained, describe_start, find_start
 
     for key in config.checkpoint.best_of:
         find_score(key, setting="checkpoint.best_of")

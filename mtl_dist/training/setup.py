@@ -23,8 +23,15 @@ from mtl_dist.models import build_model, num_parameters
 from mtl_dist.objective.module import ObjectiveModule, build_module
 from mtl_dist.progress import progress_bar
 from mtl_dist.runs.checkpoint import MAX_TENSOR_BYTES, READ_AT_THE_START, Restored, load_checkpoint, weights_name
-from mtl_dist.runs.pretrained import build_pretrained
-from mtl_dist.runs.start import BEGAN_FROM, Start, build_started, find_start, load_everything, start_on_ranks
+from mtl_dist.runs.start import (
+    BEGAN_FROM,
+    Start,
+    build_pretrained,
+    build_started,
+    find_start,
+    load_everything,
+    start_on_ranks,
+)
 from mtl_dist.training.averaging import (
     WeightAverage,
     check_batchnorm,

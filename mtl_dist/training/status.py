@@ -18,10 +18,10 @@ from mtl_dist.errors import Damaged, InputError, plain
 from mtl_dist.objective.scores import FIRST, constant_scores, label_sums
 from mtl_dist.presets import read_config_file
 from mtl_dist.progress import progress_bar
+from mtl_dist.runs import CONFIG_NAME
 from mtl_dist.runs.checkpoint import Checkpoint, best, committed, find_damage, read_state
 from mtl_dist.runs.lives import read_lives
 from mtl_dist.runs.start import BEGAN_FROM, describe_start
-from mtl_dist.training.loop import CONFIG_NAME
 from mtl_dist.training.plan import open_data
 from mtl_dist.training.tracking import print_scores, read_records
 
