@@ -32,7 +32,7 @@ from mtl_dist.training.audit import Audit
 from mtl_dist.training.averaging import average_batchnorm, freeze_batchnorm
 from mtl_dist.training.engine import learning_rate, set_learning_rate
 from mtl_dist.training.saving import Saver
-from mtl_dist.training.setup import RunContext, Setup, Trained, describe_size, restore, save_checkpoint, set_up
+from mtl_dist.training.setup import Learner, RunContext, Setup, describe_size, restore, save_checkpoint, set_up
 from mtl_dist.training.step import train_step
 from mtl_dist.training.tracking import NoTracker, Tracker
 from mtl_dist.training.watchdog import Phase, Watchdog
@@ -45,7 +45,7 @@ class _Run:
     """What the loop works with, and where it stands."""
 
     setup: Setup
-    trained: Trained
+    learner: Learner
     tracker: Tracker | NoTracker
     audit: Audit | None
     saver: Saver
@@ -80,25 +80,25 @@ def _fit(config: Config, context: RunContext, watchdog: Watchdog) -> dict[str, A
     # The life first: from here on no earlier one commits, or deletes what is being read.
     started_by = {"launcher": context.launcher, "command_line": context.command_line}
     life = begin_life(config.run.uri, **started_by, num_ranks=context.num_ranks)
-    setup, trained, step, last_scores = restore(setup)
-    say_start(setup, trained)
+    setup, learner, step, last_scores = restore(setup)
+    say_start(setup, learner)
     with contextlib.ExitStack() as records:
         tracker, audit = _open_records(setup, records, life=life, step=step, scores=last_scores)
         with Saver(config.run.uri, config.checkpoint, life=life) as saver:
             try:
-                return _train(_Run(setup, trained, tracker, audit, saver, step, last_scores, time.monotonic()))
+                return _train(_Run(setup, learner, tracker, audit, saver, step, last_scores, time.monotonic()))
             except NonFiniteLoss as error:
                 raise NonFiniteLoss(f"{error}. {_what_is_left(saver, begun_at=step)}") from None
 
 
-def say_start(setup: Setup, trained: Trained) -> None:
+def say_start(setup: Setup, learner: Learner) -> None:
     """Say, once for all ranks, what trains on what; the plan has said the rest."""
     if setup.context.rank:
         return
     device, num_ranks, num_threads = setup.device, setup.context.num_ranks, torch.get_num_threads()
     what = f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else "cpu"
     parts = f"{num_ranks} rank{'s' * (num_ranks > 1)} on {what}", f"{num_threads} thread{'s' * (num_threads > 1)} each"
-    print(f"start   {', '.join(parts)}; {describe_size(trained.engine.module.model)}", flush=True)
+    print(f"start   {', '.join(parts)}; {describe_size(learner.engine.module.model)}", flush=True)
 
 
 def _train(run: _Run) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def _train(run: _Run) -> dict[str, Any]:
     for epoch in range(run.step // run.setup.data.steps_per_epoch, config.train.epochs):
         if not _train_epoch(run, epoch):
             break
-        run.trained.engine.module.balancer.finished_epoch()
+        run.learner.engine.module.balancer.finished_epoch()
 
         # ------------------------------------------------------- once in a while: evaluate, publish, save, stop
         is_last = epoch + 1 == config.train.epochs
@@ -132,7 +132,7 @@ def _train_epoch(run: _Run, epoch: int) -> bool:
     """Take the steps of an epoch that are left; return False where it was asked to stop in its midst, and saved."""
     setup, saver = run.setup, run.saver
     config, context, watchdog = setup.config, setup.context, setup.watchdog
-    _set_training(run.trained, config)
+    _set_training(run.learner, config)
     batches = _open_batches(setup, epoch, start_step=run.step % setup.data.steps_per_epoch)
     last: _Taken | None = None
     asked = ended = time.monotonic()
@@ -176,15 +176,15 @@ def _train_epoch(run: _Run, epoch: int) -> bool:
     return True
 
 
-def _set_training(trained: Trained, config: Config) -> None:
-    trained.engine.module.train()
+def _set_training(learner: Learner, config: Config) -> None:
+    learner.engine.module.train()
     if config.engine.batchnorm == "frozen":
-        freeze_batchnorm(trained.engine.module)
+        freeze_batchnorm(learner.engine.module)
 
 
 def _take_step(run: _Run, batch: Batch, epoch: int) -> tuple[float, StepLoss]:
     """Take one optimizer step, and note it; return its learning rate and its loss."""
-    setup, engine, average = run.setup, run.trained.engine, run.trained.average
+    setup, engine, average = run.setup, run.learner.engine, run.learner.average
     lr = learning_rate(setup.config, run.step, setup.total_steps)
     set_learning_rate(engine, lr)
     where = {"epoch": epoch, "step": run.step, "device": setup.device, "rank": setup.context.rank}
@@ -198,7 +198,7 @@ def _take_step(run: _Run, batch: Batch, epoch: int) -> tuple[float, StepLoss]:
 def _save(run: _Run, scored: dict[str, Any]) -> None:
     """Save a checkpoint; `scored` are the scores of these very weights, where they have some."""
     state = {"step": run.step, "scores": run.scores, "num_ranks": run.setup.context.num_ranks}
-    save_checkpoint(run.setup, run.trained, run.saver, run.tracker, state=state, scored=scored)
+    save_checkpoint(run.setup, run.learner, run.saver, run.tracker, state=state, scored=scored)
     run.saved_at = time.monotonic()
 
 
@@ -261,11 +261,11 @@ def _open_batches(setup: Setup, epoch: int, *, start_step: int) -> Generator[Bat
 
 def _evaluate(run: _Run) -> Scored:
     """Score the validation set, and the best constant predictor on it."""
-    setup, trained = run.setup, run.trained
+    setup, learner = run.setup, run.learner
     config, context = setup.config, setup.context
-    average_batchnorm(trained.engine.module.model, config)
-    if trained.average:
-        trained.average.copy_buffers(trained.engine.module.model)
+    average_batchnorm(learner.engine.module.model, config)
+    if learner.average:
+        learner.average.copy_buffers(learner.engine.module.model)
     batches = eval_batches(
         setup.val,
         batch=config.train.eval_batch,
@@ -275,8 +275,8 @@ def _evaluate(run: _Run) -> Scored:
         prefetch=config.data.prefetch,
     )
     return evaluate(
-        trained.evaluated,
-        trained.engine.module.objective,
+        learner.evaluated,
+        learner.engine.module.objective,
         lend(setup.val, batches),
         step=run.step,
         device=setup.device,

@@ -97,8 +97,8 @@ class Setup(NamedTuple):
         return self.data.steps_per_epoch * self.config.train.epochs
 
 
-class Trained(NamedTuple):
-    """What training changes."""
+class Learner(NamedTuple):
+    """The model in training, with its average and where it began."""
 
     engine: Any  # DeepSpeed's, around an `ObjectiveModule`
     average: WeightAverage | None
@@ -194,7 +194,7 @@ def _least_rows(config: Config, num_ranks: int) -> int:
     return config.train.global_batch // config.num_streams * (config.num_streams // num_ranks)
 
 
-def restore(setup: Setup) -> tuple[Setup, Trained, int, dict[str, Any]]:
+def restore(setup: Setup) -> tuple[Setup, Learner, int, dict[str, Any]]:
     """Build what is trained, with its newest checkpoint; return it, the steps it has had, and its last scores.
 
     The setup comes back with the order that the run was begun with.
@@ -227,7 +227,7 @@ def restore(setup: Setup) -> tuple[Setup, Trained, int, dict[str, Any]]:
     if average:
         average.model.to(setup.device)
     restore_optimizer(engine, config, _part(restored.train, OPTIMIZER) if restored else {}, steps=step)
-    return setup, Trained(engine, average, began_from), step, scores
+    return setup, Learner(engine, average, began_from), step, scores
 
 
 def _note_batchnorm(model: nn.Module, config: Config, num_ranks: int) -> str:
@@ -276,7 +276,7 @@ def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tens
 
 def save_checkpoint(
     setup: Setup,
-    trained: Trained,
+    learner: Learner,
     saver: Saver,
     tracker: Tracker | NoTracker,
     *,
@@ -284,13 +284,13 @@ def save_checkpoint(
     scored: dict[str, Any],
 ) -> None:
     """Save a checkpoint; every rank calls it. `scored` are the scores of these very weights, where they have some."""
-    config, engine, average = setup.config, trained.engine, trained.average
+    config, engine, average = setup.config, learner.engine, learner.average
     begun = time.monotonic()
     check_finite(engine.module, state["step"])
     if average:
         average.copy_buffers(engine.module.model)
     # The model's own weights are in both files only where the evaluated ones are averages.
-    model = dict(trained.evaluated.state_dict())
+    model = dict(learner.evaluated.state_dict())
     rest = {MODULE + n: t for n, t in engine.module.state_dict().items() if average or not n.startswith("model.")}
     rest |= {OPTIMIZER + name: tensor for name, tensor in read_optimizer(engine, config).items()}
     # Evaluation made all ranks' statistics the same; else what is saved is their mean, and training keeps its own.
@@ -306,6 +306,6 @@ def save_checkpoint(
         "order": setup.order.version,
         "view": setup.data.train.view,
         "total_steps": setup.total_steps,
-        **({BEGAN_FROM: trained.began_from} if trained.began_from else {}),
+        **({BEGAN_FROM: learner.began_from} if learner.began_from else {}),
     }
     saver.save(model, rest, begun=begun, state=state, scores=scored, records=tracker.files())
