@@ -8,7 +8,7 @@ one image can have several rows.
 from __future__ import annotations
 
 import hashlib
-import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,13 +18,12 @@ import pyarrow.compute as pc
 from pyarrow import csv
 
 from mtl_dist import storage
-from mtl_dist.data.names import MAX_NAME_BYTES, find_bad_name, is_image_name, plain_names, why_no_name
+from mtl_dist.data.names import MAX_NAME_BYTES, find_bad_name, plain_names, why_no_name
 from mtl_dist.errors import InputError
 from mtl_dist.tasks import AUS, EXPRESSIONS, MISSING_AU, MISSING_EXPR, MISSING_VA, NUM_AUS
 
 HEADER = "image,valence,arousal,expression,aus"
 FILES = {"train": "training_set_annotations.txt", "val": "validation_set_annotations.txt"}
-NUM_VALUES = 4 + NUM_AUS
 
 
 class Annotations(NamedTuple):
@@ -66,14 +65,20 @@ def read_annotations(path: Path) -> Annotations:
     if not body:
         raise InputError(f"{path} holds a header and no rows; expected one row a frame")
 
-    images, values = _parse_columns(body.encode()) or _parse_rows(body, path)
-    va_mask, expr_mask, au_mask = values[:, 0] != MISSING_VA, values[:, 2] != MISSING_EXPR, values[:, 3:] != MISSING_AU
+    columns = _read_columns(body.encode(), path)
+    images, va = columns.parse_images(), columns.parse_va()
+    classes = range(len(EXPRESSIONS))
+    expr = columns.parse_numbers("expression", lambda number: number in classes, f"0 to {classes[-1]}", MISSING_EXPR)
+    au = np.column_stack(
+        [columns.parse_numbers(f"AU{au}", lambda number: number in (0, 1), "0, 1", MISSING_AU) for au in AUS]
+    )
+    va_mask, expr_mask, au_mask = va[:, 0] != MISSING_VA, expr != MISSING_EXPR, au != MISSING_AU
     return Annotations(
         row=np.arange(len(images)),
         images=images,
-        va=np.where(va_mask[:, None], values[:, :2], 0).astype(np.float32),
-        expr=np.where(expr_mask, values[:, 2], 0).astype(np.uint8),
-        au=np.where(au_mask, values[:, 3:], 0).astype(np.uint8),
+        va=np.where(va_mask[:, None], va, 0).astype(np.float32),
+        expr=np.where(expr_mask, expr, 0).astype(np.uint8),
+        au=np.where(au_mask, au, 0).astype(np.uint8),
         va_mask=va_mask,
         expr_mask=expr_mask,
         au_mask=au_mask,
@@ -81,81 +86,76 @@ def read_annotations(path: Path) -> Annotations:
     )
 
 
-def _parse_columns(body: bytes) -> tuple[list[str], np.ndarray] | None:
-    """Parse all rows at once: names, and (N, 15) values. None where anything is unusual: `_parse_rows` judges it."""
-    columns = ["image", *map(str, range(1, NUM_VALUES))]
-    types = {name: pa.float64() for name in columns} | {"image": pa.large_string()}
+class _Columns(NamedTuple):
+    """The columns of an annotation file as text; numbers by their distinct texts, of which there are few."""
+
+    path: Path
+    texts: dict[str, pa.Array]  # (N,) each
+
+    def parse_images(self) -> list[str]:
+        names = plain_names(pc.utf8_trim_whitespace(self.texts["image"]))
+        if (place := find_bad_name(names, num_parts=2)) is not None:
+            image = names[place].as_py()
+            why = why_no_name(image)
+            raise self.fault(place, f"image is {image!r}; expected 'video/frame.jpg'{why and f' ({why})'}")
+        return names.to_pylist()
+
+    def parse_va(self) -> np.ndarray:
+        """Return (N, 2) float64."""
+        names = ("valence", "arousal")
+        va = np.column_stack(
+            [self.parse_numbers(name, lambda number: -1 <= number <= 1, "-1 to 1", MISSING_VA) for name in names]
+        )
+        is_missing = va == MISSING_VA
+        if (is_one := is_missing[:, 0] != is_missing[:, 1]).any():
+            place = int(np.argmax(is_one))
+            valence, arousal = va[place]
+            both = f"both or neither to be missing ({MISSING_VA:g})"
+            raise self.fault(place, f"valence is {valence} and arousal {arousal}; expected {both}")
+        return va
+
+    def parse_numbers(self, name: str, is_known: Callable[[float], bool], expected: str, missing: float) -> np.ndarray:
+        """Return (N,) float64 of what is known or missing."""
+        coded, numbers = self.texts[name], []
+        for code, text in enumerate(coded.dictionary.to_pylist()):
+            wrong = ""
+            try:
+                numbers.append(float(text))
+                if numbers[-1] != missing and not is_known(numbers[-1]):
+                    wrong = f"{name} is {text.strip()}; expected {expected}, or {missing:g} where it is missing"
+            except ValueError:
+                wrong = f"'{text.strip()}' is not a number"
+            if wrong:
+                raise self.fault(pc.index(coded.indices, code).as_py(), wrong)
+        return np.array(numbers)[coded.indices.to_numpy()]
+
+    def fault(self, place: int, what: str) -> InputError:
+        return InputError(f"{self.path}:{place + 2}: {what}")
+
+
+def _read_columns(body: bytes, path: Path) -> _Columns:
+    names = ["image", "valence", "arousal", "expression", *(f"AU{number}" for number in AUS)]
+    types = dict.fromkeys(names, pa.dictionary(pa.int32(), pa.string())) | {"image": pa.large_string()}
     try:
         table = csv.read_csv(
             pa.BufferReader(body),
-            read_options=csv.ReadOptions(column_names=columns),
+            read_options=csv.ReadOptions(column_names=names),
             parse_options=csv.ParseOptions(quote_char=False, ignore_empty_lines=False),
-            convert_options=csv.ConvertOptions(column_types=types, null_values=[]),
+            convert_options=csv.ConvertOptions(column_types=types),
         )
-    except pa.ArrowInvalid:
-        return None
-    names = plain_names(pc.utf8_trim_whitespace(table["image"]).combine_chunks())
-    values = np.column_stack([table[name].to_numpy() for name in columns[1:]])
-    va, expr, au = values[:, :2], values[:, 2], values[:, 3:]
-    no_va = va == MISSING_VA
-    is_good = (
-        (no_va.all(1) | (~no_va.any(1) & (np.abs(va) <= 1).all(1)))
-        & np.isin(expr, [MISSING_EXPR, *range(len(EXPRESSIONS))])
-        & ((au == 0) | (au == 1) | (au == MISSING_AU)).all(1)
-    )
-    if not is_good.all() or find_bad_name(names, num_parts=2) is not None:
-        return None
-    return names.to_pylist(), values
+    except pa.ArrowInvalid as error:
+        _check_widths(body, path, len(names))
+        raise InputError(f"annotations {path} cannot be read: {error}; expected an s-Aff-Wild2 file") from None
+    if pc.any(pc.equal(table["image"], "")).as_py():  # of an empty line, which Arrow fills up
+        _check_widths(body, path, len(names))
+    columns = table.unify_dictionaries().combine_chunks()
+    return _Columns(path, {name: columns[name].chunk(0) for name in names})
 
 
-def _parse_rows(body: str, path: Path) -> tuple[list[str], np.ndarray]:
-    """The rule, row by row: slower, and it says what is wrong."""
-    rows = [_parse_row(line, f"{path}:{number}") for number, line in enumerate(body.splitlines(), start=2)]
-    return [image for image, _ in rows], np.array([values for _, values in rows], np.float64)
-
-
-def _parse_row(line: str, where: str) -> tuple[str, list[float]]:
-    fields = [field.strip() for field in line.split(",")]
-    if len(fields) != NUM_VALUES:
-        raise InputError(
-            f"{where}: {len(fields)} values; expected {NUM_VALUES}: image, valence, arousal, expression "
-            f"and {NUM_AUS} action units"
-        )
-    image = re.sub(r"^(\./)+", "", fields[0])
-    if not is_image_name(image, num_parts=2):
-        why = why_no_name(image)
-        raise InputError(f"{where}: image is {image!r}; expected 'video/frame.jpg'{why and f' ({why})'}")
-    try:
-        values = [float(field) for field in fields[1:]]
-    except ValueError:
-        wrong = next(field for field in fields[1:] if not _is_number(field))
-        raise InputError(f"{where}: '{wrong}' is not a number") from None
-    _check_va(values[0], values[1], where)
-    if values[2] != MISSING_EXPR and values[2] not in range(len(EXPRESSIONS)):
-        raise InputError(
-            f"{where}: expression is {fields[3]}; expected 0 to {len(EXPRESSIONS) - 1}, or {MISSING_EXPR} "
-            "where it is missing"
-        )
-    for number, value, field in zip(AUS, values[3:], fields[4:]):
-        if value not in (0, 1, MISSING_AU):
-            raise InputError(f"{where}: AU{number} is {field}; expected 0, 1, or {MISSING_AU} where it is missing")
-    return image, values
-
-
-def _check_va(valence: float, arousal: float, where: str) -> None:
-    if (valence == MISSING_VA) != (arousal == MISSING_VA):
-        raise InputError(
-            f"{where}: valence is {valence} and arousal {arousal}; expected both or neither to be missing "
-            f"({MISSING_VA:g})"
-        )
-    for name, value in (("valence", valence), ("arousal", arousal)):
-        if value != MISSING_VA and not -1 <= value <= 1:
-            raise InputError(f"{where}: {name} is {value:g}; expected -1 to 1, or {MISSING_VA:g} where it is missing")
-
-
-def _is_number(field: str) -> bool:
-    try:
-        float(field)
-    except ValueError:
-        return False
-    return True
+def _check_widths(body: bytes, path: Path, expected: int) -> None:
+    for number, line in enumerate(body.splitlines(), start=2):
+        if (num_values := line.count(b",") + 1) != expected:
+            raise InputError(
+                f"{path}:{number}: {num_values} values; expected {expected}: image, valence, arousal, expression and "
+                f"{NUM_AUS} action units"
+            )
