@@ -31,7 +31,7 @@ from mtl_dist.data.sidecar import dump_sidecar, parse_sidecar, read_about
 from mtl_dist.errors import Damaged, InputError
 from mtl_dist.shards import skipping, ustar, writer
 from mtl_dist.shards.__main__ import create, inspect, verify
-from mtl_dist.shards.annotations import FILES, read_annotations
+from mtl_dist.shards.annotations import FILES, Annotations, read_annotations
 from mtl_dist.shards.claims import CLAIM_PREFIX
 from mtl_dist.shards.columns import Columns, TableOptions
 from mtl_dist.shards.overlap import find_shared
@@ -485,6 +485,26 @@ def test_inspect_prints_one_json_object_for_programs_and_a_table_for_people(shar
     assert cells["valence, arousal"] == str(index.labels.va)
     units = {f"AU{number} on, of {of} labelled" for number, of in zip(AUS, index.labels.au)}
     assert units | set(EXPRESSIONS) <= set(cells)
+
+
+def test_the_json_of_a_sample_has_the_bytes_that_it_always_had():
+    mask = np.array([True, False])
+    labels = Annotations(
+        row=np.array([7, 8]),
+        images=['v/é".jpg', "v/2.jpg"],
+        va=np.array([[0.1, -1 / 3], [0, 0]], np.float32),
+        expr=np.array([3, 0], np.uint8),
+        au=np.array([[1] + [0] * 11, [0] * 12], np.uint8),
+        va_mask=mask,
+        expr_mask=mask,
+        au_mask=np.array([[True] * 11 + [False], [False] * 12]),
+        sha256="",
+    )
+    first = b'{"row": 7, "image": "v/\\u00e9\\".jpg", "va": [0.1, -0.333333], "expr": 3, "au": [1'
+    texts = [first + b", 0" * 10 + b", null]}", b'{"row": 8, "image": "v/2.jpg", "va": null, "expr": null, "au": null}']
+    assert list(writer._label_texts(labels)) == texts
+    named = [text.replace(b', "va"', b', "video": "v", "va"') for text in texts]
+    assert list(writer._label_texts(labels._replace(videos=["v", "v"]))) == named
 
 
 def test_a_sidecar_of_other_arrays_is_refused():
