@@ -109,7 +109,7 @@ def shards(dataset, tmp_path_factory) -> Path:
     from mtl_dist.shards.__main__ import create
 
     root = tmp_path_factory.mktemp("shards")
-    create(dataset, str(root), frames_per_shard=7, jobs=1)
+    create(str(dataset), str(root), frames_per_shard=7, jobs=1)
     return root
 
 

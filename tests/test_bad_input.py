@@ -106,7 +106,7 @@ def test_a_bad_image_is_named_with_its_row_and_no_set_is_written(source, tmp_pat
     content, words = BAD_IMAGES[kind]
     path = spoil(source, content)
     with pytest.raises(InputError) as error:
-        create(source, str(tmp_path / "dest"), frames_per_shard=3, jobs=1)
+        create(str(source), str(tmp_path / "dest"), frames_per_shard=3, jobs=1)
     for word in (str(path), "row 33", *words):
         assert word in str(error.value)
     assert_whole_shards_only(tmp_path / "dest")
@@ -118,7 +118,7 @@ def test_a_whole_picture_that_is_not_taken_is_named_and_never_skipped(source, tm
     content, words = FOREIGN_PICTURES[kind]
     path = spoil(source, content)
     with pytest.raises(InputError) as error:
-        create(source, str(tmp_path / "dest"), jobs=1, skip_bad_images=skip)
+        create(str(source), str(tmp_path / "dest"), jobs=1, skip_bad_images=skip)
     assert f"image {path}" in str(error.value)
     assert words in str(error.value)
     assert not (tmp_path / "dest" / "skipped.csv").exists()
@@ -143,9 +143,9 @@ def test_a_bad_image_at_the_command_line_with_several_processes(source, tmp_path
     finished = {path: path.stat().st_mtime_ns for path in files_below(tmp_path / "dest")}
     assert finished
     spoil(source, jpeg())  # mended, the same command continues after what is finished
-    create(source, str(tmp_path / "dest"), frames_per_shard=2, jobs=1)
+    create(str(source), str(tmp_path / "dest"), frames_per_shard=2, jobs=1)
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
-    create(source, str(tmp_path / "undisturbed"), frames_per_shard=2, jobs=1)
+    create(str(source), str(tmp_path / "undisturbed"), frames_per_shard=2, jobs=1)
     for path in files_below(tmp_path / "undisturbed"):
         assert path.read_bytes() == (tmp_path / "dest" / path.relative_to(tmp_path / "undisturbed")).read_bytes()
 
@@ -153,7 +153,7 @@ def test_a_bad_image_at_the_command_line_with_several_processes(source, tmp_path
 def test_many_missing_images_are_counted_and_a_few_named(source, tmp_path):
     shutil.rmtree(source / "cropped" / "t1")
     with pytest.raises(InputError, match=r"8 of 40 listed images do not exist: .*and 3 more") as error:
-        create(source, str(tmp_path / "dest"), jobs=1)
+        create(str(source), str(tmp_path / "dest"), jobs=1)
     assert str(error.value).count(".jpg") == 5
 
 
@@ -164,7 +164,7 @@ def test_a_file_whose_name_differs_in_unicode_form_only_is_told(tmp_path):
     (tmp_path / "t.csv").write_text("image,expression\njose\u0301.jpg,1\nv/b.jpg,1\n")
     (tmp_path / "list.txt").write_text("image\njose\u0301.jpg\n")
     with pytest.raises(InputError, match=r"is there in another Unicode form \(NFC\)"):
-        create(tmp_path / "t.csv", str(tmp_path / "dest"), views=("cropped",), val_fraction=0.5, jobs=1)
+        create(str(tmp_path / "t.csv"), str(tmp_path / "dest"), views=("cropped",), val_fraction=0.5, jobs=1)
     with pytest.raises(InputError, match=r"\(the first in line 2\).*in another Unicode form \(NFC\)"):
         open_frames(str(tmp_path / "list.txt"), scratch=tmp_path)
     (tmp_path / "list.txt").write_text("https://x.org/1.jpg\n")
@@ -176,7 +176,7 @@ def test_a_directory_in_the_place_of_an_image_is_named(source, tmp_path):
     path = spoil(source, None)
     path.mkdir()
     with pytest.raises(InputError, match=path.name):
-        create(source, str(tmp_path / "dest"), frames_per_shard=3, jobs=1)
+        create(str(source), str(tmp_path / "dest"), frames_per_shard=3, jobs=1)
     assert_whole_shards_only(tmp_path / "dest")
 
 
@@ -184,21 +184,21 @@ def test_a_bad_annotation_is_found_before_anything_is_written(source, tmp_path):
     path = source / FILES["val"]
     path.write_text(path.read_text().replace(",-1,", ",9,", 1))
     with pytest.raises(InputError, match=r"validation_set_annotations\.txt:\d+: .*9"):
-        create(source, str(tmp_path / "dest"), jobs=1)
+        create(str(source), str(tmp_path / "dest"), jobs=1)
     assert files_below(tmp_path / "dest") == []
 
 
 def test_a_source_that_is_no_data_set_is_named(tmp_path):
     with pytest.raises(InputError, match="is not a directory"):
-        create(tmp_path / "absent", str(tmp_path / "dest"), jobs=1)
+        create(str(tmp_path / "absent"), str(tmp_path / "dest"), jobs=1)
     with pytest.raises(InputError, match=r"training_set_annotations\.txt cannot be read"):
-        create(tmp_path, str(tmp_path / "dest"), jobs=1)
+        create(str(tmp_path), str(tmp_path / "dest"), jobs=1)
 
 
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ([], ["is a table and describes one view", "--views cropped or --views cropped_aligned", "--images"]),
+        ([], ["table.csv is of one view", "--views cropped or --views cropped_aligned", "with other pictures"]),
         (
             ["--views", "cropped", "--expressions", "bored=-"],
             ["has no validation part", "--columns.split", "--val-table", "--val-fraction 0.1"],
@@ -227,7 +227,7 @@ def test_options_that_would_have_no_effect_are_refused(dataset, tmp_path):
         ({"views": ("cropped", "cropped")}, "--views is cropped cropped; expected every view once"),
     ):
         with pytest.raises(InputError, match=words):
-            create(dataset, str(tmp_path / "dest"), jobs=1, **options)
+            create(str(dataset), str(tmp_path / "dest"), jobs=1, **options)
     assert files_below(tmp_path) == []
 
 
@@ -239,7 +239,7 @@ def test_a_destination_that_cannot_be_written_is_named(dataset, tmp_path, place)
     (tmp_path / "file").write_text("kept")
     dest = {"below a file": tmp_path / "file" / "dest", "a file": tmp_path / "file"}.get(place, Path(place))
     with pytest.raises(InputError, match=f"{dest}(.* cannot be written|, which is a file)"):
-        create(dataset, str(dest), jobs=1)
+        create(str(dataset), str(dest), jobs=1)
     with pytest.raises(InputError, match=f"{dest}(.* cannot be written|, which is a file)"):
         synth(dest, num_train=2, num_val=2, jobs=1)
     assert (tmp_path / "file").read_text() == "kept"
@@ -262,7 +262,7 @@ def test_a_destination_with_other_shards_is_left_alone(source, copied, change, h
         path = source / FILES["train"]
         path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
     with pytest.raises(InputError, match=f"{copied}/cropped/train holds (other shards|'shard-)"):
-        create(source, str(copied), jobs=1, **settings)
+        create(str(source), str(copied), jobs=1, **settings)
     assert {path: path.read_bytes() for path in files_below(copied)} == before
 
 
@@ -270,20 +270,20 @@ def test_a_destination_with_other_files_is_left_alone(dataset, tmp_path):
     (tmp_path / "cropped" / "train").mkdir(parents=True)
     (tmp_path / "cropped" / "train" / "thesis.docx").write_text("x")
     with pytest.raises(InputError, match=r"holds 'thesis\.docx'"):
-        create(dataset, str(tmp_path), jobs=1)
+        create(str(dataset), str(tmp_path), jobs=1)
     assert [path.name for path in files_below(tmp_path)] == ["thesis.docx"]
 
 
 @pytest.mark.parametrize("flag", ["frames_per_shard", "jobs"])
 def test_counts_below_one_are_refused(dataset, tmp_path, flag):
     with pytest.raises(InputError, match=f"--{flag.replace('_', '-')} is 0; expected 1 or more"):
-        create(dataset, str(tmp_path), **{flag: 0})
+        create(str(dataset), str(tmp_path), **{flag: 0})
 
 
 @pytest.mark.parametrize("uri", ["gs://bucket/x", "http://host/x", "s3://", "s3:///x", "s3:/bucket/x"])
 def test_an_address_of_another_kind_is_refused(dataset, uri):
     with pytest.raises(InputError, match=r"expected (a local path or )?s3://bucket/prefix"):
-        create(dataset, uri, jobs=1)
+        create(str(dataset), uri, jobs=1)
     with pytest.raises(InputError, match=r"expected (a local path or )?s3://bucket/prefix"):
         verify(uri, jobs=1)
 
@@ -313,7 +313,7 @@ def test_missing_s3_credentials_are_named(s3, tmp_path):
 
 def test_a_missing_bucket_is_named_when_reading_and_when_writing(dataset, s3):
     with pytest.raises(InputError, match="bucket 'absent' does not exist"):
-        create(dataset, "s3://absent/x", jobs=1)
+        create(str(dataset), "s3://absent/x", jobs=1)
     with pytest.raises(InputError, match="bucket 'absent' does not exist"):
         read_index("s3://absent/x")
     done = run_here("mtl_dist.shards", "inspect", "s3://absent/x")
@@ -473,7 +473,7 @@ def make_sets(dest: Path, *, train: str = "a", val: str = "a", shared: int = 0) 
             (dest / split / f"{number}.jpg").write_bytes(data)
             lines.append(f"{split}/{number}.jpg,{labels[kind]},{split}")
     (dest / "t.csv").write_text("\n".join(lines) + "\n")
-    create(dest / "t.csv", str(dest / "set"), views=("cropped",), jobs=1)
+    create(str(dest / "t.csv"), str(dest / "set"), views=("cropped",), jobs=1)
     sets = ["--data.train", f"{dest}/set/cropped/train", "--data.val", f"{dest}/set/cropped/val"]
     return ["--dry-run", "--preset=small", "--train.global-batch=8", f"--run.storage={dest}", *sets]
 
@@ -658,7 +658,7 @@ def test_storage_that_goes_with_a_ray_job_is_refused(dataset, shards, throw_away
     data = [f"--data.{split}={shards / 'cropped' / split}" for split in ("train", "val")]
     for call, flag in (
         (lambda: train_main(["--preset=small", "--dry-run", *data, f"--run.storage={throw_away}"]), "--run.storage"),
-        (lambda: create(dataset, throw_away, jobs=1), "DEST"),
+        (lambda: create(str(dataset), throw_away, jobs=1), "DEST"),
         (lambda: synth(Path(throw_away), num_train=1, num_val=1, jobs=1), "DEST"),
         (lambda: inspect(str(shards / "cropped/val"), sheet=Path(f"{throw_away}.png")), "--sheet"),
     ):

@@ -376,7 +376,7 @@ def test_a_member_with_another_order_of_classes_is_named(runs, tmp_path):
 
 
 def test_members_scored_on_different_data_are_named_with_their_checksums(runs, shards, tmp_path):
-    create(write_dataset(tmp_path / "source", seed=1), str(tmp_path / "shards"), frames_per_shard=7, jobs=1)
+    create(str(write_dataset(tmp_path / "source", seed=1)), str(tmp_path / "shards"), frames_per_shard=7, jobs=1)
     run = Path(shutil.copytree(runs / "cropped", tmp_path / "elsewhere"))
     sha256 = read_index(f"{tmp_path}/shards/cropped/val").sha256
     rewrite_state(run, identity={"training set": "", "validation set": sha256})

@@ -135,7 +135,7 @@ def test_images_of_mixed_sizes_are_resized_to_one(tmp_path):
         height, width = [(97, 97), (160, 97), (40, 200), (20, 20)][number % 4]
         image = np.stack([np.resize(ramp, width)[None].repeat(height, 0)] * 3, 2).astype(np.uint8)
         path.write_bytes(simplejpeg.encode_jpeg(image, quality=95))
-    create(source, str(tmp_path / "shards"), views=("cropped",), frames_per_shard=5, jobs=1)
+    create(str(source), str(tmp_path / "shards"), views=("cropped",), frames_per_shard=5, jobs=1)
     reader = open_reader(tmp_path / "shards" / "cropped" / "train")
     names = reader.names().images
     batch = reader.read_batch(np.arange(12), 64)

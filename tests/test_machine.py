@@ -12,8 +12,9 @@ import pytest
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.index import read_index
 from mtl_dist.data.loader import FETCH_AHEAD_STEPS
-from mtl_dist.data.order import Order, build_task_orders
+from mtl_dist.data.order import Order
 from mtl_dist.data.reader import ShardReader
+from mtl_dist.data.task_orders import build_task_orders
 from mtl_dist.machine import num_cpus
 from tests.conftest import REPO
 
@@ -78,7 +79,7 @@ def test_shards_in_hand_are_kept_open_however_many_they_are(dataset, tmp_path, p
     """40 shards of a row, of which an epoch opens each once; it opened them again and again beyond a fixed number."""
     from mtl_dist.shards.__main__ import create
 
-    create(dataset, str(tmp_path), views=("cropped",), frames_per_shard=1, jobs=1)
+    create(str(dataset), str(tmp_path), views=("cropped",), frames_per_shard=1, jobs=1)
     uri = str(tmp_path / "cropped" / "train")
     index, cache = read_index(uri), CountingCache()
     monkeypatch.setattr("mtl_dist.data.reader.OPEN_SHARDS", 4)

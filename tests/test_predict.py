@@ -447,7 +447,7 @@ def test_the_challenges_file_of_a_set_has_a_line_for_each_of_its_rows_also_where
     splits = ["train", "val", "train", "test", "val", "train", "train", "train", "val"]
     lines = [f"{name},1,{split}" for name, split in zip(names, splits, strict=True)]
     (tmp_path / "t.csv").write_text("\n".join(["image,expression,split", *lines]))
-    create(tmp_path / "t.csv", str(tmp_path), views=("cropped",), jobs=1, table=TableOptions(images=faces))
+    create(str(tmp_path / "t.csv"), str(tmp_path), views=("cropped",), jobs=1, table=TableOptions(images=faces))
     capsys.readouterr()
     for name in ("out.csv", "out.txt"):
         run_predict(run, tmp_path / "cropped" / "val", tmp_path / name)

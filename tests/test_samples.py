@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mtl_dist.config import DataConfig, build_config, dump_yaml
+from mtl_dist.config import DataConfig, build_config
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.index import Sets, read_index, read_sets
 from mtl_dist.data.loader import eval_batches, train_batches
@@ -19,6 +19,7 @@ from mtl_dist.data.samples import Mixture, open_samples
 from mtl_dist.errors import InputError
 from mtl_dist.predicting.evaluate import list_rows
 from mtl_dist.presets import CommandConfig, config_of, parse_command, read_config_file
+from mtl_dist.settings import dump_yaml
 from mtl_dist.shards.__main__ import create
 from mtl_dist.tasks import SET_BITS
 from mtl_dist.training.plan import open_data
@@ -33,7 +34,7 @@ def other(tmp_path_factory) -> Path:
     """Another pair of sets, of other pictures and of the same names."""
     root = tmp_path_factory.mktemp("other")
     source = write_dataset(root / "source", num_train=24, num_val=16, seed=7)
-    create(source, str(root / "shards"), views=("cropped",), frames_per_shard=5, jobs=1)
+    create(str(source), str(root / "shards"), views=("cropped",), frames_per_shard=5, jobs=1)
     return root / "shards"
 
 

@@ -86,21 +86,21 @@ def copied(shards, tmp_path) -> Path:
 
 
 def test_made_twice_every_byte_is_the_same_whatever_the_number_of_processes(dataset, shards, tmp_path):
-    create(dataset, str(tmp_path / "again"), frames_per_shard=7, jobs=2)
+    create(str(dataset), str(tmp_path / "again"), frames_per_shard=7, jobs=2)
     again = read_tree(tmp_path / "again")
     assert len(again) == 2 * (2 * 6 + 1) + 2 * (2 * 3 + 1)
     assert again == read_tree(shards)
 
 
 def test_another_seed_puts_the_same_rows_elsewhere(dataset, shards, tmp_path):
-    create(dataset, str(tmp_path), views=("cropped",), frames_per_shard=7, seed=1, jobs=1)
+    create(str(dataset), str(tmp_path), views=("cropped",), frames_per_shard=7, seed=1, jobs=1)
     rows = [rows_of(root / "cropped" / "train") for root in (shards, tmp_path)]
     assert rows[0] != rows[1]
     assert sorted(chain(*rows[0])) == sorted(chain(*rows[1])) == list(range(40))
 
 
 def test_shards_are_cut_by_bytes(dataset, shards, tmp_path):
-    create(dataset, str(tmp_path), views=("cropped",), shard_bytes=20_000, jobs=1)
+    create(str(dataset), str(tmp_path), views=("cropped",), shard_bytes=20_000, jobs=1)
     index = read_index(str(tmp_path / "cropped" / "train"))
     assert (index.frames_per_shard, index.shard_bytes) == (None, 20_000)
     contents = [entry.tar_bytes for entry in index.shards]
@@ -108,12 +108,12 @@ def test_shards_are_cut_by_bytes(dataset, shards, tmp_path):
     assert max(contents) <= 20_000 + ustar.RECORD  # an archive ends with a padding
     assert min(contents[:-1]) > 10_000
     assert sorted(chain(*rows_of(tmp_path / "cropped" / "train"))) == list(range(40))
-    create(dataset, str(tmp_path / "both"), views=("cropped",), shard_bytes=20_000, frames_per_shard=2, jobs=1)
+    create(str(dataset), str(tmp_path / "both"), views=("cropped",), shard_bytes=20_000, frames_per_shard=2, jobs=1)
     assert {entry.rows for entry in read_index(str(tmp_path / "both" / "cropped" / "train")).shards} == {2}
 
 
 def test_an_image_larger_than_a_shard_has_one_of_its_own(dataset, tmp_path):
-    create(dataset, str(tmp_path), views=("cropped",), shard_bytes=1, jobs=1)
+    create(str(dataset), str(tmp_path), views=("cropped",), shard_bytes=1, jobs=1)
     assert {entry.rows for entry in read_index(str(tmp_path / "cropped" / "train")).shards} == {1}
 
 
@@ -157,15 +157,15 @@ def test_a_run_killed_in_the_middle_continues_and_ends_like_an_undisturbed_one(t
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").rglob("*.safetensors")}
     assert 20 <= len(finished) < 320
     assert not list((tmp_path / "killed").rglob(INDEX_NAME)), "an index before its shards"
-    create(source, str(tmp_path / "killed"), frames_per_shard=1, jobs=1)
+    create(str(source), str(tmp_path / "killed"), frames_per_shard=1, jobs=1)
     assert {path: path.stat().st_mtime_ns for path in finished} == finished, "what was finished was made again"
-    create(source, str(tmp_path / "whole"), frames_per_shard=1, jobs=1)
+    create(str(source), str(tmp_path / "whole"), frames_per_shard=1, jobs=1)
     assert read_tree(tmp_path / "killed") == read_tree(tmp_path / "whole")
 
 
 def test_a_rerun_of_a_finished_set_writes_no_shard(dataset, copied):
     before = {path: path.stat().st_mtime_ns for path in copied.rglob("shard-*")}
-    create(dataset, str(copied), frames_per_shard=7, jobs=1)
+    create(str(dataset), str(copied), frames_per_shard=7, jobs=1)
     assert {path: path.stat().st_mtime_ns for path in copied.rglob("shard-*")} == before
 
 
@@ -187,7 +187,7 @@ def test_a_rerun_repairs_what_is_lost_or_torn(dataset, shards, copied, lost):
             flip_bit(sidecar, sidecar.stat().st_size - 1)
             if "no index" in lost:
                 (sidecar.parent / INDEX_NAME).unlink()
-    create(dataset, str(copied), frames_per_shard=7, jobs=1)
+    create(str(dataset), str(copied), frames_per_shard=7, jobs=1)
     assert read_tree(copied) == read_tree(shards)
 
 
@@ -448,7 +448,7 @@ def test_verify_at_the_command_line_ends_with_one_message_and_code_2(copied):
 
 def test_sets_on_s3_are_those_on_disk_and_can_be_verified_and_inspected(dataset, shards, s3):
     uri = "s3://mtl/made/here"
-    create(dataset, uri, views=("cropped",), frames_per_shard=7, jobs=1)
+    create(str(dataset), uri, views=("cropped",), frames_per_shard=7, jobs=1)
     stored = {name: storage.read_bytes(f"{uri}/{name}") for name, _ in storage.list_objects(uri)}
     assert stored == {name: data for name, data in read_tree(shards).items() if name.startswith("cropped/")}
     verify(f"{uri}/cropped/val", jobs=1)
@@ -460,7 +460,7 @@ def test_sets_on_s3_are_those_on_disk_and_can_be_verified_and_inspected(dataset,
     storage.delete(f"{uri}/cropped/val/shard-000001.tar")
     with pytest.raises(InputError, match=r"shard-000001\.tar is gone"):
         verify(f"{uri}/cropped/val", jobs=1)
-    create(dataset, uri, views=("cropped",), frames_per_shard=7, jobs=1)
+    create(str(dataset), uri, views=("cropped",), frames_per_shard=7, jobs=1)
     assert storage.read_bytes(f"{uri}/cropped/val/shard-000001.tar") == stored["cropped/val/shard-000001.tar"]
 
 
@@ -538,7 +538,7 @@ def test_a_table_becomes_both_views_by_two_runs(dataset, tmp_path, capsys):
     table, dest = write_table(dataset, tmp_path / "faces.csv"), tmp_path / "dest"
     for view in VIEWS:
         options = TableOptions(images=dataset / view)
-        create(table, str(dest), views=(view,), frames_per_shard=7, val_fraction=0.3, jobs=1, table=options)
+        create(str(table), str(dest), views=(view,), frames_per_shard=7, val_fraction=0.3, jobs=1, table=options)
     assert "skipped: nothing" in capsys.readouterr().out
     expected, found = read_rows(dataset, "train"), {}
     for view, split in SETS:
@@ -562,7 +562,7 @@ def test_shards_of_other_pictures_are_not_taken_for_these(dataset, tmp_path):
 
     def run(images: str) -> None:
         options = TableOptions(images=dataset / images)
-        create(table, str(dest), views=("cropped",), val_fraction=0.3, jobs=1, table=options)
+        create(str(table), str(dest), views=("cropped",), val_fraction=0.3, jobs=1, table=options)
 
     run("cropped")
     before = read_tree(dest)
@@ -576,7 +576,7 @@ def test_a_table_continued_with_other_choices_is_refused(dataset, tmp_path):
 
     def run(fraction: float = 0.3, **options) -> None:
         options = TableOptions(images=dataset / "cropped", **options)
-        create(table, str(tmp_path / "dest"), views=("cropped",), val_fraction=fraction, jobs=1, table=options)
+        create(str(table), str(tmp_path / "dest"), views=("cropped",), val_fraction=fraction, jobs=1, table=options)
 
     run()
     before = read_tree(tmp_path / "dest")
@@ -591,8 +591,8 @@ def test_a_directory_without_a_validation_part_is_parted_by_video(dataset, tmp_p
     source = Path(shutil.copytree(dataset, tmp_path / "source"))
     (source / FILES["val"]).unlink()
     with pytest.raises(InputError, match=r"validation_set_annotations\.txt does not exist; .*--val-fraction 0\.1"):
-        create(source, str(tmp_path / "dest"), jobs=1)
-    create(source, str(tmp_path / "dest"), views=("cropped",), frames_per_shard=7, val_fraction=0.2, jobs=1)
+        create(str(source), str(tmp_path / "dest"), jobs=1)
+    create(str(source), str(tmp_path / "dest"), views=("cropped",), frames_per_shard=7, val_fraction=0.2, jobs=1)
     rows = [list(chain(*rows_of(tmp_path / "dest" / "cropped" / split))) for split in SPLITS]
     assert sorted(chain(*rows)) == list(range(40))
     videos = [{read_rows(dataset, "train")[row]["image"].split("/")[0] for row in part} for part in rows]
@@ -621,7 +621,7 @@ def spoilt(dataset, tmp_path) -> Path:
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_rows_of_bad_images_are_left_out_of_all_views_and_listed(spoilt, tmp_path, capsys, jobs):
     dest = tmp_path / "dest"
-    create(spoilt, str(dest), frames_per_shard=7, jobs=jobs, skip_bad_images=True)
+    create(str(spoilt), str(dest), frames_per_shard=7, jobs=jobs, skip_bad_images=True)
     for view in VIEWS:
         assert sorted(chain(*rows_of(dest / view / "train"))) == [row for row in range(40) if row not in BAD_BYTES]
         assert sorted(chain(*rows_of(dest / view / "val"))) == list(range(20))
@@ -636,14 +636,14 @@ def test_rows_of_bad_images_are_left_out_of_all_views_and_listed(spoilt, tmp_pat
     assert [line["reason"].partition(" (")[0] for line in listed] == ["missing", "empty", "no picture"]
     printed = capsys.readouterr().out
     assert "skipped: 3 rows for bad images (1 missing, 1 empty, 1 no picture), listed in" in printed
-    create(spoilt, str(dest), frames_per_shard=7, jobs=1, skip_bad_images=True)
+    create(str(spoilt), str(dest), frames_per_shard=7, jobs=1, skip_bad_images=True)
     assert "every shard was there already" in capsys.readouterr().out
     with pytest.raises(InputError, match="do not exist"):
-        create(spoilt, str(dest), frames_per_shard=7, jobs=1)
+        create(str(spoilt), str(dest), frames_per_shard=7, jobs=1)
 
 
 def test_skipping_nothing_gives_the_same_shards(dataset, shards, tmp_path):
-    create(dataset, str(tmp_path), frames_per_shard=7, jobs=1, skip_bad_images=True)
+    create(str(dataset), str(tmp_path), frames_per_shard=7, jobs=1, skip_bad_images=True)
     tree = read_tree(tmp_path)
     assert tree.pop("skipped.csv") == b"row,split,view,image,reason\n"
     assert all(json.loads(tree.pop(f"{view}/checked.json"))["bad"] == {} for view in VIEWS)
@@ -660,7 +660,7 @@ def test_pictures_of_other_kinds_are_kept_as_jpeg_and_a_jpeg_byte_for_byte(datas
         image.save(path, kind, **({"lossless": True} if kind == "WEBP" else {}))
         pixels[path] = np.asarray(image.convert("RGB"), np.int16)
     for dest in ("once", "again"):
-        create(source, str(tmp_path / dest), views=("cropped",), jobs=1, skip_bad_images=True)
+        create(str(source), str(tmp_path / dest), views=("cropped",), jobs=1, skip_bad_images=True)
     train = tmp_path / "once" / "cropped" / "train"
     assert read_tree(train) == read_tree(tmp_path / "again" / "cropped" / "train")
     assert (tmp_path / "once" / "skipped.csv").read_text() == "row,split,view,image,reason\n"
@@ -701,7 +701,7 @@ def test_pictures_that_are_not_stored_upright_are_turned_and_counted(dataset, tm
     lay_down(source, lying)
     for choice, said in (("apply", "were turned"), ("ignore", "were taken as they are stored")):
         for _ in range(2):  # the second time all is there, and is counted
-            create(source, str(tmp_path / choice), views=("cropped",), frames_per_shard=7, jobs=1, exif=choice)
+            create(str(source), str(tmp_path / choice), views=("cropped",), frames_per_shard=7, jobs=1, exif=choice)
             assert f"3 images are not stored upright, says their EXIF, and {said}" in capsys.readouterr().out
         verify(str(tmp_path / choice / "cropped" / "train"))
         members = tar_members(tmp_path / choice / "cropped" / "train")
@@ -712,7 +712,7 @@ def test_pictures_that_are_not_stored_upright_are_turned_and_counted(dataset, tm
                 upright = np.asarray(Image.open(io.BytesIO(original)).transpose(Image.Transpose.ROTATE_270)).astype(int)
                 assert np.abs(decode(stored).astype(int) - upright).mean() < 3
     with pytest.raises(InputError, match="has exif apply, this set exif ignore"):
-        create(source, str(tmp_path / "apply"), views=("cropped",), frames_per_shard=7, jobs=1, exif="ignore")
+        create(str(source), str(tmp_path / "apply"), views=("cropped",), frames_per_shard=7, jobs=1, exif="ignore")
 
 
 def test_a_set_that_an_earlier_version_began_is_continued_unless_turned_pictures_would_come_to_others(
@@ -720,11 +720,11 @@ def test_a_set_that_an_earlier_version_began_is_continued_unless_turned_pictures
 ):
     source = Path(shutil.copytree(dataset, tmp_path / "source"))
     options = {"views": ("cropped",), "frames_per_shard": 7, "jobs": 1}
-    create(source, str(tmp_path / "upright"), **options)
+    create(str(source), str(tmp_path / "upright"), **options)
     names = read_annotations(source / FILES["train"]).images
     rows = parse_sidecar((tmp_path / "upright/cropped/train/shard-000000.safetensors").read_bytes()).row
     lay_down(source, [names[rows[-1]]])
-    create(source, str(tmp_path / "lying"), **options, exif="ignore")
+    create(str(source), str(tmp_path / "lying"), **options, exif="ignore")
     for made in ("upright", "lying"):
         train = tmp_path / made / "cropped" / "train"
         (train / INDEX_NAME).unlink()
@@ -735,11 +735,11 @@ def test_a_set_that_an_earlier_version_began_is_continued_unless_turned_pictures
     before = read_tree(tmp_path / "lying")
     pattern = rf"earlier version.*: {source}/cropped/{names[rows[-1]]} of shard-000000 is not stored upright.*--exif ig"
     with pytest.raises(InputError, match=pattern):
-        create(source, str(tmp_path / "lying"), **options)
+        create(str(source), str(tmp_path / "lying"), **options)
     assert read_tree(tmp_path / "lying") == before
-    create(source, str(tmp_path / "lying"), **options, exif="ignore")
+    create(str(source), str(tmp_path / "lying"), **options, exif="ignore")
     shutil.rmtree(source)
-    create(Path(shutil.copytree(dataset, source)), str(tmp_path / "upright"), **options)
+    create(shutil.copytree(dataset, str(source)), str(tmp_path / "upright"), **options)
     for made in ("upright", "lying"):
         verify(str(tmp_path / made / "cropped" / "train"))
 
@@ -755,7 +755,7 @@ def tar_members(directory: Path) -> dict[int, bytes]:
 
 def test_a_second_view_keeps_what_the_first_has_listed(spoilt, tmp_path):
     for view in (*VIEWS, *VIEWS):
-        create(spoilt, str(tmp_path / "dest"), views=(view,), jobs=1, skip_bad_images=True)
+        create(str(spoilt), str(tmp_path / "dest"), views=(view,), jobs=1, skip_bad_images=True)
     lines = (tmp_path / "dest" / "skipped.csv").read_text().splitlines()[1:]
     assert sorted(line.split(",")[0] for line in lines) == ["12", "33", "5"]
 
@@ -775,7 +775,7 @@ def looked_at(monkeypatch) -> list[str]:
 
 def test_a_rerun_looks_at_no_image_again_finished_or_not(spoilt, tmp_path, looked_at, monkeypatch):
     def run(dest: str) -> dict[str, bytes]:
-        create(spoilt, str(tmp_path / dest), frames_per_shard=7, jobs=1, skip_bad_images=True)
+        create(str(spoilt), str(tmp_path / dest), frames_per_shard=7, jobs=1, skip_bad_images=True)
         return read_tree(tmp_path / dest)
 
     def stop(*_):
@@ -802,17 +802,17 @@ def test_an_image_that_changed_is_looked_at_again(spoilt, tmp_path, looked_at, c
         path.write_bytes(bytes(len(good)) if change == "restored" else good)
     before = path.stat() if change != "repaired" else None
     dest = tmp_path / "dest"
-    create(spoilt, str(dest), frames_per_shard=7, jobs=1, skip_bad_images=True)
+    create(str(spoilt), str(dest), frames_per_shard=7, jobs=1, skip_bad_images=True)
     tree, num_images = read_tree(dest), len(looked_at)
     path.write_bytes(bytes(len(good)) if change == "damaged" else good)
     if before:
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
         assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
     with pytest.raises(InputError, match=r"holds (other shards.*source_sha256|'shard-)"):
-        create(spoilt, str(dest), frames_per_shard=7, jobs=1, skip_bad_images=True)
+        create(str(spoilt), str(dest), frames_per_shard=7, jobs=1, skip_bad_images=True)
     assert len(looked_at) == num_images * 3 // 2, "the other view has not changed"
     assert read_tree(dest) == tree
-    create(spoilt, str(tmp_path / "anew"), views=("cropped",), frames_per_shard=7, jobs=1, skip_bad_images=True)
+    create(str(spoilt), str(tmp_path / "anew"), views=("cropped",), frames_per_shard=7, jobs=1, skip_bad_images=True)
     left_out = {33} if change == "repaired" else {5} if change == "restored" else {5, 33}
     rows = chain(*rows_of(tmp_path / "anew" / "cropped" / "train"))
     assert set(range(40)) - set(rows) == left_out
@@ -822,20 +822,20 @@ def test_what_could_not_be_read_is_not_remembered(spoilt, tmp_path, looked_at):
     """A server that was away for a moment: the images are as they were."""
     (spoilt / "cropped" / read_annotations(spoilt / FILES["train"]).images[5]).mkdir()  # as good as an input error
     for _ in range(2):
-        create(spoilt, str(tmp_path / "dest"), frames_per_shard=7, jobs=1, skip_bad_images=True)
+        create(str(spoilt), str(tmp_path / "dest"), frames_per_shard=7, jobs=1, skip_bad_images=True)
     assert "cannot be read (Is a directory)" in (tmp_path / "dest" / "skipped.csv").read_text()
     assert len(looked_at) == 54 * (2 + 1)
 
 
 @pytest.mark.parametrize("content", [b"", b"[" * 10**5, b"3", b'{"format": "x"}', b'{"bad": {"v": 1}}', b"\xff"])
 def test_a_torn_record_of_images_costs_another_look(spoilt, tmp_path, looked_at, content):
-    create(spoilt, str(tmp_path), frames_per_shard=7, jobs=1, skip_bad_images=True)
+    create(str(spoilt), str(tmp_path), frames_per_shard=7, jobs=1, skip_bad_images=True)
     path = tmp_path / "cropped" / "checked.json"
     if b"bad" in content:
         content = json.dumps(json.loads(path.read_text()) | json.loads(content)).encode()
     tree = read_tree(tmp_path)
     path.write_bytes(content)
-    create(spoilt, str(tmp_path), frames_per_shard=7, jobs=1, skip_bad_images=True)
+    create(str(spoilt), str(tmp_path), frames_per_shard=7, jobs=1, skip_bad_images=True)
     assert len(looked_at) == 54 * (2 + 1)
     assert read_tree(tmp_path) == tree
 
@@ -844,7 +844,7 @@ def test_a_torn_record_of_images_costs_another_look(spoilt, tmp_path, looked_at,
 def test_another_file_in_the_place_of_the_list_is_left_alone(dataset, tmp_path, content):
     (tmp_path / "skipped.csv").write_bytes(content)
     with pytest.raises(InputError, match=r"skipped\.csv would be written, and holds something else"):
-        create(dataset, str(tmp_path), jobs=1, skip_bad_images=True)
+        create(str(dataset), str(tmp_path), jobs=1, skip_bad_images=True)
     assert read_tree(tmp_path) == {"skipped.csv": content}
 
 
@@ -853,7 +853,7 @@ def test_a_directory_of_other_images_is_not_skipped_as_a_whole(spoilt, tmp_path,
     for path in (spoilt / "cropped").glob("t[0-3]/*" if what == "most images" else "v*/*"):
         path.unlink()
     with pytest.raises(InputError, match=r"of 60 rows would be skipped \(\d+ missing.*right directory"):
-        create(spoilt, str(tmp_path / "dest"), jobs=1, skip_bad_images=True)
+        create(str(spoilt), str(tmp_path / "dest"), jobs=1, skip_bad_images=True)
     assert read_tree(tmp_path / "dest") == {}
 
 
@@ -880,7 +880,7 @@ def test_create_ends_with_what_there_is_what_was_left_out_and_what_is_next(datas
 def test_the_command_that_is_next_fits_a_machine_without_a_gpu_and_a_set_smaller_than_a_batch(tmp_path, capsys):
     if any(Path("/dev").glob("nvidia[0-9]*")):
         pytest.skip("this machine has a GPU")
-    create(write_dataset(tmp_path / "faces", num_train=12, num_val=8), str(tmp_path / "dest"), jobs=1)
+    create(str(write_dataset(tmp_path / "faces", num_train=12, num_val=8)), str(tmp_path / "dest"), jobs=1)
     command = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("next: python -m "))
     assert command[1:4] == ["--local", "--preset", "small"]
     done = run_here(*command, "--dry-run", "--run.storage", str(tmp_path / "runs"))
@@ -893,7 +893,7 @@ def test_an_action_unit_that_is_always_off_is_told_from_one_that_nobody_labelled
     (tmp_path / "t.csv").write_text("\n".join(["image,valence,arousal,expression,AU1,AU2", *rows]) + "\n")
     options = TableOptions(images=dataset / "cropped")
     dest = tmp_path / "dest"
-    create(tmp_path / "t.csv", str(dest), views=("cropped",), val_fraction=0.2, table=options, jobs=1)
+    create(str(tmp_path / "t.csv"), str(dest), views=("cropped",), val_fraction=0.2, table=options, jobs=1)
     lines = [re.split(r"\s{2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
     cells = {line[0]: line[1:] for line in lines}
     assert cells["AU1 on, of labelled"] == ["0 of 32", "0 of 8"]
@@ -912,7 +912,7 @@ def test_validation_pictures_that_are_training_pictures_by_another_name_are_coun
     for theirs, mine in zip(train, val[:4]):
         shutil.copy(source / "cropped" / theirs, source / "cropped" / mine)
     rows = sum(image in val[:4] for image in read_annotations(source / FILES["val"]).images)
-    create(source, str(tmp_path / "dest"), frames_per_shard=7, jobs=1)
+    create(str(source), str(tmp_path / "dest"), frames_per_shard=7, jobs=1)
     printed = capsys.readouterr().out
     assert f"note: cropped: {rows} of 20 validation pictures are training pictures too, byte for byte" in printed
     assert "note: cropped_aligned" not in printed

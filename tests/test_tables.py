@@ -220,7 +220,7 @@ def test_affectnet_contempt_becomes_other_when_told(tmp_path, pair):
 def test_affectnets_two_lists_are_train_and_val(tmp_path):
     train, val = affectnet(tmp_path / "training.csv"), affectnet(tmp_path / "validation.csv", 11)
     val.write_text(val.read_text().replace(".jpg", ".png"))  # other pictures
-    source = split(train, TableOptions(table_format="affectnet", val_table=val))
+    source = split(train, TableOptions(table_format="affectnet", val_table=str(val)))
     assert {name: len(part.row) for name, part in source.splits.items()} == {"train": 22, "val": 11}
     assert source.unlabelled["None (8)"] == 3
 
@@ -239,7 +239,7 @@ def test_an_affectnet_list_without_a_header_is_the_same_table(tmp_path, count, s
     for name in ("va", "expr", "au", "va_mask", "expr_mask", "au_mask"):
         np.testing.assert_array_equal(getattr(found.annotations, name), getattr(expected.annotations, name), name)
     without.write_bytes(without.read_bytes().replace(b".jpg", b".png"))  # other pictures
-    source = split(with_header, TableOptions(table_format="affectnet", val_table=without))
+    source = split(with_header, TableOptions(table_format="affectnet", val_table=str(without)))
     assert {name: len(part.row) for name, part in source.splits.items()} == {"train": count, "val": count}
 
 
@@ -485,7 +485,7 @@ def test_videos_that_a_table_names_are_in_the_shards_and_part_what_is_scored(tmp
         label = json.load(tar.extractfile(tar.getmembers()[1]))
     assert label["video"] == f"vidéo {label['row'] // 5}"
     bad = write(tmp_path / "bad.csv", ["3.jpg", "1", "a\tb", "val"], header=["image", "expression", "video", "split"])
-    with pytest.raises(InputError, match=r"row 0 \(from 0\), line 2: video is 'a\\tb'; expected printable"):
+    with pytest.raises(InputError, match=r"row 0 \(from 0\), line 2: video is 'a\\tb' .*; expected printable"):
         read(bad)
 
 
@@ -503,7 +503,7 @@ def test_a_person_or_video_on_both_sides_is_an_error_with_its_way_out(tmp_path):
     train, val = (write(tmp_path / f"{name}.csv", *([name + row[0], *row[1:3]] for row in rows), header=header)
                   for name in ("a", "b"))  # fmt: skip
     with pytest.raises(InputError, match=r"a\.csv and .*b\.csv: 7 persons are in train and in val"):
-        split(train, TableOptions(val_table=val))
+        split(train, TableOptions(val_table=str(val)))
 
 
 def test_a_row_is_named_by_its_line_too_and_a_name_with_its_likely_fault(tmp_path):
@@ -539,11 +539,11 @@ def test_one_picture_on_both_sides_is_an_error_and_one_directory_a_note(tmp_path
 def test_one_table_or_one_text_for_both_parts_is_an_error(tmp_path):
     path = write(tmp_path / "t.csv", GOOD)
     with pytest.raises(InputError, match=r"t\.csv, of the training rows, and .*t\.csv, .*, are the same file"):
-        split(path, TableOptions(val_table=path))
+        split(path, TableOptions(val_table=str(path)))
     copy = tmp_path / "copy.csv"
     copy.write_bytes(path.read_bytes())
     with pytest.raises(InputError, match="are equal, byte for byte; expected other rows"):
-        split(path, TableOptions(val_table=copy))
+        split(path, TableOptions(val_table=str(copy)))
     texts = [tmp_path / name for name in FILES.values()]
     lines = [ANNOTATIONS_HEADER, *(f"v{i}/1.jpg,-5,-5,1" + ",-1" * 12 for i in range(3))]
     for text in texts:
@@ -579,7 +579,7 @@ def test_a_validation_part_is_given_exactly_once(tmp_path, names, fraction, with
     path = write(tmp_path / "t.csv", *rows, header=["image", "expression", "split"][: len(rows[0])])
     other = write(tmp_path / "other.csv", ["x/1.jpg", "1"], header=["image", "expression"])
     with pytest.raises(InputError) as error:
-        split(path, TableOptions(val_table=other if with_val_table else None), val_fraction=fraction)
+        split(path, TableOptions(val_table=str(other) if with_val_table else None), val_fraction=fraction)
     assert words in str(error.value)
 
 

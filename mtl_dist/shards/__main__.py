@@ -43,7 +43,7 @@ BOUNDS = OPTION_BOUNDS | {
 
 
 def create(
-    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
     dest: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DEST")],
     *,
     views: tuple[View, ...] = VIEWS,
@@ -60,7 +60,8 @@ def create(
 
     Every listed image is decoded and every label checked; the first fault stops the run and names file and row.
 
-    SOURCE is a directory in the s-Aff-Wild2 layout, or a .csv or .parquet table with a row an image:
+    SOURCE is a directory in the s-Aff-Wild2 layout, a .csv or .parquet table with a row an image, the tars of a
+    WebDataset, local or on S3 (its name in quotes, lest the shell takes the braces), or pictures without labels:
 
         create /data/s-Aff-Wild2 s3://bucket/faces
         create /data/mine /data/shards --val-fraction 0.1 --skip-bad-images
@@ -68,12 +69,15 @@ def create(
         create faces.parquet DEST --views cropped --columns.image path --columns.au AU{:02}_c --val-fraction 0.1
         create training.csv DEST --views cropped --table-format affectnet --val-table validation.csv
             --images /data/AffectNet --expressions Contempt=Other
+        create 's3://bucket/wds/train-{000..099}.tar' DEST --views cropped --val-table 's3://bucket/wds/val-{0..9}.tar'
+            --columns.expression cls
+        create /data/faces s3://bucket/faces --views cropped --unlabelled
 
     Args:
         source: A directory that holds training_set_annotations.txt, validation_set_annotations.txt and a directory a
-            view; or a table, of one view.
+            view; or a table, of one view; or tars, of one view.
         dest: Directory or s3://bucket/prefix; the sets are written to <dest>/<view>/<split>/.
-        views: Views to write. A table describes one.
+        views: Views to write. A table or WebDataset is of one.
         frames_per_shard: Rows of a shard; 1000 where no limit is given: of 112 x 112 pixels about 8 MB.
         shard_bytes: Bytes of a shard, about; 100000000 suits data over 10^6 rows. With both, what is reached first.
         val_fraction: Where the source has no validation part: share of its rows, taken as whole videos and persons.
@@ -84,6 +88,7 @@ def create(
         seed: Of the one shuffle of rows at writing, and of the choice for --val-fraction.
     """
     from mtl_dist.shards import skipping
+    from mtl_dist.shards.adopt import as_table
     from mtl_dist.shards.sources import find_images, read_source
     from mtl_dist.shards.summary import print_summary
     from mtl_dist.shards.writer import plan_sets, write_sets
@@ -92,19 +97,20 @@ def create(
         frames_per_shard = FRAMES_PER_SHARD
     limits = {"frames_per_shard": frames_per_shard, "shard_bytes": shard_bytes}
     check_numbers(BOUNDS, **limits, val_fraction=val_fraction, seed=seed, jobs=jobs)
-    images_dirs = find_images(source, views, table)
     storage.check_writable(dest, flag="DEST")
-    found = read_source(source, table, val_fraction=val_fraction, seed=seed)
-    for note in found.notes:
-        print(note, flush=True)
-    kept = skipping.Kept(found.splits, [], {})
-    listed = skipping.read_skipped(dest, but=views) if skip_bad_images else []
-    if skip_bad_images:
-        with progress_bar("checking images", len(views) * skipping.count_images(found.splits)) as advance:
-            kept = skipping.drop_bad_images(found.splits, images_dirs, dest=dest, jobs=jobs, progress=advance)
     lying: list[int] = []
-    with contextlib.ExitStack() as claims:
-        plans = plan_sets(kept.splits, images_dirs, dest, seed=seed, exif=exif, claims=claims, **limits)
+    with contextlib.ExitStack() as held:
+        path, table = held.enter_context(as_table(source, table, views=views, jobs=jobs))
+        images_dirs = find_images(path, views, table)
+        found = read_source(path, table, val_fraction=val_fraction, seed=seed)
+        for note in found.notes:
+            print(note, flush=True)
+        kept = skipping.Kept(found.splits, [], {})
+        listed = skipping.read_skipped(dest, but=views) if skip_bad_images else []
+        if skip_bad_images:
+            with progress_bar("checking images", len(views) * skipping.count_images(found.splits)) as advance:
+                kept = skipping.drop_bad_images(found.splits, images_dirs, dest=dest, jobs=jobs, progress=advance)
+        plans = plan_sets(kept.splits, images_dirs, dest, seed=seed, exif=exif, claims=held, **limits)
         skipping.write_checked(kept)
         begun = time.monotonic()
         with progress_bar("writing shards", sum(plan.index.rows for plan in plans)) as advance:

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from mtl_dist.config import Section
 from mtl_dist.errors import InputError, nearest
+from mtl_dist.settings import Section
 from mtl_dist.tasks import AUS, EXPRESSIONS, MISSING_EXPR, MISSING_VA
 
 MAX_LISTED_CHARS = 600  # of column names in one message
@@ -48,9 +48,15 @@ class TableOptions(Section):
     """affectnet: the columns of AffectNet's lists (a list without a header is read by position), its expression codes
     (mapped by name), VA of -2 missing."""
     images: Path | None = None
-    """Directory that the table's image paths start from. None: the table's own directory."""
-    val_table: Path | None = None
-    """A second table of the same columns: the validation part."""
+    """Directory that the table's image paths start from. None: the table's own directory. Of a WebDataset: where its
+    pictures are unpacked to, and stay; None: a temporary directory."""
+    val_table: str | None = None
+    """A second table of the same columns, or the tars of one: the validation part."""
+    name_by_tar: bool = False
+    """Of a WebDataset whose keys repeat: put the tar's name in front of them."""
+    unlabelled: bool = False
+    """SOURCE is a directory of pictures, of one view: each below it, at any depth, is a row without labels. A tenth
+    goes to val, whole directories, unless --val-fraction says another share."""
     expressions: tuple[str, ...] = ()
     """What further names or codes of expressions mean, as NAME=CLASS: Contempt=Other; NAME=- is no label."""
     columns: Columns = Columns()

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from mtl_dist import storage
+from mtl_dist.data.names import find_bad_name
 from mtl_dist.errors import InputError
 from mtl_dist.shards.annotations import FILES, Annotations, read_annotations
 from mtl_dist.shards.columns import NO_OPTIONS, TableOptions
@@ -18,7 +23,14 @@ from mtl_dist.shards.overlap import listed, names_in_both
 from mtl_dist.shards.splits import check_apart, split_by_video, video_of
 from mtl_dist.shards.tables import SUFFIXES, Table, read_table
 
-NO_DIRECTORY = "is not a directory; expected the annotation files and a directory a view, or a .csv or .parquet table"
+NO_DIRECTORY = (
+    "is not a directory; expected one with the annotation files and a directory a view, a .csv or .parquet table, or "
+    "the tars of a WebDataset, such as 'faces-{000..099}.tar'"
+)
+
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+UNLABELLED_VAL = 0.1  # share of pictures without labels that goes to val
 
 
 class Source(NamedTuple):
@@ -43,6 +55,8 @@ def read_source(path: Path, options: TableOptions, *, val_fraction: float | None
     """Read a source and part it into train and val. Raises `InputError` naming file, row, value and what to do."""
     if val_fraction is not None and not 0 < val_fraction < 1:
         raise InputError(f"--val-fraction is {val_fraction:g}; expected more than 0 and less than 1, such as 0.1")
+    if options.unlabelled:
+        return _read_pictures(path, options, UNLABELLED_VAL if val_fraction is None else val_fraction, seed)
     if _is_table(path):
         return _read_table_source(path, options, val_fraction, seed)
     if options != NO_OPTIONS:
@@ -76,19 +90,27 @@ def find_images(path: Path, views: tuple[str, ...], options: TableOptions) -> di
     """Return the directory of images of each view. Raises `InputError` for a source that is none, or does not fit."""
     if len(set(views)) < len(views) or not views:
         raise InputError(f"--views is {' '.join(views) or 'empty'}; expected every view once")
+    if options.unlabelled:
+        check_one_view(str(path), views)
+        return {views[0]: path}
     if not _is_table(path):
         if not path.is_dir():
             raise InputError(f"source {path} {NO_DIRECTORY}")
         return {view: path / view for view in views}
-    if len(views) > 1:
-        raise InputError(
-            f"{path} is a table and describes one view: say which with --views {views[0]} or --views {views[1]}; the "
-            "other can be written to the same place by a second run, with other --images"
-        )
+    check_one_view(str(path), views)
     images_dir = options.images or path.parent
     if not images_dir.is_dir():
         raise InputError(f"--images {images_dir} is not a directory; expected where the table's image paths start")
     return {views[0]: images_dir}
+
+
+def check_one_view(source: str, views: tuple[str, ...]) -> None:
+    """Raise unless one view is named for what is of one view: a table, or tars."""
+    if len(views) > 1:
+        raise InputError(
+            f"{source} is of one view: say which with --views {views[0]} or --views {views[1]}; the other can be "
+            "written to the same place by a second run, with other pictures"
+        )
 
 
 def _is_table(path: Path) -> bool:
@@ -136,9 +158,10 @@ def _read_table_source(path: Path, options: TableOptions, val_fraction: float | 
 
 
 def _join_tables(path: Path, train: Table, options: TableOptions) -> Source:
-    val = read_table(options.val_table, options)
-    _check_other(path, train.annotations, options.val_table, val.annotations)
-    for where, table in ((path, train), (options.val_table, val)):
+    val_path = storage.local_path(options.val_table)
+    val = read_table(val_path, options)
+    _check_other(path, train.annotations, val_path, val.annotations)
+    for where, table in ((path, train), (val_path, val)):
         if table.is_val is not None:
             raise InputError(
                 f"--val-table is given, but {where} has a column of splits, '{table.columns.split}'; give one of them "
@@ -147,12 +170,12 @@ def _join_tables(path: Path, train: Table, options: TableOptions) -> Source:
     persons = None if train.persons is None or val.persons is None else pa.concat_arrays([train.persons, val.persons])
     both = train._replace(videos=pa.concat_arrays([train.videos, val.videos]), persons=persons)
     is_val = np.repeat([False, True], [len(train.videos), len(val.videos)])
-    _check_apart(both, is_val, f"{path} and {options.val_table}")
+    _check_apart(both, is_val, f"{path} and {val_path}")
     unlabelled = dict(Counter(train.unlabelled) + Counter(val.unlabelled))
     parts = {"train": _rows_of(train), "val": _rows_of(val)}
     notes = list(dict.fromkeys(table.about_columns for table in (train, val)))
     notes += _note_directories(train, parts["train"], parts["val"], options)
-    return _source(parts, {}, unlabelled, notes, where=f"{path} and {options.val_table}")
+    return _source(parts, {}, unlabelled, notes, where=f"{path} and {val_path}")
 
 
 def _check_other(train_path: Path, train: Annotations, val_path: Path, val: Annotations) -> None:
@@ -185,6 +208,49 @@ def _check_apart(table: Table, is_val: np.ndarray, where: str) -> None:
         check_apart("person", table.persons, is_val, where)
     if table.columns.video:
         check_apart("video", table.videos, is_val, where)
+
+
+def _read_pictures(path: Path, options: TableOptions, val_fraction: float, seed: int) -> Source:
+    """Read a directory of pictures without labels; a directory's stay together."""
+    if not path.is_dir():
+        raise InputError(f"source {path} is not a directory; expected one of pictures (--unlabelled)")
+    if (given := options.model_copy(update={"unlabelled": False})) != NO_OPTIONS:
+        name = next(name for name, value in given if value != getattr(NO_OPTIONS, name))
+        raise InputError(f"--{name.replace('_', '-')} describes labels, and --unlabelled says that there are none")
+    names = sorted(found for found in list_pictures(path))
+    if not names:
+        raise InputError(f"{path} holds no pictures (of {', '.join(PICTURES)}); expected some, at any depth")
+    bad = find_bad_name(pa.array(names, pa.large_string()))
+    if bad is not None:
+        raise InputError(f"picture {names[bad]!r} of {path} has a name that is not printable or too long; rename it")
+    count = len(names)
+    nothing, nowhere = np.zeros((count, 12)), np.zeros(count, bool)
+    rows = _rows_of_text(
+        Annotations(
+            row=np.arange(count),
+            images=names,
+            va=nothing[:, :2].astype(np.float32),
+            expr=nowhere.astype(np.uint8),
+            au=nothing.astype(np.uint8),
+            va_mask=nowhere,
+            expr_mask=nowhere,
+            au_mask=nothing > 0,
+            sha256=hashlib.sha256("\n".join(names).encode()).hexdigest(),
+        )
+    )
+    alone = pc.equal(rows.videos, "")
+    rows = rows._replace(videos=pc.if_else(alone, pa.array(names, pa.large_string()), rows.videos))
+    return _source(_split(rows, val_fraction, seed), {}, {}, [], where=str(path))
+
+
+def list_pictures(path: Path) -> Iterator[str]:
+    """Yield the names of all pictures below a directory, by their endings; what is hidden is left out."""
+    for directory, below, files in os.walk(path):
+        below[:] = [name for name in below if not name.startswith(".")]
+        inside = Path(directory).relative_to(path)
+        for name in files:
+            if name.lower().endswith(PICTURES) and not name.startswith("."):
+                yield (inside / name).as_posix()
 
 
 def _split(rows: _Rows, fraction: float, seed: int) -> dict[str, _Rows]:

@@ -48,7 +48,9 @@ def print_summary(
 def _next_command(dest: str, indexes: list[Index]) -> str:
     """Return a command that trains the first view on this machine as it is, to copy."""
     view, rows = indexes[0].view, {index.split: index.rows for index in indexes}
-    preset = "a" if any(Path("/dev").glob("nvidia[0-9]*")) else "small"  # to ask torch would take seconds
+    has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))  # to ask torch would take seconds
+    is_labelled = any(index.labels.unlabelled < index.rows for index in indexes)
+    preset = {(True, True): "a", (True, False): "mae", (False, True): "small"}.get((has_gpu, is_labelled), "small-mae")
     args = ["python", "-m", "mtl_dist.train", "--local", "--preset", preset, "--run.name", view]
     args += [part for split in SPLITS for part in (f"--data.{split}", storage.join(dest, view, split))]
     if rows["train"] < build_config(load_preset(preset)).train.global_batch:
@@ -64,6 +66,8 @@ def _label_table(by_split: dict[str, Index], num_videos: dict[str, int]) -> Tabl
     labels = [index.labels for index in by_split.values()]
     rows: list[tuple[str, Sequence[int | str]]] = [("rows", [counts.rows for counts in labels])]
     rows += [("videos", [num_videos[split] for split in by_split])]
+    if all(counts.unlabelled == counts.rows for counts in labels):
+        return _filled(table, [("pictures without labels", rows[0][1]), ("directories", rows[1][1])])
     rows += [("valence, arousal", [counts.va for counts in labels])]
     rows += [("expression", [counts.expr for counts in labels])]
     if any(counts.expr for counts in labels):
@@ -73,7 +77,11 @@ def _label_table(by_split: dict[str, Index], num_videos: dict[str, int]) -> Tabl
     if any(max(counts.au) for counts in labels):
         units = zip(AUS, zip(*(_on_of_labelled(counts) for counts in labels)))
         rows += [(f"  AU{number} on, of labelled", counts) for number, counts in units]
-    for name, counts in [*rows, ("no label at all", [counts.unlabelled for counts in labels])]:
+    return _filled(table, [*rows, ("no label at all", [counts.unlabelled for counts in labels])])
+
+
+def _filled(table: Table, rows: list[tuple[str, Sequence[int | str]]]) -> Table:
+    for name, counts in rows:
         table.add_row(name, *(count if isinstance(count, str) else f"{count:,}" for count in counts))
     return table
 

@@ -61,7 +61,7 @@ def read_table(path: Path, options: TableOptions) -> Table:
         is_used, is_val, left_out = _parse_splits(texts[columns.split])
         row, is_val = row[is_used], is_val[is_used]
         texts = {name: text.filter(pa.array(is_used)) for name, text in texts.items()}
-    reader = _Reader(path, row, texts, not header.layout)
+    reader = _Reader(path, row, texts, columns.image, not header.layout)
     images = texts[columns.image]
     reader.check_images(columns.image)
     va, va_mask = reader.parse_va(columns, FORMATS[options.table_format].missing_va)
@@ -117,6 +117,7 @@ class _Reader(NamedTuple):
     path: Path
     row: np.ndarray  # (N,) int64
     texts: dict[str, pa.Array]  # (N,) each
+    image: str  # the column of these that names the picture
     has_header: bool
 
     def check_images(self, name: str) -> None:
@@ -196,7 +197,9 @@ class _Reader(NamedTuple):
         value = self.texts[name][place].as_py()
         what = "empty" if value is None else repr(value)
         row = int(self.row[place])
-        return InputError(f"{self.path}, row {row} (from 0){self._line(row)}: {name} is {what}; expected {expected}")
+        image = "" if name == self.image else f" (of {self.texts[self.image][place].as_py()!r})"
+        place_in = f"{self.path}, row {row} (from 0){self._line(row)}"
+        return InputError(f"{place_in}: {name} is {what}{image}; expected {expected}")
 
     def _line(self, row: int) -> str:
         """Say in which line of a CSV a row begins: empty lines and line breaks in cells count."""
