@@ -5,61 +5,19 @@ Precedence: preset < `--config FILE` < flags. Everything is frozen and unknown k
 
 from __future__ import annotations
 
-import enum
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import pydantic
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_serializer, field_validator, model_validator
 
-from mtl_dist.errors import MAX_SEED, InputError, nearest
+from mtl_dist.errors import MAX_SEED
 from mtl_dist.families import FAMILIES, check_backbone_name, describe_backbones, describe_families, min_input_size
+from mtl_dist.settings import Name, Section, Varies, check_keys, merge
 from mtl_dist.tasks import TASKS
 
 MAX_AUTO_STREAMS = 64
-MAX_SHOWN = 200  # characters of a value in a message
-MAX_PARTS = 8  # of a dotted key: more are those of no setting
 # The most of what is counted (steps, epochs, files), of a time, of a batch and of a side in pixels.
 MAX_COUNT, MAX_SECONDS, MAX_BATCH, MAX_SIDE = 10**9, 10**7, 2**20, 2048
-
-
-class Varies(enum.IntEnum):
-    """Where a setting may have another value; its field says so. What varies at a level may at those before it, too."""
-
-    BY_RUN = 1  # in a run that begins with everything of another
-    BY_PART = 2  # in another part of a run: it moves or times the work, and leaves its result
-    BY_RANK = 3  # on another rank of a run: where a node has what it reads, and how it reads
-
-
-class Section(BaseModel):
-    # Every number has a least and a most: what is beyond is a slip, and what is no number is compared with nothing.
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _is_no_boolean(cls, value: Any, about: pydantic.ValidationInfo) -> Any:
-        values = value if isinstance(value, list | tuple) else [value]
-        if cls.model_fields[about.field_name].annotation is not bool and any(isinstance(v, bool) for v in values):
-            raise ValueError("expected no yes or no here")  # pydantic takes true for 1
-        return value
-
-    def __init__(self, **values: Any):
-        try:
-            super().__init__(**values)
-        except pydantic.ValidationError as error:
-            # One line a fault: pydantic's own text is for programmers, and the command line shows what is raised here.
-            raise InputError(explain_validation(error)) from None
-
-
-def _check_name(name: str) -> str:
-    if not name or name in (".", "..") or not all(c.isalnum() or c in "-_." for c in name):
-        raise ValueError("a name is letters, digits, '-', '_' and '.'")
-    return name
-
-
-Name = Annotated[str, AfterValidator(_check_name)]  # that becomes one part of a path
 
 
 class RunConfig(Section):
@@ -153,6 +111,26 @@ class AugmentConfig(Section):
         return scale
 
 
+class MaskedConfig(Section):
+    """What a masked autoencoder has beside its backbone (arXiv 2111.06377)."""
+
+    share: Annotated[float, Varies.BY_RUN] = Field(0.75, gt=0, lt=1)
+    """Share of an image's patches that are hidden."""
+    normalise: bool = True
+    """Tell the pixels of a patch in units of its own deviation, from its own mean."""
+    decoder_width: int = Field(512, ge=8, le=2**13)
+    decoder_depth: int = Field(8, ge=1, le=64)
+    decoder_heads: int = Field(16, ge=1, le=256)
+
+    @model_validator(mode="after")
+    def _fits_together(self):
+        if self.decoder_width % (4 * self.decoder_heads):
+            raise ValueError(
+                f"decoder_width {self.decoder_width} is no multiple of 4 x decoder_heads {self.decoder_heads}"
+            )
+        return self
+
+
 class ModelConfig(Section):
     name: Literal[*FAMILIES] = Field("a", description=describe_families())
     backbone: Annotated[str, AfterValidator(check_backbone_name)] = Field(
@@ -168,6 +146,7 @@ class ModelConfig(Section):
     hidden: int = Field(4096, ge=1, le=2**16)
     """Width of two fully connected layers."""
     dropout: Annotated[float, Varies.BY_RUN] = Field(0.3, ge=0, lt=1)
+    masked: MaskedConfig = MaskedConfig()
 
 
 class LossConfig(Section):
@@ -203,6 +182,8 @@ class OptimConfig(Section):
     momentum: float = Field(0.9, ge=0, lt=1)
     nesterov: bool = True
     """Nesterov's form of SGD's momentum."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decays of the gradient's first and second moment."""
     weight_decay: Annotated[float, Varies.BY_RUN] = Field(5e-4, ge=0, le=100)
     """Of matrices and kernels; biases, norms, tokens and positions are not decayed."""
     warmup_steps: Annotated[int, Varies.BY_RUN] = Field(100, ge=0, le=MAX_COUNT)
@@ -213,6 +194,13 @@ class OptimConfig(Section):
     as torch's CosineAnnealingLR does."""
     clip_norm: Annotated[float | None, Varies.BY_RUN] = Field(1.0, gt=0, le=1e30)
     """Gradient norm above which gradients are scaled down; None: never."""
+
+    @field_validator("betas")
+    @classmethod
+    def _are_decays(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("expected two numbers of at least 0 and less than 1")
+        return betas
 
 
 class EngineConfig(Section):
@@ -364,85 +352,6 @@ def build_config(*layers: dict[str, Any]) -> Config:
     """Merge nested dicts, later ones first in rank, and validate. Raises `InputError` naming key, value and remedy."""
     merged: dict[str, Any] = {}
     for layer in layers:
-        _check_keys(layer, Config, path="")
-        _merge(merged, layer)
+        check_keys(layer, Config, path="")
+        merge(merged, layer)
     return Config(**merged)
-
-
-def explain_validation(error: pydantic.ValidationError) -> str:
-    """Write a pydantic error as one line a fault: dotted path, value, what was expected."""
-    lines = []
-    for fault in error.errors():
-        path = ".".join(str(part) for part in fault["loc"])
-        message = fault["msg"].removeprefix("Value error, ")
-        if isinstance(fault.get("ctx", {}).get("error"), InputError):  # of a section below: it names its key itself
-            lines.append(f"{path}.{message}")
-            continue
-        shown = repr(fault["input"])[:MAX_SHOWN]
-        value = "" if not path or isinstance(fault["input"], dict | BaseModel) else f" is {shown}"
-        lines.append(f"{path}{value}: {message}" if path else message)
-    return "; ".join(lines)
-
-
-def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
-    """Turn dotted keys into nested dicts: {"optim.lr": 1} -> {"optim": {"lr": 1}}."""
-    nested: dict[str, Any] = {}
-    for key, value in flat.items():
-        if len(parts := str(key).split(".")) > MAX_PARTS:
-            raise InputError(f"unknown configuration key '{str(key)[:MAX_SHOWN]}' of {len(parts)} parts")
-        for part in reversed(parts):
-            value = {part: value}
-        _merge(nested, value)
-    return nested
-
-
-def dump_yaml(config: Config) -> str:
-    """Write the configuration as YAML that `--config` reads."""
-    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)
-
-
-def flatten(config: Config) -> dict[str, Any]:
-    """Return {dotted path: JSON value} of every setting."""
-    return _flatten(json.loads(config.model_dump_json()), "")
-
-
-def varying(level: Varies, section: type[BaseModel] | None = None, path: str = "") -> frozenset[str]:
-    """Return the dotted paths of the settings that may have another value at this level."""
-    paths: set[str] = set()
-    for name, field in (section or Config).model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            paths |= varying(level, field.annotation, f"{path}{name}.")
-        elif any(isinstance(mark, Varies) and mark >= level for mark in field.metadata):
-            paths.add(f"{path}{name}")
-    return frozenset(paths)
-
-
-def _flatten(tree: dict[str, Any], path: str) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
-    return flat
-
-
-def _merge(target: dict[str, Any], layer: dict[str, Any]) -> None:
-    for key, value in layer.items():
-        if isinstance(value, dict):
-            if not isinstance(target.get(key), dict):  # a section that was given as a plain value: the later one wins
-                target[key] = {}
-            _merge(target[key], value)
-        else:
-            target[key] = value
-
-
-def _check_keys(layer: dict[str, Any], model: type[BaseModel], path: str) -> None:
-    for key, value in layer.items():
-        if key not in model.model_fields:
-            known = [f"{path}{name}" for name in model.model_fields]
-            raise InputError(f"unknown configuration key '{path}{key}': {nearest(f'{path}{key}', known)}")
-        annotation = model.model_fields[key].annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            if not isinstance(value, dict):
-                raise InputError(
-                    f"configuration section '{path}{key}' is {value!r}; expected a mapping of its settings"
-                )
-            _check_keys(value, annotation, f"{path}{key}.")

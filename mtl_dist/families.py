@@ -1,6 +1,6 @@
 """The families of models and the backbones, by the names that configurations give them. Imports nothing heavy.
 
-What is built for a name is in `models/`: `MODELS` and `BACKBONES`.
+A new family is a file in `models/` and an entry here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,19 @@ class Family(NamedTuple):
     title: str  # in tables
     what: str  # in a sentence
     paper: str
+    built_by: str  # its class, MODULE:CLASS in `models/`
     reads: tuple[str, ...]  # settings of `model.` that are its own: given to its class by these names
+    objective: str = "affect"  # what it is trained for, of `OBJECTIVES`
+
+
+class ObjectiveName(NamedTuple):
+    """What models are trained for."""
+
+    built_by: str  # its class, MODULE:CLASS in `objective/`
+    prepared_by: str  # what makes its models' inputs, MODULE:FUNCTION in `data/`
+    score: str  # the key of the score that its checkpoints compete by
+    reads_labels: bool
+    ignores: tuple[str, ...] = ()  # settings and sections that nothing of it reads
 
 
 class BackboneName(NamedTuple):
@@ -25,7 +37,19 @@ class BackboneName(NamedTuple):
 
     what: str
     min_size: int = 1  # pixels a side of the images: below it nothing is left to pool
+    patch: int = 0  # pixels a side of a ViT's patches
 
+
+OBJECTIVES: dict[str, ObjectiveName] = {
+    "affect": ObjectiveName("affect:Affect", "augment:build_image_preparation", "p", reads_labels=True),
+    "masked": ObjectiveName(
+        "masked:Masked",
+        "masks:build_masked_preparation",
+        "masked_loss",
+        reads_labels=False,
+        ignores=("loss", "data.sampling", "model.dropout"),
+    ),
+}
 
 # In the order of the papers' tables.
 FAMILIES: dict[str, Family] = {
@@ -33,19 +57,30 @@ FAMILIES: dict[str, Family] = {
         "baseline",
         "the challenge's baseline, fully connected layers over the backbone's features",
         "Kollias 2022, arXiv 2202.10659",
+        built_by="baseline:Baseline",
         reads=("dropout", "hidden"),
     ),
     "b": Family(
         "B (SMM-EmotionNet)",
         "SMM-EmotionNet, the parent of A",
         "Deng 2022, arXiv 2203.12845",
+        built_by="emotionnet:SMMEmotionNet",
         reads=("dropout",),
     ),
     "a": Family(
         "A",
         "the members of the ensemble system",
         "Haider et al. 2022, arXiv 2207.10878",
+        built_by="emotionnet:EnsembleNet",
         reads=("dropout",),
+    ),
+    "mae": Family(
+        "MAE",
+        "a masked autoencoder, which learns a ViT from faces without labels",
+        "He et al. 2022, arXiv 2111.06377",
+        built_by="mae:MaskedAutoencoder",
+        reads=("masked",),
+        objective="masked",
     ),
 }
 
@@ -55,8 +90,22 @@ OWN_BACKBONES: dict[str, BackboneName] = {
     # It stands for InceptionV3: what runs with it runs with both.
     "small": BackboneName("InceptionV3's place on a laptop", min_size=75),
     "vgg_small": BackboneName("VGG16's place on a laptop"),
+    "iresnet18": BackboneName("ArcFace's, of 18 layers", min_size=32),
+    "iresnet34": BackboneName("of 34", min_size=32),
+    "iresnet50": BackboneName("of 50", min_size=32),
+    "iresnet100": BackboneName("of 100", min_size=32),
+    "densenet121": BackboneName("torchvision's to its end", min_size=64),
+    "denseface": BackboneName("a DenseNet of grey faces, 64 pixels", min_size=32),
+    "vit_base": BackboneName("the autoencoder's, 86 M parameters", patch=16),
+    "vit_tiny": BackboneName("a ViT of 5.5 M", patch=16),
+    "vit_small": BackboneName("a ViT's place on a laptop", patch=8),
 }
 LIBRARIES = ("torchvision", "timm")
+
+
+def objective_of(model_name: str) -> ObjectiveName:
+    """Return what a family of models is trained for."""
+    return OBJECTIVES[FAMILIES[model_name].objective]
 
 
 def describe_families() -> str:

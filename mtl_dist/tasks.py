@@ -70,11 +70,19 @@ class Batch(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What every model returns."""
+    """What every model of labels returns."""
 
     va: Tensor  # (B, T, 2) in [-1, 1]
     expr_logits: Tensor  # (B, T, 8)
     au_logits: Tensor  # (B, T, 12)
+
+
+class Reconstruction(NamedTuple):
+    """What an autoencoder returns of n frames of L patches of p x p pixels, in the order row, column, channel."""
+
+    predicted: Tensor  # (n, L, 3pp) what is told of every patch
+    patches: Tensor  # (n, L, 3pp) its pixels, normalised as the inputs are
+    hidden: Tensor  # (n, L) bool: whether the model did not see it
 
 
 class LabelCounts(BaseModel):

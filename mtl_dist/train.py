@@ -12,9 +12,9 @@ Examples:
 from __future__ import annotations
 
 from mtl_dist import storage
-from mtl_dist.config import dump_yaml
 from mtl_dist.errors import run_command
 from mtl_dist.presets import CommandConfig, config_of, parse_command
+from mtl_dist.settings import dump_yaml
 from mtl_dist.training.restarts import ending_restarts
 
 
@@ -46,8 +46,8 @@ def _main(args: list[str] | None) -> None:
     config = config_of(command)
     from mtl_dist.joining import has_cluster
     from mtl_dist.training.launch import connect, has_gpus, run_local, run_ray
+    from mtl_dist.training.learner import check_start
     from mtl_dist.training.plan import plan_run
-    from mtl_dist.training.setup import check_start
     from mtl_dist.training.status import print_ending
     from mtl_dist.training.torchrun import is_first_of_node, is_torchrun, torchrun_rank
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from mtl_dist.config import Config, flatten
+from mtl_dist.config import Config
 from mtl_dist.errors import InputError
-from mtl_dist.families import FAMILIES
+from mtl_dist.families import FAMILIES, OBJECTIVES
+from mtl_dist.settings import flatten
 
 NOT_WRITTEN = {"run", "ray"}  # sections that best.yaml leaves out
 
@@ -24,9 +25,13 @@ def find_unread(config: Config) -> dict[str, str]:
         if name not in FAMILIES[chosen].reads:
             readers = " or ".join(other for other, family in FAMILIES.items() if name in family.reads)
             unread[f"model.{name}"] = f"model.name is {chosen}; it is for {readers}"
+    for name in OBJECTIVES[FAMILIES[chosen].objective].ignores:
+        unread[name] = f"model.name is {chosen}, which is trained without it"
     optim, augment = config.optim, config.augment
     if optim.name != "sgd":
         unread |= {f"optim.{name}": f"optim.name is {optim.name}; it is for sgd" for name in ("momentum", "nesterov")}
+    if optim.name != "adamw":
+        unread["optim.betas"] = f"optim.name is {optim.name}; it is for adamw"
     elif not optim.momentum:
         unread["optim.nesterov"] = "optim.momentum is 0; it is for more"
     if augment.resize is not None:

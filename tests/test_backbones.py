@@ -11,8 +11,8 @@ from mtl_dist.config import ModelConfig, build_config
 from mtl_dist.data import augment
 from mtl_dist.errors import InputError
 from mtl_dist.models import build_model, libraries
-from mtl_dist.models.backbone import load_backbone_weights, load_imagenet_weights
 from mtl_dist.models.backbones import build_backbone, check_backbone
+from mtl_dist.models.foreign import load_backbone_weights, load_imagenet_weights
 from mtl_dist.models.regions import NUM_REGIONS
 from mtl_dist.training.averaging import sync_batchnorm
 from tests.windows import all_valid

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from mtl_dist import storage
-from mtl_dist.config import CheckpointConfig, Config, build_config, dump_yaml, flatten
+from mtl_dist.config import CheckpointConfig, Config, build_config
 from mtl_dist.errors import Damaged, InputError
 from mtl_dist.objective.scores import constant_scores, label_sums
 from mtl_dist.runs import CONFIG_NAME
@@ -25,7 +25,6 @@ from mtl_dist.runs.checkpoint import (
     Checkpoint,
     _choose,
     best,
-    check_same_run,
     committed,
     find_damage,
     newness,
@@ -33,8 +32,10 @@ from mtl_dist.runs.checkpoint import (
     read_state,
 )
 from mtl_dist.runs.lives import read_lives
+from mtl_dist.runs.same_run import check_same_run
 from mtl_dist.runs.weights import Weights, load_weights, open_weights
 from mtl_dist.sealed import seal
+from mtl_dist.settings import dump_yaml, flatten
 from mtl_dist.tasks import LabelCounts
 from mtl_dist.training.plan import plan_run
 from mtl_dist.training.saving import HOUR_S, plan_retention

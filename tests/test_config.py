@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from mtl_dist import storage
-from mtl_dist.config import Config, Section, Varies, build_config, dump_yaml, flatten, unflatten, varying
+from mtl_dist.config import Config, build_config
 from mtl_dist.data.augment import augment, make_draws, normalise
 from mtl_dist.ensemble.options import EnsembleCommand
 from mtl_dist.errors import InputError, nearest
@@ -31,7 +31,8 @@ from mtl_dist.presets import (
     with_absolute_paths,
 )
 from mtl_dist.report.options import ReportCommand
-from mtl_dist.runs.checkpoint import check_same_run
+from mtl_dist.runs.same_run import check_same_run
+from mtl_dist.settings import Section, Varies, dump_yaml, flatten, unflatten, varying
 from mtl_dist.shards.__main__ import create, inspect, synth, verify
 from tests.conftest import REPO, assert_one_message, run_here
 from tune.search import SearchConfig, best_yaml
@@ -411,15 +412,16 @@ NEVER_VARYING = {
 
 
 def test_the_settings_that_may_vary_between_ranks_parts_and_runs_are_these():
-    assert varying(Varies.BY_RANK) == VARYING[Varies.BY_RANK]
-    assert varying(Varies.BY_PART) == VARYING[Varies.BY_RANK] | VARYING[Varies.BY_PART]
-    assert varying(Varies.BY_RUN) == flatten(Config()).keys() - NEVER_VARYING
+    assert varying(Config, Varies.BY_RANK) == VARYING[Varies.BY_RANK]
+    assert varying(Config, Varies.BY_PART) == VARYING[Varies.BY_RANK] | VARYING[Varies.BY_PART]
+    assert varying(Config, Varies.BY_RUN) == flatten(Config()).keys() - NEVER_VARYING
 
 
 NESTED = r"""
 import mtl_dist.config as config
+from mtl_dist import settings
 
-class Sequence(config.Section):
+class Sequence(settings.Section):
     hidden: int = config.Field(64, ge=1, le=1000)
     causal: config.Annotated[bool, config.Varies.BY_PART] = False
 
@@ -454,11 +456,11 @@ def refused(words, call, *args):
 file = Path(sys.argv[1]) / "file.yaml"
 found = parse("--model.sequence.hidden", "32", "--model.sequence.causal")
 assert (found.model.sequence.hidden, found.model.sequence.causal) == (32, True)
-assert config.flatten(found)["model.sequence.hidden"] == 32
-assert config.build_config(config.unflatten(config.flatten(found))) == found
+assert settings.flatten(found)["model.sequence.hidden"] == 32
+assert config.build_config(settings.unflatten(settings.flatten(found))) == found
 for text in ("model: {sequence: {hidden: 32, causal: true}}",
              "model.sequence.hidden: 32\nmodel.sequence: {causal: true}",
-             config.dump_yaml(found), yaml.safe_dump(config.flatten(found))):
+             settings.dump_yaml(found), yaml.safe_dump(settings.flatten(found))):
     file.write_text(text)
     assert parse("--config", str(file)) == found, text
 assert parse("--config", str(file), "--model.sequence.hidden", "8").model.sequence.hidden == 8
@@ -475,8 +477,8 @@ best = yaml.safe_load(file.read_text())
 assert best["model"]["sequence"] == {"hidden": 9, "causal": True}, best
 assert parse("--config", str(file)).model.sequence.hidden == 9
 
-assert "model.sequence.causal" in config.varying(config.Varies.BY_PART)
-state = {"config": config.flatten(found), "identity": {}, "step": 1, "scores": {}}
+assert "model.sequence.causal" in settings.varying(Nested, settings.Varies.BY_PART)
+state = {"config": settings.flatten(found), "identity": {}, "step": 1, "scores": {}}
 check_same_run(state, parse("--model.sequence.hidden", "32", "--run.storage", "elsewhere"), {}, "here")
 refused("model.sequence.hidden 32", check_same_run, state, parse(), {}, "here")
 print("all of it")

@@ -17,15 +17,16 @@ import torch.distributed as dist
 from torch import nn
 from torch.testing import assert_close
 
-from mtl_dist.config import build_config, unflatten
+from mtl_dist.config import build_config
 from mtl_dist.data.augment import build_preparation, normalise
 from mtl_dist.ensemble import __main__ as ensemble
 from mtl_dist.models import build_model
-from mtl_dist.objective.module import build_module
+from mtl_dist.objective.module import build_module, build_objective
 from mtl_dist.predict import __main__ as predict
 from mtl_dist.predicting import spread as parts
 from mtl_dist.presets import PRESETS
 from mtl_dist.runs.checkpoint import committed
+from mtl_dist.settings import unflatten
 from mtl_dist.tasks import Batch, LabelCounts, Labels, Outputs
 from mtl_dist.training.engine import build_engine, build_optimizer
 from mtl_dist.training.step import train_step
@@ -61,7 +62,8 @@ def make_config(system, **changes):
 
 def make_module(config):
     passes = 3 if config.data.sampling == "per_task" else 1
-    return build_module(build_model(config.model, input_size=config.input_size), config.loss, COUNTS, passes=passes)
+    model, objective = build_model(config.model, input_size=config.input_size), build_objective(config, COUNTS)
+    return build_module(model, objective, balancing=config.loss.balancing, passes=passes)
 
 
 class Engine:

@@ -118,7 +118,7 @@ def test_gradients_of_many_ranks_are_those_of_one(num_ranks, parts, balancing, t
     """Unequal batches, ranks that lack a task's labels, class weights, and micro-batches: to float64 tolerance."""
     config = LossConfig(va=0.7, expr=1.3, au=2.0, balancing=balancing, expr_weights="balanced", au_weights="balanced")
     torch.manual_seed(0)
-    module = build_module(TinyModel(), config, COUNTS).double()
+    module = build_module(TinyModel(), Affect(config, COUNTS), balancing=config.balancing).double()
     if balancing in ("dwa", "famo"):  # in the midst of training
         getattr(module.balancer, {"dwa": "found", "famo": "logits"}[balancing]).copy_(torch.tensor([0.9, 1.4, 0.7]))
     batch = sorted_so_that_ranks_lack_tasks(make_batch(24))
@@ -193,7 +193,7 @@ def test_the_gradient_of_ccc_is_that_of_the_direct_formula():
 
 @pytest.mark.parametrize("present", [p for n in range(4) for p in itertools.combinations(("va", "expr", "au"), n)])
 def test_a_task_nobody_labelled_is_exactly_zero_with_zero_gradient(present):
-    module = build_module(TinyModel(), LossConfig(balancing="uncertainty"), COUNTS)
+    module = build_module(TinyModel(), Affect(LossConfig(), COUNTS), balancing="uncertainty")
     loss = module(make_batch(20, tasks=present))
     loss.total.backward()
     assert torch.isfinite(loss.total)
@@ -228,7 +228,7 @@ def test_constant_predictions_have_a_finite_loss_and_gradient():
 
 
 def test_a_weight_of_zero_switches_a_task_off():
-    module = build_module(TinyModel(), LossConfig(va=0.0, balancing="uncertainty"), COUNTS)
+    module = build_module(TinyModel(), Affect(LossConfig(va=0.0), COUNTS), balancing="uncertainty")
     module(make_batch(20)).total.backward()
     assert module.model.va.weight.grad is None or (module.model.va.weight.grad == 0).all()
     assert module.model.au.weight.grad.abs().sum() > 0

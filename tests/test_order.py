@@ -12,7 +12,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mtl_dist.data.order import VERSIONS, EpochPlan, Order, TaskOrders, build_task_orders, eval_range
+from mtl_dist.data.order import VERSIONS, EpochPlan, Order, eval_range
+from mtl_dist.data.task_orders import TaskOrders, build_task_orders
 
 fast = settings(max_examples=60, deadline=None, derandomize=True)
 

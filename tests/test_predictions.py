@@ -16,7 +16,7 @@ from mtl_dist.objective.affect import PredictedRows, finite_rows
 from mtl_dist.objective.metrics import Predictions, Targets
 from mtl_dist.predicting.evaluate import check_predictions
 from mtl_dist.predicting.predictions import prediction_table, read_key, read_predictions, write_parquet
-from mtl_dist.runs.checkpoint import on_rank_0
+from mtl_dist.ranks import on_rank_0
 
 
 def make_predicted(num_rows: int, seed: int = 0) -> PredictedRows:

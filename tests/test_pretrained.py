@@ -16,8 +16,8 @@ from mtl_dist.presets import load_preset, read_config_file
 from mtl_dist.runs.checkpoint import committed
 from mtl_dist.runs.start import _place_of_weights, build_pretrained
 from mtl_dist.training import setup
+from mtl_dist.training.learner import check_start
 from mtl_dist.training.plan import plan_run
-from mtl_dist.training.setup import check_start
 from tests.conftest import assert_one_message, run_here, run_module
 
 pytestmark = pytest.mark.whole

@@ -25,16 +25,16 @@ from mtl_dist.data.augment import build_preparation, make_draws
 from mtl_dist.data.index import read_index
 from mtl_dist.data.loader import train_batches
 from mtl_dist.errors import InputError
-from mtl_dist.objective.module import build_module
+from mtl_dist.objective.module import build_module, build_objective
 from mtl_dist.presets import load_preset
 from mtl_dist.runs.lives import read_lives
 from mtl_dist.shards.__main__ import create
 from mtl_dist.tasks import TASKS, Batch, Labels, Outputs
 from mtl_dist.training.audit import read_audit
+from mtl_dist.training.checks import check_ranks_agree
 from mtl_dist.training.engine import learning_rate
 from mtl_dist.training.loop import fit
 from mtl_dist.training.plan import open_data, plan_run
-from mtl_dist.training.setup import check_ranks_agree
 from mtl_dist.training.step import draw_passes, seed_dropout, split_batch, train_step
 from mtl_dist.training.tracking import read_records
 from tests.conftest import write_dataset
@@ -132,7 +132,7 @@ def disagreeing_rank(rank: int, init_file: str, runs: list, messages) -> None:
 
 def test_ranks_of_other_settings_or_other_data_are_refused_on_every_rank(shards, tmp_path):
     other = tmp_path / "other"  # the same address could hold it on another node
-    create(write_dataset(tmp_path / "images", seed=1), str(other), frames_per_shard=7, jobs=1)
+    create(str(write_dataset(tmp_path / "images", seed=1)), str(other), frames_per_shard=7, jobs=1)
     config, moved = config_of(shards, tmp_path, "run"), tmp_path / "moved"
     shutil.copytree(shards, moved)
     runs = [
@@ -200,13 +200,13 @@ def test_micro_batches_of_task_batches_have_the_losses_of_the_whole(runs):
 
 
 def test_a_row_in_the_batches_of_two_tasks_is_augmented_twice():
-    rows = torch.tensor([[3], [4], [3], [5], [3], [4]])
-    draws = [draw_passes(rows, seed=1, epoch=epoch, passes=3) for epoch in range(2)]
+    rows, prepare = torch.tensor([[3], [4], [3], [5], [3], [4]]), build_preparation(Config())
+    draws = [draw_passes(prepare, rows, seed=1, epoch=epoch, passes=3) for epoch in range(2)]
     of_row_3 = torch.cat([draw[::2] for draw in draws]).flatten(1)
     assert len(of_row_3.unique(dim=0)) == 6
-    alone = torch.cat([draw_passes(rows[[0, 2, 4]], seed=1, epoch=epoch, passes=3) for epoch in range(2)])
+    alone = torch.cat([draw_passes(prepare, rows[[0, 2, 4]], seed=1, epoch=epoch, passes=3) for epoch in range(2)])
     assert torch.equal(of_row_3, alone.flatten(1))  # nobody beside it matters
-    assert torch.equal(draw_passes(rows, seed=1, epoch=7, passes=1), make_draws(rows, seed=1, epoch=7))
+    assert torch.equal(draw_passes(prepare, rows, seed=1, epoch=7, passes=1), make_draws(rows, seed=1, epoch=7))
 
 
 def test_a_run_per_task_killed_in_mid_epoch_ends_bit_identical(runs):
@@ -331,7 +331,7 @@ def test_dropout_differs_between_ranks_steps_and_micro_batches_and_repeats_for_e
     batch = Batch(inputs, torch.ones(4, 1, dtype=torch.bool), labels, numbers[:, None], numbers)
 
     def masks(step: int, rank: int) -> list[bytes]:
-        module = build_module(DropModel(), config.loss, counts)
+        module = build_module(DropModel(), build_objective(config, counts))
         train_step(
             PlainEngine(module),
             batch,

@@ -13,6 +13,7 @@ from torch import nn
 from mtl_dist.config import AugmentConfig, LossConfig, build_config
 from mtl_dist.data.augment import ImagePreparation, build_preparation
 from mtl_dist.errors import NonFiniteLoss
+from mtl_dist.objective.affect import Affect
 from mtl_dist.objective.module import ObjectiveModule, build_module
 from mtl_dist.predicting.evaluate import evaluate, predict
 from mtl_dist.predicting.predictions import prediction_table
@@ -47,7 +48,7 @@ class Pixels(nn.Module):
 def make_module(balancing: str, width: int = FEATURES) -> ObjectiveModule:
     config = LossConfig(va=0.7, expr=1.3, balancing=balancing, expr_weights="balanced", au_weights="balanced")
     torch.manual_seed(0)
-    return build_module(Pixels(width), config, COUNTS)
+    return build_module(Pixels(width), Affect(config, COUNTS), balancing=balancing)
 
 
 def loss_and_gradients(module: ObjectiveModule, batch: Batch) -> torch.Tensor:

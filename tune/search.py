@@ -27,11 +27,12 @@ import yaml
 from pydantic import Field
 
 from mtl_dist import storage
-from mtl_dist.config import MAX_COUNT, Config, Name, Section, flatten, unflatten
+from mtl_dist.config import MAX_COUNT, Config
 from mtl_dist.errors import Damaged, InputError, run_command
 from mtl_dist.objective.scores import FIRST, Score, find_score
 from mtl_dist.presets import CommandConfig, config_of, parse_command
 from mtl_dist.sealed import seal, unseal
+from mtl_dist.settings import Name, Section, flatten, unflatten
 from tune.space import Space, build_param_space, default_space, is_own, read_space
 from tune.trial import DIVERGED, EPOCH, run_trial, trial_config
 
@@ -92,7 +93,7 @@ def main(args: list[str] | None = None) -> None:
     if command.dry_run:
         from mtl_dist.joining import has_cluster
         from mtl_dist.training.launch import connect
-        from mtl_dist.training.setup import check_start
+        from mtl_dist.training.learner import check_start
         from tune.experiment import build_searcher
 
         has_gpu = config.ray.gpus_per_rank > 0

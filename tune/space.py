@@ -12,9 +12,10 @@ import numpy as np
 import yaml
 
 from mtl_dist import storage
-from mtl_dist.config import Config, build_config, flatten, unflatten
+from mtl_dist.config import Config, build_config
 from mtl_dist.errors import InputError, nearest
 from mtl_dist.parsing import MAX_YAML_BYTES, parse_yaml
+from mtl_dist.settings import flatten, unflatten
 from mtl_dist.unread import find_unread, why_unread
 
 # Learning rates relative to the preset's are found in `default_space`; loss weights matter by their ratios.

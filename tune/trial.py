@@ -6,9 +6,10 @@ import socket
 from typing import Any
 
 from mtl_dist import storage
-from mtl_dist.config import Config, build_config, unflatten
+from mtl_dist.config import Config, build_config
 from mtl_dist.errors import InputError
 from mtl_dist.objective.scores import find_score
+from mtl_dist.settings import unflatten
 
 # What a trial reports to Ray Tune, beside its scores.
 EPOCH = "epoch"

@@ -9,6 +9,7 @@ changed last: brightness, contrast, saturation, hue, always in this order, and c
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtl_dist.config import AugmentConfig, Config
+from mtl_dist.families import objective_of
 from mtl_dist.tasks import Batch
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -29,8 +31,12 @@ NUM_DRAWS = 14  # those that came later are drawn beside the first: what the fir
 class Preparation(Protocol):
     """Makes a model's inputs of a batch, on the device."""
 
+    def draw(self, rows: Tensor, *, seed: int, epoch: int) -> Tensor:
+        """Return what is drawn for rows (B, T), on the host: (B, T, n) float32, a function of (seed, epoch, row)."""
+        ...
+
     def __call__(self, batch: Batch, draws: Tensor | None) -> Tensor:
-        """Return (B, T, ...) float32; `draws` (B, T, NUM_DRAWS) are from `make_draws`, None in evaluation."""
+        """Return (B, T, ...) float32; `draws` are from `draw`, None in evaluation."""
         ...
 
 
@@ -41,6 +47,9 @@ class ImagePreparation:
     config: AugmentConfig
     size: int  # side of the model's input in pixels
 
+    def draw(self, rows: Tensor, *, seed: int, epoch: int) -> Tensor:
+        return make_draws(rows, seed=seed, epoch=epoch)
+
     def __call__(self, batch: Batch, draws: Tensor | None) -> Tensor:
         if draws is None:
             return normalise(batch.inputs, self.size)
@@ -49,6 +58,11 @@ class ImagePreparation:
 
 def build_preparation(config: Config) -> Preparation:
     """Build what the configured model's inputs are prepared by."""
+    return resolve_name(f"mtl_dist.data.{objective_of(config.model.name).prepared_by}")(config)
+
+
+def build_image_preparation(config: Config) -> ImagePreparation:
+    """Build what images are prepared by."""
     return ImagePreparation(config.augment, config.input_size)
 
 
@@ -92,10 +106,21 @@ def make_draws(rows: Tensor, *, seed: int, epoch: int) -> Tensor:
     return torch.from_numpy(np.concatenate([first, _draw(rows, NUM_DRAWS - NUM_FIRST_DRAWS, _mix(~key))], axis=-1))
 
 
+def draw_bits(rows: Tensor, count: int, *, seed: int, epoch: int, purpose: int) -> np.ndarray:
+    """Return `count` 64-bit numbers for rows (...), a pure function of (seed, epoch, row): (..., count) uint64.
+
+    Those of one `purpose`, which is not 0, have nothing to do with another's.
+    """
+    return _bits(rows, count, _mix(_mix(_mix(np.uint64(seed)) ^ np.uint64(epoch)) ^ np.uint64(purpose)))
+
+
 def _draw(rows: Tensor, count: int, key: np.uint64) -> np.ndarray:
+    return (_bits(rows, count, key) >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24)
+
+
+def _bits(rows: Tensor, count: int, key: np.uint64) -> np.ndarray:
     counter = rows.numpy().astype(np.uint64)[..., None] * np.uint64(count) + np.arange(count, dtype=np.uint64)
-    bits = _mix(_mix(counter) ^ key) >> np.uint64(40)
-    return bits.astype(np.float32) / np.float32(1 << 24)
+    return _mix(_mix(counter) ^ key)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

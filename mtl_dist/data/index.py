@@ -14,9 +14,9 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from mtl_dist import storage
-from mtl_dist.config import explain_validation
 from mtl_dist.errors import Damaged, InputError
 from mtl_dist.parsing import parse_json
+from mtl_dist.settings import explain_validation
 from mtl_dist.tasks import AUS, EXPRESSIONS, LabelCounts
 
 FORMAT = "mtl_dist-shards-1"

@@ -15,8 +15,9 @@ from concurrent.futures import Future
 
 import numpy as np
 
-from mtl_dist.data.order import Order, TaskOrders, eval_range
+from mtl_dist.data.order import Order, eval_range
 from mtl_dist.data.samples import Samples
+from mtl_dist.data.task_orders import TaskOrders
 from mtl_dist.tasks import TASKS, Batch
 from mtl_dist.threads import DaemonThreads
 

@@ -19,9 +19,6 @@ batch only where a stream gives a step more than one sample, or where a stream i
 
 Runs continue with the order they were begun with. In the first `VERSIONS` a block ended where its stream did, and the
 circle was a line, whose end was always left out, unless `epoch_steps` was given.
-
-`TaskOrders` are several orders side by side, one a task, each over the samples that carry its labels: a step takes a
-batch of each.
 """
 
 from __future__ import annotations
@@ -33,7 +30,8 @@ from itertools import chain, zip_longest
 import numpy as np
 
 # Keys that keep the random draws of different purposes apart.
-_SHARDS, _BLOCK, _BEGIN, _TASK = 1, 2, 3, 4
+_SHARDS, _BLOCK, _BEGIN = 1, 2, 3
+TASK_KEY = 4
 VERSIONS = (1, 2)
 
 
@@ -92,65 +90,6 @@ class Order:
         return EpochPlan(self, epoch=epoch, rank=rank, num_ranks=num_ranks)
 
 
-@dataclass(frozen=True)
-class TaskOrders:
-    """An order a task, over the samples that carry its labels; all have the same number of steps."""
-
-    orders: dict[str, Order]
-
-    def __post_init__(self):
-        assert len({order.num_steps for order in self.orders.values()}) == 1, self.orders
-
-    @property
-    def num_steps(self) -> int:
-        """Steps of an epoch, the same for every task and rank."""
-        return next(iter(self.orders.values())).num_steps
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """Tasks that a step reads a batch of each."""
-        return tuple(self.orders)
-
-    @property
-    def version(self) -> int:
-        """Version of the algorithm, the same for every task."""
-        return next(iter(self.orders.values())).version
-
-    def shards_in_hand(self, num_ranks: int, *, num_steps: int) -> int:
-        """As `Order.shards_in_hand`, over all tasks."""
-        return sum(order.shards_in_hand(num_ranks, num_steps=num_steps) for order in self.orders.values())
-
-    def of_version(self, version: int) -> TaskOrders:
-        """As `Order.of_version`, for every task."""
-        return TaskOrders({task: order.of_version(version) for task, order in self.orders.items()})
-
-    def plan(self, *, epoch: int, rank: int, num_ranks: int) -> TaskPlans:
-        """Return what a rank reads in an epoch: a batch a task and step."""
-        plans = [order.plan(epoch=epoch, rank=rank, num_ranks=num_ranks) for order in self.orders.values()]
-        return TaskPlans(plans)
-
-
-def build_task_orders(
-    labelled: dict[str, np.ndarray],
-    shard_rows: np.ndarray,
-    *,
-    global_batch: int,
-    streams: int,
-    block_shards: int,
-    seed: int,
-    epoch_steps: int,
-) -> TaskOrders:
-    """Make the order of every task from the ascending numbers of the samples that carry its labels."""
-    bounds = np.concatenate([[0], np.cumsum(shard_rows)])
-    orders = {}
-    for number, (task, samples) in enumerate(labelled.items()):
-        rows_here = np.diff(np.searchsorted(samples, bounds))
-        # A seed of its own: else sets that carry the labels of two tasks alike would give both the same batches.
-        own_seed = int(_rng(seed, _TASK, number).integers(1 << 62))
-        orders[task] = Order(rows_here, global_batch, streams, block_shards, own_seed, epoch_steps, samples)
-    return TaskOrders(orders)
-
-
 class EpochPlan:
     """One rank's part of one epoch. Costs O(shards) to make; blocks are shuffled when first asked for."""
 
@@ -158,9 +97,9 @@ class EpochPlan:
         assert 0 <= rank < num_ranks <= order.streams, (rank, num_ranks, order.streams)
         self.order, self.epoch = order, epoch
         self.streams = range(rank, order.streams, num_ranks)
-        self._shards, self._begin = _rng(order.seed, epoch, _SHARDS).permutation(len(order.shard_rows)), 0
+        self._shards, self._begin = draw(order.seed, epoch, _SHARDS).permutation(len(order.shard_rows)), 0
         if order.version > 1 or order.epoch_steps:
-            self._begin = int(_rng(order.seed, epoch, _BEGIN).integers(order.num_rows))  # the first place that is read
+            self._begin = int(draw(order.seed, epoch, _BEGIN).integers(order.num_rows))  # the first place that is read
             if order.version == 1:
                 self._shards = np.tile(self._shards, 2)  # unrolled: its blocks may lie over the circle's seam
         # Shard i of these covers places [starts[i], starts[i + 1]) of the circle.
@@ -201,7 +140,7 @@ class EpochPlan:
                 low, high = np.searchsorted(self._starts, [start, stop - 1], side="right") - 1
                 of_stream += self._shards[low : high + 1].tolist()
             of_streams.append(of_stream)
-        return [shard for shard in _in_turn(of_streams) if self.order.shard_rows[shard]]
+        return [shard for shard in in_turn(of_streams) if self.order.shard_rows[shard]]
 
     def _pieces(self, stream: int, step: int, num_steps: int) -> Iterator[tuple[int, int, int, int]]:
         """Yield (start, stop, place, count): `count` samples from `place` on are read, of the block [start, stop)."""
@@ -235,31 +174,10 @@ class EpochPlan:
             samples = self._index_starts[self._shards[shards]] + places - self._starts[shards]
             # In version 1 a block belongs to a stream: a shard that two share is shuffled on its own in each.
             key = (stream, start) if self.order.version == 1 else (start,)
-            _rng(self.order.seed, self.epoch, _BLOCK, *key).shuffle(samples)
+            draw(self.order.seed, self.epoch, _BLOCK, *key).shuffle(samples)
             kept = (start, stop, samples)
         self._shuffled[stream] = kept
         return kept[2]
-
-
-class TaskPlans:
-    """One rank's part of one epoch of `TaskOrders`: the plans of all tasks side by side."""
-
-    def __init__(self, plans: list[EpochPlan]):
-        self.plans = plans
-
-    def samples_of(self, step: int, num_steps: int) -> np.ndarray:
-        """Return (num_steps, tasks * n) int64: every step's samples, those of the first task first, n of each."""
-        return np.concatenate([plan.samples_of(step, num_steps) for plan in self.plans], axis=1)
-
-    def shards_ahead(self, step: int, num_steps: int = 1) -> list[int]:
-        """Return the shards that steps [step, step + num_steps) read from, in the order of need."""
-        return _in_turn([plan.shards_ahead(step, num_steps) for plan in self.plans])
-
-
-def _in_turn(lists: list[list[int]]) -> list[int]:
-    """Merge lists: the first entries of all, then the second ones, each number once."""
-    entries = chain.from_iterable(zip_longest(*lists))
-    return list(dict.fromkeys(entry for entry in entries if entry is not None))
 
 
 def eval_range(num_rows: int, *, rank: int, num_ranks: int) -> tuple[int, int]:
@@ -267,5 +185,11 @@ def eval_range(num_rows: int, *, rank: int, num_ranks: int) -> tuple[int, int]:
     return num_rows * rank // num_ranks, num_rows * (rank + 1) // num_ranks
 
 
-def _rng(*key: int) -> np.random.Generator:
+def in_turn(lists: list[list[int]]) -> list[int]:
+    """Merge lists: the first entries of all, then the second ones, each number once."""
+    entries = chain.from_iterable(zip_longest(*lists))
+    return list(dict.fromkeys(entry for entry in entries if entry is not None))
+
+
+def draw(*key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,15 +17,12 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from mtl_dist.errors import InputError
 from mtl_dist.families import FAMILIES
-from mtl_dist.models.backbone import Backbone, load_backbone_weights, load_imagenet_weights
+from mtl_dist.models.backbone import Backbone
 from mtl_dist.models.backbones import build_backbone
-from mtl_dist.models.baseline import Baseline
-from mtl_dist.models.emotionnet import EnsembleNet, SMMEmotionNet
+from mtl_dist.models.foreign import load_backbone_weights, load_imagenet_weights
 
 if TYPE_CHECKING:
     from mtl_dist.config import ModelConfig
-
-MODELS = {"a": EnsembleNet, "b": SMMEmotionNet, "baseline": Baseline}  # of every name in `families.FAMILIES`
 
 
 def build_model(
@@ -43,15 +41,16 @@ def build_model(
     if weights_file is None and config.weights.startswith("s3://"):
         raise InputError(f"fetch {config.weights} first and give build_model its local copy as weights_file")
 
-    input_size = input_size or config.image_size
+    input_size, loaded = input_size or config.image_size, None
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs as well, which are not forked
         model = _build_heads(config, build_backbone(config.backbone, input_size), input_size)
         if config.weights == "imagenet":
-            load_imagenet_weights(model.backbone)  # libraries draw weights before they load some
+            loaded = load_imagenet_weights(model.backbone)  # libraries draw weights before they load some
 
     if config.weights not in ("none", "imagenet"):
-        load_backbone_weights(model.backbone, weights_file or Path(config.weights), source=config.weights)
+        loaded = load_backbone_weights(model.backbone, weights_file or Path(config.weights), source=config.weights)
+    model.backbone.loaded = loaded
     if config.freeze_backbone:
         model.backbone.freeze()
     return model
@@ -81,8 +80,9 @@ def at_most(parameters: int) -> Iterator[None]:
 
 def _build_heads(config: ModelConfig, backbone: Backbone, input_size: int | None) -> nn.Module:
     """Build what comes after the backbone, and the model of both, with the settings that its family reads."""
-    own = {name: getattr(config, name) for name in FAMILIES[config.name].reads}
-    return MODELS[config.name](backbone, input_size=input_size, **own)
+    family = FAMILIES[config.name]
+    own = {name: getattr(config, name) for name in family.reads}
+    return resolve_name(f"{__name__}.{family.built_by}")(backbone, input_size=input_size, **own)
 
 
 def num_parameters(module: nn.Module) -> int:

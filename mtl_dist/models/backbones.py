@@ -6,11 +6,16 @@ for them on laptops, in CI and in the demo. Initial weights are drawn from torch
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from mtl_dist.errors import InputError, nearest
+from mtl_dist.families import OWN_BACKBONES
 from mtl_dist.models.backbone import Backbone, download_torchvision, init_convs, no_imagenet
+from mtl_dist.models.face_nets import STAGES, DenseFace, DenseNet121, IResNet
 
 # torchvision is imported by what needs it: that takes a second, at every start of every rank.
 
@@ -119,8 +124,12 @@ class VGGSmall(Backbone):
         init_convs(self)
 
 
-BACKBONES: dict[str, type[Backbone]] = {
+VITS = [name for name, about in OWN_BACKBONES.items() if about.patch]  # in vit.py, which imports timm
+BACKBONES: dict[str, Callable[[], Backbone]] = {
     "inception_v3": InceptionV3,
+    "densenet121": DenseNet121,
+    "denseface": DenseFace,
+    **{name: partial(IResNet, blocks) for name, blocks in STAGES.items()},
     "small": SmallResNet,
     "vgg16": VGG16,
     "vgg_small": VGGSmall,
@@ -140,6 +149,12 @@ def build_backbone(name: str, input_size: int | None = None) -> Backbone:
         from mtl_dist.models.libraries import build_library_backbone  # importing timm takes seconds
 
         return build_library_backbone(library, variant, input_size=input_size)
+    if name in VITS:
+        from mtl_dist.models.vit import ViT
+
+        if input_size is None:
+            raise InputError(f"backbone {name} is built for one size of images; give model.image_size")
+        return ViT(name, input_size)
     return _backbone_class(name)()
 
 
@@ -151,12 +166,15 @@ def check_backbone(name: str, *, imagenet: bool) -> None:
 
         check_library_backbone(library, variant, imagenet=imagenet)
         return
-    kind = _backbone_class(name)
+    if name in VITS and not imagenet:
+        return
+    kind = Backbone if name in VITS else _backbone_class(name)
+    kind = getattr(kind, "func", kind)  # of a class with its sizes
     if imagenet and kind.imagenet_state is Backbone.imagenet_state:
         raise no_imagenet(kind)
 
 
-def _backbone_class(name: str) -> type[Backbone]:
+def _backbone_class(name: str) -> Callable[[], Backbone]:
     if name not in BACKBONES:
         raise InputError(f"unknown backbone {name!r}: {nearest(name, BACKBONES)}, or torchvision:NAME, timm:NAME")
     return BACKBONES[name]

@@ -20,14 +20,19 @@ from torch import Tensor, nn
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from mtl_dist.errors import InputError
-from mtl_dist.models.backbone import Backbone, download_failed, download_torchvision
+from mtl_dist.models.backbone import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Backbone,
+    Renormalise,
+    download_failed,
+    download_torchvision,
+)
 
 logger = logging.getLogger(__name__)
 
 MAX_STRIDE = 16
 PROBE_SIZE = 224  # pixels, at which strides are counted
-# Of the inputs: `data.augment.normalise`.
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Children of torchvision's networks that follow the features, or are beside them.
 TORCHVISION_HEADS = {"avgpool", "fc", "classifier", "norm", "permute", "flatten", "head", "dropout"}
 TORCHVISION_HEADS |= {"aux1", "aux2", "AuxLogits"}
@@ -59,20 +64,6 @@ class LibraryBackbone(Backbone):
 
     def imagenet_state(self) -> dict[str, Tensor]:
         return {self.library_prefix + name: tensor for name, tensor in self.read_imagenet().items()}
-
-
-class Renormalise(nn.Module):
-    """Turn images normalised by ImageNet's statistics into images normalised by `mean` and `std`."""
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float]):
-        super().__init__()
-        is_mean, is_std, mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD, mean, std))
-        self.register_buffer("scale", is_std / std, persistent=False)
-        self.register_buffer("shift", (is_mean - mean) / std, persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) to the same shape."""
-        return images * self.scale + self.shift
 
 
 def build_library_backbone(library: str, name: str, *, input_size: int | None) -> LibraryBackbone:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtl_dist.config import LossConfig
+from mtl_dist.config import Config, LossConfig
 from mtl_dist.objective.losses import Sums
 from mtl_dist.objective.metrics import MetricSums, Predictions, Targets, metric_sums
 from mtl_dist.objective.scores import constant_scores, scores
@@ -40,7 +40,12 @@ class Affect:
 
     terms = TASKS
 
+    @classmethod
+    def build(cls, config: Config, counts: LabelCounts) -> Affect:
+        return cls(config.loss, counts)
+
     def __init__(self, config: LossConfig, counts: LabelCounts):
+        self.fixed = {task: config.weight(task) for task in TASKS}
         self.classes, self.label_smoothing = build_class_weights(config, counts), config.label_smoothing
 
     def sums(self, outputs: Outputs, batch: Batch) -> Sums:
@@ -165,6 +170,9 @@ class AffectMeter:
 
     def floor(self, total: np.ndarray) -> dict[str, Any]:
         return constant_scores(MetricSums.unflatten(total))
+
+    def pictures(self) -> dict[str, np.ndarray]:
+        return {}
 
 
 def _no_frames() -> list[np.ndarray]:

@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtl_dist.tasks import Batch, Outputs
+from mtl_dist.config import Config
+from mtl_dist.tasks import Batch, LabelCounts
 
 Sums = dict[str, Tensor]  # by term
 
@@ -27,8 +28,8 @@ Sums = dict[str, Tensor]  # by term
 class Meter(Protocol):
     """Scores what a model says of batches."""
 
-    def add(self, outputs: Outputs, batch: Batch) -> None:
-        """Take in a batch; padding is none of it."""
+    def add(self, outputs: Any, batch: Batch) -> None:
+        """Take in a batch and what the model makes of it; padding is none of it."""
 
     def bad_rows(self) -> list[int]:
         """Return the rows whose predictions are not finite."""
@@ -42,13 +43,22 @@ class Meter(Protocol):
     def floor(self, total: np.ndarray) -> dict[str, Any]:
         """Return the scores of the best constant predictor, which the same sums tell."""
 
+    def pictures(self) -> dict[str, np.ndarray]:
+        """Return what is to be looked at, {name: (H, W, 3) uint8}; nothing where a number says it all."""
+
 
 class Objective(Protocol):
     """What is learned: terms, that a balancer weighs."""
 
     terms: tuple[str, ...]
+    fixed: dict[str, float]  # by term: the weight that its loss has before a balancer multiplies it
 
-    def sums(self, outputs: Outputs, batch: Batch) -> Sums:
+    @classmethod
+    def build(cls, config: Config, counts: LabelCounts) -> Objective:
+        """Build what is configured; `counts` are of the training set."""
+        ...
+
+    def sums(self, outputs: Any, batch: Batch) -> Sums:
         """Reduce a batch to sums, float64, with gradients to the outputs. They add over any split of a batch."""
 
     def weight(self, term: str, total: Tensor) -> Tensor:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from pkgutil import resolve_name
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mtl_dist.config import LossConfig
-from mtl_dist.objective.affect import Affect
+from mtl_dist.config import Config
+from mtl_dist.families import objective_of
 from mtl_dist.objective.balancing import Balancer, build_balancer
 from mtl_dist.objective.losses import Objective, Sums, find_present, global_losses, total_sums
 from mtl_dist.tasks import Batch, LabelCounts, Outputs
@@ -65,7 +66,7 @@ class ObjectiveModule(nn.Module):
             for norm, momentum in zip(norms, kept):
                 norm.momentum = momentum
 
-    def _predict(self, batch: Batch) -> Outputs:
+    def _predict(self, batch: Batch) -> Any:
         if self.passes == 1:
             return self.model(batch.inputs, batch.valid)
         size = len(batch.inputs) // self.passes
@@ -73,8 +74,14 @@ class ObjectiveModule(nn.Module):
         return Outputs(*(torch.cat(parts) for parts in zip(*(self.model(*each) for each in passes))))
 
 
-def build_module(model: nn.Module, config: LossConfig, counts: LabelCounts, *, passes: int = 1) -> ObjectiveModule:
-    """Put the model together with the objective and the balancer that are configured; `counts` of the training set."""
-    objective = Affect(config, counts)
-    balancer = build_balancer(config.balancing, {term: config.weight(term) for term in objective.terms})
-    return ObjectiveModule(model, objective, balancer, passes=passes)
+def build_objective(config: Config, counts: LabelCounts) -> Objective:
+    """Build what the configured model is trained for; `counts` are of the training set."""
+    kind = resolve_name(f"mtl_dist.objective.{objective_of(config.model.name).built_by}")
+    return kind.build(config, counts)
+
+
+def build_module(
+    model: nn.Module, objective: Objective, *, balancing: str = "fixed", passes: int = 1
+) -> ObjectiveModule:
+    """Put a model together with its objective and the balancer of this name."""
+    return ObjectiveModule(model, objective, build_balancer(balancing, objective.fixed), passes=passes)

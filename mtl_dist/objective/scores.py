@@ -7,7 +7,8 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +27,8 @@ class Score(NamedTuple):
     title: str  # of a column
     name: str  # where there is room
     task: str | None  # whose labels it is of; None: of all that have labels
-    of: Callable[[MetricSums], np.ndarray]  # sums with any leading axes -> (...), or (..., names); NaN without labels
+    # Sums with any leading axes -> (...), or (..., names); NaN without labels. None: its objective's meter computes it.
+    of: Callable[[MetricSums], np.ndarray] | None
     sign: int = 1  # +1: higher is better, -1: lower
     names: tuple[str, ...] = ()  # what its values are of, where it has several
     floor: Callable[[MetricSums], np.ndarray] | None = None  # of the best constant; None: of `constant_sums`
@@ -209,19 +211,29 @@ SCORES = (
     Score("f1_au", "F1", "F1 of every action unit", "au", _f1_of_units, names=tuple(f"AU{number}" for number in AUS)),
 )  # fmt: skip
 FIRST = SCORES[0]
+MASKED = Score(
+    "masked_loss", "masked loss", "loss of hidden patches", None, of=None, sign=-1, is_main=True, worst=float("inf")
+)
+# By objective; what checkpoints and methods compete by is the first of each.
+TABLES = (SCORES, (MASKED,))
 
 
 # ------------------------------------------------------------------------------------------------------- what has them
 
 
+def table_of(values: Mapping[str, Any]) -> tuple[Score, ...]:
+    """Return the scores that values, by their keys, are of: those of faces' labels unless they are of another."""
+    return next((table for table in TABLES if table[0].key in values), SCORES)
+
+
 def single_scores() -> list[Score]:
     """Scores of one number."""
-    return [score for score in SCORES if not score.names]
+    return [score for table in TABLES for score in table if not score.names]
 
 
-def main_scores() -> list[Score]:
+def main_scores(values: Mapping[str, Any] = MappingProxyType({})) -> list[Score]:
     """Scores of the main table, the first of all last: it sums up the others."""
-    first, *others = [score for score in SCORES if score.is_main]
+    first, *others = [score for score in table_of(values) if score.is_main]
     return [*others, first]
 
 

@@ -30,7 +30,7 @@ def forward_all(
     bf16: bool = False,
     forward: Callable[[Tensor, Tensor], Any] | None = None,
 ) -> Iterator[tuple[Batch, Any]]:
-    """Yield every batch, as it came, with the model's outputs of it, on the device: `tasks.Outputs`.
+    """Yield every batch, as it came, with what the model makes of it, on the device: `tasks.Outputs`, say.
 
     `forward` is asked in the model's place where that is wanted, with the same arguments: inputs, and which frames are
     valid. The model is in evaluation mode meanwhile.
@@ -69,6 +69,7 @@ class Scored(NamedTuple):
 
     scores: dict[str, Any]
     floor: dict[str, Any]  # those of the best constant predictor
+    pictures: dict[str, np.ndarray]  # of this rank's first frames, where there is something to look at
 
 
 def evaluate(
@@ -90,7 +91,7 @@ def evaluate(
         progress(int(batch.valid.sum()))
     check_predictions(meter.bad_rows(), step)
     total = _total(meter.sums())
-    return Scored(meter.scores(total), meter.floor(total))
+    return Scored(meter.scores(total), meter.floor(total), meter.pictures())
 
 
 def check_predictions(bad_rows: list[int], step: int) -> None:

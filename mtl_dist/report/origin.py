@@ -8,7 +8,6 @@ import shlex
 from markupsafe import Markup
 
 from mtl_dist import storage
-from mtl_dist.config import dump_yaml
 from mtl_dist.objective.scores import FIRST
 from mtl_dist.report.page import html
 from mtl_dist.report.results import Result
@@ -16,6 +15,7 @@ from mtl_dist.report.tables import Table, number, text
 from mtl_dist.runs import CONFIG_NAME
 from mtl_dist.runs.checkpoint import MODEL
 from mtl_dist.runs.lives import read_lives
+from mtl_dist.settings import dump_yaml
 
 
 def run_block(result: Result) -> Markup:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import torch
 
 from mtl_dist import storage
-from mtl_dist.config import Varies, flatten, varying
+from mtl_dist.config import Config
 from mtl_dist.data.index import Index
 from mtl_dist.errors import Damaged, InputError
 from mtl_dist.families import FAMILIES
@@ -26,6 +26,7 @@ from mtl_dist.predicting.members import Member, predict_member, row_names, uniqu
 from mtl_dist.predicting.predictions import check_finite, prediction_table, read_key, read_predictions, write_parquet
 from mtl_dist.runs.checkpoint import MODEL
 from mtl_dist.sealed import unseal
+from mtl_dist.settings import Varies, flatten, varying
 from mtl_dist.tasks import AUS, NUM_AUS, NUM_EXPRESSIONS, LabelCounts
 
 CONSTANT, ENSEMBLE, CALIBRATED = "constant predictor", "ensemble", "ensemble, calibrated"
@@ -138,7 +139,8 @@ def label_runs(members: list[Member]) -> list[str]:
 
 def _settings(member: Member) -> dict[str, Any]:
     config = flatten(member.weights.config)
-    own = {key: value for key, value in config.items() if key not in {*varying(Varies.BY_PART), "run.name", "run.seed"}}
+    free = {*varying(Config, Varies.BY_PART), "run.name", "run.seed"}
+    own = {key: value for key, value in config.items() if key not in free}
     return own | {TRAINING_SET: member.weights.train_sha256}
 
 

@@ -15,30 +15,28 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pydantic
-import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from mtl_dist import storage
-from mtl_dist.config import Config, Varies, explain_validation, flatten, varying
-from mtl_dist.data.order import VERSIONS
-from mtl_dist.errors import Damaged, InputError
-from mtl_dist.objective.scores import FIRST
+from mtl_dist.config import Config
+from mtl_dist.errors import Damaged
+from mtl_dist.objective.scores import Score, table_of
 from mtl_dist.parsing import parse_object
+from mtl_dist.ranks import on_rank_0
+from mtl_dist.runs.same_run import check_same_run
 from mtl_dist.sealed import unseal
+from mtl_dist.settings import explain_validation
 from mtl_dist.tasks import AUS, EXPRESSIONS
-from mtl_dist.unread import find_unread, why_unread
 
 FORMAT = "mtl_dist-checkpoint-2"
 COMMIT, STATE, MODEL, TRAIN = "COMMIT.json", "state.json", "model.safetensors", "train.safetensors"
 CLASSES = {"expressions": list(EXPRESSIONS), "aus": list(AUS)}  # the order of a model's outputs, in state.json
 MAX_COMMIT_BYTES, MAX_STATE_BYTES, MAX_TENSOR_BYTES = 1 << 20, 16 << 20, 16 << 30
 MAX_MESSAGE = 1000  # characters
-READ_AT_THE_START = ("model.weights", "run.start")  # and not by a run that continues
 DIRECTORY = re.compile(r"step_(\d{9})_([0-9a-f]{8})")
 
 
@@ -54,8 +52,13 @@ class Checkpoint(NamedTuple):
 
     @property
     def score(self) -> float | None:
-        """What checkpoints compete by, on the validation split: P."""
-        return self.finite_score(FIRST.key)
+        """What checkpoints compete by, on the validation split: P, or the first score of another objective."""
+        return self.finite_score(self.competes_by.key)
+
+    @property
+    def competes_by(self) -> Score:
+        """Which score that is."""
+        return table_of(self.scores)[0]
 
     def finite_score(self, name: str) -> float | None:
         """A score; None where it has none, or one that is not a number, as evaluations once let through."""
@@ -106,29 +109,6 @@ def load_checkpoint(run_uri: str, config: Config, identity: dict[str, str]) -> R
         return None
     checkpoint, state = chosen
     return Restored(state, read_tensors(checkpoint, MODEL), read_tensors(checkpoint, TRAIN))
-
-
-def on_rank_0(call: Callable[[], Any]) -> Any:
-    """Return on every rank what `call` returns on rank 0. What it raises is raised on every rank.
-
-    Where there are no ranks, this process is all of them.
-    """
-    if not dist.is_initialized():
-        return call()
-    answer: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            answer = [call(), None]
-        except (InputError, OSError, RuntimeError) as error:
-            answer = [None, error]
-        except Exception as error:  # of a class that others may be unable to make from what is sent
-            answer = [None, RuntimeError(f"rank 0 failed: {type(error).__name__}: {error}")]
-            answer[1].__cause__ = error  # stays here, with its traceback
-    dist.broadcast_object_list(answer, src=0)
-    result, error = answer
-    if error:
-        raise error
-    return result
 
 
 def committed(run_uri: str) -> tuple[list[Checkpoint], list[str]]:
@@ -225,57 +205,7 @@ def newness(checkpoint: Checkpoint) -> tuple[int, float]:
 def best(checkpoints: list[Checkpoint]) -> Checkpoint | None:
     """Return the checkpoint of the best score, the later of equals; None where none is scored."""
     scored = [checkpoint for checkpoint in checkpoints if checkpoint.score is not None]
-    return max(scored, key=lambda c: (FIRST.sign * c.score, c.step, *newness(c)), default=None)
-
-
-def find_lack(state: dict[str, Any]) -> str:
-    """Say what of a state is not there, or no such thing; empty where all is."""
-    kinds = {"config": dict, "identity": dict, "step": int, "scores": dict}
-    return next((f"no {name}" for name, kind in kinds.items() if not isinstance(state.get(name), kind)), "")
-
-
-def weights_name(uri: Any) -> str:
-    """Return the part of a URI of weights that is the same on all nodes, and wherever a job's files are uploaded to."""
-    return str(uri).rstrip("/").rpartition("/")[2]
-
-
-def differences(state: dict[str, Any], config: Config, level: Varies) -> dict[str, tuple[Any, Any]]:
-    """Return {setting: (value there, value here)} where a checkpoint and a configuration must be alike and are not.
-
-    What nothing reads counts for nothing. Files are compared by the part of their URI that is the same on all nodes.
-    """
-    # A setting that is newer than the checkpoint has the default, which is what was done before there was a choice.
-    theirs, mine = flatten(Config()) | state["config"], flatten(config)
-    unread, free = find_unread(config), varying(level)
-    unlike = {}
-    for key in sorted(theirs.keys() | mine.keys()):
-        pair = theirs.get(key), mine.get(key)
-        same = weights_name(pair[0]) == weights_name(pair[1]) if key in READ_AT_THE_START else pair[0] == pair[1]
-        if not same and key not in free and not why_unread(key, unread):
-            unlike[key] = pair
-    return unlike
-
-
-def check_same_run(state: dict[str, Any], config: Config, identity: dict[str, str], where: str) -> None:
-    """Raise `InputError` unless a checkpoint's configuration and data are those of the run that wants it."""
-    if lack := find_lack(state):
-        raise InputError(f"{where}/{STATE} is not what training writes: {lack}; delete {where}")
-    if (version := state.get("order", VERSIONS[0])) not in VERSIONS:
-        raise InputError(
-            f"run '{config.run.name}' has a checkpoint of order {version!r} ({where}); this version of mtl_dist knows "
-            f"{', '.join(map(str, VERSIONS))}: continue it with the one that began it, or give it another --run.name"
-        )
-    for key, (theirs, mine) in differences(state, config, Varies.BY_PART).items():
-        raise InputError(
-            f"run '{config.run.name}' has a checkpoint with {key} {theirs!r} ({where}), but the "
-            f"configuration says {mine!r}; give the run another --run.name, or the same {key}"
-        )
-    for name, sha256 in identity.items():
-        if state["identity"].get(name) != sha256:
-            raise InputError(
-                f"run '{config.run.name}' has a checkpoint trained on another {name} ({where}): sha256 "
-                f"{state['identity'].get(name)}, not {sha256}; give the run another --run.name, or the same data"
-            )
+    return max(scored, key=lambda c: (c.competes_by.sign * c.score, c.step, *newness(c)), default=None)
 
 
 def choose_newest(run_uri: str, *, verifies: bool = True) -> tuple[Checkpoint, dict[str, Any]] | None:

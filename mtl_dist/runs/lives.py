@@ -15,7 +15,8 @@ from typing import Any
 from mtl_dist import storage
 from mtl_dist.errors import Damaged, InputError
 from mtl_dist.parsing import parse_json
-from mtl_dist.runs.checkpoint import committed, on_rank_0
+from mtl_dist.ranks import on_rank_0
+from mtl_dist.runs.checkpoint import committed
 from mtl_dist.sealed import seal, unseal
 
 LIVES, STARTS = "lives.json", "starts"

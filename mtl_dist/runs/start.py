@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from mtl_dist import storage
-from mtl_dist.config import Config, Varies
+from mtl_dist.config import Config
 from mtl_dist.data.order import VERSIONS
 from mtl_dist.errors import Damaged, InputError
 from mtl_dist.models import build_model, non_finite
 from mtl_dist.models.backbones import check_backbone
+from mtl_dist.ranks import on_rank_0
 from mtl_dist.runs.checkpoint import (
     DIRECTORY,
     MODEL,
@@ -24,12 +25,12 @@ from mtl_dist.runs.checkpoint import (
     Checkpoint,
     Restored,
     choose_newest,
-    differences,
     find_damage,
-    on_rank_0,
     read_tensors,
 )
+from mtl_dist.runs.same_run import differences
 from mtl_dist.runs.weights import check_classes, deleted, find_weights, is_local_file, open_weights
+from mtl_dist.settings import Varies
 
 TRAINING_SET = "training set"  # what the identity of a run's data calls it
 BEGAN_FROM = "began_from"  # of state.json: `Start.note`

@@ -10,9 +10,10 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from mtl_dist import storage
-from mtl_dist.config import Config, build_config, explain_validation, flatten, unflatten
+from mtl_dist.config import Config, build_config
 from mtl_dist.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from mtl_dist.errors import Damaged, InputError
+from mtl_dist.families import FAMILIES
 from mtl_dist.models import TooLarge, at_most, build_model
 from mtl_dist.runs.checkpoint import (
     CLASSES,
@@ -24,12 +25,13 @@ from mtl_dist.runs.checkpoint import (
     CommittedFile,
     best,
     committed,
-    find_lack,
     read_commit,
     read_model,
     read_state,
 )
+from mtl_dist.runs.same_run import find_lack
 from mtl_dist.sealed import unseal
+from mtl_dist.settings import explain_validation, flatten, unflatten
 from mtl_dist.tasks import AUS, EXPRESSIONS
 
 FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")  # a run's name may hold dots too
@@ -135,9 +137,17 @@ def is_local_file(uri: str) -> bool:
     return not storage.is_s3(uri) and not storage.local_path(uri).is_dir()
 
 
-def load_weights(weights: Weights) -> nn.Module:
-    """Build the model on the CPU with its weights, in evaluation mode. Raises `InputError`."""
+def load_weights(weights: Weights, *, objective: str = "affect") -> nn.Module:
+    """Build the model on the CPU with its weights, in evaluation mode. Raises `InputError`.
+
+    `objective` is what it must have been trained for.
+    """
     checkpoint, config = weights.checkpoint, weights.config
+    if FAMILIES[config.model.name].objective != objective:
+        raise InputError(
+            f"{checkpoint.uri} is {FAMILIES[config.model.name].what}: it predicts no labels; train a model that begins "
+            f"with it, with --run.start {checkpoint.uri} --run.start-with backbone"
+        )
     if not weights.state:
         _check_exported(checkpoint)
     try:

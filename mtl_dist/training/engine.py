@@ -52,7 +52,7 @@ def build_optimizer(module: nn.Module, config: Config) -> torch.optim.Optimizer:
         {"params": [p for p, decayed in trained if not decayed], "weight_decay": 0.0},
     ]
     if config.optim.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.optim.lr)
+        return torch.optim.AdamW(groups, lr=config.optim.lr, betas=config.optim.betas)
     momentum = config.optim.momentum
     return torch.optim.SGD(
         groups, lr=config.optim.lr, momentum=momentum, nesterov=config.optim.nesterov and momentum > 0

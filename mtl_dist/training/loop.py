@@ -14,30 +14,30 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from mtl_dist import storage
-from mtl_dist.config import Config, dump_yaml
+from mtl_dist.config import Config
 from mtl_dist.data.loader import eval_batches, lend, train_batches
 from mtl_dist.errors import NonFiniteLoss
 from mtl_dist.objective.module import StepLoss
 from mtl_dist.objective.scores import flat_scores
 from mtl_dist.predicting.evaluate import Scored, evaluate, list_rows
-from mtl_dist.ranks import gather_lists
+from mtl_dist.ranks import gather_lists, on_rank_0
 from mtl_dist.runs import CONFIG_NAME
-from mtl_dist.runs.checkpoint import on_rank_0
 from mtl_dist.runs.lives import Life, begin_life
+from mtl_dist.settings import dump_yaml
 from mtl_dist.tasks import Batch
 from mtl_dist.training.audit import Audit
 from mtl_dist.training.averaging import average_batchnorm, freeze_batchnorm
+from mtl_dist.training.checks import describe_size
 from mtl_dist.training.engine import learning_rate, set_learning_rate
+from mtl_dist.training.learner import Learner, restore, save_checkpoint
+from mtl_dist.training.requests import AskedFor, ask_ranks, is_due, is_late
 from mtl_dist.training.saving import Saver
-from mtl_dist.training.setup import Learner, RunContext, Setup, describe_size, restore, save_checkpoint, set_up
+from mtl_dist.training.setup import RunContext, Setup, set_up
 from mtl_dist.training.step import train_step
 from mtl_dist.training.tracking import NoTracker, Tracker
 from mtl_dist.training.watchdog import Phase, Watchdog
-
-ASK_EVERY_STEPS = 8
 
 
 @dataclass
@@ -112,13 +112,13 @@ def _train(run: _Run) -> dict[str, Any]:
 
         # ------------------------------------------------------- once in a while: evaluate, publish, save, stop
         is_last = epoch + 1 == config.train.epochs
-        asked_for = _ask_ranks(run, always=True)
-        if is_last or _is_due(epoch + 1, config.train.eval_every):
-            run.scores, constant = _evaluate(run)
-            run.tracker.evaluated(run.step, epoch, run.scores, constant)
+        asked_for = _ask(run)
+        if is_last or is_due(epoch + 1, config.train.eval_every):
+            run.scores, constant, pictures = _evaluate(run)
+            run.tracker.evaluated(run.step, epoch, run.scores, constant, pictures)
             _save(run, run.scores)
             run.setup.context.publish({"step": run.step, "epoch": epoch + 1, **flat_scores(run.scores)})
-        elif asked_for.any or _is_due(run.step, config.checkpoint.every_steps):
+        elif asked_for.any or is_due(run.step, config.checkpoint.every_steps):
             _save(run, {})
         if asked_for.stop or asked_for.now:
             saver.wait()
@@ -158,8 +158,8 @@ def _train_epoch(run: _Run, epoch: int) -> bool:
 
         # ------------------------------------------------------------ once in a while: save in mid-epoch, stop
         if run.step % setup.data.steps_per_epoch:  # what is due at an epoch's end comes after its evaluation
-            asked_for = _ask_ranks(run)
-            if asked_for.any or _is_due(run.step, config.checkpoint.every_steps):
+            asked_for = _ask(run, step=run.step)
+            if asked_for.any or is_due(run.step, config.checkpoint.every_steps):
                 _look_at(last, run)
                 last = None
                 _save(run, {})
@@ -312,39 +312,9 @@ def _look_at(taken: _Taken, run: _Run) -> None:
     )
 
 
-def _is_due(count: int, every: int | None) -> bool:
-    return every is not None and count % every == 0
-
-
-def _is_late(saved_at: float, every_minutes: float | None) -> bool:
-    return every_minutes is not None and time.monotonic() - saved_at >= 60 * every_minutes
-
-
-class _AskedFor(NamedTuple):
-    stop: bool  # save and leave the loop
-    now: bool  # save, and wait until it is stored
-    late: bool  # save
-
-    @property
-    def any(self) -> bool:
-        return self.stop or self.now or self.late
-
-
-def _ask_ranks(run: _Run, *, always: bool = False) -> _AskedFor:
-    """What any rank was asked for: all ranks must save and leave the loop at the same step. Rank 0's clock counts.
-
-    Several ranks ask each other now and then only, since the answer makes the host wait for the device.
-    """
-    context, is_late = run.setup.context, _is_late(run.saved_at, run.setup.config.checkpoint.every_minutes)
-    if context.num_ranks == 1:
-        return _AskedFor(context.should_stop(), context.should_save(), is_late)
-    if not always and run.step % ASK_EVERY_STEPS:
-        return _AskedFor(False, False, False)
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    mine = (context.should_stop(), context.should_save(), is_late and context.rank == 0)
-    flags = torch.tensor(mine, dtype=torch.float32, device=device)
-    dist.all_reduce(flags)
-    return _AskedFor(*(bool(flag) for flag in flags))
+def _ask(run: _Run, *, step: int | None = None) -> AskedFor:
+    late = is_late(run.saved_at, run.setup.config.checkpoint.every_minutes)
+    return ask_ranks(run.setup.context, late=late, step=step)
 
 
 def _say_stopped(run: _Run) -> None:

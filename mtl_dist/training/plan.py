@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from mtl_dist import storage
 from mtl_dist.config import Config
 from mtl_dist.data.index import Sets, check_pair, check_stored, read_sets
-from mtl_dist.data.order import Order, TaskOrders, build_task_orders
+from mtl_dist.data.order import Order
 from mtl_dist.data.samples import Samples
+from mtl_dist.data.task_orders import TaskOrders, build_task_orders
 from mtl_dist.errors import Damaged, InputError
+from mtl_dist.families import objective_of
 from mtl_dist.objective.scores import find_score
 from mtl_dist.shards.overlap import check_shared, find_shared
 from mtl_dist.tasks import AUS, TASKS, LabelCounts
@@ -44,7 +46,8 @@ def open_data(config: Config) -> Data:
             raise InputError(f"--{flag} is not given; expected the directory or s3:// prefix that holds an index.json")
     train, val = read_sets(config.data.train), read_sets(config.data.val)
     check_pair(train, val)
-    _check_labels(config, train, val)
+    if objective_of(config.model.name).reads_labels:
+        _check_labels(config, train, val)
     batch, share, rows, tasks = config.train.global_batch, config.data.epoch_fraction, {"": train.rows}, ()
     if config.data.sampling == "per_task":
         counts = (train.labels.va, train.labels.expr, max(train.labels.au))
@@ -86,6 +89,8 @@ def _check_labels(config: Config, train: Sets, val: Sets) -> None:
 
 def note_labels(config: Config, data: Data) -> list[str]:
     """Say what is trained and not scored, scored and not trained, or neither though it has a loss."""
+    if not objective_of(config.model.name).reads_labels:
+        return []
     trained = _trained(config, data.train)
     unscored = data.val.labels.missing_tasks()
     notes = [
@@ -148,7 +153,8 @@ def plan_run(config: Config, *, num_ranks: tuple[int, int] | None = None, compar
     `num_ranks` is the least and the most; None: `ray.num_ranks`. `compares`: also look for pictures that both sets
     have, for which up to 128 MiB are read.
     """
-    from mtl_dist.runs.checkpoint import check_same_run, committed, read_state
+    from mtl_dist.runs.checkpoint import committed, read_state
+    from mtl_dist.runs.same_run import check_same_run
     from mtl_dist.runs.start import check_pretrained, describe_start, find_start
 
     for key in config.checkpoint.best_of:

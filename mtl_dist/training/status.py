@@ -89,7 +89,7 @@ def print_ending(config: Config) -> None:
     run, report = shlex.quote(uri), shlex.quote(f"{config.run.name}-report")
     ensemble = shlex.quote(storage.join(config.run.storage, "ensemble"))
     print(
-        f"best    {top.uri} ({FIRST.title} {top.score:.4f})\n"
+        f"best    {top.uri} ({top.competes_by.title} {top.score:.4f})\n"
         f"next    python -m mtl_dist.predict --runs {run} --input PICTURES --out predictions.csv\n"
         f"        python -m mtl_dist.report {run} --out {report}\n"
         f"        python -m mtl_dist.ensemble --runs {run} OTHER_RUN --out {ensemble}",
@@ -138,7 +138,8 @@ def _lives_table(lives: list[dict[str, Any]]) -> Table:
 
 
 def _checkpoints_table(checkpoints: list[Checkpoint], top: Checkpoint | None, damage: dict[str, str | None]) -> Table:
-    table = Table("checkpoint", "step", "saved", "MB", FIRST.title, "whole")
+    competes_by = (top or checkpoints[-1]).competes_by.title if checkpoints else FIRST.title
+    table = Table("checkpoint", "step", "saved", "MB", competes_by, "whole")
     for checkpoint in checkpoints:
         score = "" if checkpoint.score is None else f"{checkpoint.score:.4f}{' best' if checkpoint is top else ''}"
         table.add_row(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mtl_dist.config import Config
-from mtl_dist.data.augment import Preparation, make_draws
+from mtl_dist.data.augment import Preparation
 from mtl_dist.errors import NonFiniteLoss
 from mtl_dist.models import non_finite
 from mtl_dist.objective.losses import Sums, add_sums, global_losses, total_sums
@@ -29,7 +29,7 @@ def train_step(
 ) -> StepLoss:
     """Take one optimizer step on this rank's part of the global batch, in `train.accumulation` micro-batches."""
     module: ObjectiveModule = engine.module
-    draws = draw_passes(batch.rows, seed=config.run.seed, epoch=epoch, passes=module.passes)
+    draws = draw_passes(prepare, batch.rows, seed=config.run.seed, epoch=epoch, passes=module.passes)
     batch = batch.to(device)
     batch = batch._replace(inputs=prepare(batch, draws.to(device)))
     parts = split_batch(batch, parts=config.train.accumulation, passes=module.passes)
@@ -49,13 +49,13 @@ def train_step(
     return loss._replace(total=loss.total.detach())
 
 
-def draw_passes(rows: Tensor, *, seed: int, epoch: int, passes: int) -> Tensor:
-    """Draw the augmentation of rows (B, T): (B, T, NUM_DRAWS).
+def draw_passes(prepare: Preparation, rows: Tensor, *, seed: int, epoch: int, passes: int) -> Tensor:
+    """Draw what rows (B, T) are prepared with: (B, T, n).
 
     The batch is `passes` equal parts, such as one a task. A row that is in several has other draws in each.
     """
     parts = enumerate(rows.tensor_split(passes))
-    return torch.cat([make_draws(part, seed=seed, epoch=epoch * passes + number) for number, part in parts])
+    return torch.cat([prepare.draw(part, seed=seed, epoch=epoch * passes + number) for number, part in parts])
 
 
 def split_batch(batch: Batch, *, parts: int, passes: int) -> list[Batch]:

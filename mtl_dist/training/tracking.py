@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -26,7 +28,7 @@ from tensorboardX.record_writer import masked_crc32c
 
 from mtl_dist import storage
 from mtl_dist.errors import InputError, plain
-from mtl_dist.objective.scores import FIRST, Score, flat_scores, main_scores, more_scores
+from mtl_dist.objective.scores import FIRST, Score, flat_scores, main_scores, more_scores, table_of
 from mtl_dist.tasks import TASKS
 
 METRICS, BOARD = "metrics.jsonl", "tensorboard"
@@ -87,14 +89,24 @@ class Tracker:
         self.console.print(line, end="\r" if self.console.is_terminal else "\n", soft_wrap=True)
         self._window = _Window()
 
-    def evaluated(self, step: int, epoch: int, scores: dict[str, Any], constant: dict[str, Any]) -> None:
-        """Take note of an evaluation and print its scores beside the constant predictor's."""
+    def evaluated(
+        self,
+        step: int,
+        epoch: int,
+        scores: dict[str, Any],
+        constant: dict[str, Any],
+        pictures: dict[str, np.ndarray],
+    ) -> None:
+        """Take note of an evaluation and print its scores beside the constant predictor's; pictures go to the board."""
         record = {"kind": "eval", "step": step, "epoch": epoch, "scores": scores, "constant": constant}
         self._lines.append(_line(record))
         flat = flat_scores(scores)
         self._board.add(step, {f"score/{key}": value for key, value in flat.items()})
-        parts = "  ".join(f"{score.title} {flat[score.key]:.4f}" for score in main_scores() if score.key in flat)
-        floor = f"(constant predictor: {FIRST.title} {constant[FIRST.key]:.4f})"
+        for name, pixels in pictures.items():
+            self._board.show(step, name, pixels)
+        parts = "  ".join(f"{score.title} {flat[score.key]:.4f}" for score in main_scores(scores) if score.key in flat)
+        first = table_of(scores)[0]
+        floor = f"(constant predictor: {first.title} {constant[first.key]:.4f})"
         self.console.print(f"epoch {epoch + 1} scores  {parts}  {floor}", soft_wrap=True)
         more = {title: _cells(scores, column) for title, column in more_scores().items() if _has(scores, column)}
         if more:
@@ -164,6 +176,13 @@ class _Board:
     def add(self, step: int, values: dict[str, float]) -> None:
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         self._write(Event(step=step, summary=Summary(value=scalars)))
+
+    def show(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """Show a picture, (H, W, 3) uint8."""
+        (height, width), png = pixels.shape[:2], io.BytesIO()
+        Image.fromarray(pixels).save(png, "PNG")
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png.getvalue())
+        self._write(Event(step=step, summary=Summary(value=[Summary.Value(tag=name, image=image)])))
 
     def _write(self, event: Event) -> None:
         event.wall_time = time.time()
@@ -261,10 +280,11 @@ def _print_tables(console: Console, rows: dict[str, dict[str, Any]], title: str,
 
 def _scores_table(rows: dict[str, dict[str, Any]], title: str) -> Table:
     """A task without labels says so, and so does the P of what it covers."""
-    shown = main_scores()
+    shown = main_scores(next(iter(rows.values()), {}))
     table = Table("", *(score.title for score in shown), title=escape(title), title_justify="left")
     for name, scores in rows.items():
-        covered = "" if len(scores["covers"]) == len(TASKS) else f" ({', '.join(scores['covers']) or 'nothing'} only)"
+        covers_all = len(scores["covers"]) == len(TASKS) or shown[-1] is not FIRST
+        covered = "" if covers_all else f" ({', '.join(scores['covers']) or 'nothing'} only)"
         cells = [_cell(scores, score) + covered * (score.task is None) for score in shown]
         table.add_row(escape(plain(name)), *cells)
     return table

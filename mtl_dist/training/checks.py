@@ -1,0 +1,87 @@
+"""Whether ranks can train what is asked for: their number, their settings, the size of what they save."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from mtl_dist.config import Config
+from mtl_dist.errors import InputError
+from mtl_dist.models import num_parameters
+from mtl_dist.runs.checkpoint import MAX_TENSOR_BYTES
+from mtl_dist.runs.same_run import READ_AT_THE_START, weights_name
+from mtl_dist.settings import Varies, flatten, varying
+from mtl_dist.training.averaging import check_batchnorm
+from mtl_dist.training.plan import Data
+
+STATES = {"adamw": 2, "sgd": 1}  # that an optimizer has of each trained parameter, at most
+
+
+def check_num_ranks(config: Config, num_ranks: int) -> None:
+    """Raise `InputError` where this many ranks cannot share the batch."""
+    if num_ranks > config.num_streams:
+        raise InputError(
+            f"{num_ranks} ranks for {config.num_streams} streams: a rank reads one at least; start "
+            "fewer ranks, or raise train.global_batch or data.streams"
+        )
+    least_rows = min_rows(config, num_ranks)
+    if config.engine.batchnorm == "sync" and config.train.accumulation > least_rows:
+        raise InputError(
+            f"train.accumulation is {config.train.accumulation}, but a rank has {least_rows} rows of a step: with "
+            "engine.batchnorm sync every part needs one at least; use fewer parts, or local"
+        )
+
+
+def check_ranks_agree(config: Config, data: Data) -> None:
+    """Raise on every rank unless all have the same settings and the same data. Every rank calls it.
+
+    Launchers of several nodes each read a command line and, where data is local, files of their own.
+    """
+    free = varying(Config, Varies.BY_RANK)
+    mine = {name: value for name, value in flatten(config).items() if name not in free} | data.identity()
+    mine |= {name: weights_name(mine[name]) for name in READ_AT_THE_START}
+    of_ranks: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(of_ranks, mine)
+    for rank, theirs in enumerate(of_ranks):
+        for name, value in of_ranks[0].items():
+            if theirs.get(name) != value:
+                raise InputError(
+                    f"rank {rank} has {name} {theirs.get(name)!r}, and rank 0 has {value!r}: all ranks train one model "
+                    "on one set; start every node with the same command, and give every node the same data"
+                )
+
+
+def note_batchnorm(model: nn.Module, config: Config, num_ranks: int) -> str:
+    """Say where a rank has few rows for BatchNorm's statistics. Raises `InputError` where it has too few."""
+    if config.engine.batchnorm != "local":
+        return ""
+    rows = min_rows(config, num_ranks) // config.train.accumulation
+    return check_batchnorm(model, rows=rows, size=config.input_size)
+
+
+def check_size(model: nn.Module, config: Config) -> None:
+    """Raise `InputError` where a checkpoint would have a larger file than continuing reads."""
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    states = STATES[config.optim.name] * sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    # Of the two files the larger: the weights, or the optimizer's states with the raw weights where those are averages.
+    needed = max(weights, states + (weights if config.train.ema else 0))
+    if needed > MAX_TENSOR_BYTES:
+        raise InputError(
+            f"a checkpoint would have a file of {needed:,} bytes, and no run continues from one of more than "
+            f"{MAX_TENSOR_BYTES:,}: {describe_size(model)} by {config.optim.name}, train.ema {config.train.ema:g}; "
+            "choose a smaller model.backbone, or --model.freeze-backbone"
+        )
+
+
+def describe_size(model: nn.Module) -> str:
+    """Say how many parameters a model has, and how many are trained."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    total = num_parameters(model)
+    return f"{total:,} parameters, {'all' if trained == total else f'{trained:,}'} trained"
+
+
+def min_rows(config: Config, num_ranks: int) -> int:
+    """Rows of a step (of a task's batch) that each rank has at least."""
+    return config.train.global_batch // config.num_streams * (config.num_streams // num_ranks)
