@@ -417,7 +417,8 @@ NEVER_VARYING = {
     "run.seed", "data.image_size", "data.streams", "data.block_shards", "data.sampling", "data.epoch_fraction",
     "model.name", "model.backbone", "model.freeze_backbone", "model.image_size", "model.hidden", "loss.balancing",
     "model.masked.normalise", "model.masked.decoder_depth", "model.masked.decoder_heads",
-    "model.masked.decoder_width", "optim.name", "optim.momentum", "optim.nesterov", "optim.betas", "engine.batchnorm", "train.global_batch", "train.ema",
+    "model.masked.decoder_width", "optim.name", "optim.momentum", "optim.nesterov", "optim.betas",
+    "engine.batchnorm", "train.global_batch", "train.ema",
 }  # fmt: skip
 
 
