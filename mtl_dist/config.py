@@ -146,6 +146,9 @@ class ModelConfig(Section):
     hidden: int = Field(4096, ge=1, le=2**16)
     """Width of two fully connected layers."""
     dropout: Annotated[float, Varies.BY_RUN] = Field(0.3, ge=0, lt=1)
+    drop_path: Annotated[float, Varies.BY_RUN] = Field(0.0, ge=0, lt=1)
+    """Of a ViT of ours, or a network of timm that knows it: how often its last block is left out in training; earlier
+    ones less often, in proportion."""
     masked: MaskedConfig = MaskedConfig()
 
 
@@ -179,6 +182,13 @@ class OptimConfig(Section):
     name: Literal["sgd", "adamw"] = "sgd"
     lr: Annotated[float, Varies.BY_RUN] = Field(1e-3, gt=0, le=1e3)
     """Peak learning rate, for the global batch as it is: no scaling by ranks."""
+    backbone_lr: Annotated[float, Varies.BY_RUN] = Field(1.0, ge=0, le=1e3)
+    """What the backbone has of the learning rate."""
+    layer_decay: Annotated[float, Varies.BY_RUN] = Field(1.0, gt=0, le=1)
+    """Of a ViT: what a layer has of the rate of the layer above it (0.65 to 0.75 where it was pre-trained)."""
+    freeze_backbone_for: Annotated[float, Varies.BY_RUN] = Field(0.0, ge=0, le=1)
+    """Share of training in which the backbone's rate is 0, while what follows it is trained; its BatchNorm statistics
+    go on."""
     momentum: float = Field(0.9, ge=0, lt=1)
     nesterov: bool = True
     """Nesterov's form of SGD's momentum."""

@@ -136,6 +136,11 @@ def check_backbone_name(name: str) -> str:
     return name
 
 
+def takes_drop_path(backbone: str) -> bool:
+    """Whether a backbone may be one of layers that drop path and layer decay are for."""
+    return backbone.startswith("timm:") or bool(backbone in OWN_BACKBONES and OWN_BACKBONES[backbone].patch)
+
+
 def min_input_size(backbone: str) -> int:
     """Return the least side in pixels of a backbone's images; a library's is found out by building it."""
     return OWN_BACKBONES[backbone].min_size if backbone in OWN_BACKBONES else 1

@@ -12,7 +12,7 @@ from typing import Any
 
 from mtl_dist.config import Config
 from mtl_dist.errors import InputError
-from mtl_dist.families import FAMILIES, OBJECTIVES
+from mtl_dist.families import FAMILIES, OBJECTIVES, takes_drop_path
 from mtl_dist.settings import flatten
 
 NOT_WRITTEN = {"run", "ray"}  # sections that best.yaml leaves out
@@ -34,6 +34,12 @@ def find_unread(config: Config) -> dict[str, str]:
         unread["optim.betas"] = f"optim.name is {optim.name}; it is for adamw"
     elif not optim.momentum:
         unread["optim.nesterov"] = "optim.momentum is 0; it is for more"
+    if config.model.freeze_backbone:
+        why = "model.freeze_backbone is set, which trains none of it"
+        unread |= {f"optim.{name}": why for name in ("backbone_lr", "layer_decay", "freeze_backbone_for")}
+    if not takes_drop_path(config.model.backbone):
+        unread["model.drop_path"] = f"model.backbone is {config.model.backbone}; it is for vit_* and timm:NAME"
+        unread["optim.layer_decay"] = f"model.backbone is {config.model.backbone}; it is for a ViT"
     if augment.resize is not None:
         unread["augment.crop_scale"] = f"augment.resize is {augment.resize}, which is there instead"
     if not (augment.brightness or augment.contrast or augment.saturation or augment.hue):

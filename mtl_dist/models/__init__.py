@@ -44,7 +44,9 @@ def build_model(
     input_size, loaded = input_size or config.image_size, None
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs as well, which are not forked
-        model = _build_heads(config, build_backbone(config.backbone, input_size), input_size)
+        model = _build_heads(
+            config, build_backbone(config.backbone, input_size, drop_path=config.drop_path), input_size
+        )
         if config.weights == "imagenet":
             loaded = load_imagenet_weights(model.backbone)  # libraries draw weights before they load some
 

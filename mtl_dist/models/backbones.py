@@ -136,10 +136,10 @@ BACKBONES: dict[str, Callable[[], Backbone]] = {
 }
 
 
-def build_backbone(name: str, input_size: int | None = None) -> Backbone:
+def build_backbone(name: str, input_size: int | None = None, *, drop_path: float = 0.0) -> Backbone:
     """Build a backbone by name, with random weights, for images of `input_size` pixels a side.
 
-    Those of libraries need the size; ours take images of any.
+    Those of libraries and ViTs need the size; the others take images of any. `drop_path` is for ViTs and timm's.
 
     Raises:
         InputError: the name is unknown, or the backbone has no features for images of that size.
@@ -148,13 +148,13 @@ def build_backbone(name: str, input_size: int | None = None) -> Backbone:
     if colon:
         from mtl_dist.models.libraries import build_library_backbone  # importing timm takes seconds
 
-        return build_library_backbone(library, variant, input_size=input_size)
+        return build_library_backbone(library, variant, input_size=input_size, drop_path=drop_path)
     if name in VITS:
         from mtl_dist.models.vit import ViT
 
         if input_size is None:
             raise InputError(f"backbone {name} is built for one size of images; give model.image_size")
-        return ViT(name, input_size)
+        return ViT(name, input_size, drop_path=drop_path)
     return _backbone_class(name)()
 
 

@@ -66,8 +66,12 @@ class LibraryBackbone(Backbone):
         return {self.library_prefix + name: tensor for name, tensor in self.read_imagenet().items()}
 
 
-def build_library_backbone(library: str, name: str, *, input_size: int | None) -> LibraryBackbone:
+def build_library_backbone(
+    library: str, name: str, *, input_size: int | None, drop_path: float = 0.0
+) -> LibraryBackbone:
     """Build `library`:`name` with the library's random weights, for images of `input_size` pixels a side.
+
+    `drop_path` is for timm's alone.
 
     Raises:
         InputError: the name is unknown, or the network does not take images of that size.
@@ -77,7 +81,7 @@ def build_library_backbone(library: str, name: str, *, input_size: int | None) -
         raise InputError(f"unknown library {library!r} of backbone {library}:{name}; known: timm, torchvision")
     if input_size is None:
         raise InputError(f"backbone {library}:{name} is built for one size of images; give model.image_size")
-    return build(name, input_size)
+    return build(name, input_size, **({"drop_path": drop_path} if drop_path else {}))
 
 
 def check_library_backbone(library: str, name: str, *, imagenet: bool) -> None:
@@ -189,13 +193,15 @@ def _cut_torchvision(model: nn.Module, kwargs: dict[str, Any]) -> Stages:
 # --- timm -------------------------------------------------------------------------------------------------------------
 
 
-def _build_timm(name: str, size: int) -> LibraryBackbone:
+def _build_timm(name: str, size: int, *, drop_path: float = 0.0) -> LibraryBackbone:
     full_name, cfg = f"timm:{name}", _find_timm(name)
     # Networks of one size are told ours; the others take images of any.
     kwargs = {"img_size": size} if cfg.fixed_input_size and cfg.input_size[-1] != size else {}
     try:
-        model = timm.create_model(name, **kwargs)
-    except TypeError as error:  # a network of one size that cannot be told another
+        model = timm.create_model(name, **kwargs, **({"drop_path_rate": drop_path} if drop_path else {}))
+    except TypeError as error:  # a network of no such layers, or of one size that cannot be told another
+        if "drop_path_rate" in str(error):
+            raise InputError(f"backbone {full_name} has no path to drop; leave --model.drop-path out") from None
         if "img_size" not in str(error):
             raise
         raise _wrong_size(full_name, size, f"it takes {cfg.input_size[-1]} only") from error

@@ -41,21 +41,21 @@ class ViT(Backbone):
 
     library_prefix = "net.model."
 
-    def __init__(self, name: str, input_size: int):
+    def __init__(self, name: str, input_size: int, *, drop_path: float = 0.0):
         size, patch = SIZES[name], OWN_BACKBONES[name].patch
         if input_size % patch:
             raise InputError(
                 f"backbone {name} reads patches of {patch} pixels a side, and images have {input_size}; give "
                 "a multiple of it: --model.image-size"
             )
-        super().__init__({"net": Tokens(size, patch, input_size)}, num_channels=size.width)
+        super().__init__({"net": Tokens(size, patch, input_size, drop_path)}, num_channels=size.width)
         self.patch = patch
 
 
 class Tokens(nn.Module):
     """The transformer; what it makes of every patch, laid out as the grid they come from."""
 
-    def __init__(self, size: Size, patch: int, input_size: int):
+    def __init__(self, size: Size, patch: int, input_size: int, drop_path: float):
         super().__init__()
         self.model = VisionTransformer(
             img_size=input_size,
@@ -64,6 +64,7 @@ class Tokens(nn.Module):
             depth=size.depth,
             num_heads=size.heads,
             num_classes=0,
+            drop_path_rate=drop_path,
             norm_layer=LAYER_NORM,
         )
         init_like_mae(self.model)

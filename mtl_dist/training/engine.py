@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mtl_dist.config import Config
+from mtl_dist.training.rates import Share, learning_rate, share_of
 
 
 def build_engine(module: nn.Module, config: Config, *, num_ranks: int, device: torch.device):
@@ -46,10 +47,14 @@ def collective_timeout(config: Config) -> timedelta:
 
 def build_optimizer(module: nn.Module, config: Config) -> torch.optim.Optimizer:
     """SGD or AdamW; only what features are multiplied with is decayed."""
-    trained = [(p, is_decayed(module, name)) for name, p in module.named_parameters() if p.requires_grad]
+    groups: dict[tuple[Share, bool], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            share = share_of(name, module, config)
+            groups.setdefault((share, is_decayed(module, name)), []).append(parameter)
     groups = [
-        {"params": [p for p, decayed in trained if decayed], "weight_decay": config.optim.weight_decay},
-        {"params": [p for p, decayed in trained if not decayed], "weight_decay": 0.0},
+        {"params": groups[share, decayed], "weight_decay": config.optim.weight_decay * decayed, "share": share}
+        for share, decayed in sorted(groups, reverse=True)
     ]
     if config.optim.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.optim.lr, betas=config.optim.betas)
@@ -70,22 +75,14 @@ def is_decayed(module: nn.Module, name: str) -> bool:
     return is_matrix and not isinstance(layer, nn.Embedding) and "norm" not in type(layer).__name__.lower()
 
 
-def learning_rate(config: Config, step: int, total_steps: int) -> float:
-    """Linear warm-up, then a cosine to `final_lr` of the peak: a pure function of the step.
-
-    Beyond `optim.cosine_steps` it goes on, up to the peak again and so forth.
-    """
-    peak, warmup = config.optim.lr, min(config.optim.warmup_steps, total_steps // 2)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    done = (step - warmup) / (config.optim.cosine_steps or max(total_steps - warmup, 1))
-    return peak * (config.optim.final_lr + (1 - config.optim.final_lr) * (1 + math.cos(math.pi * done)) / 2)
-
-
-def set_learning_rate(engine, lr: float) -> None:
-    """Set the learning rate of all parameter groups."""
+def set_learning_rate(engine, config: Config, step: int, total_steps: int) -> float:
+    """Give all parameters the learning rate of a step; return the whole one."""
+    lr = learning_rate(config, step, total_steps)
+    is_frozen = step < config.optim.freeze_backbone_for * total_steps
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        share: Share = group["share"]
+        group["lr"] = 0.0 if share.waits and is_frozen else lr * share.of_lr
+    return lr
 
 
 def read_optimizer(engine, config: Config) -> dict[str, torch.Tensor]:

@@ -32,6 +32,7 @@ from mtl_dist.training.averaging import (
 )
 from mtl_dist.training.checks import check_num_ranks, check_size, describe_size, note_batchnorm
 from mtl_dist.training.engine import build_engine, read_optimizer, restore_optimizer
+from mtl_dist.training.rates import describe_rates
 from mtl_dist.training.saving import Saver
 from mtl_dist.training.setup import Setup
 from mtl_dist.training.step import check_finite
@@ -68,8 +69,13 @@ def check_start(config: Config, *, has_gpu: bool, num_ranks: tuple[int, int], be
     for number in num_ranks:
         check_num_ranks(config, number)
     model = _build_model(config, begins=begins, start=find_start(config, {}) if begins else None)
-    note = note_batchnorm(model, config, num_ranks[1])
-    return f"start   on {device}; {describe_size(model)}{note and f'{chr(10)}{note}'}"
+    lines = [
+        f"start   on {device}; {describe_size(model)}",
+        describe_rates(nn.ModuleDict({"model": model}), config),
+        f"weights {model.backbone.loaded}" if model.backbone.loaded else "",
+        note_batchnorm(model, config, num_ranks[1]),
+    ]
+    return "\n".join(filter(None, lines))
 
 
 def restore(setup: Setup) -> tuple[Setup, Learner, int, dict[str, Any]]:

@@ -30,7 +30,7 @@ from mtl_dist.tasks import Batch
 from mtl_dist.training.audit import Audit
 from mtl_dist.training.averaging import average_batchnorm, freeze_batchnorm
 from mtl_dist.training.checks import describe_size
-from mtl_dist.training.engine import learning_rate, set_learning_rate
+from mtl_dist.training.engine import set_learning_rate
 from mtl_dist.training.learner import Learner, restore, save_checkpoint
 from mtl_dist.training.requests import AskedFor, ask_ranks, is_due, is_late
 from mtl_dist.training.saving import Saver
@@ -185,8 +185,7 @@ def _set_training(learner: Learner, config: Config) -> None:
 def _take_step(run: _Run, batch: Batch, epoch: int) -> tuple[float, StepLoss]:
     """Take one optimizer step, and note it; return its learning rate and its loss."""
     setup, engine, average = run.setup, run.learner.engine, run.learner.average
-    lr = learning_rate(setup.config, run.step, setup.total_steps)
-    set_learning_rate(engine, lr)
+    lr = set_learning_rate(engine, setup.config, run.step, setup.total_steps)
     where = {"epoch": epoch, "step": run.step, "device": setup.device, "rank": setup.context.rank}
     loss = train_step(engine, batch, setup.config, prepare=setup.prepare, **where)
     run.step += 1
