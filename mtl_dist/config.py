@@ -131,6 +131,19 @@ class MaskedConfig(Section):
         return self
 
 
+class TwoLevelConfig(Section):
+    """Parts of system D that can be switched off (arXiv 1811.12139)."""
+
+    position_attention: bool = True
+    """Enhance every map where a learned mask says."""
+    layer_attention: bool = True
+    """Weigh the maps' vectors by a two-way GRU and self-attention; without, all are taken as one vector."""
+    categorical_feedback: bool = True
+    """Tell valence and arousal from what expressions are told from, too."""
+    detach_categorical: bool = False
+    """Without gradients from valence and arousal to it."""
+
+
 class ModelConfig(Section):
     name: Literal[*FAMILIES] = Field("a", description=describe_families())
     backbone: Annotated[str, AfterValidator(check_backbone_name)] = Field(
@@ -150,12 +163,17 @@ class ModelConfig(Section):
     """Of a ViT of ours, or a network of timm that knows it: how often its last block is left out in training; earlier
     ones less often, in proportion."""
     masked: MaskedConfig = MaskedConfig()
+    two_level: TwoLevelConfig = TwoLevelConfig()
 
 
 class LossConfig(Section):
     va: Annotated[float, Varies.BY_RUN] = Field(1.0, ge=0, le=1e6)
     expr: Annotated[float, Varies.BY_RUN] = Field(1.0, ge=0, le=1e6)
     au: Annotated[float, Varies.BY_RUN] = Field(1.0, ge=0, le=1e6)
+    va_mse: Annotated[float, Varies.BY_RUN] = Field(0.0, ge=0, le=1e6)
+    """What VA's loss has of the mean square error beside 1 - CCC."""
+    va_after: Annotated[int, Varies.BY_RUN] = Field(0, ge=0, le=10**6)
+    """Epochs of a first stage, without VA's loss. The learning rate begins anew after it."""
     balancing: Literal["fixed", "uncertainty", "dwa", "famo"] = "fixed"
     """What is multiplied with the weights above. fixed: nothing. uncertainty: learned precisions (Kendall et al. 2018).
     dwa: from how the mean losses of the last two epochs compare (Liu et al. 2019). famo: so that all losses fall at
@@ -330,6 +348,13 @@ class Config(Section):
                 f"augment.resize is {self.augment.resize}, less than the model's input of {self.input_size} pixels a "
                 "side (data.image_size, or model.image_size), which is cut out of it; make it larger"
             )
+        if self.loss.va_after and self.loss.va_after >= self.train.epochs:
+            raise ValueError(
+                f"loss.va_after is {self.loss.va_after} and train.epochs {self.train.epochs}: no epoch is left for VA; "
+                "give more epochs, or loss.va 0"
+            )
+        if self.loss.va_after and not (self.loss.expr or self.loss.au):
+            raise ValueError("loss.va_after is given, and nothing but VA has a weight: its first epochs train nothing")
         if self.ray.gpus_per_rank not in (0, 1):
             raise ValueError(f"ray.gpus_per_rank is {self.ray.gpus_per_rank:g}; a rank computes on one GPU: 0 or 1")
         if self.engine.device == "cpu" and self.ray.gpus_per_rank:

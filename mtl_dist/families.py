@@ -74,6 +74,13 @@ FAMILIES: dict[str, Family] = {
         built_by="emotionnet:EnsembleNet",
         reads=("dropout",),
     ),
+    "d": Family(
+        "D (2Att-2Mt)",
+        "2Att-2Mt, attention to positions and layers, and expressions before valence and arousal",
+        "Wang et al. 2018, arXiv 1811.12139, by its abstract",
+        built_by="two_level:TwoLevelNet",
+        reads=("dropout", "two_level"),
+    ),
     "mae": Family(
         "MAE",
         "a masked autoencoder, which learns a ViT from faces without labels",

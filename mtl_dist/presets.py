@@ -60,6 +60,20 @@ LAPTOP_DECODER = {"decoder_depth": 2, "decoder_heads": 4}
 
 # Each holds only what differs from the defaults of config.py.
 PRESETS: dict[str, dict[str, Any]] = {
+    # 2Att-2Mt on AffectNet, whose recipe is not known: that of a later paper on the same data (CAGE), in two stages.
+    "d": {
+        "data": {"image_size": 224},
+        "augment": {"rotation": 10.0, "brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "erase": 0.5},
+        "model": {"name": "d", "backbone": "torchvision:resnet50"},
+        "loss": {"au": 0.0, "va_mse": 1.0, "va_after": 5, "expr_weights": "balanced"},
+        "optim": {"name": "adamw", "lr": 5e-5, "weight_decay": 0.05},
+        "train": {"global_batch": 128, "epochs": 10},
+    },
+    "small-d": LAPTOP
+    | {
+        "model": {"name": "d", "backbone": "small", "weights": "none", "dropout": 0.0},
+        "loss": LAPTOP["loss"] | {"va_mse": 1.0, "va_after": 4},
+    },
     "mae": MASKED
     | {
         "data": {"image_size": 224},

@@ -6,7 +6,7 @@ torchvision and timm in `libraries.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,9 +46,31 @@ class Backbone(nn.Sequential):
         """As `nn.Module.train`; a frozen backbone stays in evaluation mode."""
         return super().train(mode and not self.is_frozen)
 
+    def pyramid(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return the last map of every resolution from a quarter of the image's on, finest first: (N, C, h, w) each.
+
+        A network whose maps are all of one resolution gives those after each third of it.
+        """
+        maps: dict[int, Tensor] = {}
+        x = images
+        for part in _parts(self):
+            x = part(x)
+            if x.ndim == 4 and images.shape[-1] >= 3.5 * x.shape[-1]:
+                maps[x.shape[-1]] = x
+        return tuple(maps.values())
+
     def imagenet_state(self) -> dict[str, Tensor]:
         """Download weights trained on ImageNet, by the names of our state dict. Raises `InputError`."""
         raise no_imagenet(type(self))
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield what is run one after another, of sequences in sequences too."""
+    for child in module.children():
+        if type(child) is nn.Sequential:
+            yield from _parts(child)
+        else:
+            yield child
 
 
 class Renormalise(nn.Module):

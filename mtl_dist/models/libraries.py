@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import timm
@@ -61,6 +61,13 @@ class LibraryBackbone(Backbone):
         super().__init__({**before, "net": net}, num_channels=num_channels)
         self.library_prefix = prefix
         self.read_imagenet = read_imagenet
+
+    def pyramid(self, images: Tensor) -> tuple[Tensor, ...]:
+        if not isinstance(self.net, TimmFeatures | Stages):
+            return (self(images),)
+        x = self.renormalise(images) if "renormalise" in self._modules else images
+        maps = {features.shape[-1]: features for features in self.net.maps(x)}
+        return tuple(features for size, features in maps.items() if images.shape[-1] >= 3.5 * size)
 
     def imagenet_state(self) -> dict[str, Tensor]:
         return {self.library_prefix + name: tensor for name, tensor in self.read_imagenet().items()}
@@ -163,9 +170,13 @@ class Stages(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) images to the last stage's (N, C, h, w) features."""
+        return list(self.maps(images))[-1]
+
+    def maps(self, images: Tensor) -> Iterator[Tensor]:
+        """Yield the features after every part, (N, C, h, w) each."""
         for name in self.names:
             images = self.get_submodule(name)(images)
-        return images.permute(0, 3, 1, 2) if self.channels_last else images
+            yield images.permute(0, 3, 1, 2) if self.channels_last else images
 
 
 def _cut_torchvision(model: nn.Module, kwargs: dict[str, Any]) -> Stages:
@@ -235,6 +246,12 @@ class TimmFeatures(nn.Module):
         self.norm = self.stage == len(strides) - 1
         model.prune_intermediate_layers([self.stage], prune_norm=not self.norm, prune_head=True)
         self.model = model
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Return the features of every stage up to ours, (N, C, h, w) each."""
+        return self.model.forward_intermediates(
+            images, indices=list(range(self.stage + 1)), norm=self.norm, intermediates_only=True
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         (features,) = self.model.forward_intermediates(

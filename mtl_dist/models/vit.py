@@ -51,6 +51,9 @@ class ViT(Backbone):
         super().__init__({"net": Tokens(size, patch, input_size, drop_path)}, num_channels=size.width)
         self.patch = patch
 
+    def pyramid(self, images: Tensor) -> tuple[Tensor, ...]:
+        return self.net.thirds(images)
+
 
 class Tokens(nn.Module):
     """The transformer; what it makes of every patch, laid out as the grid they come from."""
@@ -70,6 +73,12 @@ class Tokens(nn.Module):
         init_like_mae(self.model)
         with torch.no_grad():
             self.model.pos_embed.copy_(sine_positions(size.width, input_size // patch))
+
+    def thirds(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return the tokens after each third of the blocks, through the last norm, as maps."""
+        depth = len(self.model.blocks)
+        indices = [depth // 3 - 1, 2 * depth // 3 - 1, depth - 1]
+        return tuple(self.model.forward_intermediates(images, indices=indices, norm=True, intermediates_only=True))
 
     def forward(self, images: Tensor) -> Tensor:
         cells = self.model.patch_embed.grid_size

@@ -1,7 +1,8 @@
 """What is learned of faces: valence and arousal, expressions, action units. Their losses, and how they are scored.
 
 EXPR, AU   loss = sum over labelled entries of all ranks / their weight over all ranks
-VA         loss = 1 - (CCC_V + CCC_A) / 2, CCC from the moments (n, Sx, Sy, Sxx, Syy, Sxy) of all ranks
+VA         loss = 1 - (CCC_V + CCC_A) / 2, CCC from the moments (n, Sx, Sy, Sxx, Syy, Sxy) of all ranks; and `va_mse`
+           times the mean square error, from the same
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Affect:
 
     def __init__(self, config: LossConfig, counts: LabelCounts):
         self.fixed = {task: config.weight(task) for task in TASKS}
+        self.va_mse, self.after = config.va_mse, {"va": config.va_after}
         self.classes, self.label_smoothing = build_class_weights(config, counts), config.label_smoothing
 
     def sums(self, outputs: Outputs, batch: Batch) -> Sums:
@@ -60,7 +62,10 @@ class Affect:
         return total[0, 0] if term == "va" else total[1]
 
     def loss(self, term: str, total: Tensor) -> Tensor:
-        return 1 - concordance(total).mean() if term == "va" else total[0] / total[1].detach()
+        if term != "va":
+            return total[0] / total[1].detach()
+        loss = 1 - concordance(total).mean()
+        return loss + self.va_mse * mean_square_error(total).mean() if self.va_mse else loss
 
     def meter(self) -> AffectMeter:
         return AffectMeter()
@@ -105,6 +110,12 @@ def concordance(moments: Tensor) -> Tensor:
     mean_x, mean_y = sx / n, sy / n
     spread = (sxx / n - mean_x**2) + (syy / n - mean_y**2) + (mean_x - mean_y) ** 2
     return 2 * (sxy / n - mean_x * mean_y) / (spread + CCC_EPS)
+
+
+def mean_square_error(moments: Tensor) -> Tensor:
+    """Mean square difference (...,) of moments (..., 6)."""
+    n, _, _, sxx, syy, sxy = moments.unbind(-1)
+    return (sxx - 2 * sxy + syy) / n.clamp_min(1)
 
 
 def _moments(predicted: Tensor, target: Tensor, mask: Tensor) -> Tensor:

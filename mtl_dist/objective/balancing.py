@@ -25,6 +25,7 @@ class Balancer(nn.Module):
         super().__init__()
         self.terms = tuple(fixed)
         self.register_buffer("fixed", torch.tensor(list(fixed.values()), dtype=torch.float64), False)
+        self._configured = tuple(fixed.values())
 
     def forward(self, losses: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
         """Return what is minimised. `losses` are 0 where the global batch has nothing of a term."""
@@ -38,6 +39,14 @@ class Balancer(nn.Module):
 
     def stepped(self, losses: dict[str, Tensor], present: dict[str, Tensor], after: dict[str, Tensor] | None) -> None:
         """Take note of an optimizer step: its losses, and where `looks_after_steps` those of its batch after it."""
+
+    def begin_epoch(self, epoch: int, after: Mapping[str, int]) -> None:
+        """Give terms their configured weights, or 0 in the epochs that are trained without them: a pure function of
+        the epoch. `after` has how many epochs these are."""
+        weights = [
+            weight * (epoch >= after.get(term, 0)) for term, weight in zip(self.terms, self._configured, strict=True)
+        ]
+        self.fixed.copy_(torch.tensor(weights, dtype=torch.float64))
 
     def finished_epoch(self) -> None:
         """Take note that an epoch is over."""

@@ -52,6 +52,7 @@ class Objective(Protocol):
 
     terms: tuple[str, ...]
     fixed: dict[str, float]  # by term: the weight that its loss has before a balancer multiplies it
+    after: dict[str, int]  # by term: epochs that are trained without it first; those that are not there: none
 
     @classmethod
     def build(cls, config: Config, counts: LabelCounts) -> Objective:

@@ -35,7 +35,7 @@ class Masked:
         return cls(size=config.input_size, patch=patch, normalises=config.model.masked.normalise)
 
     def __init__(self, *, size: int, patch: int, normalises: bool):
-        self.fixed = {TERM: 1.0}
+        self.fixed, self.after = {TERM: 1.0}, {}
         self.patch, self.normalises = patch, normalises
         self.num_patches, self.pixels = (size // patch) ** 2, 3 * patch**2
 

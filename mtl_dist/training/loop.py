@@ -133,6 +133,8 @@ def _train_epoch(run: _Run, epoch: int) -> bool:
     setup, saver = run.setup, run.saver
     config, context, watchdog = setup.config, setup.context, setup.watchdog
     _set_training(run.learner, config)
+    module = run.learner.engine.module
+    module.balancer.begin_epoch(epoch, module.objective.after)
     batches = _open_batches(setup, epoch, start_step=run.step % setup.data.steps_per_epoch)
     last: _Taken | None = None
     asked = ended = time.monotonic()

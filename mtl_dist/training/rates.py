@@ -26,8 +26,11 @@ class Share(NamedTuple):
 def learning_rate(config: Config, step: int, total_steps: int) -> float:
     """Linear warm-up, then a cosine to `final_lr` of the peak: a pure function of the step.
 
-    Beyond `optim.cosine_steps` it goes on, up to the peak again and so forth.
+    Beyond `optim.cosine_steps` it goes on, up to the peak again and so forth. Where `loss.va_after` makes two stages,
+    each has a warm-up and a cosine of its own.
     """
+    first = config.loss.va_after * (total_steps // config.train.epochs)
+    step, total_steps = (step - first, total_steps - first) if step >= first else (step, first)
     peak, warmup = config.optim.lr, min(config.optim.warmup_steps, total_steps // 2)
     if step < warmup:
         return peak * (step + 1) / warmup

@@ -1,0 +1,173 @@
+"""System D: maps of several resolutions, two levels of attention, and two stages of training."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mtl_dist.config import LossConfig, build_config
+from mtl_dist.errors import InputError
+from mtl_dist.models import build_model
+from mtl_dist.models.backbones import build_backbone
+from mtl_dist.models.two_level import LayerAttention, PositionAttention
+from mtl_dist.objective.affect import Affect, mean_square_error
+from mtl_dist.objective.balancing import build_balancer
+from mtl_dist.objective.losses import global_losses
+from mtl_dist.training.rates import learning_rate
+from tests.test_objective import COUNTS, TinyModel, make_batch
+from tests.test_recipes import EVERY_STEP, assert_close_losses, assert_same_run, config_of, run_ranks
+from tests.test_training import losses
+from tests.windows import all_valid
+
+SIZE = 96
+
+
+def make(**two_level):
+    settings = {"name": "d", "backbone": "small", "weights": "none", "two_level": two_level}
+    return build_model(build_config({"model": settings, "data": {"image_size": SIZE}}).model, input_size=SIZE)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "shapes"),
+    [
+        ("small", 96, [(48, 24), (96, 12), (192, 6)]),
+        ("inception_v3", 299, [(64, 73), (192, 71), (288, 35), (768, 17)]),
+        ("vgg_small", 96, [(64, 24), (96, 12), (96, 6)]),
+        ("iresnet18", 112, [(128, 28), (256, 14), (512, 7)]),
+        ("vit_small", 32, [(128, 4)] * 3),
+        ("torchvision:resnet18", 96, [(64, 24), (128, 12), (256, 6)]),
+        ("timm:test_efficientnet", 96, None),
+    ],
+)
+def test_a_pyramid_has_the_last_map_of_every_resolution(name, size, shapes):
+    backbone = build_backbone(name, size).eval()
+    images = torch.rand(1, 3, size, size)
+    with torch.inference_mode():
+        maps = backbone.pyramid(images)
+        torch.testing.assert_close(maps[-1], backbone(images))
+    assert len(maps) >= 2
+    if shapes:
+        assert [(features.shape[1], features.shape[-1]) for features in maps] == shapes
+
+
+def test_what_has_one_map_is_refused():
+    config = build_config({"model": {"name": "d", "backbone": "torchvision:vit_b_16", "weights": "none"}})
+    with pytest.raises(InputError, match="attends to several maps of a backbone, and this one has one"):
+        build_model(config.model, input_size=112)
+
+
+def test_a_map_is_enhanced_where_the_mask_says():
+    attention = PositionAttention(16)
+    features = torch.randn(2, 16, 5, 5)
+    enhanced, places = attention(features)
+    assert places.shape == (2, 1, 5, 5)
+    assert ((places > 0) & (places < 1)).all()
+    torch.testing.assert_close(enhanced, features + features * places)
+
+
+def test_layers_are_weighed_by_weights_that_sum_to_one():
+    attention = LayerAttention().double()
+    layers = torch.randn(3, 4, 256, dtype=torch.float64)
+    states, _ = attention.gru(layers)
+    keys = torch.tanh(states @ attention.key.weight.T + attention.key.bias)
+    weights = F.softmax(keys @ attention.score.weight[0], dim=1)
+    torch.testing.assert_close(weights.sum(1), torch.ones(3, dtype=torch.float64))
+    torch.testing.assert_close(attention(layers), torch.einsum("nl,nld->nd", weights, states))
+
+
+SWITCHES = ("position_attention", "layer_attention", "categorical_feedback", "detach_categorical")
+
+
+@pytest.mark.parametrize("values", itertools.product([True, False], repeat=4))
+def test_every_part_can_be_switched_off_and_every_parameter_is_trained(values):
+    model = make(**dict(zip(SWITCHES, values)))
+    images = torch.rand(3, 1, 3, SIZE, SIZE)
+    outputs = model(images, all_valid(images))
+    assert [tuple(output.shape) for output in outputs] == [(3, 1, 2), (3, 1, 8), (3, 1, 12)]
+    assert outputs.va.abs().max() <= 1
+    sum(output.square().sum() for output in outputs).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    position, layer, *_ = values
+    assert any("positions" in name for name, _ in model.named_parameters()) == position
+    assert any("gru" in name for name, _ in model.named_parameters()) == layer
+
+
+@pytest.mark.parametrize("detaches", [True, False])
+def test_valence_and_arousal_are_told_from_what_expressions_are(detaches):
+    model = make(detach_categorical=detaches)
+    images = torch.rand(3, 1, 3, SIZE, SIZE)
+    model(images, all_valid(images)).va.square().sum().backward()
+    moved = model.categorical.weight.grad is not None and bool(model.categorical.weight.grad.any())
+    assert moved is not detaches
+
+
+# ------------------------------------------------------------------------------------------------------------ its loss
+
+
+def test_the_mean_square_error_is_that_of_the_pairs():
+    config = LossConfig(va_mse=2.0)
+    batch, model = make_batch(20), TinyModel()
+    outputs = model(batch.inputs, batch.valid)
+    mask, labels = batch.labels.va_mask, batch.labels.va.double()
+    error = (outputs.va - labels)[mask].square().mean(0)
+    for objective, extra in ((Affect(config, COUNTS), 2 * error.mean()), (Affect(LossConfig(), COUNTS), 0.0)):
+        sums = objective.sums(outputs, batch)
+        plain = Affect(LossConfig(), COUNTS).loss("va", sums["va"])
+        assert float(objective.loss("va", sums["va"]) - plain) == pytest.approx(float(extra))
+    torch.testing.assert_close(mean_square_error(sums["va"]), error)
+    whole = Affect(config, COUNTS)
+    found = global_losses(whole, sums, {term: part.detach() for term, part in sums.items()}, scale=1.0)["va"]
+    (gradient,) = torch.autograd.grad(found, model.va.weight, retain_graph=True)
+    (expected,) = torch.autograd.grad(whole.loss("va", sums["va"]), model.va.weight)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_a_first_stage_has_no_loss_of_va():
+    balancer = build_balancer("fixed", {"va": 2.0, "expr": 1.0})
+    for epoch, expected in ((0, [0, 1]), (2, [0, 1]), (3, [2, 1]), (9, [2, 1]), (1, [0, 1])):
+        balancer.begin_epoch(epoch, {"va": 3})
+        assert balancer.fixed.tolist() == expected
+
+
+def test_the_learning_rate_begins_anew_after_the_first_stage():
+    optim = {"lr": 0.1, "warmup_steps": 5, "final_lr": 0.0}
+    two = build_config({"optim": optim, "train": {"epochs": 10}, "loss": {"va_after": 4}})
+    one = build_config({"optim": optim, "train": {"epochs": 4}})
+    rest = build_config({"optim": optim, "train": {"epochs": 6}})
+    for step in range(40):
+        assert learning_rate(two, step, 100) == learning_rate(one, step, 40)
+    for step in range(60):
+        assert learning_rate(two, 40 + step, 100) == learning_rate(rest, step, 60)
+
+
+def test_a_second_stage_without_epochs_is_refused():
+    with pytest.raises(InputError, match="no epoch is left for VA"):
+        build_config({"loss": {"va_after": 10}, "train": {"epochs": 10}})
+    with pytest.raises(InputError, match="its first epochs train nothing"):
+        build_config({"loss": {"va_after": 2, "expr": 0.0, "au": 0.0}})
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+STAGES = {
+    "model": {"name": "d", "backbone": "small", "weights": "none", "dropout": 0.0},
+    "loss": {"va_after": 1, "va_mse": 1.0},
+    "train": {"epochs": 2},
+}
+SGD = {"optim": {"name": "sgd", "lr": 0.02}, "engine": {"batchnorm": "frozen"}}
+
+
+@pytest.mark.whole
+def test_two_stages_are_the_same_on_any_ranks_and_end_bit_identical_after_a_kill_in_either(shards, tmp_path):
+    def job(name: str, *layers, cut_at: int | None = None):
+        return config_of(shards, tmp_path if cut_at is None else tmp_path / "killed", name, STAGES, *layers), cut_at
+
+    run_ranks(1, [job("one", SGD)], tmp_path)
+    steps = len(losses(tmp_path, "one"))
+    killed = [job("whole", EVERY_STEP, cut_at=steps // 2 + 1)]
+    run_ranks(2, [job("two", SGD), job("whole", EVERY_STEP), *killed], tmp_path)
+    assert_close_losses(losses(tmp_path, "two"), losses(tmp_path, "one"))
+    assert_same_run((tmp_path / "killed", "whole"), (tmp_path, "whole"))
