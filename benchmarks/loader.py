@@ -41,6 +41,7 @@ from mtl_dist.shards.annotations import FILES, HEADER, read_annotations
 from mtl_dist.shards.writer import plan_set, write_sets
 
 BATCH, SIZE, SHARD_ROWS, VIEW = 64, 112, 1000, "cropped_aligned"
+NUM_VAL = 100  # images of validation, which nothing is measured with
 NOISE = 3.2  # of the camera, in grey levels: 112 x 112 pixels then take about 6 KB
 Epoch = Callable[[int], Iterator[int]]  # epoch -> the number of images of each batch
 
@@ -103,7 +104,7 @@ def write_results(out: Path, results: dict) -> None:
 
 
 def make_images(root: Path, count: int) -> Path:
-    """Write a labelled set of `count` JPEGs in the s-Aff-Wild2 layout: 200 rendered faces, each with new noise."""
+    """Write a labelled set in the s-Aff-Wild2 layout: rendered faces, each with new noise, `count` of them to train."""
     from mtl_dist.synthetic.render import write_synthetic
 
     faces = root.with_name("faces")
@@ -111,7 +112,7 @@ def make_images(root: Path, count: int) -> Path:
     pixels = [np.asarray(Image.open(path)) for path in sorted((faces / VIEW).rglob("*.jpg"))]
     rng = np.random.default_rng(0)
     lines = [HEADER]
-    for number in range(count):
+    for number in range(count + NUM_VAL):
         noisy = pixels[number % len(pixels)] + rng.normal(0, NOISE, (SIZE, SIZE, 3))
         image = f"v{number // 500}/{number:05d}.jpg"
         path = root / VIEW / image
@@ -121,8 +122,8 @@ def make_images(root: Path, count: int) -> Path:
         path.write_bytes(data)
         au = ",".join(map(str, rng.integers(0, 2, 12)))
         lines.append(f"{image},{rng.uniform(-1, 1):.3f},{rng.uniform(-1, 1):.3f},{rng.integers(8)},{au}")
-    for name in FILES.values():
-        (root / name).write_text("\n".join(lines if "training" in name else lines[:101]) + "\n")
+    for split, rows in (("train", lines[: count + 1]), ("val", [HEADER, *lines[count + 1 :]])):
+        (root / FILES[split]).write_text("\n".join(rows) + "\n")
     shutil.rmtree(faces)
     return root
 
