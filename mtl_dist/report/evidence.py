@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from mtl_dist import storage
-from mtl_dist.predicting.members import Member, check_apart, open_member, row_names, unique_names
+from mtl_dist.predicting.members import Member, check_apart, row_names, unique_names
 from mtl_dist.progress import progress_bar
 from mtl_dist.report.intervals import Bootstrap, bootstrap, number_videos
 from mtl_dist.report.options import ReportCommand
@@ -49,9 +49,8 @@ class Evidence(NamedTuple):
         return reference_method(self.methods) or self.methods[-1]
 
 
-def gather(command: ReportCommand, device: torch.device) -> Evidence:
-    """Check all inputs, then predict every run."""
-    members = [open_member(run, *command.val[place : place + 1]) for place, run in enumerate(command.runs)]
+def gather(command: ReportCommand, members: list[Member], device: torch.device) -> Evidence:
+    """Check all inputs, then predict every run; `members` are those of the command."""
     check_same_data(members)
     images, videos = row_names(members[0], command.cache_dir)
     labels = label_runs(members)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,21 +11,23 @@ import torch
 from mtl_dist import storage
 from mtl_dist.device import named_device
 from mtl_dist.errors import Damaged
+from mtl_dist.families import FAMILIES
 from mtl_dist.parsing import parse_json
-from mtl_dist.predicting.members import Member
+from mtl_dist.predicting.members import Member, open_member, unique_names
 from mtl_dist.progress import progress_bar
 from mtl_dist.report.affect import draw_affect
 from mtl_dist.report.attention import choose_faces, draw_attention
 from mtl_dist.report.calibration import draw_reliability
-from mtl_dist.report.chapters import Drawings, compose, lead
+from mtl_dist.report.chapters import Drawings, compose
 from mtl_dist.report.classes import draw_confusion, draw_f1
 from mtl_dist.report.curves import draw_curves
-from mtl_dist.report.drawing import method_styles
+from mtl_dist.report.drawing import Figure, method_styles
 from mtl_dist.report.evidence import Evidence, gather
 from mtl_dist.report.mistakes import worst_mistakes
 from mtl_dist.report.options import ReportCommand
 from mtl_dist.report.page import html
 from mtl_dist.report.pictures import Pictures
+from mtl_dist.report.reconstruction import check_alike, write_parts
 from mtl_dist.report.results import CONSTANT, Method
 from mtl_dist.sealed import seal, unseal
 
@@ -35,7 +38,16 @@ LISTING_NAME = "data/written.json"  # the names of the figures and tables
 def write_report(command: ReportCommand, *, written: str) -> str:
     """Write the report and return its page's URI; `written` is the command as it was typed. Raises `InputError`."""
     device = named_device(command.device)
-    evidence = gather(command, device)
+    members = _open_members(command)
+    objectives = {name: FAMILIES[member.weights.config.model.name].objective for name, member in members.items()}
+    check_alike(objectives)
+    if "masked" in objectives.values():
+        figures, parts = write_parts(members, device=device, count=command.errors)
+        footer = [f"Made {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())} by: {written}"]
+        about = ["Masked autoencoders: they learn from pictures without labels."]
+        page = html.page(title="Masked pre-training", lead=about, parts=parts, footer=footer)
+        return _write(command.out, page, _files(figures))
+    evidence = gather(command, list(members.values()), device)
     drawings = draw(
         evidence, device=device, num_faces=command.faces, num_errors=command.errors, cache_dir=command.cache_dir
     )
@@ -46,17 +58,29 @@ def write_report(command: ReportCommand, *, written: str) -> str:
         f"Validation rows are those of the source with sha256 {val.source_sha256}.",
     ]
     page = html.page(title=command.title, lead=lead(evidence, num_draws=command.draws), parts=parts, footer=footer)
-    files = {f"tables/{table.name}.csv": table.csv() for table in tables}
-    for figure in drawings.figures:
-        files |= {f"figures/{figure.name}.png": figure.png, f"figures/{figure.name}.csv": figure.csv}
+    files = {f"tables/{table.name}.csv": table.csv() for table in tables} | _files(drawings.figures)
     for mistakes in drawings.mistakes:
         files[f"figures/errors_{mistakes.task}.csv"] = mistakes.csv
         files |= {f"figures/{mistake.name}.png": mistake.png for mistake in mistakes.worst}
-    where = storage.join(command.out, PAGE_NAME)
+    return _write(command.out, page, files)
+
+
+def _open_members(command: ReportCommand) -> dict[str, Member]:
+    vals = command.val or [None] * len(command.runs)
+    return {name: open_member(uri, val) for name, uri, val in zip(unique_names(command.runs), command.runs, vals)}
+
+
+def _files(figures: Sequence[Figure]) -> dict[str, bytes]:
+    return {f"figures/{f.name}.{kind}": data for f in figures for kind, data in (("png", f.png), ("csv", f.csv))}
+
+
+def _write(out: str, page: str, files: dict[str, bytes]) -> str:
+    """Write a page with its files; return its URI."""
+    where = storage.join(out, PAGE_NAME)
     storage.delete(where)  # of an earlier report; and there again last: a page without its files is worse than none
-    _remove_earlier(command.out, files)
+    _remove_earlier(out, files)
     for name, data in files.items():
-        storage.write_bytes(storage.join(command.out, name), data)
+        storage.write_bytes(storage.join(out, name), data)
     storage.write_bytes(where, page.encode())
     return where
 
