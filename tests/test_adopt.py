@@ -255,3 +255,51 @@ def test_tars_on_s3_by_the_command_line_with_two_processes(s3, tmp_path):
     create(str(tmp_path / "{0..2}.tar"), str(tmp_path / "local"), val_fraction=0.3, **CROPPED)
     for split, index in zip(("train", "val"), indexes):
         assert read_index(str(tmp_path / "local" / "cropped" / split)).shards == index.shards
+
+
+# ----------------------------------------------------------------------------------------------- pictures without labels
+
+
+def write_pictures(place: Path) -> None:
+    for n, name in enumerate(("a/1.jpg", "a/2.jpg", "b/deep/3.JPG", "c/4.png", "c/5.jpg", "alone.jpg")):
+        (path := place / name).parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(_png(PICTURES[n]) if name.endswith("png") else PICTURES[n])
+    (place / ".git").mkdir()
+    (place / ".git" / "6.jpg").write_bytes(PICTURES[6])
+    (place / "a" / "notes.txt").write_text("no picture")
+
+
+def test_a_directory_of_pictures_becomes_a_set_without_labels_whose_directories_stay_together(tmp_path):
+    write_pictures(tmp_path / "faces")
+    options = TableOptions(unlabelled=True)
+    create(str(tmp_path / "faces"), str(tmp_path / "dest"), val_fraction=0.4, table=options, **CROPPED)
+    found = labels_of(tmp_path / "dest")
+    names = {split: set(rows) for split, rows in found.items()}
+    assert names["train"] | names["val"] == {"a/1.jpg", "a/2.jpg", "b/deep/3.JPG", "c/4.png", "c/5.jpg", "alone.jpg"}
+    directories = [{name.rpartition("/")[0] for name in each} for each in names.values()]
+    assert not directories[0] & directories[1]
+    for text, _ in (found["train"] | found["val"]).values():
+        assert (text["va"], text["expr"], text["au"]) == (None, None, None)
+    index = read_index(str(tmp_path / "dest" / "cropped" / "train"))
+    assert index.labels.unlabelled == index.rows == len(names["train"])
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "dest").rglob("*.tar")}
+    create(str(tmp_path / "faces"), str(tmp_path / "dest"), val_fraction=0.4, table=options, **CROPPED)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "dest").rglob("*.tar")} == before
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "holds no pictures"),
+        ({"expressions": ("7=-",)}, "--expressions describes labels"),
+        ({"table_format": "affectnet"}, "--table-format describes labels"),
+    ],
+)
+def test_what_is_no_directory_of_pictures_is_refused(tmp_path, options, words):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=words):
+        create(
+            str(tmp_path / "empty"), str(tmp_path / "dest"), table=TableOptions(unlabelled=True, **options), **CROPPED
+        )
+    with pytest.raises(InputError, match="is not a directory"):
+        create(str(tmp_path / "absent"), str(tmp_path / "dest"), table=TableOptions(unlabelled=True), **CROPPED)

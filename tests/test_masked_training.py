@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mtl_dist.errors import InputError
+from mtl_dist.report.__main__ import main as report
 from mtl_dist.runs.checkpoint import MODEL, committed
 from mtl_dist.runs.start import build_started, find_start
 from mtl_dist.runs.weights import load_weights, open_weights
@@ -117,3 +119,19 @@ def test_what_predicts_no_labels_is_refused_where_labels_are_predicted(runs):
 def test_a_model_of_labels_is_not_trained_on_a_set_without(pictures, tmp_path):
     with pytest.raises(InputError, match="nothing would be trained"):
         plan_run(config_of(pictures, tmp_path, "run"))
+
+
+def test_the_report_shows_the_loss_and_what_is_told(runs, tmp_path):
+    report([f"{runs}/one", f"{runs}/two", "--out", str(tmp_path), "--errors", "2"])
+    page = (tmp_path / "report.html").read_text()
+    assert "Loss of hidden patches" in page
+    assert Image.open(tmp_path / "figures" / "masked_1.png").size == (3 * 80, 2 * 80)
+    lines = (tmp_path / "figures" / "masked_loss.csv").read_text().splitlines()
+    assert lines[0] == "run,step,masked_loss,constant picture"
+    assert len(lines) == 1 + 2 * 2
+
+
+def test_a_report_is_of_runs_of_one_kind(runs, shards, tmp_path):
+    run_ranks(1, [(config_of(shards, tmp_path, "labels", {"train": {"epochs": 1}}), None)], tmp_path)
+    with pytest.raises(InputError, match="trained for different things"):
+        report([f"{runs}/one", f"{tmp_path}/labels", "--out", str(tmp_path / "page")])
