@@ -257,7 +257,7 @@ def test_tars_on_s3_by_the_command_line_with_two_processes(s3, tmp_path):
         assert read_index(str(tmp_path / "local" / "cropped" / split)).shards == index.shards
 
 
-# ----------------------------------------------------------------------------------------------- pictures without labels
+# ---------------------------------------------------------------------------------------------- pictures without labels
 
 
 def write_pictures(place: Path) -> None:

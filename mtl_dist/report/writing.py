@@ -18,7 +18,7 @@ from mtl_dist.progress import progress_bar
 from mtl_dist.report.affect import draw_affect
 from mtl_dist.report.attention import choose_faces, draw_attention
 from mtl_dist.report.calibration import draw_reliability
-from mtl_dist.report.chapters import Drawings, compose
+from mtl_dist.report.chapters import Drawings, compose, lead
 from mtl_dist.report.classes import draw_confusion, draw_f1
 from mtl_dist.report.curves import draw_curves
 from mtl_dist.report.drawing import Figure, method_styles
