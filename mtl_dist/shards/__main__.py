@@ -15,7 +15,7 @@ import json
 import shlex
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -26,6 +26,10 @@ from mtl_dist.machine import num_cpus
 from mtl_dist.progress import progress_bar
 from mtl_dist.shards.columns import NO_OPTIONS, TableOptions
 from mtl_dist.tasks import AUS, EXPRESSIONS, SPLITS, VIEWS
+
+if TYPE_CHECKING:
+    from mtl_dist.shards import skipping
+    from mtl_dist.shards.annotations import Annotations
 
 View = Literal["cropped", "cropped_aligned"]
 Jobs = Annotated[int, tyro.conf.arg(help="Processes.")]
@@ -65,7 +69,6 @@ def create(
 
         create /data/s-Aff-Wild2 s3://bucket/faces
         create /data/mine /data/shards --val-fraction 0.1 --skip-bad-images
-        create faces.csv DEST --views cropped --images /data/crops
         create faces.parquet DEST --views cropped --columns.image path --columns.au AU{:02}_c --val-fraction 0.1
         create training.csv DEST --views cropped --table-format affectnet --val-table validation.csv
             --images /data/AffectNet --expressions Contempt=Other
@@ -87,11 +90,7 @@ def create(
             anew), or ignore it.
         seed: Of the one shuffle of rows at writing, and of the choice for --val-fraction.
     """
-    from mtl_dist.shards import skipping
-    from mtl_dist.shards.adopt import as_table
-    from mtl_dist.shards.sources import find_images, read_source
-    from mtl_dist.shards.summary import print_summary
-    from mtl_dist.shards.writer import plan_sets, write_sets
+    from mtl_dist.shards import adopt, skipping, sources, summary, writer
 
     if frames_per_shard is None and shard_bytes is None:
         frames_per_shard = FRAMES_PER_SHARD
@@ -100,26 +99,33 @@ def create(
     storage.check_writable(dest, flag="DEST")
     lying: list[int] = []
     with contextlib.ExitStack() as held:
-        path, table = held.enter_context(as_table(source, table, views=views, jobs=jobs))
-        images_dirs = find_images(path, views, table)
-        found = read_source(path, table, val_fraction=val_fraction, seed=seed)
-        for note in found.notes:
-            print(note, flush=True)
+        path, table = held.enter_context(adopt.as_table(source, table, views=views, jobs=jobs))
+        images_dirs = sources.find_images(path, views, table)
+        found = sources.read_source(path, table, val_fraction=val_fraction, seed=seed)
+        print("".join(f"{note}\n" for note in found.notes), end="", flush=True)
         kept = skipping.Kept(found.splits, [], {})
-        listed = skipping.read_skipped(dest, but=views) if skip_bad_images else []
         if skip_bad_images:
-            with progress_bar("checking images", len(views) * skipping.count_images(found.splits)) as advance:
-                kept = skipping.drop_bad_images(found.splits, images_dirs, dest=dest, jobs=jobs, progress=advance)
-        plans = plan_sets(kept.splits, images_dirs, dest, seed=seed, exif=exif, claims=held, **limits)
+            kept = _drop_bad_images(found.splits, images_dirs, dest, jobs)
+        plans = writer.plan_sets(kept.splits, images_dirs, dest, seed=seed, exif=exif, claims=held, **limits)
         skipping.write_checked(kept)
         begun = time.monotonic()
         with progress_bar("writing shards", sum(plan.index.rows for plan in plans)) as advance:
-            indexes = write_sets(plans, jobs=jobs, progress=advance, lying=lying.append)
+            indexes = writer.write_sets(plans, jobs=jobs, progress=advance, lying=lying.append)
     if skip_bad_images:
-        skipping.write_skipped(dest, [*listed, *kept.skipped])
+        skipping.write_skipped(dest, [*skipping.read_skipped(dest, but=views), *kept.skipped])
     written = sum(plan.index.rows - sum(entry.rows for entry in plan.done.values()) for plan in plans)
     _say_lying(sum(lying), exif)
-    print_summary(dest, indexes, found, kept.skipped, num_written=written, seconds=time.monotonic() - begun)
+    summary.print_summary(dest, indexes, found, kept.skipped, num_written=written, seconds=time.monotonic() - begun)
+
+
+def _drop_bad_images(
+    splits: dict[str, Annotations], images_dirs: dict[str, Path], dest: str, jobs: int
+) -> skipping.Kept:
+    from mtl_dist.shards import skipping
+
+    skipping.read_skipped(dest, but=tuple(images_dirs))  # refused before the work, where it is not ours
+    with progress_bar("checking images", len(images_dirs) * skipping.count_images(splits)) as advance:
+        return skipping.drop_bad_images(splits, images_dirs, dest=dest, jobs=jobs, progress=advance)
 
 
 def _say_lying(count: int, exif: Exif) -> None:
