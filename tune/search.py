@@ -29,6 +29,7 @@ from pydantic import Field
 from mtl_dist import storage
 from mtl_dist.config import MAX_COUNT, Config
 from mtl_dist.errors import Damaged, InputError, run_command
+from mtl_dist.families import objective_of
 from mtl_dist.objective.scores import FIRST, Score, find_score
 from mtl_dist.presets import CommandConfig, config_of, parse_command
 from mtl_dist.sealed import seal, unseal
@@ -56,8 +57,9 @@ class SearchConfig(Section):
     space: Path | None = None
     """YAML such as 'optim.lr: {loguniform: [1.0e-4, 1.0e-2]}'; kinds are uniform, loguniform, integer (both ends may
     come) and choice. None: the loss weights and the learning rate."""
-    metric: str = "p"
-    """What trials compete by: a score as metrics.jsonl names it, such as p, va or rmse_v (the lowest is the best)."""
+    metric: str | None = None
+    """What trials compete by: a score as metrics.jsonl names it, such as va or rmse_v (the lowest is the best). None:
+    what checkpoints of the model compete by, p or masked_loss."""
     algorithm: Literal["random", "optuna"] = "random"
     """optuna: TPE (needs the extra 'search')."""
     concurrent: int | None = Field(None, ge=1, le=100_000)
@@ -77,6 +79,8 @@ class SearchCommand(CommandConfig):
 def main(args: list[str] | None = None) -> None:
     command = parse_command(SearchCommand, args, prog="python -m tune.search", description=__doc__)
     config, search = config_of(command), command.search
+    if search.metric is None:
+        search = search.model_copy(update={"metric": objective_of(config.model.name).score})
     score = find_score(search.metric, setting="search.metric")
     from mtl_dist.training.plan import open_data, plan_run
 

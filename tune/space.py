@@ -14,6 +14,7 @@ import yaml
 from mtl_dist import storage
 from mtl_dist.config import Config, build_config
 from mtl_dist.errors import InputError, nearest
+from mtl_dist.families import objective_of
 from mtl_dist.parsing import MAX_YAML_BYTES, parse_yaml
 from mtl_dist.settings import flatten, unflatten
 from mtl_dist.unread import find_unread, why_unread
@@ -30,9 +31,10 @@ Space = dict[str, dict[str, list]]
 
 
 def default_space(config: Config) -> Space:
-    """Search the three loss weights, and the learning rate within a factor of 4 of the configured one."""
+    """Search the learning rate within a factor of 4 of the configured one, and the loss weights where there are some."""
     lr = config.optim.lr
-    weights = {f"loss.{task}": LOSS_WEIGHTS for task in ("va", "expr", "au")}
+    has_weights = "loss" not in objective_of(config.model.name).ignores
+    weights = {f"loss.{task}": LOSS_WEIGHTS for task in ("va", "expr", "au") if has_weights}
     space = {"optim.lr": {"loguniform": [lr / LR_SPAN, lr * LR_SPAN]}, **weights}
     check_draws("the default search space", space, config)
     return space
