@@ -79,9 +79,7 @@ class SearchCommand(CommandConfig):
 def main(args: list[str] | None = None) -> None:
     command = parse_command(SearchCommand, args, prog="python -m tune.search", description=__doc__)
     config, search = config_of(command), command.search
-    if search.metric is None:
-        search = search.model_copy(update={"metric": objective_of(config.model.name).score})
-    score = find_score(search.metric, setting="search.metric")
+    score = find_score(metric_of(config, search), setting="search.metric")
     from mtl_dist.training.plan import open_data, plan_run
 
     space = read_space(search.space, config) if search.space else default_space(config)
@@ -112,6 +110,11 @@ def main(args: list[str] | None = None) -> None:
     finish_search(config, results, search_uri, score=score)
 
 
+def metric_of(config: Config, search: SearchConfig) -> str:
+    """Return what trials compete by."""
+    return search.metric or objective_of(config.model.name).score
+
+
 def run_search(config: Config, search: SearchConfig, space: Space, search_uri: str):
     """Run the trials, or those that an interrupted search has left. Returns Ray Tune's results."""
     for name, value in TUNE_SETTINGS.items():
@@ -125,7 +128,7 @@ def run_search(config: Config, search: SearchConfig, space: Space, search_uri: s
 
     connect(config)
     room = count_room(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
-    base, score = json.loads(config.model_dump_json()), find_score(search.metric)
+    base, score = json.loads(config.model_dump_json()), find_score(metric_of(config, search))
     trainable = tune.with_resources(
         functools.partial(run_trial, base=base, search_uri=search_uri, metric=score.key),
         {"CPU": DRIVER_CPUS},
@@ -342,7 +345,8 @@ def check_same_search(
 
 def _settings(config: Config, search: SearchConfig) -> dict[str, Any]:
     settings = {key: value for key, value in flatten(config).items() if not key.startswith(("run.name", "ray."))}
-    own = search.model_dump(include={"trials", "metric", "algorithm", "grace_epochs", "reduction"})
+    own = search.model_dump(include={"trials", "algorithm", "grace_epochs", "reduction"})
+    own["metric"] = metric_of(config, search)
     return settings | {f"search.{key}": value for key, value in own.items()}
 
 

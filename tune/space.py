@@ -31,7 +31,7 @@ Space = dict[str, dict[str, list]]
 
 
 def default_space(config: Config) -> Space:
-    """Search the learning rate within a factor of 4 of the configured one, and the loss weights where there are some."""
+    """Search the learning rate within a factor of 4 of the configured one, and loss weights where there are some."""
     lr = config.optim.lr
     has_weights = "loss" not in objective_of(config.model.name).ignores
     weights = {f"loss.{task}": LOSS_WEIGHTS for task in ("va", "expr", "au") if has_weights}
