@@ -6,7 +6,8 @@ torchvision and timm in `libraries.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,17 +52,27 @@ class Backbone(nn.Sequential):
 
         A network whose maps are all of one resolution gives those after each third of it.
         """
-        maps: dict[int, Tensor] = {}
-        x = images
+        return last_of_each(self.maps(images), images.shape[-1])
+
+    def maps(self, images: Tensor) -> Iterator[Tensor]:
+        """Yield what every part makes of images."""
         for part in _parts(self):
-            x = part(x)
-            if x.ndim == 4 and images.shape[-1] >= 3.5 * x.shape[-1]:
-                maps[x.shape[-1]] = x
-        return tuple(maps.values())
+            images = part(images)
+            yield images
 
     def imagenet_state(self) -> dict[str, Tensor]:
         """Download weights trained on ImageNet, by the names of our state dict. Raises `InputError`."""
         raise no_imagenet(type(self))
+
+
+def last_of_each(maps: Iterable[Tensor], size: int) -> tuple[Tensor, ...]:
+    """Return the last of maps of every resolution, a quarter, an eighth, ... of `size` pixels; convolutions without
+    padding leave a cell or two less."""
+    found: dict[int, Tensor] = {}
+    for features in maps:
+        if features.ndim == 4 and (halved := round(math.log2(size / features.shape[-1]))) >= 2:
+            found[halved] = features
+    return tuple(found.values())
 
 
 def _parts(module: nn.Module) -> Iterator[nn.Module]:

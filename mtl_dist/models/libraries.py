@@ -27,6 +27,7 @@ from mtl_dist.models.backbone import (
     Renormalise,
     download_failed,
     download_torchvision,
+    last_of_each,
 )
 
 logger = logging.getLogger(__name__)
@@ -66,8 +67,7 @@ class LibraryBackbone(Backbone):
         if not isinstance(self.net, TimmFeatures | Stages):
             return (self(images),)
         x = self.renormalise(images) if "renormalise" in self._modules else images
-        maps = {features.shape[-1]: features for features in self.net.maps(x)}
-        return tuple(features for size, features in maps.items() if images.shape[-1] >= 3.5 * size)
+        return last_of_each(self.net.maps(x), images.shape[-1])
 
     def imagenet_state(self) -> dict[str, Tensor]:
         return {self.library_prefix + name: tensor for name, tensor in self.read_imagenet().items()}
