@@ -113,15 +113,16 @@ PUBLISHED = {
     },
     "model": {
         "backbone": "inception_v3", "weights": "imagenet", "freeze_backbone": False, "image_size": 299, "dropout": 0.3,
-        "hidden": 4096,
+        "hidden": 4096, "drop_path": 0.0,
     },
     "loss": {
         "va": 1.0, "expr": 1.0, "au": 1.0, "balancing": "fixed", "expr_weights": "none", "au_weights": "none",
-        "label_smoothing": 0.0,
+        "label_smoothing": 0.0, "va_mse": 0.0, "va_after": 0,
     },
     "optim": {
         "name": "sgd", "lr": 0.001, "momentum": 0.9, "nesterov": False, "weight_decay": 0.0005, "warmup_steps": 0,
-        "final_lr": 0.0, "cosine_steps": 10_000, "clip_norm": None,
+        "final_lr": 0.0, "cosine_steps": 10_000, "clip_norm": None, "backbone_lr": 1.0, "layer_decay": 1.0,
+        "freeze_backbone_for": 0.0,
     },
     "train": {"global_batch": 24, "epochs": 50, "accumulation": 1, "ema": 0.0},
 }  # fmt: skip
@@ -131,7 +132,7 @@ PUBLISHED = {
 def test_the_recipe_of_the_paper_presets_is_the_published_one(name):
     found = parse("--preset", f"{name}-paper").model_dump(mode="json")
     assert found["model"].pop("name") == name
-    del found["model"]["masked"], found["optim"]["betas"]  # of other models, and of AdamW
+    del found["model"]["masked"], found["model"]["two_level"], found["optim"]["betas"]  # of other models, and of AdamW
     for section, expected in PUBLISHED.items():
         part = section in ("data", "train")  # they hold more than the recipe
         assert {key: value for key, value in found[section].items() if not part or key in expected} == expected
@@ -417,7 +418,8 @@ NEVER_VARYING = {
     "run.seed", "data.image_size", "data.streams", "data.block_shards", "data.sampling", "data.epoch_fraction",
     "model.name", "model.backbone", "model.freeze_backbone", "model.image_size", "model.hidden", "loss.balancing",
     "model.masked.normalise", "model.masked.decoder_depth", "model.masked.decoder_heads",
-    "model.masked.decoder_width", "optim.name", "optim.momentum", "optim.nesterov", "optim.betas",
+    "model.masked.decoder_width", "model.two_level.position_attention", "model.two_level.layer_attention",
+    "model.two_level.categorical_feedback", "model.two_level.detach_categorical", "optim.name", "optim.momentum", "optim.nesterov", "optim.betas",
     "engine.batchnorm", "train.global_batch", "train.ema",
 }  # fmt: skip
 

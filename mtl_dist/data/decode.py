@@ -7,6 +7,8 @@ Shards hold JPEG, which `decode` reads. People's pictures may be of other kinds,
 from __future__ import annotations
 
 import io
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -119,6 +121,13 @@ class StoredPicture(NamedTuple):
 
     jpeg: bytes
     orientation: int  # EXIF's, of the source
+
+
+def read_file(path: str | Path) -> bytes:
+    """Read a picture's file; of one that is too large to be decoded no more than shows that."""
+    with open(path, "rb", buffering=0) as file:
+        # Asked for the most there may be, read would make room for all of that every time.
+        return file.read(min(os.fstat(file.fileno()).st_size, MAX_IMAGE_BYTES) + 1)
 
 
 def as_jpeg(data: bytes, scratch: np.ndarray, *, exif: Exif = "apply") -> StoredPicture:

@@ -160,7 +160,10 @@ def load_backbone_weights(backbone: Backbone, weights_file: Path, *, source: str
         source += " (a model of ours)"
         renamed = state
     else:
-        state, layout = _find_layout(state)
+        found, layout = _find_layout(state)
+        if layout is PLAIN and any(name.startswith(OWN_PREFIX) for name in state):
+            found, source = _without(OWN_PREFIX, state), f"{source} (a model of ours)"
+        state = found
         renamed = {name: t for name, t in layout.rename(state).items() if not _is_dropped(name, layout)}
         renamed = {backbone.library_prefix + name: tensor for name, tensor in renamed.items()}
     own = backbone.state_dict()

@@ -212,21 +212,24 @@ SCORES = (
 )  # fmt: skip
 FIRST = SCORES[0]
 MASKED = Score("masked_loss", "masked loss", "loss of hidden patches", None, of=None, sign=-1, is_main=True, worst=1e6)
-# By objective; what checkpoints and methods compete by is the first of each.
-TABLES = (SCORES, (MASKED,))
 
 
 # ------------------------------------------------------------------------------------------------------- what has them
 
 
+def tables() -> tuple[tuple[Score, ...], ...]:
+    """Return the scores of every objective; what checkpoints and methods compete by is the first of each."""
+    return SCORES, (MASKED,)
+
+
 def table_of(values: Mapping[str, Any]) -> tuple[Score, ...]:
     """Return the scores that values, by their keys, are of: those of faces' labels unless they are of another."""
-    return next((table for table in TABLES if table[0].key in values), SCORES)
+    return next((table for table in tables() if table[0].key in values), SCORES)
 
 
 def single_scores() -> list[Score]:
-    """Scores of one number."""
-    return [score for table in TABLES for score in table if not score.names]
+    """Scores of one number, of labels."""
+    return [score for score in SCORES if not score.names]
 
 
 def main_scores(values: Mapping[str, Any] = MappingProxyType({})) -> list[Score]:
@@ -246,7 +249,7 @@ def more_scores() -> dict[str, list[Score]]:
 
 def find_score(key: str, *, setting: str = "score") -> Score:
     """Return a score of one number. Raises `InputError` naming those that there are."""
-    known = {score.key: score for score in single_scores()}
+    known = {score.key: score for score in (*single_scores(), MASKED)}
     if key not in known:
         raise InputError(f"{setting} is {key!r}: {nearest(key, known)}")
     return known[key]
@@ -296,7 +299,7 @@ def label_sums(counts: LabelCounts) -> MetricSums:
 
 def flat_scores(scored: dict[str, Any]) -> dict[str, float]:
     """Return the numbers of scores as `scores` returns them: what is published, and stored with a checkpoint."""
-    found = {score.key: scored.get(score.key) for score in single_scores()}
+    found = {score.key: scored.get(score.key) for score in (*single_scores(), MASKED)}
     return {key: value for key, value in found.items() if value is not None}
 
 

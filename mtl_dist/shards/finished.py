@@ -15,7 +15,7 @@ from isal.isal_zlib import crc32  # zlib's, at a fifth of its time
 from safetensors.numpy import load
 
 from mtl_dist import storage
-from mtl_dist.data.decode import MAX_IMAGE_BYTES, DecodeError, Exif, as_jpeg, lies_for_earlier_versions
+from mtl_dist.data.decode import DecodeError, Exif, as_jpeg, lies_for_earlier_versions, read_file
 from mtl_dist.data.index import INDEX_NAME, ShardEntry, read_index
 from mtl_dist.data.sidecar import read_about
 from mtl_dist.errors import Damaged, InputError
@@ -103,8 +103,8 @@ def _check_turned(dest: str, silent: list[ShardJob]) -> None:
 def _find_lying(job: ShardJob) -> str | None:
     for name in dict.fromkeys(job.labels.images):
         path = f"{job.images_dir}/{name}"
-        with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:  # gone: the shard has it already
-            if lies_for_earlier_versions(file.read(MAX_IMAGE_BYTES + 1)):
+        with contextlib.suppress(OSError):  # gone: the shard has it already
+            if lies_for_earlier_versions(read_file(path)):
                 return path
     return None
 
@@ -117,8 +117,7 @@ def _check_picture(dest: str, job: ShardJob, sidecar: bytes) -> None:
     """
     path, arrays = f"{job.images_dir}/{job.labels.images[0]}", load(sidecar)
     try:
-        with open(path, "rb", buffering=0) as file:
-            source = file.read(MAX_IMAGE_BYTES + 1)
+        source = read_file(path)
         is_kept = as_jpeg(source, np.empty(SCRATCH_BYTES, np.uint8), exif=job.exif).jpeg is source
     except (OSError, DecodeError):  # said where pictures are read, if any is
         return

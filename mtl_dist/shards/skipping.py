@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mtl_dist import storage
-from mtl_dist.data.decode import KINDS, MAX_IMAGE_BYTES, DecodeError, ForeignPicture, decode_picture
+from mtl_dist.data.decode import KINDS, DecodeError, ForeignPicture, decode_picture, read_file
 from mtl_dist.errors import Damaged, InputError
 from mtl_dist.processes import process_pool
 from mtl_dist.sealed import seal, unseal
@@ -207,9 +207,7 @@ def check_images(task: tuple[Path, list[str]]) -> dict[str, str]:
     for name in names:
         try:
             storage.check_ends(directory / name)
-            with (directory / name).open("rb") as file:
-                data = file.read(MAX_IMAGE_BYTES + 1)
-            if data:
+            if data := read_file(directory / name):
                 decode_picture(data)
             else:
                 bad[name] = "empty"

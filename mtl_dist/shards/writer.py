@@ -22,12 +22,12 @@ from isal.isal_zlib import crc32  # zlib's, at a fifth of its time
 from mtl_dist import storage
 from mtl_dist.data.decode import (
     KINDS,
-    MAX_IMAGE_BYTES,
     DecodeError,
     Exif,
     ForeignPicture,
     StoredPicture,
     as_jpeg,
+    read_file,
 )
 from mtl_dist.data.index import FORMAT, INDEX_NAME, Index, ShardEntry, dump_index
 from mtl_dist.data.names import other_form
@@ -287,8 +287,7 @@ def _cut(sizes: np.ndarray, *, frames_per_shard: int | None, shard_bytes: int | 
 
 def _read_image(path: str, row: int, scratch: np.ndarray, exif: Exif) -> StoredPicture:
     try:
-        with open(path, "rb", buffering=0) as file:
-            return as_jpeg(file.read(MAX_IMAGE_BYTES + 1), scratch, exif=exif)
+        return as_jpeg(read_file(path), scratch, exif=exif)
     except ForeignPicture as error:
         raise InputError(
             f"image {path} (row {row}): {error}; expected a {KINDS}; convert it: the shards that are "

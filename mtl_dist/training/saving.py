@@ -21,7 +21,7 @@ from torch import Tensor
 from mtl_dist import storage
 from mtl_dist.config import CheckpointConfig
 from mtl_dist.errors import InputError, StorageError
-from mtl_dist.objective.scores import TABLES, find_score, flat_scores
+from mtl_dist.objective.scores import find_score, flat_scores, tables
 from mtl_dist.runs.checkpoint import (
     CLASSES,
     COMMIT,
@@ -202,7 +202,7 @@ def plan_retention(saved: list[Checkpoint], config: CheckpointConfig) -> list[Ch
     by_step = {checkpoint.step: checkpoint for checkpoint in sorted(saved, key=newness)}  # the latest start's
     newest_first = sorted(by_step.values(), key=lambda c: c.step, reverse=True)
     keep = {checkpoint.uri for checkpoint in newest_first[: config.keep_last]}
-    for score in map(find_score, dict.fromkeys((*(table[0].key for table in TABLES), *config.best_of))):
+    for score in map(find_score, dict.fromkeys((*(table[0].key for table in tables()), *config.best_of))):
         scored = [(c.finite_score(score.key), c.uri) for c in newest_first if c.finite_score(score.key) is not None]
         ranked = sorted(scored, key=lambda pair: score.sign * pair[0], reverse=True)
         keep |= {uri for _, uri in ranked[: config.keep_best]}
