@@ -419,7 +419,8 @@ NEVER_VARYING = {
     "model.name", "model.backbone", "model.freeze_backbone", "model.image_size", "model.hidden", "loss.balancing",
     "model.masked.normalise", "model.masked.decoder_depth", "model.masked.decoder_heads",
     "model.masked.decoder_width", "model.two_level.position_attention", "model.two_level.layer_attention",
-    "model.two_level.categorical_feedback", "model.two_level.detach_categorical", "optim.name", "optim.momentum", "optim.nesterov", "optim.betas",
+    "model.two_level.categorical_feedback", "model.two_level.detach_categorical", "optim.name",
+    "optim.momentum", "optim.nesterov", "optim.betas",
     "engine.batchnorm", "train.global_batch", "train.ema",
 }  # fmt: skip
 
