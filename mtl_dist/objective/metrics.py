@@ -14,6 +14,7 @@ from mtl_dist.tasks import NUM_AUS, NUM_EXPRESSIONS
 AU_THRESHOLD = 0.5
 _SHAPES = ((2, 6), (NUM_EXPRESSIONS, NUM_EXPRESSIONS), (NUM_AUS, 4), (2, 3, 3))
 _SIZES = tuple(int(np.prod(shape)) for shape in _SHAPES)
+SIZE = sum(_SIZES)  # of all sums, laid out flat
 
 
 class Predictions(NamedTuple):
@@ -53,12 +54,12 @@ class MetricSums(NamedTuple):
         return MetricSums(*(mine + theirs for mine, theirs in zip(self, other)))
 
     def flatten(self) -> np.ndarray:
-        """(142,) float64: what ranks add up."""
+        """(SIZE,) float64: what ranks add up."""
         return np.concatenate([part.ravel() for part in self])
 
     @classmethod
     def unflatten(cls, flat: np.ndarray) -> MetricSums:
-        """Sums of (..., 142)."""
+        """Sums of (..., SIZE)."""
         parts = np.split(flat, np.cumsum(_SIZES)[:-1], axis=-1)
         return cls(*(part.reshape(*part.shape[:-1], *shape) for part, shape in zip(parts, _SHAPES)))
 
@@ -67,21 +68,39 @@ def metric_sums(
     predictions: Predictions, targets: Targets, *, au_thresholds: float | np.ndarray = AU_THRESHOLD
 ) -> MetricSums:
     """Reduce predictions and targets of n frames to sums. An AU is on above its threshold, one for all or (12,)."""
-    truth, guess = targets.expr[targets.expr_mask], predictions.expr[targets.expr_mask].argmax(-1)
-    confusion = np.bincount(truth.astype(np.int64) * NUM_EXPRESSIONS + guess, minlength=NUM_EXPRESSIONS**2)
-    positive, actual, known = predictions.au > au_thresholds, targets.au > 0, targets.au_mask.astype(bool)
-    cells = ((positive & actual), (positive & ~actual), (~positive & actual), (~positive & ~actual))
-    au = np.stack([(cell & known).sum(0) for cell in cells], axis=-1)
-    va = va_moments(predictions.va, targets)
-    x, y = predictions.va[targets.va_mask], targets.va[targets.va_mask]
-    signs = np.bincount(sign_cells(x, y).ravel(), minlength=18).reshape(2, 3, 3)
-    return MetricSums(va, *(part.astype(np.float64) for part in (confusion.reshape(8, 8), au, signs)))
+    whole = np.zeros(len(predictions.va), np.int64)
+    return MetricSums.unflatten(grouped_sums(predictions, targets, whole, 1, au_on=predictions.au > au_thresholds)[0])
 
 
-def sign_cells(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """(n, 2): the cell of `MetricSums.signs`, laid out flat, that each prediction x and label y (n, 2) counts in."""
+def grouped_sums(
+    predictions: Predictions, targets: Targets, group: np.ndarray, num_groups: int, *, au_on: np.ndarray
+) -> np.ndarray:
+    """Reduce n frames to the sums of every group, laid out flat: (G, SIZE) float64, all groups at once.
+
+    `group` (n,) int64 numbers that of each frame from 0; `au_on` (n, 12) bool are the units that are predicted. A sum
+    that is added here and in `MetricSums` is everywhere: in evaluation, in tables, and in every draw of a bootstrap.
+    """
+
+    def count(cells: np.ndarray, groups: np.ndarray, size: int) -> np.ndarray:
+        """(G, size): how often each cell occurs."""
+        return np.bincount(groups * size + cells, minlength=num_groups * size).reshape(num_groups, size)
+
+    has_va, has_expr, has_au = (mask.astype(bool) for mask in (targets.va_mask, targets.expr_mask, targets.au_mask))
+    x, y = (values[has_va].astype(np.float64) for values in (predictions.va, targets.va))
+    terms = np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=-1).reshape(len(x), 12)
+    va = np.stack([np.bincount(group[has_va], weights=term, minlength=num_groups) for term in terms.T], axis=1)
+
+    truth, guess = targets.expr[has_expr].astype(np.int64), predictions.expr[has_expr].argmax(-1)
+    confusion = count(truth * NUM_EXPRESSIONS + guess, group[has_expr], NUM_EXPRESSIONS**2)
+
+    kinds = 2 * ~au_on + ~(targets.au > 0)  # TP, FP, FN, TN
+    au = [count(kind[known], group[known], 4) for kind, known in zip(kinds.T, has_au.T)]
+
+    # The sign that is labelled, then the one that is predicted: -1, 0, 1.
     row, column = ((values > 0).astype(np.int64) - (values < 0) + 1 for values in (y, x))
-    return np.array([0, 9]) + 3 * row + column
+    cells = np.array([0, 9]) + 3 * row + column
+    signs = count(cells.ravel(), np.repeat(group[has_va], 2), 18)
+    return np.concatenate([va, confusion, *au, signs], axis=1).astype(np.float64)
 
 
 def va_moments(va: np.ndarray, targets: Targets) -> np.ndarray:

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from mtl_dist.objective.metrics import MetricSums, sign_cells
+from mtl_dist.objective.metrics import MetricSums, grouped_sums
 from mtl_dist.objective.scores import find_score, single_scores
 from mtl_dist.report.results import CONSTANT, Method, Result
 from mtl_dist.shards.splits import group_rows
-from mtl_dist.tasks import NUM_EXPRESSIONS, TASKS
+from mtl_dist.tasks import TASKS
 
 LEVEL = 0.95
 CHUNK = 100  # draws at once
@@ -89,36 +89,13 @@ def bootstrap(methods: list[Method], video: np.ndarray, *, num_draws: int, seed:
 
 
 def video_sums(result: Result, video: np.ndarray) -> np.ndarray:
-    """(V, 142): the metric sums of every video's rows; `video` (n,) numbers them from 0.
-
-    As `Result.sums` of each, for all videos at once: a call a video takes minutes where there are a hundred thousand.
-    """
-    num_videos = int(video.max()) + 1
+    """(V, SIZE): the metric sums of every video's rows; `video` (n,) numbers them from 0. As `Result.sums` of each."""
     predictions, targets = result.predicted.predictions, result.predicted.targets
-
-    has_va, has_expr, has_au = (mask.astype(bool) for mask in (targets.va_mask, targets.expr_mask, targets.au_mask))
-    x, y = (values[has_va].astype(np.float64) for values in (predictions.va, targets.va))
-    terms = np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=-1).reshape(len(x), 12)
-    va = [np.bincount(video[has_va], weights=term, minlength=num_videos) for term in terms.T]
-
-    truth, guess = targets.expr[has_expr].astype(np.int64), predictions.expr[has_expr].argmax(-1)
-    cell = (video[has_expr] * NUM_EXPRESSIONS + truth) * NUM_EXPRESSIONS + guess
-    confusion = np.bincount(cell, minlength=num_videos * NUM_EXPRESSIONS**2)
-
-    cell = 2 * ~result.au_on + ~(targets.au > 0)  # TP, FP, FN, TN
-    au = [
-        np.bincount(video[known] * 4 + kind[known], minlength=num_videos * 4).reshape(num_videos, 4)
-        for kind, known in zip(cell.T, has_au.T)
-    ]
-
-    cells = 18 * video[has_va][:, None] + sign_cells(predictions.va[has_va], targets.va[has_va])
-    signs = np.bincount(cells.ravel(), minlength=num_videos * 18).reshape(num_videos, 18)
-    parts = [np.stack(va, 1), confusion.reshape(num_videos, -1), *au, signs]
-    return np.concatenate(parts, axis=1).astype(np.float64)
+    return grouped_sums(predictions, targets, video, int(video.max()) + 1, au_on=result.au_on)
 
 
 def draw_scores(flat: np.ndarray, covers: list[str], *, is_constant: np.ndarray) -> dict[str, np.ndarray]:
-    """Scores (R, D) of the sums (R, D, 142) of R results in D draws; `is_constant` (R,): the constant predictor.
+    """Scores (R, D) of the sums (R, D, SIZE) of R results in D draws; `is_constant` (R,): the constant predictor.
 
     A score of all tasks is NaN in a draw that lacks one of those that the data covers.
     """
