@@ -14,7 +14,8 @@ import re
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -95,7 +96,7 @@ class Tracker:
         epoch: int,
         scores: dict[str, Any],
         constant: dict[str, Any],
-        pictures: dict[str, np.ndarray],
+        pictures: Mapping[str, np.ndarray] = MappingProxyType({}),
     ) -> None:
         """Take note of an evaluation and print its scores beside the constant predictor's; pictures go to the board."""
         record = {"kind": "eval", "step": step, "epoch": epoch, "scores": scores, "constant": constant}
