@@ -331,7 +331,7 @@ def test_dropout_differs_between_ranks_steps_and_micro_batches_and_repeats_for_e
     batch = Batch(inputs, torch.ones(4, 1, dtype=torch.bool), labels, numbers[:, None], numbers)
 
     def masks(step: int, rank: int) -> list[bytes]:
-        module = build_module(DropModel(), build_objective(config, counts))
+        module = build_module(DropModel(), build_objective(config, counts), balancing=config.loss.balancing)
         train_step(
             PlainEngine(module),
             batch,
