@@ -62,7 +62,8 @@ class MaskedMeter:
     def __init__(self, objective: Masked):
         self._objective = objective
         self._bad_rows: list[int] = []
-        self._sums: list[np.ndarray] = []
+        # Of the loss 2, then L counts of hidden patches, L x 3pp of their pixels, and L of their squares.
+        self._sums = np.zeros(2 + objective.num_patches * (2 + objective.pixels))
         self._shown: list[list[np.ndarray]] = []
 
     def add(self, outputs: Reconstruction, batch: Batch) -> None:
@@ -72,9 +73,8 @@ class MaskedMeter:
         loss = self._objective.sums(outputs, batch)[TERM]
         target = wanted_pixels(outputs.patches, normalises=self._objective.normalises)
         target = torch.where(outputs.hidden[..., None], target, 0.0).double()
-        # Of every place: hidden patches, their pixels, and the squares of these.
         of_places = (outputs.hidden.double().sum(0), target.sum(0).flatten(), target.square().mean(-1).sum(0))
-        self._sums.append(torch.cat([loss, *of_places]).cpu().numpy())
+        self._sums += torch.cat([loss, *of_places]).cpu().numpy()
         if (room := NUM_SHOWN - sum(len(shown[0]) for shown in self._shown)) > 0:
             self._shown.append([tensor[:room].cpu().float().numpy() for tensor in outputs])
 
@@ -82,9 +82,7 @@ class MaskedMeter:
         return self._bad_rows
 
     def sums(self) -> np.ndarray:
-        """Return the sums of the loss, and L counts of hidden patches, L x 3pp of their pixels, L of their squares."""
-        nothing = np.zeros(2 + self._objective.num_patches * (2 + self._objective.pixels))
-        return np.sum([nothing, *self._sums], axis=0)
+        return self._sums
 
     def scores(self, total: np.ndarray) -> dict[str, Any]:
         return _named(total[0] / max(total[1], 1), total)
