@@ -12,7 +12,7 @@ help:
 	@echo "make demo            the whole system on this machine: cluster, shards, search, training, ensemble, score"
 	@echo "make demo DATA=DIR   the same on your data in the s-Aff-Wild2 layout"
 	@echo "make results         baseline, B and A on rendered faces, three seeds each, and the page that compares them"
-	@echo "make quick           the tests that need no server, no Ray and no training: two minutes, for the hand at the keyboard"
+	@echo "make quick           the tests that need no server, no Ray and no training: three minutes, for the hand at the keyboard"
 	@echo "make test            the tests"
 	@echo "make test-all        the tests and the slow ones: every failure at every moment"
 	@echo "make bench           the loader beside its peers, and the order at scale"
