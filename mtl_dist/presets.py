@@ -56,6 +56,7 @@ MASKED: dict[str, Any] = {
     "augment": {"crop_scale": [0.7, 1.0], "rotation": 0.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0},
     "optim": {"name": "adamw", "betas": [0.9, 0.95], "weight_decay": 0.05, "final_lr": 0.0, "clip_norm": None},
 }
+MAE: dict[str, Any] = {"name": "mae", "weights": "none"}
 LAPTOP_DECODER = {"decoder_depth": 2, "decoder_heads": 4}
 
 # Each holds only what differs from the defaults of config.py.
@@ -77,30 +78,20 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mae": MASKED
     | {
         "data": {"image_size": 224},
-        "model": {"name": "mae", "backbone": "vit_base", "weights": "none"},
+        "model": MAE | {"backbone": "vit_base"},
         "optim": MASKED["optim"] | {"lr": 6e-4, "warmup_steps": 4000},
         "train": {"global_batch": 1024, "epochs": 200, "eval_every": 5},
     },
     "mae-tiny": MASKED
     | {
-        "model": {
-            "name": "mae",
-            "backbone": "vit_tiny",
-            "weights": "none",
-            "masked": LAPTOP_DECODER | {"decoder_width": 128},
-        },
+        "model": MAE | {"backbone": "vit_tiny", "masked": LAPTOP_DECODER | {"decoder_width": 128}},
         "optim": MASKED["optim"] | {"lr": 6e-4, "warmup_steps": 1000},
         "train": {"global_batch": 256, "epochs": 100, "eval_every": 5},
     },
     "small-mae": MASKED
     | {
         "data": {"image_size": 96},
-        "model": {
-            "name": "mae",
-            "backbone": "vit_small",
-            "weights": "none",
-            "masked": LAPTOP_DECODER | {"decoder_width": 64},
-        },
+        "model": MAE | {"backbone": "vit_small", "masked": LAPTOP_DECODER | {"decoder_width": 64}},
         "optim": MASKED["optim"] | {"lr": 1e-3, "warmup_steps": 100},
         "train": {"global_batch": 32, "epochs": 20},
         "checkpoint": {"keep_last": 1},

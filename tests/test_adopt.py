@@ -77,7 +77,7 @@ def test_tars_become_what_a_table_of_the_same_becomes(tmp_path):
     assert sum(map(len, labels_of(tmp_path / "adopted").values())) == 12
 
 
-def test_cls_and_png_and_a_column_map(tmp_path):
+def test_cls_and_png_and_a_column_map(tmp_path, capsys):
     png = _png(PICTURES[0])
     write_tars(
         tmp_path,
@@ -103,7 +103,8 @@ def test_cls_and_png_and_a_column_map(tmp_path):
         f"{n:04}.png": None if n == 7 else n % 8 for n in range(10)
     }
     assert both["0004.png"][0]["va"] == [0.5, 0.2]
-    # Keys without a directory are no film of one video: each stands alone.
+    # Keys without a directory are no film of one video: each stands alone, and that is said.
+    assert "note: 10 pictures are of no directory" in capsys.readouterr().out
     assert {text["video"] for text, _ in both.values()} == set(both)
 
 
@@ -112,6 +113,21 @@ def _png(jpeg: bytes) -> bytes:
 
     Image.open(io.BytesIO(jpeg)).save(out := io.BytesIO(), "PNG")
     return out.getvalue()
+
+
+def test_tars_that_are_numbered_have_the_videos_of_the_names_in_their_json(tmp_path, capsys):
+    """As ours are."""
+    numbered = [
+        [sample | {"__key__": f"{n:09}", "json": sample["json"] | {"image": f"{sample['__key__']}.jpg"}}]
+        for n, sample in enumerate(sample for tar in faces() for sample in tar)
+    ]
+    write_tars(tmp_path, "{:02}.tar", numbered)
+    create(str(tmp_path / "{00..11}.tar"), str(tmp_path / "dest"), val_fraction=0.3, **CROPPED)
+    found = labels_of(tmp_path / "dest")
+    videos = [{text["video"] for text, _ in rows.values()} for rows in found.values()]
+    assert not videos[0] & videos[1]
+    assert videos[0] | videos[1] == {"v0", "v1", "v2", "v3"}
+    assert "stands alone" not in capsys.readouterr().out
 
 
 def test_pictures_of_a_person_stand_together(tmp_path):

@@ -19,6 +19,7 @@ from mtl_dist.runs.weights import load_weights, open_weights
 from mtl_dist.shards.__main__ import create
 from mtl_dist.shards.columns import TableOptions
 from mtl_dist.training.plan import plan_run
+from mtl_dist.training.status import print_ending
 from mtl_dist.training.tracking import read_records
 from tests.test_recipes import EVERY_STEP, assert_close_losses, assert_same_run, config_of, run_ranks
 from tests.test_training import losses
@@ -88,6 +89,13 @@ def test_the_best_checkpoint_has_the_lowest_loss(runs):
     scored = {checkpoint.step: checkpoint.score for checkpoint in found if checkpoint.score is not None}
     assert len(scored) == 2
     assert open_weights(f"{runs}/whole").checkpoint.score == min(scored.values())
+
+
+def test_the_ending_says_what_to_do_with_an_encoder(runs, pictures, capsys):
+    print_ending(config_of(pictures, runs, "one", MASKED, SGD))
+    told = capsys.readouterr().out
+    assert "--run.start-with backbone --model.backbone vit_small" in told
+    assert "mtl_dist.predict" not in told
 
 
 def test_tensorboard_has_the_picture(runs):

@@ -65,8 +65,8 @@ def test_layers_of_a_vit_have_less_the_further_they_are_from_the_heads():
     assert len(Counter(found.values())) == 9  # heads, norm, six blocks, patches
     assert found.keys() == {name for name, _ in module.named_parameters()}
     text = describe_rates(module, config)
-    assert "0.1 " in text
-    assert "0.000391 " in text
+    assert "0.1 for " in text
+    assert "0.000391 for " in text
 
 
 def test_a_backbone_waits_for_a_share_of_training():

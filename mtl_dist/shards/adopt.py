@@ -81,6 +81,12 @@ def as_table(
     with kept as directory:
         parts = _unpack([*train, *val], directory, jobs, name_by_tar=options.name_by_tar)
         _check_once(parts)
+        if alone := sum(not row["video"] for row in _rows_of(parts)):
+            print(
+                f"note: {alone:,} pictures are of no directory: each is no film, and stands alone or with its person; "
+                "--columns.video names a column that tells videos",
+                flush=True,
+            )
         person = options.columns.person or "person"
         table = _write_table(directory / "labels.csv", parts[: len(train)], person)
         update: dict[str, Any] = {"images": directory}
@@ -201,7 +207,8 @@ def _unpack_sample(sample: dict[str, Any], job: Unpacking) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}; name another place with --images") from None
     labels = _labels_of(sample, where)
-    video = job.prefix + key.rpartition("/")[0] if "/" in key else ""
+    named = key if "/" in key else labels.get("image", "")  # of tars that are numbered, with names in their JSON
+    video = job.prefix + named.rpartition("/")[0] if "/" in named else ""
     return {
         "name": name,
         "video": video,

@@ -72,6 +72,8 @@ def describe_rates(module: nn.Module, config: Config) -> str:
     frozen = config.optim.freeze_backbone_for
     if len({share.of_lr for share in counts}) < 2 and not frozen:
         return ""
-    parts = [f"{config.optim.lr * share.of_lr:.3g} {count:,}" for share, count in sorted(counts.items(), reverse=True)]
+    parts = [
+        f"{config.optim.lr * share.of_lr:.3g} for {count:,}" for share, count in sorted(counts.items(), reverse=True)
+    ]
     still = f"; the backbone's are 0 for the first {frozen:.0%} of training" if frozen else ""
-    return f"rates   parameters by peak learning rate: {', '.join(parts)}{still}"
+    return f"rates   at their peak, by parameters: {', '.join(parts)}{still}"

@@ -15,6 +15,7 @@ from mtl_dist import storage
 from mtl_dist.config import Config, build_config
 from mtl_dist.data.index import read_sets
 from mtl_dist.errors import Damaged, InputError, plain
+from mtl_dist.families import objective_of
 from mtl_dist.objective.scores import FIRST, constant_scores, label_sums
 from mtl_dist.presets import read_config_file
 from mtl_dist.progress import progress_bar
@@ -86,14 +87,25 @@ def print_ending(config: Config) -> None:
     print_scores(rows, title=f"run {uri}")
     if not top:
         return
+    print(f"best    {top.uri} ({top.competes_by.title} {top.score:.4f})\n{_next_commands(config)}", flush=True)
+
+
+def _next_commands(config: Config) -> str:
+    """Say what to do with a finished run."""
+    uri = config.run.uri
     run, report = shlex.quote(uri), shlex.quote(f"{config.run.name}-report")
+    if not objective_of(config.model.name).reads_labels:
+        begin = f"--run.start {run} --run.start-with backbone --model.backbone {config.model.backbone}"
+        return (
+            f"next    python -m mtl_dist.report {run} --out {report}\n"
+            f"        python -m mtl_dist.train --local --preset small --run.name NAME {begin} "
+            "--data.train ... --data.val ..."
+        )
     ensemble = shlex.quote(storage.join(config.run.storage, "ensemble"))
-    print(
-        f"best    {top.uri} ({top.competes_by.title} {top.score:.4f})\n"
+    return (
         f"next    python -m mtl_dist.predict --runs {run} --input PICTURES --out predictions.csv\n"
         f"        python -m mtl_dist.report {run} --out {report}\n"
-        f"        python -m mtl_dist.ensemble --runs {run} OTHER_RUN --out {ensemble}",
-        flush=True,
+        f"        python -m mtl_dist.ensemble --runs {run} OTHER_RUN --out {ensemble}"
     )
 
 
