@@ -11,7 +11,14 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_serializer, field_validator, model_validator
 
 from mtl_dist.errors import MAX_SEED
-from mtl_dist.families import FAMILIES, check_backbone_name, describe_backbones, describe_families, min_input_size
+from mtl_dist.families import (
+    FAMILIES,
+    check_backbone_name,
+    describe_backbones,
+    describe_families,
+    min_input_size,
+    patch_size,
+)
 from mtl_dist.settings import Name, Section, Varies, check_keys, merge
 from mtl_dist.tasks import TASKS
 
@@ -342,6 +349,17 @@ class Config(Section):
             raise ValueError(
                 f"the model's input would be {self.input_size} pixels a side (data.image_size, or model.image_size); "
                 f"the backbone needs {least} at least"
+            )
+        only = FAMILIES[self.model.name].backbones
+        if only and self.model.backbone not in only:
+            raise ValueError(
+                f"model.name {self.model.name} takes no model.backbone {self.model.backbone}; expected "
+                f"{' or '.join(only)}"
+            )
+        if (patch := patch_size(self.model.backbone)) and self.input_size % patch:
+            raise ValueError(
+                f"model.backbone {self.model.backbone} reads patches of {patch} pixels a side, and images have "
+                f"{self.input_size} (model.image_size, or data.image_size); give a multiple of it"
             )
         if self.augment.resize is not None and self.augment.resize < self.input_size:
             raise ValueError(

@@ -20,6 +20,7 @@ class Family(NamedTuple):
     built_by: str  # its class, MODULE:CLASS in `models/`
     reads: tuple[str, ...]  # settings of `model.` that are its own: given to its class by these names
     objective: str = "affect"  # what it is trained for, of `OBJECTIVES`
+    backbones: tuple[str, ...] = ()  # the only ones that it takes; none: any
 
 
 class ObjectiveName(NamedTuple):
@@ -47,7 +48,7 @@ OBJECTIVES: dict[str, ObjectiveName] = {
         "masks:build_masked_preparation",
         "masked_loss",
         reads_labels=False,
-        ignores=("loss", "data.sampling", "model.dropout"),
+        ignores=("loss", "data.sampling"),
     ),
 }
 
@@ -88,6 +89,7 @@ FAMILIES: dict[str, Family] = {
         built_by="mae:MaskedAutoencoder",
         reads=("masked",),
         objective="masked",
+        backbones=("vit_small", "vit_tiny", "vit_base"),
     ),
 }
 
@@ -143,9 +145,14 @@ def check_backbone_name(name: str) -> str:
     return name
 
 
+def patch_size(backbone: str) -> int:
+    """Return the pixels a side of a patch of our ViTs; 0 for other networks."""
+    return OWN_BACKBONES[backbone].patch if backbone in OWN_BACKBONES else 0
+
+
 def takes_drop_path(backbone: str) -> bool:
     """Whether a backbone may be one of layers that drop path and layer decay are for."""
-    return backbone.startswith("timm:") or bool(backbone in OWN_BACKBONES and OWN_BACKBONES[backbone].patch)
+    return backbone.startswith("timm:") or patch_size(backbone) > 0
 
 
 def min_input_size(backbone: str) -> int:

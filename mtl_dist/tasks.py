@@ -17,6 +17,8 @@ TASKS = ("va", "expr", "au")
 VIEWS = ("cropped", "cropped_aligned")
 SPLITS = ("train", "val")
 SET_BITS = 32  # of a row of several sets: above them is the number of its set
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1], as models read it
+GREY = (0.299, 0.587, 0.114)  # what red, green and blue have of the luma (ITU-R BT.601)
 PERSON = "person: "  # begins what stands for a video's name where there is none: a person's pictures, which are no film
 
 EXPRESSIONS = ("Neutral", "Anger", "Disgust", "Fear", "Happiness", "Sadness", "Surprise", "Other")

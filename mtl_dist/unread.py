@@ -30,10 +30,10 @@ def find_unread(config: Config) -> dict[str, str]:
     optim, augment = config.optim, config.augment
     if optim.name != "sgd":
         unread |= {f"optim.{name}": f"optim.name is {optim.name}; it is for sgd" for name in ("momentum", "nesterov")}
-    if optim.name != "adamw":
-        unread["optim.betas"] = f"optim.name is {optim.name}; it is for adamw"
     elif not optim.momentum:
         unread["optim.nesterov"] = "optim.momentum is 0; it is for more"
+    if optim.name != "adamw":
+        unread["optim.betas"] = f"optim.name is {optim.name}; it is for adamw"
     if config.model.freeze_backbone:
         why = "model.freeze_backbone is set, which trains none of it"
         unread |= {f"optim.{name}": why for name in ("backbone_lr", "layer_decay", "freeze_backbone_for")}

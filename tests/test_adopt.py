@@ -146,7 +146,7 @@ def test_a_second_set_of_tars_is_the_validation_part_and_keys_may_repeat_by_tar(
     write_tars(tmp_path / "train", "{}.tar", numbered[:2])
     write_tars(tmp_path / "val", "{}.tar", numbered[2:])
     source, val = str(tmp_path / "train" / "{0..1}.tar"), str(tmp_path / "val" / "0.tar")
-    with pytest.raises(InputError, match=r"sample '0000.jpg' is in .*train/0.tar and in .*train/1.tar.*--name-by-tar"):
+    with pytest.raises(InputError, match=r"train/1.tar, sample '0000': .* is another picture.*--name-by-tar"):
         create(source, str(tmp_path / "dest"), table=TableOptions(val_table=val), **CROPPED)
     assert not (tmp_path / "dest").exists()
     create(source, str(tmp_path / "dest"), table=TableOptions(val_table=val, name_by_tar=True), **CROPPED)
@@ -155,6 +155,31 @@ def test_a_second_set_of_tars_is_the_validation_part_and_keys_may_repeat_by_tar(
     assert len(found["train"]) == 9
     assert "train/1/0003.jpg" in found["train"]
     assert found["train"]["train/1/0003.jpg"][1] == PICTURES[8]
+
+
+def test_no_tar_lays_its_pictures_over_those_of_another(tmp_path):
+    """One that was unpacked is not looked at again: its labels would get another's pictures."""
+    write_tars(tmp_path, "a{}.tar", [[{"__key__": "x/1", "jpg": PICTURES[0], "cls": "1"}]])
+    write_tars(tmp_path, "b{}.tar", [[{"__key__": "x/1", "jpg": PICTURES[1], "cls": "2"}]])
+    images = tmp_path / "images"
+    for name, picture in (("a0", 0), ("b0", 0), ("a0", 0)):
+        job = adopt.Unpacking(str(tmp_path / f"{name}.tar"), "", images, tmp_path / f"{name}.json")
+        if name == "b0":
+            with pytest.raises(InputError, match=r"b0.tar, sample 'x/1': .*x/1.jpg is another picture"):
+                adopt.unpack_tar(job)
+        else:
+            adopt.unpack_tar(job)
+        assert (images / "x" / "1.jpg").read_bytes() == PICTURES[picture]
+    assert {path.name for path in (images / "x").iterdir()} == {"1.jpg"}
+
+
+def test_a_film_that_goes_on_in_the_next_tar_is_one_video(tmp_path):
+    write_tars(tmp_path, "{}.tar", faces())
+    options = TableOptions(name_by_tar=True)
+    create(str(tmp_path / "{0..2}.tar"), str(tmp_path / "dest"), val_fraction=0.3, table=options, **CROPPED)
+    videos = [{text["video"] for text, _ in rows.values()} for rows in labels_of(tmp_path / "dest").values()]
+    assert not videos[0] & videos[1]
+    assert videos[0] | videos[1] == {"v0", "v1", "v2", "v3"}
 
 
 def test_what_was_unpacked_stays_with_images_and_a_tar_that_was_replaced_is_unpacked_again(tmp_path, monkeypatch):
@@ -186,6 +211,7 @@ def test_what_was_unpacked_stays_with_images_and_a_tar_that_was_replaced_is_unpa
         ({"jpg": PICTURES[0], "json": b"{"}, r"its labels cannot be read"),
         ({"jpg": PICTURES[0], "json": b"[" * 100_000}, r"nested too deeply|cannot be read"),
         ({"jpg": PICTURES[0], "json": b" " * (adopt.MAX_LABEL_BYTES + 1)}, r"json has more than"),
+        ({"jpg": PICTURES[0], "json": {"expr": 1, "expression": 2}}, r"expression is in it twice"),
         ({"jpg": PICTURES[0], "json": {"expr": 9}}, r"expression is '9'.*'a/1.jpg'"),
         ({"jpg": PICTURES[0], "json": {"mood": 9}}, r"no labels"),
         ({"jpg": b"no picture", "json": {"expr": 1}}, r"a/1.jpg"),
@@ -216,7 +242,7 @@ def test_a_member_cannot_leave_the_directory(tmp_path, name):
         member.size = len(PICTURES[0])
         tar.addfile(member, io.BytesIO(PICTURES[0]))
     job = adopt.Unpacking(str(tmp_path / "wds" / "x.tar"), "", tmp_path / "images", tmp_path / "part.json")
-    with pytest.raises(InputError, match=r"not a name|no samples"):
+    with pytest.raises(InputError, match=r"x.tar, sample .*: not a name"):
         adopt.unpack_tar(job)
     assert not list(tmp_path.rglob("up.jpg"))
     assert not (tmp_path.parent / "up.jpg").exists()
@@ -237,6 +263,7 @@ def test_a_name_is_no_command(tmp_path):
         ("s3://bucket/faces", {}, "of s3:// tars are read"),
         ("x.csv", {"name_by_tar": True}, "--name-by-tar is for the tars"),
         ("x.csv", {"val_table": "v.tar"}, "expected two of a kind"),
+        ("x.tar", {"unlabelled": True}, "--unlabelled is for a directory of pictures"),
     ],
 )
 def test_sources_that_are_no_tars(tmp_path, source, options, words):

@@ -533,8 +533,10 @@ def test_a_setting_that_is_changed_and_not_read_is_refused_by_flag_and_in_a_file
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("model", FAMILIES)
 def test_what_a_preset_or_the_default_has_is_not_refused_beside_another_choice(name, model):
+    only = FAMILIES[model].backbones
+    fits = ["--model.backbone", only[0], "--model.image-size", "96"] if only else []
     for more in ([], ["--optim.name", "adamw"], ["--augment.resize", "400"], ["--data.workers", "0"]):
-        parse("--preset", name, "--model.name", model, *more)
+        parse("--preset", name, "--model.name", model, *fits, *more)
     parse("--preset", "small", "--model.hidden", "4096")  # the default
     parse("--preset", "small-baseline", "--model.name", "a", "--model.hidden", "256")  # the preset's
 

@@ -152,10 +152,11 @@ def test_what_is_hidden_is_not_seen():
 
 
 def test_another_backbone_is_refused_by_name():
-    with pytest.raises(InputError, match=r"hides patches of a ViT: --model.backbone vit_small"):
-        build_model(make_config().model.model_copy(update={"backbone": "small"}), input_size=96)
+    for other in ("small", "inception_v3", "timm:vit_tiny_patch16_224"):
+        with pytest.raises(InputError, match=f"model.name mae takes no model.backbone {other}; expected vit_small or"):
+            build_config({"model": {"name": "mae", "backbone": other}, "data": {"image_size": 96}})
     with pytest.raises(InputError, match="patches of 8 pixels a side, and images have 100"):
-        build_model(make_config().model, input_size=100)
+        build_config({"model": {"name": "a", "backbone": "vit_small"}, "data": {"image_size": 100}})
 
 
 # ------------------------------------------------------------------------------------------------------------- the loss

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from mtl_dist.runs.start import build_started, find_start
 from mtl_dist.runs.weights import load_weights, open_weights
 from mtl_dist.shards.__main__ import create
 from mtl_dist.shards.columns import TableOptions
-from mtl_dist.training.plan import plan_run
+from mtl_dist.training.plan import _check_labels, open_data, plan_run
 from mtl_dist.training.status import print_ending
 from mtl_dist.training.tracking import read_records
 from tests.test_recipes import EVERY_STEP, assert_close_losses, assert_same_run, config_of, run_ranks
@@ -124,19 +126,39 @@ def test_what_predicts_no_labels_is_refused_where_labels_are_predicted(runs):
         load_weights(open_weights(f"{runs}/one"))
 
 
+def test_a_first_stage_with_nothing_to_learn_is_refused(shards, tmp_path):
+    config = config_of(shards, tmp_path, "run", {"loss": {"va_after": 1, "expr": 0.0}})
+    data = open_data(config)
+    units = data.train.indexes[0].labels.model_copy(update={"au": [0] * 12})
+    train = replace(data.train, indexes=(data.train.indexes[0].model_copy(update={"labels": units}),))
+    with pytest.raises(InputError, match=r"loss.va_after is 1, and .* has labels of va alone that are trained"):
+        _check_labels(config, train, data.val)
+
+
 def test_a_model_of_labels_is_not_trained_on_a_set_without(pictures, tmp_path):
     with pytest.raises(InputError, match="nothing would be trained"):
         plan_run(config_of(pictures, tmp_path, "run"))
 
 
 def test_the_report_shows_the_loss_and_what_is_told(runs, tmp_path):
-    report([f"{runs}/one", f"{runs}/two", "--out", str(tmp_path), "--errors", "2"])
+    report([f"{runs}/one", f"{runs}/two", "--out", str(tmp_path), "--faces", "2"])
     page = (tmp_path / "report.html").read_text()
     assert "Loss of hidden patches" in page
     assert Image.open(tmp_path / "figures" / "masked_1.png").size == (3 * 80, 2 * 80)
     lines = (tmp_path / "figures" / "masked_loss.csv").read_text().splitlines()
     assert lines[0] == "run,step,masked_loss,constant picture"
     assert len(lines) == 1 + 2 * 2
+
+
+def test_a_report_without_pictures_or_records_says_so(runs, tmp_path):
+    shutil.copytree(runs / "one", tmp_path / "one")
+    (tmp_path / "one" / "metrics.jsonl").unlink()
+    report([f"{tmp_path}/one", "--out", str(tmp_path / "page"), "--faces", "0", "--title", "Faces & masks"])
+    page = (tmp_path / "page" / "report.html").read_text()
+    assert "Faces &amp; masks" in page
+    assert "No records were kept of: one." in page
+    with pytest.raises(InputError, match="autoencoders, which make none"):
+        report([f"{runs}/one", "--out", str(tmp_path / "page"), "--ensemble", "e"])
 
 
 def test_a_report_is_of_runs_of_one_kind(runs, shards, tmp_path):

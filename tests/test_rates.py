@@ -69,6 +69,16 @@ def test_layers_of_a_vit_have_less_the_further_they_are_from_the_heads():
     assert "0.000391 for " in text
 
 
+def test_layers_of_what_has_none_are_refused():
+    config = build_config(
+        {"model": {"backbone": "timm:resnet10t", "weights": "none", "image_size": 64}, "optim": {"layer_decay": 0.7}}
+    )
+    module = build_module(build_model(config.model, input_size=64), build_objective(config, COUNTS))
+    for call in (build_optimizer, describe_rates):
+        with pytest.raises(InputError, match=r"optim.layer_decay is 0.7, and model.backbone timm:resnet10t is no ViT"):
+            call(module, config)
+
+
 def test_a_backbone_waits_for_a_share_of_training():
     config, module = make(freeze_backbone_for=0.3)
     for step, expected in ((0, 0.0), (2, 0.0), (3, 1.0), (9, 1.0)):
@@ -98,6 +108,8 @@ def test_paths_are_dropped_in_training_alone():
         (["--preset", "small-mae", "--loss.va", "2"], "loss.va is 2.0, and nothing reads it"),
         (["--preset", "small-mae", "--model.dropout", "0.1"], "model.dropout is 0.1, and nothing reads it"),
         (["--optim.betas", "0.9", "0.95"], "optim.betas is"),
+        (["--optim.momentum", "0", "--optim.no-nesterov"], "optim.nesterov is False, and nothing reads it: optim.mom"),
+        (["--optim.name", "adamw", "--optim.no-nesterov"], "optim.nesterov is False, and nothing reads it: optim.name"),
         (["--preset", "small", "--optim.betas", "0.9", "1.5"], "optim.betas"),
     ],
 )

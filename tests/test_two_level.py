@@ -16,6 +16,7 @@ from mtl_dist.models.two_level import LayerAttention, PositionAttention
 from mtl_dist.objective.affect import Affect, mean_square_error
 from mtl_dist.objective.balancing import build_balancer
 from mtl_dist.objective.losses import global_losses
+from mtl_dist.training.engine import is_decayed
 from mtl_dist.training.rates import learning_rate
 from tests.test_objective import COUNTS, TinyModel, make_batch
 from tests.test_recipes import EVERY_STEP, assert_close_losses, assert_same_run, config_of, run_ranks
@@ -151,6 +152,13 @@ def test_a_second_stage_without_epochs_is_refused():
 
 
 # ------------------------------------------------------------------------------------------------------------- training
+
+
+def test_weights_of_the_gru_are_decayed():
+    module = make()
+    assert is_decayed(module, "layers.gru.weight_ih_l0")
+    assert not is_decayed(module, "layers.gru.bias_ih_l0_reverse")
+
 
 STAGES = {
     "model": {"name": "d", "backbone": "small", "weights": "none", "dropout": 0.0},

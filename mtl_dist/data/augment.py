@@ -19,11 +19,8 @@ from torch import Tensor
 
 from mtl_dist.config import AugmentConfig, Config
 from mtl_dist.families import objective_of
-from mtl_dist.tasks import Batch
+from mtl_dist.tasks import GREY, IMAGENET_MEAN, IMAGENET_STD, Batch
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-_GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma
 NUM_FIRST_DRAWS = 12
 NUM_DRAWS = 14  # those that came later are drawn beside the first: what the first are must not change
 
@@ -162,9 +159,9 @@ def _jitter(images: Tensor, u: Tensor, config: AugmentConfig) -> Tensor:
         for i, c in enumerate((config.brightness, config.contrast, config.saturation))
     ]
     images = images * factors[0]
-    grey = (images * images.new_tensor(_GREY)[:, None, None]).sum(1, keepdim=True)
+    grey = (images * images.new_tensor(GREY)[:, None, None]).sum(1, keepdim=True)
     images = torch.lerp(grey.mean((2, 3), keepdim=True), images, factors[1])
-    grey = (images * images.new_tensor(_GREY)[:, None, None]).sum(1, keepdim=True)
+    grey = (images * images.new_tensor(GREY)[:, None, None]).sum(1, keepdim=True)
     images = torch.lerp(grey, images, factors[2]).clamp(0, 1)
     return turn_hue(images, (2 * u[:, 12] - 1) * config.hue) if config.hue else images
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mtl_dist.config import Config
 from mtl_dist.data.augment import ImagePreparation, build_image_preparation, draw_bits
-from mtl_dist.families import OWN_BACKBONES
+from mtl_dist.families import patch_size
 from mtl_dist.tasks import Batch
 
 MASKS = 1  # keeps these draws apart from those of augmentation
@@ -56,7 +56,7 @@ class MaskedPreparation:
 
 def build_masked_preparation(config: Config) -> MaskedPreparation:
     """Build what the inputs of a masked autoencoder are prepared by."""
-    images, patch = build_image_preparation(config), OWN_BACKBONES[config.model.backbone].patch
+    images, patch = build_image_preparation(config), patch_size(config.model.backbone)
     return MaskedPreparation(images, patch, config.run.seed)
 
 

@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtl_dist.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from mtl_dist.errors import InputError
 from mtl_dist.models.per_frame import PerFrame
 from mtl_dist.objective.metrics import Predictions
-from mtl_dist.tasks import AUS, EXPRESSIONS
+from mtl_dist.tasks import AUS, EXPRESSIONS, IMAGENET_MEAN, IMAGENET_STD
 
 OPSET = 18  # the first with Col2Im, which `fold` becomes
 INPUT = "images"

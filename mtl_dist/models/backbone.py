@@ -14,12 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from mtl_dist.errors import InputError
+from mtl_dist.tasks import IMAGENET_MEAN, IMAGENET_STD
 
 if TYPE_CHECKING:
     from torchvision.models import WeightsEnum
-
-# Of the inputs: `data.augment.normalise`.
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Backbone(nn.Sequential):
@@ -48,10 +46,7 @@ class Backbone(nn.Sequential):
         return super().train(mode and not self.is_frozen)
 
     def pyramid(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return the last map of every resolution from a quarter of the image's on, finest first: (N, C, h, w) each.
-
-        A network whose maps are all of one resolution gives those after each third of it.
-        """
+        """Return the last map of every resolution from a quarter of the image's on, finest first: (N, C, h, w) each."""
         return last_of_each(self.maps(images), images.shape[-1])
 
     def maps(self, images: Tensor) -> Iterator[Tensor]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtl_dist.models.backbone import Backbone, Renormalise, download_torchvision, init_convs
+from mtl_dist.tasks import GREY
 
 HALF = (0.5, 0.5, 0.5)  # mean and deviation of images in [-1, 1]
 STAGES = {
@@ -20,7 +21,6 @@ STAGES = {
     "iresnet50": (3, 4, 14, 3),
     "iresnet100": (3, 13, 30, 3),
 }
-GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 class IResNet(Backbone):

@@ -102,6 +102,11 @@ def _rename_dinov2(state: State) -> State:
     renamed = {re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", name): tensor for name, tensor in state.items()}
     if "register_tokens" in renamed:
         renamed["reg_token"] = renamed.pop("register_tokens")
+        # timm has no place for the class token where there are registers: what it has is in the token itself.
+        positions = renamed[POSITIONS]
+        if _is_square(positions.shape[1] - 1):
+            renamed["cls_token"] = renamed["cls_token"] + positions[:, :1]
+            renamed[POSITIONS] = positions[:, 1:]
     return renamed
 
 

@@ -21,14 +21,13 @@ from torchvision.models.vision_transformer import interpolate_embeddings
 
 from mtl_dist.errors import InputError
 from mtl_dist.models.backbone import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     Backbone,
     Renormalise,
     download_failed,
     download_torchvision,
     last_of_each,
 )
+from mtl_dist.tasks import IMAGENET_MEAN, IMAGENET_STD
 
 logger = logging.getLogger(__name__)
 

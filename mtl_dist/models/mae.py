@@ -14,7 +14,6 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mtl_dist.config import MaskedConfig
-from mtl_dist.errors import InputError
 from mtl_dist.models.backbone import Backbone
 from mtl_dist.models.vit import LAYER_NORM, ViT, init_like_mae, sine_positions
 from mtl_dist.tasks import Reconstruction
@@ -25,8 +24,7 @@ class MaskedAutoencoder(nn.Module):
 
     def __init__(self, backbone: Backbone, *, masked: MaskedConfig, input_size: int):
         super().__init__()
-        if not isinstance(backbone, ViT):
-            raise InputError("model.name mae hides patches of a ViT: --model.backbone vit_small, vit_tiny or vit_base")
+        assert isinstance(backbone, ViT)  # the configuration takes no other
         self.backbone, self.patch, self.share_hidden = backbone, backbone.patch, masked.share
         cells, width = input_size // backbone.patch, masked.decoder_width
         backbone.net.model.pos_embed.requires_grad_(False)

@@ -99,11 +99,6 @@ class TwoLevelNet(PerFrame):
         d = torch.relu(self.dimensional(torch.cat([z, told], 1) if self.config.categorical_feedback else z))
         return Outputs(torch.tanh(self.va(d)), self.expr(c), self.au(z))
 
-    def position_maps(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return where every map is enhanced, (N, 1, h, w) in [0, 1] each, of normalised (N, 3, H, W) images."""
-        maps = zip(self.backbone.pyramid(images), self.positions)
-        return tuple(positions(features)[1] for features, positions in maps) if self.config.position_attention else ()
-
 
 def _count_channels(backbone: Backbone, input_size: int) -> list[int]:
     """Run the backbone once to find its maps. Raises `InputError` where there are not two at least."""

@@ -14,8 +14,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mtl_dist.errors import InputError
-from mtl_dist.families import OWN_BACKBONES
+from mtl_dist.families import patch_size
 from mtl_dist.models.backbone import Backbone
 
 LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
@@ -42,16 +41,12 @@ class ViT(Backbone):
     library_prefix = "net.model."
 
     def __init__(self, name: str, input_size: int, *, drop_path: float = 0.0):
-        size, patch = SIZES[name], OWN_BACKBONES[name].patch
-        if input_size % patch:
-            raise InputError(
-                f"backbone {name} reads patches of {patch} pixels a side, and images have {input_size}; give "
-                "a multiple of it: --model.image-size"
-            )
+        size, patch = SIZES[name], patch_size(name)
         super().__init__({"net": Tokens(size, patch, input_size, drop_path)}, num_channels=size.width)
         self.patch = patch
 
     def pyramid(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return the maps after each third of the blocks: all are of one resolution."""
         return self.net.thirds(images)
 
 

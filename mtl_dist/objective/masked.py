@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from mtl_dist.config import Config
-from mtl_dist.families import OWN_BACKBONES
+from mtl_dist.families import patch_size
 from mtl_dist.objective.losses import Sums
 from mtl_dist.objective.scores import MASKED
-from mtl_dist.tasks import Batch, LabelCounts, Reconstruction
+from mtl_dist.tasks import IMAGENET_MEAN, IMAGENET_STD, Batch, LabelCounts, Reconstruction
 
 TERM = "masked"
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the inputs
 EPS = 1e-6  # of a patch's variance
 NUM_SHOWN = 8  # frames that a meter keeps for the picture
 
@@ -31,7 +30,7 @@ class Masked:
 
     @classmethod
     def build(cls, config: Config, counts: LabelCounts) -> Masked:
-        patch = OWN_BACKBONES[config.model.backbone].patch
+        patch = patch_size(config.model.backbone)
         return cls(size=config.input_size, patch=patch, normalises=config.model.masked.normalise)
 
     def __init__(self, *, size: int, patch: int, normalises: bool):
@@ -52,15 +51,16 @@ class Masked:
     def loss(self, term: str, total: Tensor) -> Tensor:
         return total[0] / total[1].detach()
 
-    def meter(self) -> MaskedMeter:
-        return MaskedMeter(self)
+    def meter(self, *, num_shown: int = NUM_SHOWN) -> MaskedMeter:
+        """Return a meter that keeps so many frames for its picture."""
+        return MaskedMeter(self, num_shown)
 
 
 class MaskedMeter:
     """Adds up the losses of frames, and what the best constant picture needs (`losses.Meter`)."""
 
-    def __init__(self, objective: Masked):
-        self._objective = objective
+    def __init__(self, objective: Masked, num_shown: int):
+        self._objective, self._num_shown = objective, num_shown
         self._bad_rows: list[int] = []
         # Of the loss 2, then L counts of hidden patches, L x 3pp of their pixels, and L of their squares.
         self._sums = np.zeros(2 + objective.num_patches * (2 + objective.pixels))
@@ -75,7 +75,7 @@ class MaskedMeter:
         target = torch.where(outputs.hidden[..., None], target, 0.0).double()
         of_places = (outputs.hidden.double().sum(0), target.sum(0).flatten(), target.square().mean(-1).sum(0))
         self._sums += torch.cat([loss, *of_places]).cpu().numpy()
-        if (room := NUM_SHOWN - sum(len(shown[0]) for shown in self._shown)) > 0:
+        if (room := self._num_shown - sum(len(shown[0]) for shown in self._shown)) > 0:
             self._shown.append([tensor[:room].cpu().float().numpy() for tensor in outputs])
 
     def bad_rows(self) -> list[int]:

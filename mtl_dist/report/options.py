@@ -30,7 +30,7 @@ class ReportCommand:
     draws: int = 1000
     """Bootstrap draws of the videos."""
     faces: int = 3
-    """Faces of the attention maps."""
+    """Faces of the attention maps; of autoencoders, pictures of each run."""
     errors: int = 6
     """Pictures of the worst errors, of each task."""
     batch: int = 64

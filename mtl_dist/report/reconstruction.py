@@ -19,6 +19,7 @@ from mtl_dist.objective.scores import MASKED
 from mtl_dist.predicting.evaluate import forward_all
 from mtl_dist.predicting.members import Member
 from mtl_dist.report.drawing import COLOURS, Figure, canvas, save_png
+from mtl_dist.report.options import ReportCommand
 from mtl_dist.report.page import Part, html
 from mtl_dist.report.tables import write_csv
 from mtl_dist.runs.weights import load_weights
@@ -28,17 +29,30 @@ from mtl_dist.training.tracking import read_records
 NO_LABELS = LabelCounts(rows=0, va=0, expr=0, au=[0] * 12, expr_classes=[0] * 8, au_positives=[0] * 12, unlabelled=0)
 
 
-def write_parts(members: dict[str, Member], *, device: torch.device, count: int) -> tuple[list[Figure], list[Part]]:
-    """Draw runs by name, `count` pictures of each; return the figures, and the chapters that hold them."""
-    curve = _draw_curve({name: read_records(member.run_uri) for name, member in members.items()})
-    pictures = [
-        _draw_pictures(name, member, place, device, count) for place, (name, member) in enumerate(members.items())
-    ]
-    chapters = [
-        Part("loss", "Loss of hidden patches", [html.figure(curve)]),
-        Part("pictures", "What is told of hidden patches", [html.figure(figure) for figure in pictures]),
-    ]
-    return [curve, *pictures], chapters
+def write_parts(
+    members: dict[str, Member], command: ReportCommand, device: torch.device
+) -> tuple[list[Figure], list[Part]]:
+    """Draw runs by name, `command.faces` pictures of each; return the figures, and the chapters that hold them."""
+    if command.ensemble:
+        raise InputError("--ensemble is given, and these runs are autoencoders, which make none; leave it out")
+    figures: dict[str, list[Figure]] = {}
+    records = {name: _evaluations(member) for name, member in members.items()}
+    if known := {name: found for name, found in records.items() if found}:
+        figures["Loss of hidden patches"] = [_draw_curve(known)]
+    if command.faces:
+        named = enumerate(members.items())
+        figures["What is told of hidden patches"] = [
+            _draw_pictures(name, member, place, device, command) for place, (name, member) in named
+        ]
+    chapters = [Part(of[0].name, title, [html.figure(figure) for figure in of]) for title, of in figures.items()]
+    without = [name for name, found in records.items() if not found]
+    if without:
+        chapters.append(Part("notes", "Notes", [html.paragraph(f"No records were kept of: {', '.join(without)}.")]))
+    return list(itertools.chain.from_iterable(figures.values())), chapters
+
+
+def _evaluations(member: Member) -> list[dict]:
+    return [record for record in read_records(member.run_uri) if record["kind"] == "eval"]
 
 
 def _draw_curve(records: dict[str, list[dict]]) -> Figure:
@@ -46,8 +60,7 @@ def _draw_curve(records: dict[str, list[dict]]) -> Figure:
     ends = []
     with canvas(6.5, 3.8) as figure:
         axes = figure.subplots()
-        for (name, found), colour in zip(records.items(), itertools.cycle(COLOURS)):
-            points = [record for record in found if record["kind"] == "eval"]
+        for (name, points), colour in zip(records.items(), itertools.cycle(COLOURS)):
             steps = [record["step"] for record in points]
             values = [record["scores"][MASKED.key] for record in points]
             floors = [record["constant"][MASKED.key] for record in points]
@@ -69,13 +82,15 @@ def _draw_curve(records: dict[str, list[dict]]) -> Figure:
     return Figure("masked_loss", MASKED.title, caption, alt, png, write_csv(rows))
 
 
-def _draw_pictures(name: str, member: Member, place: int, device: torch.device, count: int) -> Figure:
+def _draw_pictures(name: str, member: Member, place: int, device: torch.device, command: ReportCommand) -> Figure:
     config = member.weights.config
-    samples = open_samples(member.val, config.data, Cache(None, max_bytes=int(config.data.cache_gib * GIB)))
-    batches = eval_batches(samples, batch=count, rank=0, num_ranks=1, workers=0, prefetch=1)
+    samples = open_samples(
+        member.val, config.data, Cache(command.cache_dir, max_bytes=int(config.data.cache_gib * GIB))
+    )
+    batches = eval_batches(samples, batch=command.faces, rank=0, num_ranks=1, workers=0, prefetch=1)
     model = load_weights(member.weights, objective="masked").to(device)
     objective = build_objective(config, NO_LABELS)
-    meter = objective.meter()
+    meter = objective.meter(num_shown=command.faces)
     for batch, outputs in forward_all(
         model, itertools.islice(batches, 1), prepare=build_preparation(config), device=device
     ):

@@ -42,10 +42,10 @@ def write_report(command: ReportCommand, *, written: str) -> str:
     objectives = {name: FAMILIES[member.weights.config.model.name].objective for name, member in members.items()}
     check_alike(objectives)
     if "masked" in objectives.values():
-        figures, parts = write_parts(members, device=device, count=command.errors)
+        figures, parts = write_parts(members, command, device)
         footer = [f"Made {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())} by: {written}"]
         about = ["Masked autoencoders: they learn from pictures without labels."]
-        page = html.page(title="Masked pre-training", lead=about, parts=parts, footer=footer)
+        page = html.page(title=command.title, lead=about, parts=parts, footer=footer)
         return _write(command.out, page, _files(figures))
     evidence = gather(command, list(members.values()), device)
     drawings = draw(

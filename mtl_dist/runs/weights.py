@@ -11,7 +11,6 @@ from torch import nn
 
 from mtl_dist import storage
 from mtl_dist.config import Config, build_config
-from mtl_dist.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from mtl_dist.errors import Damaged, InputError
 from mtl_dist.families import FAMILIES
 from mtl_dist.models import TooLarge, at_most, build_model
@@ -32,7 +31,7 @@ from mtl_dist.runs.checkpoint import (
 from mtl_dist.runs.same_run import find_lack
 from mtl_dist.sealed import unseal
 from mtl_dist.settings import explain_validation, flatten, unflatten
-from mtl_dist.tasks import AUS, EXPRESSIONS
+from mtl_dist.tasks import AUS, EXPRESSIONS, IMAGENET_MEAN, IMAGENET_STD
 
 FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")  # a run's name may hold dots too
 EXPORT_FORMAT = "mtl_dist-export-1"
@@ -144,9 +143,12 @@ def load_weights(weights: Weights, *, objective: str = "affect") -> nn.Module:
     """
     checkpoint, config = weights.checkpoint, weights.config
     if FAMILIES[config.model.name].objective != objective:
+        what = FAMILIES[config.model.name].what
+        if objective != "affect":
+            raise InputError(f"{checkpoint.uri} is {what}; expected what was trained for: {objective}")
         raise InputError(
-            f"{checkpoint.uri} is {FAMILIES[config.model.name].what}: it predicts no labels; train a model that begins "
-            f"with it, with --run.start {checkpoint.uri} --run.start-with backbone"
+            f"{checkpoint.uri} is {what}: it predicts no labels; train a model that begins with it, with --run.start "
+            f"{checkpoint.uri} --run.start-with backbone"
         )
     if not weights.state:
         _check_exported(checkpoint)

@@ -18,7 +18,9 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
+import tempfile
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -33,16 +35,15 @@ from mtl_dist.errors import InputError
 from mtl_dist.processes import process_pool
 from mtl_dist.progress import progress_bar
 from mtl_dist.shards.columns import TableOptions
-from mtl_dist.shards.sources import check_one_view
+from mtl_dist.shards.sources import PICTURES, check_one_view
 from mtl_dist.tasks import AUS, PERSON
 
 SUFFIX = ".tar"
-PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 PARTS = ".unpacked"  # what is in every tar that is unpacked
 FORMAT = 1  # of a part
 MAX_TARS = 1_000_000  # a name may say {0..9999999999}
 MAX_LABEL_BYTES = 1 << 20
-EXPECTED_LABELS = "a picture with json (an object), cls (text) or both"
+EXPECTED = "a picture, with json (an object), cls (text) or both where it is labelled"
 
 
 class Unpacking(NamedTuple):
@@ -73,6 +74,8 @@ def as_table(
         yield storage.local_path(source), options
         return
     check_one_view(source, views)
+    if options.unlabelled:
+        raise InputError(f"--unlabelled is for a directory of pictures, and {source} are tars; unpack them first")
     if not train:
         raise InputError(
             f"--val-table {options.val_table} is a WebDataset and {source} is none; expected two of a kind"
@@ -80,14 +83,13 @@ def as_table(
     kept = contextlib.nullcontext(options.images) if options.images else storage.scratch_directory("unpacked")
     with kept as directory:
         parts = _unpack([*train, *val], directory, jobs, name_by_tar=options.name_by_tar)
-        _check_once(parts)
         if alone := sum(not row["video"] for row in _rows_of(parts)):
             print(
                 f"note: {alone:,} pictures are of no directory: each is no film, and stands alone or with its person; "
                 "--columns.video names a column that tells videos",
                 flush=True,
             )
-        person = options.columns.person or "person"
+        person = "person" if options.columns.person is None else options.columns.person
         table = _write_table(directory / "labels.csv", parts[: len(train)], person)
         update: dict[str, Any] = {"images": directory}
         if val:
@@ -169,7 +171,7 @@ def unpack_tar(job: Unpacking) -> None:
             storage.download(job.uri, path)
         rows = [_unpack_sample(sample, job) for sample in _read_samples(path, job.uri)]
     if not rows:
-        raise InputError(f"{job.uri} holds no samples; expected {EXPECTED_LABELS}")
+        raise InputError(f"{job.uri} holds no samples; expected {EXPECTED}")
     storage.write_bytes(str(job.part), json.dumps(rows).encode())
 
 
@@ -191,31 +193,44 @@ def _unpack_sample(sample: dict[str, Any], job: Unpacking) -> dict[str, Any]:
     """Write a sample's picture; return its row: the picture's name and sha256, and what is labelled as text."""
     key = sample["__key__"]
     where = f"{job.uri}, sample {key!r}"
-    pictures = [suffix for suffix in sample if suffix in PICTURES]
+    pictures = [suffix for suffix in sample if f".{suffix}" in PICTURES]
     if len(pictures) != 1:
         has = ", ".join(name for name in sample if not name.startswith("__")) or "nothing"
-        raise InputError(f"{where} has {has}; expected {EXPECTED_LABELS}")
+        raise InputError(f"{where} has {has}; expected {EXPECTED}")
     name, data = f"{job.prefix}{key}.{pictures[0]}", sample[pictures[0]]
     if not is_image_name(name):
         raise InputError(f"{where}: not a name; expected a relative path, no '..', of at most {MAX_NAME_BYTES} bytes")
     if len(data) > MAX_IMAGE_BYTES:
         raise InputError(f"{where}: a picture of {len(data):,} bytes; expected at most {MAX_IMAGE_BYTES:,}")
-    path = job.images_dir / name
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}; name another place with --images") from None
+    _put(job.images_dir / name, data, where)
     labels = _labels_of(sample, where)
     named = key if "/" in key else labels.get("image", "")  # of tars that are numbered, with names in their JSON
-    video = job.prefix + named.rpartition("/")[0] if "/" in named else ""
+    video = named.rpartition("/")[0]  # without the tar's name: a film may go on in the next one
     return {
         "name": name,
         "video": video,
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "tar": job.uri,
         "labels": labels,
     }
+
+
+def _put(path: Path, data: bytes, where: str) -> None:
+    """Write a picture whole or not at all, and never over another: a part may vouch for that one."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".unpacking-") as part:
+            part.write(data)
+            part.flush()
+            with contextlib.suppress(FileExistsError):
+                os.link(part.name, path)
+                return
+        if path.read_bytes() == data:
+            return
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}; name another place with --images") from None
+    raise InputError(
+        f"{where}: {path} is another picture; expected a key for one picture in train and val: --name-by-tar puts the "
+        "tar's name in front; or a directory --images that no other tars were unpacked to"
+    )
 
 
 def _labels_of(sample: dict[str, Any], where: str) -> dict[str, str]:
@@ -234,7 +249,7 @@ def _labels_of(sample: dict[str, Any], where: str) -> dict[str, str]:
     except RecursionError:
         raise InputError(f"{where}: its json is nested too deeply; expected labels") from None
     except ValueError as error:
-        raise InputError(f"{where}: its labels cannot be read: {error}; expected UTF-8") from None
+        raise InputError(f"{where}: its labels cannot be read: {error}; expected UTF-8, every name once") from None
     return labels
 
 
@@ -257,24 +272,15 @@ def _flatten(content: dict[str, Any]) -> dict[str, str]:
             for key, each in zip(names, value):
                 put(key, each)
         else:
-            text = "" if value is None else value if isinstance(value, str) else json.dumps(value)
-            columns["expression" if name == "expr" else name] = {"true": "1", "false": "0"}.get(text, text)
+            column = "expression" if name == "expr" else name
+            if column in columns:
+                raise ValueError(f"{column} is in it twice")
+            if isinstance(value, bool):
+                value = int(value)
+            columns[column] = "" if value is None else value if isinstance(value, str) else json.dumps(value)
 
     put("", content)
     return columns
-
-
-def _check_once(parts: list[Path]) -> None:
-    """Raise if one name is of two pictures."""
-    seen: dict[str, bytes] = {}
-    for row in _rows_of(parts):
-        name, sha256 = row["name"], bytes.fromhex(row["sha256"])
-        if seen.setdefault(name, sha256) != sha256:
-            first = next(row["tar"] for row in _rows_of(parts) if row["name"] == name)
-            raise InputError(
-                f"sample {name!r} is in {first} and in {row['tar']}, and they are two pictures; expected a key for one "
-                "picture in train and val; --name-by-tar puts the tar's name in front"
-            )
 
 
 def _write_table(path: Path, parts: list[Path], person: str) -> Path:

@@ -217,7 +217,7 @@ def _read_pictures(path: Path, options: TableOptions, val_fraction: float, seed:
     if (given := options.model_copy(update={"unlabelled": False})) != NO_OPTIONS:
         name = next(name for name, value in given if value != getattr(NO_OPTIONS, name))
         raise InputError(f"--{name.replace('_', '-')} describes labels, and --unlabelled says that there are none")
-    names = sorted(found for found in list_pictures(path))
+    names = sorted(list_pictures(path))
     if not names:
         raise InputError(f"{path} holds no pictures (of {', '.join(PICTURES)}); expected some, at any depth")
     bad = find_bad_name(pa.array(names, pa.large_string()))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mtl_dist.config import Config
-from mtl_dist.training.rates import Share, learning_rate, share_of
+from mtl_dist.training.rates import Share, check_layers, learning_rate, share_of
 
 
 def build_engine(module: nn.Module, config: Config, *, num_ranks: int, device: torch.device):
@@ -47,6 +47,7 @@ def collective_timeout(config: Config) -> timedelta:
 
 def build_optimizer(module: nn.Module, config: Config) -> torch.optim.Optimizer:
     """SGD or AdamW; only what features are multiplied with is decayed."""
+    check_layers(module, config)
     groups: dict[tuple[Share, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
@@ -71,7 +72,9 @@ def is_decayed(module: nn.Module, name: str) -> bool:
     """
     owner, _, own_name = name.rpartition(".")
     layer = module.get_submodule(owner)
-    is_matrix = own_name.endswith("weight") and layer.get_parameter(own_name).ndim > 1
+    is_matrix = (own_name.endswith("weight") or own_name.startswith("weight_")) and layer.get_parameter(
+        own_name
+    ).ndim > 1
     return is_matrix and not isinstance(layer, nn.Embedding) and "norm" not in type(layer).__name__.lower()
 
 

@@ -80,6 +80,11 @@ def _check_labels(config: Config, train: Sets, val: Sets) -> None:
             f"{train} has labels of {labelled['train']}, and the weights of losses are {weighted}: nothing "
             "would be trained; give a set with labels, or a weight to a task that has some"
         )
+    if config.loss.va_after and trained == ["va"]:
+        raise InputError(
+            f"loss.va_after is {config.loss.va_after}, and {train} has labels of va alone that are trained: its first "
+            "epochs would train nothing; set it to 0"
+        )
     if not set(trained) - set(labels["val"]):
         raise InputError(
             f"{val} has labels of {labelled['val']}, and trained are {', '.join(trained)}: nothing of it "

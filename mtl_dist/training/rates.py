@@ -12,6 +12,7 @@ from typing import NamedTuple
 from torch import nn
 
 from mtl_dist.config import Config
+from mtl_dist.errors import InputError
 
 BACKBONE = "model.backbone."  # begins the names of its parameters in an `ObjectiveModule`
 
@@ -62,8 +63,18 @@ def _layer(name: str, depth: int) -> int:
     return 0 if re.search(r"\.(cls_token|pos_embed|patch_embed|reg_token)\b", name) else depth + 1
 
 
+def check_layers(module: nn.Module, config: Config) -> None:
+    """Raise `InputError` where `optim.layer_decay` has no layers to decay over."""
+    if config.optim.layer_decay < 1 and not count_blocks(module):
+        raise InputError(
+            f"optim.layer_decay is {config.optim.layer_decay:g}, and model.backbone {config.model.backbone} is no ViT; "
+            "leave it out, or give one"
+        )
+
+
 def describe_rates(module: nn.Module, config: Config) -> str:
     """Say which rates there are, with how many parameters each; empty where all have the same."""
+    check_layers(module, config)
     counts: dict[Share, int] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
