@@ -48,6 +48,7 @@ def make_images(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("name", "channels", "cells"), NETWORKS)
 def test_the_attention_adapts_to_a_library_s_network(name, channels, cells):
     """Outputs, a map a region, a gradient for every parameter; an empty batch gives nothing and moves nothing."""
@@ -79,6 +80,7 @@ def test_the_baseline_takes_a_library_s_network_too():
 # --- Against the libraries --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("name", "end"), [("resnet18", "layer3"), ("swin_t", "features.5"), ("densenet121", "features.denseblock3")]
 )

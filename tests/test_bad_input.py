@@ -112,6 +112,7 @@ def test_a_bad_image_is_named_with_its_row_and_no_set_is_written(source, tmp_pat
     assert_whole_shards_only(tmp_path / "dest")
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("kind", FOREIGN_PICTURES)
 @pytest.mark.parametrize("skip", [False, True])
 def test_a_whole_picture_that_is_not_taken_is_named_and_never_skipped(source, tmp_path, kind, skip):
@@ -133,6 +134,7 @@ def assert_whole_shards_only(root: Path) -> None:
     }
 
 
+@pytest.mark.whole
 def test_a_bad_image_at_the_command_line_with_several_processes(source, tmp_path):
     path = spoil(source, BAD_IMAGES["truncated"][0])
     done = run_module(
@@ -320,6 +322,7 @@ def test_a_missing_bucket_is_named_when_reading_and_when_writing(dataset, s3):
     assert_one_message(done, "s3://absent/x", "bucket 'absent' does not exist")
 
 
+@pytest.mark.whole
 def test_a_server_that_does_not_answer_is_named_in_bounded_time(dataset):
     endpoint = f"http://127.0.0.1:{free_port()}"
     nobody = {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}

@@ -274,6 +274,7 @@ def data():
     return members, targets, timeline, folds, found
 
 
+@pytest.mark.whole
 def test_labels_of_a_fold_change_nothing_that_is_applied_to_it(data):
     members, targets, timeline, folds, found = data
     rng = np.random.default_rng(5)

@@ -117,6 +117,7 @@ def flips(data: bytes) -> Iterator[bytes]:
         yield bytes(flipped)
 
 
+@pytest.mark.whole
 def test_every_flipped_bit_of_a_commit_is_found_or_changes_nothing(tmp_path):
     commit = write_checkpoint(tmp_path, 5, 0.699) / "COMMIT.json"
     commit.write_bytes(seal(json.loads(commit.read_text())))
@@ -134,6 +135,7 @@ def test_every_flipped_bit_of_a_commit_is_found_or_changes_nothing(tmp_path):
     assert num_found > 4000
 
 
+@pytest.mark.whole
 def test_a_flipped_bit_of_a_commit_without_checksum_ends_in_no_traceback(tmp_path):
     """Of before COMMITs were sealed: those flips cannot all be found, but what opens can be read."""
     commit, num_found = write_checkpoint(tmp_path, 5, 0.699) / "COMMIT.json", 0

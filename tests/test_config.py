@@ -309,6 +309,7 @@ sys.exit(code)
 """
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "module",
     [
@@ -370,6 +371,7 @@ GREEDY = {
 }
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("text", GREEDY.values(), ids=GREEDY)
 def test_yaml_that_asks_for_much_is_refused_in_one_short_message(text, tmp_path):
     (tmp_path / "x.yaml").write_text(text)
@@ -499,6 +501,7 @@ print("all of it")
 """
 
 
+@pytest.mark.whole
 def test_a_section_may_nest_in_flags_files_search_space_and_what_is_written(tmp_path):
     done = subprocess.run([sys.executable, "-c", NESTED, tmp_path], capture_output=True, text=True, cwd=REPO)
     assert (done.returncode, done.stdout) == (0, "all of it\n"), done.stdout + done.stderr
@@ -519,8 +522,8 @@ def test_a_setting_that_is_changed_and_not_read_is_refused_by_flag_and_in_a_file
     with pytest.raises(InputError, match=re.escape(words)):
         parse(*base, *flags)
     keep = base if remedy else base[:-2]
-    found = parse(*keep, *remedy, *flags)
-    changed = {key: value for key, value in flatten(found).items() if value != flatten(parse(*keep, *remedy))[key]}
+    found, before = parse(*keep, *remedy, *flags), flatten(parse(*keep, *remedy))
+    changed = {key: value for key, value in flatten(found).items() if value != before[key]}
     (tmp_path / "part.yaml").write_text(yaml.safe_dump(changed))
     assert parse(*keep, *remedy, "--config", str(tmp_path / "part.yaml")) == found
     with pytest.raises(InputError, match=re.escape(words)):
@@ -530,6 +533,7 @@ def test_a_setting_that_is_changed_and_not_read_is_refused_by_flag_and_in_a_file
     )
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("model", FAMILIES)
 def test_what_a_preset_or_the_default_has_is_not_refused_beside_another_choice(name, model):
@@ -537,6 +541,9 @@ def test_what_a_preset_or_the_default_has_is_not_refused_beside_another_choice(n
     fits = ["--model.backbone", only[0], "--model.image-size", "96"] if only else []
     for more in ([], ["--optim.name", "adamw"], ["--augment.resize", "400"], ["--data.workers", "0"]):
         parse("--preset", name, "--model.name", model, *fits, *more)
+
+
+def test_what_the_default_or_the_preset_has_may_be_said_where_nothing_reads_it():
     parse("--preset", "small", "--model.hidden", "4096")  # the default
     parse("--preset", "small-baseline", "--model.name", "a", "--model.hidden", "256")  # the preset's
 

@@ -136,6 +136,7 @@ def save(content: dict, path: Path) -> Path:
     return path
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_vit_is_read_under_the_names_of_everyone(layout, suffix, tmp_path):

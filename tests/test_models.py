@@ -82,6 +82,7 @@ def test_a_backbone_has_the_size_its_docstring_says(name):
     assert backbone(make_inputs(2, 1, 96)[:, 0]).shape == (2, backbone.num_channels, 6, 6)
 
 
+@pytest.mark.whole
 def test_the_baseline_is_vgg16_but_for_its_last_layer():
     """Torchvision's VGG16 with the same weights computes the same, up to the second hidden layer."""
     model = build_model(make_config(name="baseline", backbone="vgg16", hidden=4096), input_size=224).eval()
@@ -128,6 +129,7 @@ def test_every_model_returns_outputs_for_samples_and_frames(models, name, backbo
         torch.testing.assert_close(together[1:, 2:], alone, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(("name", "backbone"), SYSTEMS)
 def test_an_empty_rank_batch_gives_empty_outputs_and_zero_gradients(name, backbone, training):
@@ -323,6 +325,7 @@ def save_state(state, path):
     save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_a_torchvision_classifier_file_fills_the_backbone_and_the_rest_is_reported(tmp_path, suffix):
     classifier = Inception3(aux_logits=True, init_weights=False)

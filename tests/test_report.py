@@ -114,6 +114,7 @@ def test_the_constant_predictors_result_has_the_scores_of_its_counts():
         assert found[key] == (pytest.approx(value, abs=1e-9) if isinstance(value, float) else value)
 
 
+@pytest.mark.whole
 def test_intervals_equal_a_loop_over_draws_that_scores_the_drawn_videos_rows():
     methods, num_draws = make_methods(90), CHUNK + 20
     # Two videos without any EXPR label, and few videos: some draws have no EXPR at all.
@@ -286,6 +287,7 @@ def test_tables_show_mean_and_deviation_over_seeds_and_mark_the_best():
     assert written[2]["P"] == f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("tasks", [("expr",), ("va",), ("au",)])
 def test_a_set_without_labels_of_a_task_is_reported_without_it(tasks):
     methods = make_methods(60, tasks)

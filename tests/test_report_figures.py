@@ -107,6 +107,7 @@ def find_points(axes) -> np.ndarray:
     return np.repeat(middles, np.round(counts).astype(int).ravel(), axis=0)
 
 
+@pytest.mark.whole
 def test_attention_maps_lie_upright_over_their_faces_each_with_its_unit(canvases, monkeypatch):
     """A model that looks at one cell of 4 x 4, another for each unit and face: on a black face what is bright."""
     rng, faces, images = np.random.default_rng(0), [30, 7], [f"v/{i}.jpg" for i in range(60)]
@@ -162,6 +163,7 @@ def smallest_letters(canvas) -> float:
     return min(text.get_fontsize() for text in canvas.findobj(Text) if text.get_text() and text.get_visible())
 
 
+@pytest.mark.whole
 def test_no_letters_are_smaller_than_a_phone_shows_well(canvases, tmp_path):
     methods = make_methods(200)
     evaluated = {"kind": "eval", "step": 5, "scores": {"expr": 0.5}}
@@ -224,6 +226,7 @@ def test_from_the_eighth_method_on_lines_look_other_too():
     assert len({style for label, style in method_styles(many).items() if label.startswith("m")}) == 40
 
 
+@pytest.mark.whole
 def test_from_the_eighth_method_on_bars_look_other_too(canvases):
     methods = make_methods()
     many = [methods[1]._replace(label=f"m{number}") for number in range(12)]

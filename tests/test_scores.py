@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from tests.conftest import REPO
 
 # In a process of its own: who reads the table may do so once, when it is imported.
@@ -46,6 +48,7 @@ assert [checkpoint.step for checkpoint in deleted] == [0, 2]
 """
 
 
+@pytest.mark.whole
 def test_a_score_that_is_added_to_the_table_is_in_console_report_intervals_and_retention():
     done = subprocess.run([sys.executable, "-c", MADE_UP], cwd=REPO, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -138,6 +138,7 @@ def test_an_archive_is_byte_for_byte_that_of_tarfile(shards):
     assert again.getvalue() == data
 
 
+@pytest.mark.whole
 def test_a_run_killed_in_the_middle_continues_and_ends_like_an_undisturbed_one(tmp_path):
     source = write_dataset(tmp_path / "source", num_train=150, num_val=10, size=32)
     arguments = ["create", str(source), str(tmp_path / "killed"), "--frames-per-shard", "1", "--jobs", "1"]
@@ -169,6 +170,7 @@ def test_a_rerun_of_a_finished_set_writes_no_shard(dataset, copied):
     assert {path: path.stat().st_mtime_ns for path in copied.rglob("shard-*")} == before
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "lost", ["tar", "safetensors", "tar cut short", "sidecar cut short", "sidecar changed", "sidecar changed, no index"]
 )
@@ -618,6 +620,7 @@ def spoilt(dataset, tmp_path) -> Path:
     return source
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_rows_of_bad_images_are_left_out_of_all_views_and_listed(spoilt, tmp_path, capsys, jobs):
     dest = tmp_path / "dest"
@@ -694,6 +697,7 @@ def lay_down(source: Path, names: list[str]) -> None:
         turned.save(path, "JPEG", exif=exif, quality=95)
 
 
+@pytest.mark.whole
 def test_pictures_that_are_not_stored_upright_are_turned_and_counted(dataset, tmp_path, capsys):
     source = Path(shutil.copytree(dataset, tmp_path / "source"))
     names = read_annotations(source / FILES["train"]).images
@@ -715,6 +719,7 @@ def test_pictures_that_are_not_stored_upright_are_turned_and_counted(dataset, tm
         create(str(source), str(tmp_path / "apply"), views=("cropped",), frames_per_shard=7, jobs=1, exif="ignore")
 
 
+@pytest.mark.whole
 def test_a_set_that_an_earlier_version_began_is_continued_unless_turned_pictures_would_come_to_others(
     dataset, tmp_path
 ):
@@ -793,6 +798,7 @@ def test_a_rerun_looks_at_no_image_again_finished_or_not(spoilt, tmp_path, looke
     assert len(looked_at) == 2 * num_images
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("change", ["repaired", "restored", "damaged"])
 def test_an_image_that_changed_is_looked_at_again(spoilt, tmp_path, looked_at, change):
     images = read_annotations(spoilt / FILES["train"]).images
@@ -827,6 +833,7 @@ def test_what_could_not_be_read_is_not_remembered(spoilt, tmp_path, looked_at):
     assert len(looked_at) == 54 * (2 + 1)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("content", [b"", b"[" * 10**5, b"3", b'{"format": "x"}', b'{"bad": {"v": 1}}', b"\xff"])
 def test_a_torn_record_of_images_costs_another_look(spoilt, tmp_path, looked_at, content):
     create(str(spoilt), str(tmp_path), frames_per_shard=7, jobs=1, skip_bad_images=True)
@@ -925,6 +932,7 @@ def test_validation_pictures_that_are_training_pictures_by_another_name_are_coun
 # ------------------------------------------------------------------------------------------------------ contact sheets
 
 
+@pytest.mark.whole
 def test_a_sheet_is_drawn_of_a_few_shards_the_same_each_time(shards, tmp_path):
     uri, path = str(shards / "cropped" / "train"), tmp_path / "sheet.png"
     index = read_index(uri)

@@ -432,6 +432,7 @@ def test_a_column_of_splits_parts_the_rows_and_others_are_counted(tmp_path):
     assert source.splits["val"].images == ["v1/1.jpg", "v4/1.jpg", "v6/1.jpg"]
 
 
+@pytest.mark.whole
 def test_pictures_of_no_video_belong_to_their_persons_and_are_no_film(tmp_path):
     """A directory of several people's pictures was one video: nothing to draw, nothing to fit, and smoothed over."""
     rows = [[f"{'photos' if i < 16 else 'film'}/{i:04d}.jpg", str(i % 8), f"p{i // 4}" if i < 16 else "p9", "val"]
@@ -466,6 +467,7 @@ def test_a_picture_of_nobody_known_is_no_film_where_several_persons_are(tmp_path
     assert smooth(values, timeline, np.array([50]))[:, 0].tolist() == [*range(6), *[7] * 3, *[9.5] * 2, 11, 12]
 
 
+@pytest.mark.whole
 def test_videos_that_a_table_names_are_in_the_shards_and_part_what_is_scored(tmp_path):
     """Of images without directories: else every image would be a video, and weights fitted on its neighbours."""
     rows = [[f"{i:04d}.jpg", str(i % 8), "" if i == 7 else f"vidéo {i // 5}", "val" if i >= 20 else "train"]
@@ -654,6 +656,7 @@ def test_rows_of_one_video_or_person_are_one_group(drawn):
     assert len(set(zip(found, expected))) == len(set(found)) == len(set(expected))
 
 
+@pytest.mark.whole
 @given(people(), st.floats(0.01, 0.99), st.integers(0, 5))
 @settings(max_examples=300, deadline=None)
 def test_a_split_is_apart_whole_repeatable_and_near_the_fraction(drawn, fraction, seed):

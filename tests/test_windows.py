@@ -90,6 +90,7 @@ def test_losses_and_gradients_of_padded_samples_are_those_of_their_frames(balanc
     torch.testing.assert_close(loss_and_gradients(module, batch), alone, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.whole
 def test_losses_and_gradients_of_padded_samples_on_two_ranks_are_those_of_their_frames_on_one(tmp_path):
     batch, module = make_windows((FEATURES,)), make_module("uncertainty")
     alone = loss_and_gradients(module, frames_alone(batch))
@@ -118,6 +119,7 @@ def scored(module: ObjectiveModule, batches: list[Batch], told: list[int] | None
     return parts | {name: score for name, score in scores.items() if isinstance(score, float)}
 
 
+@pytest.mark.whole
 def test_predictions_of_padded_samples_are_rows_of_their_frames_and_none_of_padding(tmp_path):
     batch, module, told = images(), make_module("fixed", 3 * SIDE**2), []
     windows, alone = predicted(batch, module), predicted(frames_alone(batch), module)
