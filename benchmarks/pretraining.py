@@ -16,17 +16,22 @@ continues.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
+from rich.progress import Progress
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
@@ -51,6 +56,7 @@ from mtl_dist.training.tracking import read_records
 VIEW, SIZE, VIT = "cropped_aligned", 96, "vit_small"
 NUM_TRAIN, NUM_VAL, NUM_UNLABELLED = 3000, 1200, 3000
 SHARE_LABELLED = 0.1  # of the videos
+LABELS, STARTS = ("tenth", "all"), ("pictures", "random")
 DRAWS = 1000
 
 
@@ -73,6 +79,7 @@ def main() -> None:
     args = parser.parse_args()
     begun = time.monotonic()
     make_sets(args.dir)
+    train_all(args)
     results = [measure(args, seed) for seed in range(args.seeds)]
     figures = {"seeds": results, "seconds": round(time.monotonic() - begun)}
     print_table(results)
@@ -134,10 +141,10 @@ def create(source: Path, dest: Path, *flags: str) -> Path:
 
 
 def run(module: str, *args: object, done: Path | None = None) -> None:
-    """Run a command of the project, unless what it makes is there."""
+    """Run a command of the project on one thread, unless what it makes is there."""
     if done is None or not done.exists():
-        command = [sys.executable, "-m", module, *map(str, args)]
-        subprocess.run(with_parent(command), check=True, stdout=subprocess.DEVNULL)
+        command = with_parent([sys.executable, "-m", module, *map(str, args)])
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -151,13 +158,52 @@ def train(root: Path, name: str, data: Path, preset: str, seed: int, *flags: obj
     return str(root / "runs" / name)
 
 
+def train_all(args: argparse.Namespace) -> None:
+    """Train every run, one on each core: two on one thread are faster than one on two."""
+    seeds = range(args.seeds)
+    side_by_side(
+        {f"{name}-{seed}": partial(pretrain, args, name, seed) for seed in seeds for name in ("pictures", "shuffled")}
+    )
+    if "tuned" in args.parts:
+        labels_and_starts = list(product(seeds, LABELS, STARTS))
+        side_by_side({f"tuned {one}": partial(tune, args, *one) for one in labels_and_starts})
+
+
+def side_by_side(jobs: dict[str, Callable[[], str]]) -> None:
+    with ThreadPoolExecutor(os.cpu_count()) as pool, Progress() as bar:
+        task = bar.add_task(f"{len(jobs)} runs", total=len(jobs))
+        for name, job in {name: pool.submit(job) for name, job in jobs.items()}.items():
+            bar.update(task, description=name)
+            job.result()
+            bar.advance(task)
+
+
+def pretrain(args: argparse.Namespace, name: str, seed: int) -> str:
+    """Train an autoencoder of one of the sets without labels."""
+    data = args.dir / f"{name}-set"
+    return train(args.dir, f"{name}-{seed}", data, "small-mae", seed, "--train.epochs", args.epochs)
+
+
+def tune(args: argparse.Namespace, seed: int, labels: str, start: str) -> str:
+    """Train with labels from the pre-trained encoder or from random weights, as many steps."""
+    data = labelled(args.dir, labels, seed)
+    rows = read_sets((str(data / VIEW / "train"),)).rows
+    epochs = max(1, round(args.tuned_steps * 16 / rows))
+    flags = ["--model.backbone", VIT, "--train.epochs", epochs, "--train.eval-every", max(1, epochs // 10)]
+    if start != "random":
+        flags += ["--run.start", args.dir / "runs" / f"{start}-{seed}", "--run.start-with", "backbone"]
+    return train(args.dir, f"{labels}-{start}-{seed}", data, "small", seed, *flags)
+
+
+def labelled(root: Path, labels: str, seed: int) -> Path:
+    """Return the set with a tenth of the labelled videos, or with all."""
+    return root / "all" if labels == "all" else make_part(root, seed)
+
+
 def measure(args: argparse.Namespace, seed: int) -> dict:
-    """Measure all of one seed."""
+    """Measure all of one seed; the runs are there."""
     root, part = args.dir, make_part(args.dir, seed)
-    runs = {
-        name: train(root, f"{name}-{seed}", root / f"{name}-set", "small-mae", seed, "--train.epochs", args.epochs)
-        for name in ("pictures", "shuffled")
-    }
+    runs = {name: str(root / "runs" / f"{name}-{seed}") for name in ("pictures", "shuffled")}
     last = [record for record in read_records(runs["pictures"]) if record["kind"] == "eval"][-1]
     found = {
         "masked_loss": last["scores"]["masked_loss"],
@@ -170,8 +216,9 @@ def measure(args: argparse.Namespace, seed: int) -> dict:
     if "probe" in args.parts:
         found |= compare("probe", {name: probe(build(), part, root / "all") for name, build in encoders.items()})
     if "tuned" in args.parts:
-        for what, data in (("tuned_tenth", part), ("tuned_all", root / "all")):
-            found |= compare(what, tune(args, root, what, data, seed, runs["pictures"]))
+        for labels in LABELS:
+            tuned = {start: predicted(tune(args, seed, labels, start)) for start in STARTS}
+            found |= compare(f"tuned_{labels}", tuned)
     return found
 
 
@@ -179,21 +226,6 @@ def random_encoder(seed: int) -> Backbone:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return build_backbone(VIT, SIZE)
-
-
-def tune(args: argparse.Namespace, root: Path, what: str, data: Path, seed: int, pretrained: str) -> dict:
-    """Train with labels from the pre-trained encoder and from random weights, as many steps."""
-    rows = read_sets((str(data / VIEW / "train"),)).rows
-    epochs = max(1, round(args.tuned_steps * 16 / rows))
-    own = ["--model.backbone", VIT, "--train.epochs", epochs, "--train.eval-every", max(1, epochs // 10)]
-    starts = {
-        "pictures": ["--run.start", pretrained, "--run.start-with", "backbone"],
-        "random": [],
-    }
-    return {
-        name: predicted(train(root, f"{what}-{name}-{seed}", data, "small", seed, *own, *start))
-        for name, start in starts.items()
-    }
 
 
 # -------------------------------------------------------------------------------------------------------------- scoring
