@@ -1,40 +1,37 @@
-"""Does masked pre-training help? On rendered faces, with few labels and with all.
+"""Does masked pre-training help? On rendered faces, with few labels and with all; on photographs.
 
-    python -m benchmarks.pretraining [--dir pretraining] [--seeds 3] [--out FILE]
+    python -m benchmarks.pretraining [--dir pretraining] [--seeds 3] [--photographs DIR] [--out FILE]
 
 `small-mae` is trained on rendered faces without their labels, of other people, and on the training pictures. Then
 
-probe    scores of linear models over the frozen encoder's mean tokens, fitted on a tenth of the labelled videos: with
-         the pre-trained encoder, a random one, and one that was pre-trained on pictures whose pixels are shuffled
-tuned    preset small with that ViT, trained on that tenth, and on all videos: begun with the pre-trained encoder, and
-         with random weights, as many steps
+probe        scores of linear models over the frozen encoder's mean tokens, fitted on a tenth of the labelled videos:
+             with the pre-trained encoder, a random one, and one pre-trained on pictures whose pixels are shuffled
+tuned        preset small with that ViT, trained on that tenth, and on all videos: begun with the pre-trained encoder,
+             and with random weights, as many steps
+photographs  of a set in the s-Aff-Wild2 layout: trained on its labels from random weights, from the encoder of rendered
+             faces, from one pre-trained on the photographs' own pixels (training people, no labels), and from one that
+             had both, the rendered faces first
 
-Every number is of the validation videos; intervals are of differences, bootstrapped over these videos. Interrupted, it
-continues.
+Scores are of validation videos. Intervals are of differences between means over seeds, bootstrapped over these videos.
+The tenth is one draw, the same for all seeds. One run a core; interrupted, it continues.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import csv
 import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from rich.progress import Progress
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
+from benchmarks.comparators import read_spent, run_all, timed, train_args
+from benchmarks.leads import Predicted, compare, predict_runs, print_comparison
 from benchmarks.loader import write_results
 from mtl_dist.config import build_config
 from mtl_dist.data.augment import normalise
@@ -42,22 +39,22 @@ from mtl_dist.data.cache import Cache
 from mtl_dist.data.index import read_sets
 from mtl_dist.data.loader import eval_batches
 from mtl_dist.data.samples import open_samples
+from mtl_dist.errors import run_command
 from mtl_dist.models.backbone import Backbone
 from mtl_dist.models.backbones import build_backbone
-from mtl_dist.objective.metrics import Predictions, Targets, metric_sums
-from mtl_dist.objective.scores import scores
-from mtl_dist.predicting.members import open_member, predict_member, row_names
-from mtl_dist.processes import with_parent
+from mtl_dist.objective.affect import PredictedRows
+from mtl_dist.objective.metrics import Predictions, Targets
 from mtl_dist.report.intervals import number_videos
 from mtl_dist.runs.weights import load_weights, open_weights
 from mtl_dist.shards.annotations import FILES
 from mtl_dist.training.tracking import read_records
 
 VIEW, SIZE, VIT = "cropped_aligned", 96, "vit_small"
-NUM_TRAIN, NUM_VAL, NUM_UNLABELLED = 3000, 1200, 3000
+NUM_TRAIN, NUM_VAL, NUM_UNLABELLED, UNLABELLED_SEED = 3000, 1200, 3000, 100
 SHARE_LABELLED = 0.1  # of the videos
-LABELS, STARTS = ("tenth", "all"), ("pictures", "random")
-DRAWS = 1000
+EVALUATIONS = 10  # of a training with labels: the best is scored
+PHOTO_STARTS = {"random": None, "rendered": "pictures", "own": "own", "rendered, own": "both"}
+Command = tuple[str, list[str]]
 
 
 class Features(NamedTuple):
@@ -72,40 +69,57 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path("pretraining"))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=20, help="of pre-training")
-    parser.add_argument("--tuned-steps", type=int, default=600, help="of training with labels")
-    parser.add_argument("--parts", nargs="+", choices=("probe", "tuned"), default=("probe", "tuned"))
+    parser.add_argument("--epochs", type=int, default=10, help="of pre-training")
+    parser.add_argument("--tuned-steps", type=int, default=400, help="of training with labels")
+    parser.add_argument("--photographs", type=Path, help="a set in the s-Aff-Wild2 layout, cropped_aligned")
+    parser.add_argument(
+        "--photo-steps", type=int, default=200, help="of training on photographs, with and without labels"
+    )
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
     args = parser.parse_args()
-    begun = time.monotonic()
-    make_sets(args.dir)
-    train_all(args)
-    results = [measure(args, seed) for seed in range(args.seeds)]
-    figures = {"seeds": results, "seconds": round(time.monotonic() - begun)}
-    print_table(results)
+    sizes = [args.seeds, args.epochs, args.tuned_steps]
+    with timed(args.dir / "spent.json", of=sizes):
+        make_sets(args.dir)
+        pretrain(args)
+        tune(args)
+        found = {"masked": masked_losses(args), "probe": probes(args)} | tuned(args)
+    spent = read_spent(args.dir / "spent.json")
+    if args.photographs:
+        found["photographs"] = photographs(args)
+    print_masked(found["masked"])
+    for what, comparison in found.items():
+        if what != "masked":
+            print_comparison(what, comparison)
+    print(f"\nin {spent['seconds'] / 60:.0f} min, but the photographs; pages: {args.dir}/report-*/report.html")
     if args.out:
-        write_results(args.out, figures)
+        write_results(args.out, found | {"seconds": round(spent["seconds"]), "calls": spent["calls"]})
 
 
 # ------------------------------------------------------------------------------------------------------------- the data
 
 
 def make_sets(root: Path) -> None:
-    """Render faces; make the labelled sets, a tenth of each seed's videos, and the sets without labels."""
+    """Render faces; make the labelled sets, of a tenth of the videos and of all, and the sets without labels."""
     faces, others = root / "faces", root / "others"
-    run("mtl_dist.shards", "synth", faces, "--num-train", NUM_TRAIN, "--num-val", NUM_VAL, done=faces / FILES["val"])
-    run("mtl_dist.shards", "synth", others, "--num-train", NUM_UNLABELLED, "--num-val", 24, "--seed", 100,
-        done=others / FILES["val"])  # fmt: skip
-    create(faces, root / "all")
-    pictures = root / "pictures"
-    if not pictures.exists():
+    synth = ["mtl_dist.shards", "synth"]
+    rows = ["--num-train", str(NUM_TRAIN), "--num-val", str(NUM_VAL)]
+    other_rows = ["--num-train", str(NUM_UNLABELLED), "--num-val", "24", "--seed", str(UNLABELLED_SEED)]
+    if not (root / "shuffled").exists():
+        run_all("rendering", [("synth", [*synth, str(faces), *rows])], root / "logs")
+        run_all("rendering others", [("synth", [*synth, str(others), *other_rows])], root / "logs")
+    pictures, shuffled = root / "pictures", root / "shuffled"
+    if not shuffled.exists():
+        shutil.rmtree(pictures, ignore_errors=True)
         for number, source in enumerate((faces, others)):
             shutil.copytree(source / VIEW, pictures / str(number))
         for path in sorted({line.split(",")[0] for line in (faces / FILES["val"]).read_text().splitlines()[1:]}):
             (pictures / "0" / path).unlink(missing_ok=True)
-        shuffle_pixels(pictures, root / "shuffled")
-    for name in ("pictures", "shuffled"):
-        create(root / name, root / f"{name}-set", "--unlabelled")
+        shuffle_pixels(pictures, root / "unfinished")
+        (root / "unfinished").rename(shuffled)
+    make_part(root)
+    commands = [create(root / "faces", root / "all"), create(root / "part", root / "tenth")]
+    commands += [create(root / name, root / f"{name}-set", "--unlabelled") for name in ("pictures", "shuffled")]
+    run_all("shards", commands, root / "logs")
 
 
 def shuffle_pixels(source: Path, dest: Path) -> None:
@@ -120,106 +134,91 @@ def shuffle_pixels(source: Path, dest: Path) -> None:
         Image.fromarray(pixels.reshape(-1, 3)[places].reshape(pixels.shape)).save(target, quality=95)
 
 
-def make_part(root: Path, seed: int) -> Path:
-    """Make a set of a tenth of the training videos, drawn by the seed; validation stays."""
-    part = root / f"part-{seed}"
-    if not part.exists():
-        header, *rows = (root / "faces" / FILES["train"]).read_text().splitlines()
-        videos = sorted({row.split("/")[0] for row in rows})
-        chosen = np.random.default_rng(seed).permutation(videos)[: round(SHARE_LABELLED * len(videos))]
-        part.mkdir()
-        (part / VIEW).symlink_to((root / "faces" / VIEW).absolute())
-        shutil.copy(root / "faces" / FILES["val"], part)
-        kept = [row for row in rows if row.split("/")[0] in set(chosen)]
-        (part / FILES["train"]).write_text("\n".join([header, *kept]) + "\n")
-    return create(part, root / f"part-{seed}-set")
+def make_part(root: Path) -> None:
+    """Lay out a tenth of the training videos, and all of validation."""
+    part = root / "part"
+    if (part / FILES["train"]).exists():
+        return
+    shutil.rmtree(part, ignore_errors=True)
+    header, *rows = (root / "faces" / FILES["train"]).read_text().splitlines()
+    videos = sorted({row.split("/")[0] for row in rows})
+    chosen = set(np.random.default_rng(0).permutation(videos)[: round(SHARE_LABELLED * len(videos))])
+    part.mkdir()
+    (part / VIEW).symlink_to((root / "faces" / VIEW).absolute())
+    shutil.copy(root / "faces" / FILES["val"], part)
+    kept = [row for row in rows if row.split("/")[0] in chosen]
+    (part / FILES["train"]).write_text("\n".join([header, *kept]) + "\n")
 
 
-def create(source: Path, dest: Path, *flags: str) -> Path:
-    run("mtl_dist.shards", "create", source, dest, "--views", VIEW, *flags, done=dest / VIEW / "val" / "index.json")
-    return dest
-
-
-def run(module: str, *args: object, done: Path | None = None) -> None:
-    """Run a command of the project on one thread, unless what it makes is there."""
-    if done is None or not done.exists():
-        command = with_parent([sys.executable, "-m", module, *map(str, args)])
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+def create(source: Path, dest: Path, *flags: str) -> Command:
+    return f"create-{dest.name}", ["mtl_dist.shards", "create", str(source), str(dest), "--views", VIEW, *flags]
 
 
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def train(root: Path, name: str, data: Path, preset: str, seed: int, *flags: object) -> str:
-    """Train a run, or go on with it; return its URI."""
-    sets = [part for split in ("train", "val") for part in (f"--data.{split}", data / VIEW / split)]
-    run("mtl_dist.train", "--local", "--preset", preset, "--run.storage", root / "runs", "--run.name", name,
-        "--run.seed", seed, *sets, *flags)  # fmt: skip
-    return str(root / "runs" / name)
+def train(root: Path, name: str, data: Path, preset: str, seed: int, *flags: object) -> Command:
+    """Return the command that trains a run, or goes on with it."""
+    command = train_args(root / "runs", name, preset, data / VIEW)
+    return name, [*command, "--run.seed", str(seed), *map(str, flags)]
 
 
-def train_all(args: argparse.Namespace) -> None:
-    """Train every run, one on each core: two on one thread are faster than one on two."""
-    seeds = range(args.seeds)
-    side_by_side(
-        {f"{name}-{seed}": partial(pretrain, args, name, seed) for seed in seeds for name in ("pictures", "shuffled")}
-    )
-    if "tuned" in args.parts:
-        labels_and_starts = list(product(seeds, LABELS, STARTS))
-        side_by_side({f"tuned {one}": partial(tune, args, *one) for one in labels_and_starts})
+def pretrain(args: argparse.Namespace) -> None:
+    """Train an autoencoder of each of the sets without labels for every seed."""
+    commands = [
+        train(args.dir, f"{name}-{seed}", args.dir / f"{name}-set", "small-mae", seed, "--train.epochs", args.epochs)
+        for seed in range(args.seeds)
+        for name in ("pictures", "shuffled")
+    ]
+    run_all("masked pre-training", commands, args.dir / "logs")
 
 
-def side_by_side(jobs: dict[str, Callable[[], str]]) -> None:
-    with ThreadPoolExecutor(os.cpu_count()) as pool, Progress() as bar:
-        task = bar.add_task(f"{len(jobs)} runs", total=len(jobs))
-        for name, job in {name: pool.submit(job) for name, job in jobs.items()}.items():
-            bar.update(task, description=name)
-            job.result()
-            bar.advance(task)
+def tune(args: argparse.Namespace) -> None:
+    """Train with labels from the pre-trained encoders and from random weights, as many steps."""
+    commands = [
+        with_labels(args.dir, data, args.dir / data, start, seed, args.tuned_steps)
+        for seed in range(args.seeds)
+        for data in ("tenth", "all")
+        for start in ("pictures", None)
+    ]
+    run_all("training with labels", commands, args.dir / "logs")
 
 
-def pretrain(args: argparse.Namespace, name: str, seed: int) -> str:
-    """Train an autoencoder of one of the sets without labels."""
-    data = args.dir / f"{name}-set"
-    return train(args.dir, f"{name}-{seed}", data, "small-mae", seed, "--train.epochs", args.epochs)
-
-
-def tune(args: argparse.Namespace, seed: int, labels: str, start: str) -> str:
-    """Train with labels from the pre-trained encoder or from random weights, as many steps."""
-    data = labelled(args.dir, labels, seed)
+def with_labels(root: Path, what: str, data: Path, start: str | None, seed: int, steps: int, *flags: object) -> Command:
+    """Return the command that trains preset small with the ViT; `start` names the autoencoders it begins with."""
     rows = read_sets((str(data / VIEW / "train"),)).rows
-    epochs = max(1, round(args.tuned_steps * 16 / rows))
-    flags = ["--model.backbone", VIT, "--train.epochs", epochs, "--train.eval-every", max(1, epochs // 10)]
-    if start != "random":
-        flags += ["--run.start", args.dir / "runs" / f"{start}-{seed}", "--run.start-with", "backbone"]
-    return train(args.dir, f"{labels}-{start}-{seed}", data, "small", seed, *flags)
+    epochs = max(1, round(steps * 16 / rows))
+    own = ["--model.backbone", VIT, "--train.epochs", epochs, "--train.eval-every", max(1, epochs // EVALUATIONS)]
+    if start:
+        own += ["--run.start", root / "runs" / f"{start}-{seed}", "--run.start-with", "backbone"]
+    return train(root, f"{what}-{start or 'random'}-{seed}", data, "small", seed, *own, *flags)
 
 
-def labelled(root: Path, labels: str, seed: int) -> Path:
-    """Return the set with a tenth of the labelled videos, or with all."""
-    return root / "all" if labels == "all" else make_part(root, seed)
+# -------------------------------------------------------------------------------------------------------------- scoring
 
 
-def measure(args: argparse.Namespace, seed: int) -> dict:
-    """Measure all of one seed; the runs are there."""
-    root, part = args.dir, make_part(args.dir, seed)
-    runs = {name: str(root / "runs" / f"{name}-{seed}") for name in ("pictures", "shuffled")}
-    last = [record for record in read_records(runs["pictures"]) if record["kind"] == "eval"][-1]
-    found = {
-        "masked_loss": last["scores"]["masked_loss"],
-        "constant_picture": last["constant"]["masked_loss"],
-    }
-    encoders: dict[str, Callable[[], Backbone]] = {
-        name: lambda uri=uri: load_weights(open_weights(uri), objective="masked").backbone for name, uri in runs.items()
-    }
-    encoders["random"] = lambda: random_encoder(seed)
-    if "probe" in args.parts:
-        found |= compare("probe", {name: probe(build(), part, root / "all") for name, build in encoders.items()})
-    if "tuned" in args.parts:
-        for labels in LABELS:
-            tuned = {start: predicted(tune(args, seed, labels, start)) for start in STARTS}
-            found |= compare(f"tuned_{labels}", tuned)
-    return found
+def masked_losses(args: argparse.Namespace) -> dict[str, list[float]]:
+    """Return the last validation loss of hidden patches of every seed, and the best constant picture's."""
+    runs = [str(args.dir / "runs" / f"pictures-{seed}") for seed in range(args.seeds)]
+    last = [[record for record in read_records(run) if record["kind"] == "eval"][-1] for run in runs]
+    kinds = {"autoencoder": "scores", "constant picture": "constant"}
+    return {name: [record[kind]["masked_loss"] for record in last] for name, kind in kinds.items()}
+
+
+def print_masked(losses: dict[str, list[float]]) -> None:
+    print("loss of hidden patches, validation")
+    for name, values in losses.items():
+        print(f"  {name:42}{np.mean(values):8.4f}   {' '.join(f'{value:.4f}' for value in values)}")
+
+
+def probes(args: argparse.Namespace) -> dict[str, Any]:
+    """Compare linear models over the frozen encoders."""
+    found: dict[str, list[Predicted]] = {name: [] for name in ("pictures", "shuffled", "random")}
+    for seed in range(args.seeds):
+        for name, scored in found.items():
+            encoder = random_encoder(seed) if name == "random" else pretrained(args.dir / "runs" / f"{name}-{seed}")
+            scored.append(probe(encoder, args.dir))
+    return compare(found, [("pictures", "random"), ("shuffled", "random")])
 
 
 def random_encoder(seed: int) -> Backbone:
@@ -228,7 +227,32 @@ def random_encoder(seed: int) -> Backbone:
         return build_backbone(VIT, SIZE)
 
 
-# -------------------------------------------------------------------------------------------------------------- scoring
+def pretrained(run: Path) -> Backbone:
+    return load_weights(open_weights(str(run)), objective="masked").backbone
+
+
+def tuned(args: argparse.Namespace) -> dict[str, Any]:
+    """Compare the trainings with labels, and make their pages."""
+    found = {}
+    for data in ("tenth", "all"):
+        names = {name: [f"{data}-{name}-{seed}" for seed in range(args.seeds)] for name in ("pictures", "random")}
+        found[data] = compare_runs(args.dir, names, [("pictures", "random")])
+        make_page(args.dir, data, names)
+    return found
+
+
+def compare_runs(
+    root: Path, names: dict[str, list[str]], pairs: list[tuple[str, str]], keys: tuple[str, ...] = ("p",)
+) -> dict[str, Any]:
+    """Compare methods, each of a run a seed."""
+    methods = {name: predict_runs([str(root / "runs" / run) for run in runs]) for name, runs in names.items()}
+    return compare(methods, pairs, keys)
+
+
+def make_page(root: Path, what: str, names: dict[str, list[str]]) -> None:
+    runs = [str(root / "runs" / name) for of_method in names.values() for name in of_method]
+    page = ["mtl_dist.report", *runs, "--out", str(root / f"report-{what}")]
+    run_all("the page", [(f"report-{what}", page)], root / "logs")
 
 
 @torch.inference_mode()
@@ -246,9 +270,9 @@ def extract(backbone: Backbone, uri: str) -> Features:
     return Features(np.concatenate(tokens), Targets(*map(np.concatenate, zip(*labels))), videos)
 
 
-def probe(backbone: Backbone, part: Path, whole: Path) -> tuple[Predictions, Targets, np.ndarray]:
-    """Fit linear models on the training rows of a part, and predict the validation rows."""
-    train, val = extract(backbone, str(part / VIEW / "train")), extract(backbone, str(whole / VIEW / "val"))
+def probe(backbone: Backbone, root: Path) -> Predicted:
+    """Fit linear models on the training rows of the tenth, and predict the validation rows."""
+    train, val = (extract(backbone, str(root / "tenth" / VIEW / split)) for split in ("train", "val"))
     scaler = StandardScaler().fit(train.tokens)
     x, new, y = scaler.transform(train.tokens), scaler.transform(val.tokens), train.targets
     va = Ridge(alpha=10.0).fit(x[y.va_mask], y.va[y.va_mask]).predict(new).clip(-1, 1)
@@ -261,55 +285,48 @@ def probe(backbone: Backbone, part: Path, whole: Path) -> tuple[Predictions, Tar
         if len(np.unique(on[rows])) == 2:
             model = LogisticRegression(C=0.1, max_iter=1000, class_weight="balanced").fit(x[rows], on[rows])
             au[:, unit] = model.predict_proba(new)[:, 1]
-    return Predictions(va, expr, au), val.targets, val.videos
+    return Predicted(PredictedRows(np.arange(len(new)), Predictions(va, expr, au), val.targets), val.videos)
 
 
-def predicted(run_uri: str) -> tuple[Predictions, Targets, np.ndarray]:
-    """Return what a run's best checkpoint says of the validation rows."""
-    member = open_member(run_uri)
-    found = predict_member(member, device=torch.device("cpu"))
-    return found.predictions, found.targets, number_videos(row_names(member).videos)
+# ---------------------------------------------------------------------------------------------------------- photographs
 
 
-def compare(what: str, methods: dict[str, tuple[Predictions, Targets, np.ndarray]]) -> dict:
-    """Return P of every method, and the interval of the pre-trained one's lead over the random one."""
-    _, targets, videos = methods["pictures"]
-    p = {name: score(predictions, targets) for name, (predictions, *_) in methods.items()}
-    rng, count = np.random.default_rng(0), videos.max() + 1
-    rows_of = [np.flatnonzero(videos == video) for video in range(count)]
-    leads = []
-    for _ in range(DRAWS):
-        rows = np.concatenate([rows_of[video] for video in rng.integers(0, count, count)])
-        drawn = [score(*(take(part, rows) for part in methods[name][:2])) for name in ("pictures", "random")]
-        leads.append(drawn[0] - drawn[1])
-    low, high = np.quantile(leads, [0.025, 0.975])
-    return {what: p, f"{what}_lead": p["pictures"] - p["random"], f"{what}_interval": [float(low), float(high)]}
-
-
-def take(part: Predictions | Targets, rows: np.ndarray) -> Predictions | Targets:
-    return type(part)(*(column[rows] for column in part))
-
-
-def score(predictions: Predictions, targets: Targets) -> float:
-    return scores(metric_sums(predictions, targets))["p"]
-
-
-def print_table(results: list[dict]) -> None:
-    print(f"{'':28}{'mean':>9}   of every seed")
-    for key in results[0]:
-        values = [result[key] for result in results]
-        if isinstance(values[0], dict):
-            for name in values[0]:
-                print_row(f"{key} {name}", [value[name] for value in values])
-        elif isinstance(values[0], float):
-            print_row(key, values)
-        else:
-            print(f"{key:28}{'':>9}   {', '.join(f'{low:+.3f} to {high:+.3f}' for low, high in values)}")
-
-
-def print_row(what: str, values: list[float]) -> None:
-    print(f"{what:28}{np.mean(values):>9.3f}   {', '.join(f'{value:.3f}' for value in values)}")
+def photographs(args: argparse.Namespace) -> dict[str, Any]:
+    """Train on photographs of expressions from every start, and compare F1."""
+    root, steps = args.dir, args.photo_steps
+    pictures, own, labelled = root / "photo-pictures", root / "photo-pictures-set", root / "photos"
+    if not pictures.exists():
+        with (args.photographs / FILES["train"]).open(newline="") as file:
+            people = sorted({row["image"].split("/")[0] for row in csv.DictReader(file)})
+        for name in people:  # of validation's people not even pixels
+            shutil.copytree(args.photographs / VIEW / name, pictures / name)
+    made = [create(pictures, own, "--unlabelled"), create(args.photographs, labelled)]
+    run_all("shards of photographs", made, root / "logs")
+    rows = read_sets((str(own / VIEW / "train"),)).rows
+    epochs = [
+        "--train.epochs",
+        max(1, round(steps * 32 / rows)),
+        "--train.eval-every",
+        max(1, round(steps * 32 / rows)),
+    ]
+    seeds = range(args.seeds)
+    autoencoders = [train(root, f"own-{seed}", own, "small-mae", seed, *epochs) for seed in seeds]
+    autoencoders += [
+        train(root, f"both-{seed}", own, "small-mae", seed, *epochs, "--run.start", root / "runs" / f"pictures-{seed}")
+        for seed in seeds
+    ]
+    run_all("pre-training on photographs", autoencoders, root / "logs")
+    only = ["--loss.va", 0, "--loss.au", 0]
+    commands = {
+        name: [with_labels(root, "photos", labelled, start, seed, steps, *only) for seed in seeds]
+        for name, start in PHOTO_STARTS.items()
+    }
+    run_all("training on photographs", [command for of in commands.values() for command in of], root / "logs")
+    names = {name: [run for run, _ in of] for name, of in commands.items()}
+    make_page(root, "photographs", names)
+    pairs = [(name, "random") for name in PHOTO_STARTS if name != "random"]
+    return compare_runs(root, names, pairs, ("expr",))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

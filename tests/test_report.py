@@ -369,6 +369,29 @@ def test_runs_that_differ_in_their_seed_are_one_method_and_others_are_not():
     assert unique_names(["runs/x", "s3://bucket/x/", "y"], taken=("y",)) == ["x", "x-2", "y-2"]
 
 
+def test_runs_that_began_with_seeds_of_one_run_are_seeds_of_one_method(monkeypatch):
+    began = {f"mae-{seed}": make_member(f"mae-{seed}", seed=seed) for seed in range(2)}
+    began["other"] = make_member("other", seed=2, lr=0.5)
+
+    def open_weights(uri):
+        if uri not in began:
+            raise InputError("not there")
+        return began[uri].weights
+
+    monkeypatch.setattr("mtl_dist.report.results.open_weights", open_weights)
+
+    def make(seed, start):
+        member = make_member(f"{start}-tuned", seed=seed)
+        run = member.weights.config.run.model_copy(update={"start": start})
+        return member._replace(
+            weights=member.weights._replace(config=member.weights.config.model_copy(update={"run": run}))
+        )
+
+    same = label_runs([make(0, "mae-0"), make(1, "mae-1"), make(2, "other")])
+    assert same == ["A cropped, mae-0-tuned", "A cropped, mae-0-tuned", "A cropped, other-tuned"]
+    assert len(set(label_runs([make(0, "gone-0"), make(1, "gone-1")]))) == 2
+
+
 def test_runs_that_learnt_from_other_sets_are_no_seeds_of_one_method():
     members = [trained_on(make_member(f"r{seed}", seed=seed), sha) for seed, sha in enumerate("aab")]
     assert label_runs(members) == ["A cropped, r0", "A cropped, r0", "A cropped, r2"]

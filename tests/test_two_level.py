@@ -179,3 +179,21 @@ def test_two_stages_are_the_same_on_any_ranks_and_end_bit_identical_after_a_kill
     run_ranks(2, [job("two", SGD), job("whole", EVERY_STEP), *killed], tmp_path)
     assert_close_losses(losses(tmp_path, "two"), losses(tmp_path, "one"))
     assert_same_run((tmp_path / "killed", "whole"), (tmp_path, "whole"))
+
+
+@pytest.mark.whole
+def test_two_stages_as_two_runs_each_end_bit_identical_after_a_kill(shards, tmp_path):
+    """The first run learns categories, and the second begins with its model."""
+    first = {"loss": {"va": 0.0, "va_after": 0, "va_mse": 0.0}}
+    second = {"loss": {"va_after": 0}, "run": {"start": str(tmp_path / "first"), "start_with": "model"}}
+
+    def jobs(name: str, layer: dict) -> list:
+        killed = config_of(shards, tmp_path / "killed", name, STAGES, EVERY_STEP, layer)
+        return [(config_of(shards, tmp_path, name, STAGES, EVERY_STEP, layer), None), (killed, 3)]
+
+    run_ranks(1, [*jobs("first", first), *jobs("second", second)], tmp_path)
+    for name in ("first", "second"):
+        assert_same_run((tmp_path / "killed", name), (tmp_path, name))
+    step = losses(tmp_path, "first")[0]
+    assert step["total"] == pytest.approx(step["expr"] + step["au"])  # of VA it is told, and not learnt
+    assert losses(tmp_path, "second")[0]["total"] > sum(losses(tmp_path, "second")[0][t] for t in ("expr", "au"))

@@ -1,6 +1,6 @@
 """What a report compares: runs, ensembles and the constant predictor, each with its predictions of one validation set.
 
-Runs that differ in nothing but their seed are one method.
+Runs that differ in nothing but their seed are one method, and so are those that began with runs of which this holds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from mtl_dist import storage
 from mtl_dist.config import Config
 from mtl_dist.data.index import Index
-from mtl_dist.errors import Damaged, InputError
+from mtl_dist.errors import Damaged, InputError, StorageError
 from mtl_dist.families import FAMILIES
 from mtl_dist.objective.affect import PredictedRows
 from mtl_dist.objective.metrics import AU_THRESHOLD, MetricSums, Predictions, Targets, metric_sums
@@ -25,6 +25,7 @@ from mtl_dist.objective.scores import FIRST, constant_scores, scores
 from mtl_dist.predicting.members import Member, predict_member, row_names, unique_names
 from mtl_dist.predicting.predictions import check_finite, prediction_table, read_key, read_predictions, write_parquet
 from mtl_dist.runs.checkpoint import MODEL
+from mtl_dist.runs.weights import Weights, open_weights
 from mtl_dist.sealed import unseal
 from mtl_dist.settings import Varies, flatten, varying
 from mtl_dist.tasks import AUS, NUM_AUS, NUM_EXPRESSIONS, LabelCounts
@@ -36,6 +37,7 @@ ALL = slice(None)
 # Of score.json, before it was sealed.
 SCORE_KEYS = ("p", "p_calibrated", "covers", "scores", "steps", "calibration", "members", "rows", "test", "options")
 TRAINING_SET = "training set"  # what settings call the checksum of its index
+ORIGINS = ("run.start", "model.weights")  # settings that may name a run
 COMBINING = ("steps", "folds", "half_windows")  # options of an ensemble that make it another method
 
 
@@ -122,7 +124,10 @@ def label_runs(members: list[Member]) -> list[str]:
         name, view = member.weights.config.model.name, member.val.view
         label = FAMILIES[name].title
         plain.append(f"{label} {view.replace('_', ' ')}" if name == "a" or len(views[name]) > 1 else label)
-    settings, names = [_settings(member) for member in members], unique_names([member.run_uri for member in members])
+    settings, names = (
+        [_settings(member.weights) for member in members],
+        unique_names([member.run_uri for member in members]),
+    )
     seeds = [member.weights.config.run.seed for member in members]
     labels = []
     for place, label in enumerate(plain):
@@ -137,11 +142,20 @@ def label_runs(members: list[Member]) -> list[str]:
     return labels
 
 
-def _settings(member: Member) -> dict[str, Any]:
-    config = flatten(member.weights.config)
+def _settings(weights: Weights) -> dict[str, Any]:
+    """What makes runs one method: all but their names and seeds, with that of the runs they began with."""
+    config = flatten(weights.config)
     free = {*varying(Config, Varies.BY_PART), "run.name", "run.seed"}
-    own = {key: value for key, value in config.items() if key not in free}
-    return own | {TRAINING_SET: member.weights.train_sha256}
+    own = {key: _origin(value) if key in ORIGINS else value for key, value in config.items() if key not in free}
+    return own | {TRAINING_SET: weights.train_sha256}
+
+
+def _origin(uri: str) -> Any:
+    """Return the settings of a run that another began with; the URI where it is none, or gone."""
+    try:
+        return uri if uri in ("", "none", "imagenet") else _settings(open_weights(uri))
+    except (InputError, StorageError):
+        return uri
 
 
 def predict_run(

@@ -1,0 +1,71 @@
+"""What one method has over another: differences of means over seeds, bootstrapped over the validation videos."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from mtl_dist.objective.affect import PredictedRows
+from mtl_dist.objective.metrics import metric_sums
+from mtl_dist.objective.scores import scores
+from mtl_dist.predicting.members import open_member, predict_member, row_names
+from mtl_dist.report.intervals import bootstrap, number_videos
+from mtl_dist.report.results import Method, Result
+
+DRAWS, SEED = 2000, 0
+
+
+class Predicted(NamedTuple):
+    """What a method says of the validation rows, and their videos."""
+
+    rows: PredictedRows
+    videos: np.ndarray  # (n,) numbered from 0
+
+
+def predict_runs(uris: Sequence[str]) -> list[Predicted]:
+    """Return what the best checkpoint of every run says of its validation rows."""
+    found = []
+    for uri in uris:
+        member = open_member(uri)
+        rows = predict_member(member, device=torch.device("cpu"))
+        found.append(Predicted(rows, number_videos(row_names(member).videos)))
+    return found
+
+
+def compare(
+    methods: dict[str, list[Predicted]], pairs: Sequence[tuple[str, str]], keys: Sequence[str] = ("p",)
+) -> dict[str, Any]:
+    """Return the scores of every seed of every method, and for every (method, reference) the lead with its interval.
+
+    A draw of videos is the same for all methods and seeds; a lead is one of means over seeds.
+    """
+    found, video = [], next(iter(methods.values()))[0].videos
+    for name, seeds in methods.items():
+        results = [
+            Result(f"{name}-{seed}", "", name, one.rows, scores(metric_sums(one.rows.predictions, one.rows.targets)))
+            for seed, one in enumerate(seeds)
+        ]
+        found.append(Method(name, tuple(results)))
+    drawn = bootstrap(found, video, num_draws=DRAWS, seed=SEED)
+    of_seeds = {method.label: {key: method.values(key) for key in keys} for method in found}
+    leads = {}
+    for name, reference in pairs:
+        ends = {key: drawn.difference(name, reference, key) for key in keys}
+        means = {key: np.mean(of_seeds[name][key]) - np.mean(of_seeds[reference][key]) for key in keys}
+        leads[f"{name} over {reference}"] = {key: [float(means[key]), *(ends[key] or ())] for key in keys}
+    return {"scores": of_seeds, "leads": leads, "videos": drawn.num_videos}
+
+
+def print_comparison(what: str, found: dict[str, Any]) -> None:
+    """Print the means over seeds with the seeds' scores, then the leads with their intervals."""
+    print(f"\n{what}, {found['videos']} validation videos")
+    for name, by_key in found["scores"].items():
+        for key, values in by_key.items():
+            print(f"  {name:34}{key:8}{np.mean(values):8.4f}   {' '.join(f'{value:.4f}' for value in values)}")
+    for name, by_key in found["leads"].items():
+        for key, (lead, *ends) in by_key.items():
+            interval = f"{ends[0]:+.4f} to {ends[1]:+.4f}" if ends else ""
+            print(f"  {name:34}{key:8}{lead:+8.4f}   {interval}")

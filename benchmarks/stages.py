@@ -1,0 +1,107 @@
+"""Do 2Att-2Mt's parts help? System D on rendered faces, with valence and arousal of a fifth of the videos and of all.
+
+    python -m benchmarks.stages [--dir stages] [--seeds 3] [--epochs 10] [--out FILE]
+
+`small-d` is trained in two stages (categories first, then valence and arousal too) and in one, as many steps; and in
+two stages with each of its parts switched off. Valence and arousal of a fifth of the training videos are kept, with all
+other labels; then, for both schedules, all labels.
+
+Scores are of validation videos. Intervals are of differences between means over seeds, bootstrapped over these videos.
+By construction of rendered faces valence and arousal follow from the expression and its strength: what tells an
+expression tells much of them. One run a core; interrupted, it continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.comparators import read_spent, run_all, timed, train_args
+from benchmarks.leads import compare, predict_runs, print_comparison
+from benchmarks.loader import write_results
+from mtl_dist.errors import run_command
+from mtl_dist.shards.annotations import FILES
+
+VIEW = "cropped_aligned"
+NUM_TRAIN, NUM_VAL = 3000, 1200
+SHARE_OF_VA = 0.2  # of the training videos
+KEYS = ("p", "va", "expr", "au", *(f"{score}_{of}" for score in ("ccc", "rmse", "pcc", "sagr") for of in "va"))
+PARTS = {
+    "no position attention": ["--model.two-level.no-position-attention"],
+    "no layer attention": ["--model.two-level.no-layer-attention"],
+    "no categorical feedback": ["--model.two-level.no-categorical-feedback"],
+}
+TWO, ONE = "two stages", "one stage"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dir", type=Path, default=Path("stages"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--out", type=Path, help="also write the figures as JSON")
+    args = parser.parse_args()
+    with timed(args.dir / "spent.json", of=[args.seeds, args.epochs]):
+        make_sets(args.dir)
+        found = {data: train_and_compare(args, data) for data in ("fifth", "all")}
+    spent = read_spent(args.dir / "spent.json")
+    for what, comparison in found.items():
+        print_comparison(f"valence and arousal of {'all videos' if what == 'all' else 'a fifth'}", comparison)
+    print(f"\nin {spent['seconds'] / 60:.0f} min; pages: {args.dir}/report-*/report.html")
+    if args.out:
+        write_results(args.out, found | {"seconds": round(spent["seconds"]), "calls": spent["calls"]})
+
+
+def make_sets(root: Path) -> None:
+    """Render faces; make a set of them, and one that knows valence and arousal of a fifth of its training videos."""
+    faces, fifth = root / "faces", root / "fifth-faces"
+    synth = ["mtl_dist.shards", "synth", str(faces), "--num-train", str(NUM_TRAIN), "--num-val", str(NUM_VAL)]
+    run_all("rendering", [("synth", synth)], root / "logs")
+    if not (fifth / FILES["train"]).exists():
+        shutil.rmtree(fifth, ignore_errors=True)
+        fifth.mkdir()
+        (fifth / VIEW).symlink_to((faces / VIEW).absolute())
+        shutil.copy(faces / FILES["val"], fifth)
+        (fifth / FILES["train"]).write_text(hide_va((faces / FILES["train"]).read_text()))
+    create = ["mtl_dist.shards", "create"]
+    commands = [
+        (f"create-{dest}", [*create, str(source), str(root / dest), "--views", VIEW])
+        for source, dest in ((faces, "all"), (fifth, "fifth"))
+    ]
+    run_all("shards", commands, root / "logs")
+
+
+def hide_va(annotations: str) -> str:
+    """Return the annotations with valence and arousal of a fifth of the videos; of the others they are missing."""
+    header, *lines = annotations.splitlines()
+    videos = sorted({line.split("/")[0] for line in lines})
+    known = set(np.random.default_rng(0).permutation(videos)[: round(SHARE_OF_VA * len(videos))])
+    rows = [line.split(",") for line in lines]
+    kept = [row if row[0].split("/")[0] in known else [row[0], "-5.0", "-5.0", *row[3:]] for row in rows]
+    return "\n".join([header, *(",".join(row) for row in kept)]) + "\n"
+
+
+def train_and_compare(args: argparse.Namespace, data: str) -> dict[str, Any]:
+    """Train every method on one of the sets, make the page, and compare the methods."""
+    methods = {TWO: [], ONE: ["--loss.va-after", "0"]} | (PARTS if data == "fifth" else {})
+    runs, names, commands = args.dir / "runs", {}, []
+    for method, flags in methods.items():
+        names[method] = [f"{data}-{method.replace(' ', '-')}-{seed}" for seed in range(args.seeds)]
+        for seed, name in enumerate(names[method]):
+            command = train_args(runs, name, "small-d", args.dir / data / VIEW)
+            command += ["--run.seed", str(seed), "--train.epochs", str(args.epochs), *flags]
+            commands.append((name, command))
+    run_all(f"training, {data}", commands, args.dir / "logs")
+    uris = {method: [str(runs / name) for name in of] for method, of in names.items()}
+    page = ["mtl_dist.report", *(uri for of in uris.values() for uri in of), "--out", str(args.dir / f"report-{data}")]
+    run_all("the page", [(f"report-{data}", page)], args.dir / "logs")
+    predicted = {method: predict_runs(of) for method, of in uris.items()}
+    return compare(predicted, [(TWO, other) for other in methods if other != TWO], KEYS)
+
+
+if __name__ == "__main__":
+    run_command(main)
