@@ -44,14 +44,16 @@ from mtl_dist.models.backbone import Backbone
 from mtl_dist.models.backbones import build_backbone
 from mtl_dist.objective.affect import PredictedRows
 from mtl_dist.objective.metrics import Predictions, Targets
+from mtl_dist.presets import load_preset
 from mtl_dist.report.intervals import number_videos
 from mtl_dist.runs.weights import load_weights, open_weights
 from mtl_dist.shards.annotations import FILES
 from mtl_dist.training.tracking import read_records
 
-VIEW, SIZE, VIT = "cropped_aligned", 96, "vit_small"
+VIEW, SIZE, VIT = "cropped_aligned", 64, "vit_small"
 NUM_TRAIN, NUM_VAL, NUM_UNLABELLED, UNLABELLED_SEED = 3000, 1200, 3000, 100
 SHARE_LABELLED = 0.1  # of the videos
+MASKED = ["--train.global-batch", 64, "--optim.lr", 1.5e-3]  # of the autoencoders, beside small-mae
 EVALUATIONS = 10  # of a training with labels: the best is scored
 PHOTO_STARTS = {"random": None, "rendered": "pictures", "own": "own", "rendered, own": "both"}
 Command = tuple[str, list[str]]
@@ -69,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path("pretraining"))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=10, help="of pre-training")
+    parser.add_argument("--epochs", type=int, default=20, help="of pre-training")
     parser.add_argument("--tuned-steps", type=int, default=400, help="of training with labels")
     parser.add_argument("--photographs", type=Path, help="a set in the s-Aff-Wild2 layout, cropped_aligned")
     parser.add_argument(
@@ -160,13 +162,22 @@ def create(source: Path, dest: Path, *flags: str) -> Command:
 def train(root: Path, name: str, data: Path, preset: str, seed: int, *flags: object) -> Command:
     """Return the command that trains a run, or goes on with it."""
     command = train_args(root / "runs", name, preset, data / VIEW)
-    return name, [*command, "--run.seed", str(seed), *map(str, flags)]
+    return name, [*command, "--run.seed", str(seed), "--data.image-size", str(SIZE), *map(str, flags)]
 
 
 def pretrain(args: argparse.Namespace) -> None:
     """Train an autoencoder of each of the sets without labels for every seed."""
     commands = [
-        train(args.dir, f"{name}-{seed}", args.dir / f"{name}-set", "small-mae", seed, "--train.epochs", args.epochs)
+        train(
+            args.dir,
+            f"{name}-{seed}",
+            args.dir / f"{name}-set",
+            "small-mae",
+            seed,
+            *MASKED,
+            "--train.epochs",
+            args.epochs,
+        )
         for seed in range(args.seeds)
         for name in ("pictures", "shuffled")
     ]
@@ -259,8 +270,8 @@ def make_page(root: Path, what: str, names: dict[str, list[str]]) -> None:
 def extract(backbone: Backbone, uri: str) -> Features:
     """Return the mean token of every picture of a set."""
     backbone.eval()
-    sets, config = read_sets((uri,)), build_config({"data": {"image_size": SIZE}}).data
-    samples = open_samples(sets, config, Cache(None))
+    sets, own = read_sets((uri,)), {"data": {"image_size": SIZE}, "model": {"backbone": VIT}}
+    samples = open_samples(sets, build_config(load_preset("small"), own).data, Cache(None))
     tokens, labels = [], []
     for batch in eval_batches(samples, batch=64, rank=0, num_ranks=1, workers=1, prefetch=2):
         tokens.append(backbone(normalise(batch.inputs, SIZE)[:, 0]).mean((2, 3)).numpy())

@@ -7,6 +7,7 @@ shapes, for steps; and the GPUs of tests/fake_gpus.py, which have numbers, for p
 import contextlib
 import json
 import os
+from typing import get_args
 
 import numpy as np
 import pyarrow.csv
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.testing import assert_close
 
-from mtl_dist.config import build_config
+from mtl_dist.config import LossConfig, build_config
 from mtl_dist.data.augment import build_preparation, normalise
 from mtl_dist.ensemble import __main__ as ensemble
 from mtl_dist.models import build_model
@@ -37,7 +38,7 @@ pytestmark = pytest.mark.whole
 
 SYSTEMS = ("a", "b", "baseline", "a-paper", "b-paper")
 BACKBONES = ("timm:convnext_femto", "timm:vit_tiny_patch16_224", "torchvision:swin_t", "timm:efficientnet_b0")
-BALANCERS = ("fixed", "uncertainty", "dwa", "famo")
+BALANCERS = get_args(LossConfig.model_fields["balancing"].annotation)
 STEPS = [(system, {}) for system in SYSTEMS]
 STEPS += [("small", {"loss.balancing": way, "train.accumulation": n}) for way in BALANCERS for n in (1, 2)]
 STEPS += [("small", {"data.sampling": "per_task", "train.accumulation": 2, "augment.hue": 0.1, "augment.erase": 0.5})]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import get_args
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ COUNTS = LabelCounts(
     rows=100, va=80, expr=60, au=[50] * 12, expr_classes=[20, 10, 5, 5, 10, 5, 5, 0], au_positives=[10] * 12,
     unlabelled=1,
 )  # fmt: skip
-BALANCERS = ("fixed", "uncertainty", "dwa", "famo")
+BALANCERS = get_args(LossConfig.model_fields["balancing"].annotation)
 
 
 class Pixels(nn.Module):

@@ -148,6 +148,8 @@ def read_predictions(uri: str) -> PredictionTable:
         videos = table["video"].to_pylist() if "video" in table.column_names else video_names(images)
     except FileNotFoundError:
         raise InputError(f"{uri} does not exist; it is what mtl_dist.ensemble writes") from None
+    except InputError:
+        raise  # of the store
     except (Damaged, pa.ArrowException, KeyError, ValueError) as error:
         raise InputError(f"{uri} is not a table of predictions with labels ({error})") from None
     check_finite(predictions, images, source=uri)

@@ -65,12 +65,11 @@ def find_done(dest: str, fingerprint: dict, jobs: list[ShardJob], exif: Exif) ->
         found = pool.map(lambda stem: storage.read_bytes(storage.join(dest, f"{stem}.safetensors")), sidecars)
         for stem, data in zip(sidecars, found):
             try:
-                about = read_about(data)
+                about, entry = read_about(data), entry_of(stem, data)
             except Damaged:
                 continue  # torn, changed or foreign: made again
             wanted = expected[stem] | ({"exif": exif} if "lying" in about else {})
             _check_same(dest, f"{stem}.safetensors", about, wanted)
-            entry = entry_of(stem, data)
             # A sidecar that changed since the index was written must not get a new checksum: it is made again.
             if sizes.get(f"{stem}.tar") == entry.tar_bytes and (indexed is None or indexed[stem] == entry):
                 done[stem] = entry
@@ -138,16 +137,19 @@ def _check_same(dest: str, what: str, found: dict, expected: dict) -> None:
 
 
 def entry_of(name: str, sidecar: bytes) -> ShardEntry:
-    """Return a shard's entry in the index, read from its sidecar."""
+    """Return a shard's entry in the index, read from its sidecar. Raises `Damaged` for one that is not ours."""
     about = read_about(sidecar)
-    return ShardEntry(
-        name=name,
-        rows=about["rows_here"],
-        tar_bytes=about["tar_bytes"],
-        tar_sha256=about["tar_sha256"],
-        sidecar_bytes=len(sidecar),
-        sidecar_sha256=hashlib.sha256(sidecar).hexdigest(),
-    )
+    try:
+        return ShardEntry(
+            name=name,
+            rows=about["rows_here"],
+            tar_bytes=about["tar_bytes"],
+            tar_sha256=about["tar_sha256"],
+            sidecar_bytes=len(sidecar),
+            sidecar_sha256=hashlib.sha256(sidecar).hexdigest(),
+        )
+    except KeyError as missing:
+        raise Damaged(f"it does not name {missing}") from None
 
 
 def _pairs(values: dict[str, Any]) -> str:
