@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from mtl_dist.objective.affect import PredictedRows
 from mtl_dist.objective.metrics import metric_sums
 from mtl_dist.objective.scores import scores
-from mtl_dist.predicting.members import open_member, predict_member, row_names
+from mtl_dist.predicting.predictions import read_predictions
 from mtl_dist.report.intervals import bootstrap, number_videos
 from mtl_dist.report.results import Method, Result
 
@@ -25,14 +25,10 @@ class Predicted(NamedTuple):
     videos: np.ndarray  # (n,) numbered from 0
 
 
-def predict_runs(uris: Sequence[str]) -> list[Predicted]:
-    """Return what the best checkpoint of every run says of its validation rows."""
-    found = []
-    for uri in uris:
-        member = open_member(uri)
-        rows = predict_member(member, device=torch.device("cpu"))
-        found.append(Predicted(rows, number_videos(row_names(member).videos)))
-    return found
+def read_page(page: Path, runs: Sequence[str]) -> list[Predicted]:
+    """Return what `mtl_dist.report` wrote beside a page: the predictions of the best checkpoints of its runs."""
+    tables = [read_predictions(str(page / "data" / f"{run}.parquet")) for run in runs]
+    return [Predicted(table.predicted, number_videos(table.videos)) for table in tables]
 
 
 def compare(

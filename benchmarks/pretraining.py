@@ -31,7 +31,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
 from benchmarks.comparators import read_spent, run_all, timed, train_args
-from benchmarks.leads import Predicted, compare, predict_runs, print_comparison
+from benchmarks.leads import Predicted, compare, print_comparison, read_page
 from benchmarks.loader import write_results
 from mtl_dist.config import build_config
 from mtl_dist.data.augment import normalise
@@ -243,27 +243,24 @@ def pretrained(run: Path) -> Backbone:
 
 
 def tuned(args: argparse.Namespace) -> dict[str, Any]:
-    """Compare the trainings with labels, and make their pages."""
+    """Compare the trainings with labels."""
     found = {}
     for data in ("tenth", "all"):
         names = {name: [f"{data}-{name}-{seed}" for seed in range(args.seeds)] for name in ("pictures", "random")}
-        found[data] = compare_runs(args.dir, names, [("pictures", "random")])
-        make_page(args.dir, data, names)
+        found[data] = compare_runs(args.dir, data, names, [("pictures", "random")])
     return found
 
 
 def compare_runs(
-    root: Path, names: dict[str, list[str]], pairs: list[tuple[str, str]], keys: tuple[str, ...] = ("p",)
+    root: Path, what: str, names: dict[str, list[str]], pairs: list[tuple[str, str]], keys: tuple[str, ...] = ("p",)
 ) -> dict[str, Any]:
-    """Compare methods, each of a run a seed."""
-    methods = {name: predict_runs([str(root / "runs" / run) for run in runs]) for name, runs in names.items()}
-    return compare(methods, pairs, keys)
-
-
-def make_page(root: Path, what: str, names: dict[str, list[str]]) -> None:
-    runs = [str(root / "runs" / name) for of_method in names.values() for name in of_method]
-    page = ["mtl_dist.report", *runs, "--out", str(root / f"report-{what}")]
-    run_all("the page", [(f"report-{what}", page)], root / "logs")
+    """Make the page of methods, each of a run a seed, and compare them."""
+    page, runs = (
+        root / f"report-{what}",
+        [str(root / "runs" / name) for of_method in names.values() for name in of_method],
+    )
+    run_all("the page", [(page.name, ["mtl_dist.report", *runs, "--out", str(page)])], root / "logs")
+    return compare({name: read_page(page, of_method) for name, of_method in names.items()}, pairs, keys)
 
 
 @torch.inference_mode()
@@ -334,9 +331,8 @@ def photographs(args: argparse.Namespace) -> dict[str, Any]:
     }
     run_all("training on photographs", [command for of in commands.values() for command in of], root / "logs")
     names = {name: [run for run, _ in of] for name, of in commands.items()}
-    make_page(root, "photographs", names)
     pairs = [(name, "random") for name in PHOTO_STARTS if name != "random"]
-    return compare_runs(root, names, pairs, ("expr",))
+    return compare_runs(root, "photographs", names, pairs, ("expr",))
 
 
 if __name__ == "__main__":
