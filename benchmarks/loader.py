@@ -90,11 +90,13 @@ def report(speeds: dict[str, list[float]], out: Path | None) -> None:
 
 
 def write_results(out: Path, results: dict) -> None:
-    """Write results as JSON with date, command and machine; where they are written is nobody's business."""
+    """Write results as JSON with date, command and machine; where they and the data lie is nobody's business."""
     arguments, name = sys.argv[1:], Path(sys.argv[0]).stem
-    if "--out" in arguments:
-        place = arguments.index("--out")
+    for flag in {"--out", "--dir"} & set(arguments):
+        place = arguments.index(flag)
         del arguments[place : place + 2]
+    if "--photographs" in arguments:
+        arguments[arguments.index("--photographs") + 1] = "DIR"
     about = {
         "date": time.strftime("%Y-%m-%d"),
         "command": shlex.join(["python", "-m", f"benchmarks.{name}", *arguments]),

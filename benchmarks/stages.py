@@ -4,11 +4,12 @@
 
 `small-d` is trained on images of 80 pixels in two stages (half of the epochs categories, then valence and arousal too)
 and in one, as many steps; and in two stages with each of its parts switched off. Valence and arousal of a fifth of the
-training videos are kept, with all other labels; then, for both schedules, all labels.
+videos that have them are kept, with all other labels; then, for both schedules, all labels. The learning rate has a
+warm-up and a cosine for every stage.
 
-Scores are of validation videos. Intervals are of differences between means over seeds, bootstrapped over these videos.
-By construction of rendered faces valence and arousal follow from the expression and its strength: what tells an
-expression tells much of them. One run a core; interrupted, it continues.
+Scores are of validation videos, of the checkpoint with the highest P on them. Intervals are of differences between
+means over seeds, bootstrapped over these videos. By construction of rendered faces valence and arousal follow from the
+expression and its strength: what tells an expression tells much of them. One run a core; interrupted, it continues.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from mtl_dist.shards.annotations import FILES
 
 VIEW, SIZE = "cropped_aligned", 80
 NUM_TRAIN, NUM_VAL = 3000, 1200
-SHARE_OF_VA = 0.2  # of the training videos
+SHARE_OF_VA = 0.2  # of the training videos that have any
 KEYS = ("p", "va", "expr", "au", *(f"{score}_{of}" for score in ("ccc", "rmse", "pcc", "sagr") for of in "va"))
 PARTS = {
     "no position attention": ["--model.two-level.no-position-attention"],
@@ -45,6 +46,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
     args = parser.parse_args()
+    if args.epochs < 2:
+        parser.error(f"--epochs {args.epochs}: two stages need two at least")
     with timed(args.dir / "spent.json", of=[args.seeds, args.epochs]):
         make_sets(args.dir)
         found = {data: train_and_compare(args, data) for data in ("fifth", "all")}
@@ -53,7 +56,8 @@ def main() -> None:
         print_comparison(f"valence and arousal of {'all videos' if what == 'all' else 'a fifth'}", comparison)
     print(f"\nin {spent['seconds'] / 60:.0f} min; pages: {args.dir}/report-*/report.html")
     if args.out:
-        write_results(args.out, found | {"seconds": round(spent["seconds"]), "calls": spent["calls"]})
+        about = {"rows": [NUM_TRAIN, NUM_VAL], "epochs": args.epochs, "seconds": round(spent["seconds"])}
+        write_results(args.out, about | found)
 
 
 def make_sets(root: Path) -> None:
@@ -78,9 +82,9 @@ def make_sets(root: Path) -> None:
 def hide_va(annotations: str) -> str:
     """Return the annotations with valence and arousal of a fifth of the videos; of the others they are missing."""
     header, *lines = annotations.splitlines()
-    videos = sorted({line.split("/")[0] for line in lines})
-    known = set(np.random.default_rng(0).permutation(videos)[: round(SHARE_OF_VA * len(videos))])
     rows = [line.split(",") for line in lines]
+    videos = sorted({row[0].split("/")[0] for row in rows if float(row[1]) >= -1})
+    known = set(np.random.default_rng(0).permutation(videos)[: round(SHARE_OF_VA * len(videos))])
     kept = [row if row[0].split("/")[0] in known else [row[0], "-5.0", "-5.0", *row[3:]] for row in rows]
     return "\n".join([header, *(",".join(row) for row in kept)]) + "\n"
 

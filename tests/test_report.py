@@ -370,8 +370,10 @@ def test_runs_that_differ_in_their_seed_are_one_method_and_others_are_not():
 
 
 def test_runs_that_began_with_seeds_of_one_run_are_seeds_of_one_method(monkeypatch):
-    began = {f"mae-{seed}": make_member(f"mae-{seed}", seed=seed) for seed in range(2)}
-    began["other"] = make_member("other", seed=2, lr=0.5)
+    began = {f"mae-{seed}": trained_on(make_member(f"mae-{seed}", seed=seed), "a") for seed in range(2)}
+    began["other"] = trained_on(make_member("other", seed=2, lr=0.5), "a")
+    began |= {f"export-{seed}": make_member("", seed=seed) for seed in range(2)}
+    began |= {f"mae-0/checkpoints/step_00000000{step}_0a0a0a0a": began["mae-0"] for step in range(2)}
 
     def open_weights(uri):
         if uri not in began:
@@ -389,7 +391,8 @@ def test_runs_that_began_with_seeds_of_one_run_are_seeds_of_one_method(monkeypat
 
     same = label_runs([make(0, "mae-0"), make(1, "mae-1"), make(2, "other")])
     assert same == ["A cropped, mae-0-tuned", "A cropped, mae-0-tuned", "A cropped, other-tuned"]
-    assert len(set(label_runs([make(0, "gone-0"), make(1, "gone-1")]))) == 2
+    for others in (["gone-0", "gone-1"], ["export-0", "export-1"], [uri for uri in began if "checkpoints" in uri]):
+        assert len(set(label_runs([make(seed, uri) for seed, uri in enumerate(others)]))) == 2
 
 
 def test_runs_that_learnt_from_other_sets_are_no_seeds_of_one_method():

@@ -1,6 +1,6 @@
 """What a report compares: runs, ensembles and the constant predictor, each with its predictions of one validation set.
 
-Runs that differ in nothing but their seed are one method, and so are those that began with runs of which this holds.
+Runs that differ in nothing but their seed are one method. They may have begun with runs that differ in theirs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mtl_dist.objective.metrics import AU_THRESHOLD, MetricSums, Predictions, Ta
 from mtl_dist.objective.scores import FIRST, constant_scores, scores
 from mtl_dist.predicting.members import Member, predict_member, row_names, unique_names
 from mtl_dist.predicting.predictions import check_finite, prediction_table, read_key, read_predictions, write_parquet
-from mtl_dist.runs.checkpoint import MODEL
+from mtl_dist.runs.checkpoint import DIRECTORY, MODEL
 from mtl_dist.runs.weights import Weights, open_weights
 from mtl_dist.sealed import unseal
 from mtl_dist.settings import Varies, flatten, varying
@@ -114,7 +114,7 @@ def _other_data(one: Member, other: Member, how: str) -> InputError:
 def label_runs(members: list[Member]) -> list[str]:
     """Name the method of every run: its model, its view where that tells methods apart, and its name where settings do.
 
-    Runs with equal labels differ in their seed only, and learnt from the same set.
+    Runs with equal labels learnt from the same set, and differ in their seed only, or that of the run they began with.
     """
     views: dict[str, set[str]] = {}
     for member in members:
@@ -124,10 +124,8 @@ def label_runs(members: list[Member]) -> list[str]:
         name, view = member.weights.config.model.name, member.val.view
         label = FAMILIES[name].title
         plain.append(f"{label} {view.replace('_', ' ')}" if name == "a" or len(views[name]) > 1 else label)
-    settings, names = (
-        [_settings(member.weights) for member in members],
-        unique_names([member.run_uri for member in members]),
-    )
+    settings = [_settings(member.weights) for member in members]
+    names = unique_names([member.run_uri for member in members])
     seeds = [member.weights.config.run.seed for member in members]
     labels = []
     for place, label in enumerate(plain):
@@ -143,7 +141,7 @@ def label_runs(members: list[Member]) -> list[str]:
 
 
 def _settings(weights: Weights) -> dict[str, Any]:
-    """What makes runs one method: all but their names and seeds, with that of the runs they began with."""
+    """Return what makes runs one method: settings but for name and seed, and likewise those of where they began."""
     config = flatten(weights.config)
     free = {*varying(Config, Varies.BY_PART), "run.name", "run.seed"}
     own = {key: _origin(value) if key in ORIGINS else value for key, value in config.items() if key not in free}
@@ -151,11 +149,14 @@ def _settings(weights: Weights) -> dict[str, Any]:
 
 
 def _origin(uri: str) -> Any:
-    """Return the settings of a run that another began with; the URI where it is none, or gone."""
+    """Return the settings of the run that another began with; its URI where it is no whole run, or gone."""
+    if uri in ("", "none", "imagenet") or DIRECTORY.fullmatch(uri.rstrip("/").rpartition("/")[2]):
+        return uri
     try:
-        return uri if uri in ("", "none", "imagenet") else _settings(open_weights(uri))
+        weights = open_weights(uri)
     except (InputError, StorageError):
         return uri
+    return _settings(weights) if weights.state else uri  # an export does not say how it was trained
 
 
 def predict_run(
