@@ -22,6 +22,8 @@ from __future__ import annotations
 import argparse
 import csv
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 

@@ -372,7 +372,7 @@ def test_runs_that_differ_in_their_seed_are_one_method_and_others_are_not():
 def test_runs_that_began_with_seeds_of_one_run_are_seeds_of_one_method(monkeypatch):
     began = {f"mae-{seed}": trained_on(make_member(f"mae-{seed}", seed=seed), "a") for seed in range(2)}
     began["other"] = trained_on(make_member("other", seed=2, lr=0.5), "a")
-    began |= {f"export-{seed}": make_member("", seed=seed) for seed in range(2)}
+    began |= {f"export-{seed}": make_member("export", seed=seed) for seed in range(2)}
     began |= {f"mae-0/checkpoints/step_00000000{step}_0a0a0a0a": began["mae-0"] for step in range(2)}
 
     def open_weights(uri):
