@@ -383,14 +383,14 @@ def test_runs_that_began_with_seeds_of_one_run_are_seeds_of_one_method(monkeypat
     monkeypatch.setattr("mtl_dist.report.results.open_weights", open_weights)
 
     def make(seed, start):
-        member = make_member(f"{start}-tuned", seed=seed)
+        member = make_member(f"tuned-{seed}", seed=seed)
         run = member.weights.config.run.model_copy(update={"start": start})
         return member._replace(
             weights=member.weights._replace(config=member.weights.config.model_copy(update={"run": run}))
         )
 
     same = label_runs([make(0, "mae-0"), make(1, "mae-1"), make(2, "other")])
-    assert same == ["A cropped, mae-0-tuned", "A cropped, mae-0-tuned", "A cropped, other-tuned"]
+    assert same == ["A cropped, tuned-0", "A cropped, tuned-0", "A cropped, tuned-2"]
     for others in (["gone-0", "gone-1"], ["export-0", "export-1"], [uri for uri in began if "checkpoints" in uri]):
         assert len(set(label_runs([make(seed, uri) for seed, uri in enumerate(others)]))) == 2
 
