@@ -178,6 +178,7 @@ def test_the_graphs_pixels_in_probabilities_out_are_those_of_predict(sizes):
     ("name", "backbone", "sizes"),
     [
         ("baseline", "vgg_small", (96, 80)),
+        ("d", "small", (96, 80)),
         pytest.param("b", "small", (80, 80), marks=pytest.mark.slow),
         pytest.param("a", "inception_v3", (112, 299), marks=pytest.mark.slow),
         pytest.param("b", "inception_v3", (112, 112), marks=pytest.mark.slow),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from mtl_dist.objective.balancing import build_balancer
 from mtl_dist.objective.losses import global_losses
 from mtl_dist.training.engine import is_decayed
 from mtl_dist.training.rates import learning_rate
+from mtl_dist.training.tracking import read_records
+from tests.conftest import run_here
 from tests.test_objective import COUNTS, TinyModel, make_batch
 from tests.test_recipes import EVERY_STEP, assert_close_losses, assert_same_run, config_of, run_ranks
 from tests.test_training import losses
@@ -197,3 +200,32 @@ def test_two_stages_as_two_runs_each_end_bit_identical_after_a_kill(shards, tmp_
     step = losses(tmp_path, "first")[0]
     assert step["total"] == pytest.approx(step["expr"] + step["au"])  # of VA it is told, and not learnt
     assert losses(tmp_path, "second")[0]["total"] > sum(losses(tmp_path, "second")[0][t] for t in ("expr", "au"))
+
+
+@pytest.mark.whole
+def test_every_command_takes_a_run_of_it(shards, dataset, tmp_path):
+    run_ranks(1, [(config_of(shards, tmp_path, "run", STAGES), None)], tmp_path)
+    run, out = str(tmp_path / "run"), str(tmp_path / "out")
+    for command in (
+        ["mtl_dist.train", "--status", run],
+        ["mtl_dist.export", run, "--out", f"{out}/exported"],
+        ["mtl_dist.predict", "--runs", run, "--input", f"{dataset}/cropped/v0", "--out", f"{out}/run.csv"],
+        [
+            "mtl_dist.predict",
+            "--runs",
+            f"{out}/exported",
+            "--input",
+            f"{dataset}/cropped/v0",
+            "--out",
+            f"{out}/same.csv",
+        ],
+        ["mtl_dist.ensemble", "--runs", run, "--out", f"{out}/ensemble"],
+        ["mtl_dist.report", run, "--ensemble", f"{out}/ensemble", "--out", f"{out}/report"],
+    ):
+        done = run_here(*command)
+        assert done.returncode == 0, (command, done.stderr)
+    assert (tmp_path / "out/run.csv").read_bytes() == (tmp_path / "out/same.csv").read_bytes()
+    scored = json.loads((tmp_path / "out/ensemble/score.json").read_text())["p"]
+    evaluations = [record["scores"]["p"] for record in read_records(run) if record["kind"] == "eval"]
+    assert scored == pytest.approx(max(evaluations), abs=1e-4)
+    assert "2Att-2Mt" in (tmp_path / "out/report/report.html").read_text()

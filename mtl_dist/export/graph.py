@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -113,7 +114,11 @@ def _exporting() -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "The tensor attributes .* were assigned during export"
+            )  # a GRU's, unchanged
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(was_fast)
         logger.setLevel(level)
