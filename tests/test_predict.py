@@ -793,7 +793,6 @@ def test_without_pyav_a_video_is_refused_with_what_to_install(run, tmp_path, mon
         run_predict(run, video, tmp_path / "out.csv")
 
 
-@pytest.mark.integration
 def test_images_and_videos_are_read_from_s3_and_predictions_written_there(run, faces, s3, tmp_path):
     names = sorted(path.relative_to(faces).as_posix() for path in faces.rglob("*.jpg"))[:3]
     for name in names:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import warnings
 
 import pytest
 import torch
@@ -203,7 +204,7 @@ def test_two_stages_as_two_runs_each_end_bit_identical_after_a_kill(shards, tmp_
 
 
 @pytest.mark.whole
-def test_every_command_takes_a_run_of_it(shards, dataset, tmp_path):
+def test_a_run_of_it_is_exported_predicted_ensembled_and_reported(shards, dataset, tmp_path):
     run_ranks(1, [(config_of(shards, tmp_path, "run", STAGES), None)], tmp_path)
     run, out = str(tmp_path / "run"), str(tmp_path / "out")
     for command in (
@@ -222,8 +223,11 @@ def test_every_command_takes_a_run_of_it(shards, dataset, tmp_path):
         ["mtl_dist.ensemble", "--runs", run, "--out", f"{out}/ensemble"],
         ["mtl_dist.report", run, "--ensemble", f"{out}/ensemble", "--out", f"{out}/report"],
     ):
-        done = run_here(*command)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            done = run_here(*command)
         assert done.returncode == 0, (command, done.stderr)
+        assert not [warning for warning in said if "assigned during export" in str(warning.message)]
     assert (tmp_path / "out/run.csv").read_bytes() == (tmp_path / "out/same.csv").read_bytes()
     scored = json.loads((tmp_path / "out/ensemble/score.json").read_text())["p"]
     evaluations = [record["scores"]["p"] for record in read_records(run) if record["kind"] == "eval"]
