@@ -36,10 +36,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if {"runs", "s3"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("whole")
-        clusters = item.get_closest_marker("integration")
+        clusters = item.get_closest_marker("integration") and "tests/integration/" in item.nodeid
         item.add_marker(pytest.mark.xdist_group("clusters" if clusters else item.nodeid.split("::")[0]))
-    heavy = Counter(item.nodeid.split("::")[0] for item in items if item.get_closest_marker("whole"))
-    items.sort(key=lambda item: (not item.get_closest_marker("integration"), -heavy[item.nodeid.split("::")[0]]))
+    long_first = Counter(item.nodeid.split("::")[0] for item in items if item.get_closest_marker("whole"))
+    items.sort(key=lambda item: ("tests/integration/" not in item.nodeid, -long_first[item.nodeid.split("::")[0]]))
 
 
 def write_dataset(root: Path, *, num_train: int = 40, num_val: int = 20, size: int = 48, seed: int = 0) -> Path:
