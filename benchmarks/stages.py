@@ -1,6 +1,6 @@
 """Do 2Att-2Mt's parts help? System D on rendered faces, with valence and arousal of a fifth of the videos and of all.
 
-    python -m benchmarks.stages [--dir stages] [--seeds 3] [--epochs 6] [--out FILE]
+    python -m benchmarks.stages [--dir stages] [--seeds 3] [--epochs 4] [--out FILE]
 
 `small-d` is trained on images of 80 pixels in two stages (half of the epochs categories, then valence and arousal too)
 and in one, as many steps; and in two stages with each of its parts switched off. Valence and arousal of a fifth of the
@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path("stages"))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
     args = parser.parse_args()
     if args.epochs < 2:
