@@ -47,6 +47,7 @@ from mtl_dist.models.backbone import Backbone
 from mtl_dist.models.backbones import build_backbone
 from mtl_dist.objective.affect import PredictedRows
 from mtl_dist.objective.metrics import Predictions, Targets
+from mtl_dist.objective.smoothing import video_names
 from mtl_dist.presets import load_preset
 from mtl_dist.report.intervals import number_videos
 from mtl_dist.runs.weights import load_weights, open_weights
@@ -282,13 +283,15 @@ def extract(backbone: Backbone, uri: str) -> Features:
     backbone.eval()
     sets, own = read_sets((uri,)), {"data": {"image_size": SIZE}, "model": {"backbone": VIT}}
     samples = open_samples(sets, build_config(load_preset("small"), own).data, Cache(None))
-    tokens, labels = [], []
+    rows, tokens, labels = [], [], []
     for batch in eval_batches(samples, batch=64, rank=0, num_ranks=1, workers=1, prefetch=2):
+        rows.append(batch.rows[:, 0].numpy().copy())
         tokens.append(backbone(normalise(batch.inputs, SIZE)[:, 0]).mean((2, 3)).numpy())
         labels.append([column[:, 0].numpy().copy() for column in batch.labels])
     names = samples.names()
-    videos = number_videos([video or image for video, image in zip(names.videos, names.images)])
-    return Features(np.concatenate(tokens), Targets(*map(np.concatenate, zip(*labels))), videos)
+    videos = [own or video for own, video in zip(names.videos, video_names(names.images))]
+    assert (np.concatenate(rows) == names.rows).all()
+    return Features(np.concatenate(tokens), Targets(*map(np.concatenate, zip(*labels))), number_videos(videos))
 
 
 def probe(backbone: Backbone, root: Path) -> Predicted:
