@@ -4,8 +4,9 @@
 
 `small-d` is trained on images of 80 pixels in two stages (half of the epochs categories, then valence and arousal too)
 and in one, as many steps; and in two stages with each of its parts switched off. Valence and arousal of a fifth of the
-videos that have them are kept, with all other labels; then, for both schedules, all labels. The learning rate has a
-warm-up and a cosine for every stage.
+videos that have them are kept, with all other labels; then, for the schedules, all labels. The learning rate has a
+warm-up and a cosine for every stage, which may help by itself: "one stage, restarted" learns all tasks in a first half
+of the epochs, and from its weights in a second run anew.
 
 Scores are of validation videos, of the checkpoint with the highest P on them. Intervals are of differences between
 means over seeds, bootstrapped over these videos. By construction of rendered faces valence and arousal follow from the
@@ -36,7 +37,7 @@ PARTS = {
     "no layer attention": ["--model.two-level.no-layer-attention"],
     "no categorical feedback": ["--model.two-level.no-categorical-feedback"],
 }
-TWO, ONE = "two stages", "one stage"
+TWO, ONE, RESTARTED = "two stages", "one stage", "one stage, restarted"
 
 
 def main() -> None:
@@ -48,7 +49,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.epochs < 2:
         parser.error(f"--epochs {args.epochs}: two stages need two at least")
-    with timed(args.dir / "spent.json", of=[args.seeds, args.epochs]):
+    with timed(args.dir / "spent.json", of=[args.seeds, args.epochs, 3 + len(PARTS)]):
         make_sets(args.dir)
         found = {data: train_and_compare(args, data) for data in ("fifth", "all")}
     spent = read_spent(args.dir / "spent.json")
@@ -91,22 +92,33 @@ def hide_va(annotations: str) -> str:
 
 def train_and_compare(args: argparse.Namespace, data: str) -> dict[str, Any]:
     """Train every method on one of the sets, make the page, and compare the methods."""
-    stages = ["--loss.va-after", str(args.epochs // 2)]
-    methods = {TWO: stages, ONE: ["--loss.va-after", "0"]}
+    runs, seeds, half = args.dir / "runs", range(args.seeds), args.epochs // 2
+
+    def command(method: str, seed: int, epochs: int, *flags: object) -> tuple[str, list[str]]:
+        name = f"{data}-{method.replace(' ', '-').replace(',', '')}-{seed}"
+        own = ["--run.seed", seed, "--data.image-size", SIZE, "--train.epochs", epochs, *flags]
+        return name, [*train_args(runs, name, "small-d", args.dir / data / VIEW), *map(str, own)]
+
+    stages, one = ["--loss.va-after", half], ["--loss.va-after", 0]
+    halves = [command("half", seed, half, *one) for seed in seeds]
+    run_all(f"training, {data}, first halves", halves, args.dir / "logs")
+    methods = {
+        TWO: [command(TWO, seed, args.epochs, *stages) for seed in seeds],
+        ONE: [command(ONE, seed, args.epochs, *one) for seed in seeds],
+        RESTARTED: [
+            command(RESTARTED, seed, args.epochs - half, *one, "--run.start", runs / name)
+            for seed, (name, _) in zip(seeds, halves)
+        ],
+    }
     if data == "fifth":
-        methods |= {part: [*stages, *flags] for part, flags in PARTS.items()}
-    runs, names, commands = args.dir / "runs", {}, []
-    for method, flags in methods.items():
-        names[method] = [f"{data}-{method.replace(' ', '-')}-{seed}" for seed in range(args.seeds)]
-        for seed, name in enumerate(names[method]):
-            command = train_args(runs, name, "small-d", args.dir / data / VIEW)
-            command += ["--run.seed", str(seed), "--data.image-size", str(SIZE), "--train.epochs", str(args.epochs)]
-            commands.append((name, [*command, *flags]))
-    run_all(f"training, {data}", commands, args.dir / "logs")
-    page = args.dir / f"report-{data}"
-    uris = [str(runs / name) for of in names.values() for name in of]
+        methods |= {
+            part: [command(part, seed, args.epochs, *stages, *flags) for seed in seeds] for part, flags in PARTS.items()
+        }
+    run_all(f"training, {data}", [each for of_method in methods.values() for each in of_method], args.dir / "logs")
+    names = {method: [name for name, _ in of_method] for method, of_method in methods.items()}
+    page, uris = args.dir / f"report-{data}", [str(runs / name) for of_method in names.values() for name in of_method]
     run_all("the page", [(page.name, ["mtl_dist.report", *uris, "--out", str(page)])], args.dir / "logs")
-    predicted = {method: read_page(page, of) for method, of in names.items()}
+    predicted = {method: read_page(page, of_method) for method, of_method in names.items()}
     return compare(predicted, [(TWO, other) for other in methods if other != TWO], KEYS)
 
 
