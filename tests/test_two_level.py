@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -173,16 +174,29 @@ SGD = {"optim": {"name": "sgd", "lr": 0.02}, "engine": {"batchnorm": "frozen"}}
 
 
 @pytest.mark.whole
-def test_two_stages_are_the_same_on_any_ranks_and_end_bit_identical_after_a_kill_in_either(shards, tmp_path):
-    def job(name: str, *layers, cut_at: int | None = None):
-        return config_of(shards, tmp_path if cut_at is None else tmp_path / "killed", name, STAGES, *layers), cut_at
+def test_two_stages_have_the_same_losses_on_any_ranks_in_parts_and_at_any_zero_stage(shards, tmp_path):
+    def job(name: str, *layers):
+        return config_of(shards, tmp_path, name, STAGES, SGD, *layers), None
 
-    run_ranks(1, [job("one", SGD)], tmp_path)
-    steps = len(losses(tmp_path, "one"))
-    killed = [job("whole", EVERY_STEP, cut_at=steps // 2 + 1)]
-    run_ranks(2, [job("two", SGD), job("whole", EVERY_STEP), *killed], tmp_path)
-    assert_close_losses(losses(tmp_path, "two"), losses(tmp_path, "one"))
-    assert_same_run((tmp_path / "killed", "whole"), (tmp_path, "whole"))
+    run_ranks(1, [job("one"), job("parts", {"train": {"accumulation": 3}})], tmp_path)
+    run_ranks(2, [job("two"), *(job(f"zero-{stage}", {"engine": {"zero_stage": stage}}) for stage in (1, 2))], tmp_path)
+    run_ranks(3, [job("three")], tmp_path)
+    for name in ("parts", "two", "zero-1", "zero-2", "three"):
+        assert_close_losses(losses(tmp_path, name), losses(tmp_path, "one"))
+
+
+@pytest.mark.whole
+def test_two_stages_end_bit_identical_after_a_kill_in_either(shards, tmp_path):
+    def job(name: str, place: Path, cut_at: int | None = None):
+        return config_of(shards, place, name, STAGES, EVERY_STEP), cut_at
+
+    run_ranks(2, [job("first", tmp_path), job("second", tmp_path)], tmp_path)
+    in_second = len(losses(tmp_path, "second")) // 2 + 1
+    killed = tmp_path / "killed"
+    (tmp_path / "again").mkdir()
+    run_ranks(2, [job("first", killed, cut_at=2), job("second", killed, cut_at=in_second)], tmp_path / "again")
+    for name in ("first", "second"):
+        assert_same_run((killed, name), (tmp_path, name))
 
 
 @pytest.mark.whole
