@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 # Before torch is imported, for processes that tests start too: on some processors sums depend on the number of threads.
@@ -27,19 +26,11 @@ REPO = Path(__file__).parent.parent
 LONDON = REPO.parent / "shared" / "data" / "london_faces"
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep what starts from trained runs or the S3 server out of `make quick`, and clusters from one another.
-
-    A file's tests run one after the other in one process, all that start a cluster too. What takes long begins first.
-    """
+    """Keep what starts from trained runs or the S3 server out of `make quick`."""
     for item in items:
         if {"runs", "s3"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("whole")
-        clusters = item.get_closest_marker("integration") and "tests/integration/" in item.nodeid
-        item.add_marker(pytest.mark.xdist_group("clusters" if clusters else item.nodeid.split("::")[0]))
-    long_first = Counter(item.nodeid.split("::")[0] for item in items if item.get_closest_marker("whole"))
-    items.sort(key=lambda item: ("tests/integration/" not in item.nodeid, -long_first[item.nodeid.split("::")[0]]))
 
 
 def write_dataset(root: Path, *, num_train: int = 40, num_val: int = 20, size: int = 48, seed: int = 0) -> Path:
