@@ -58,6 +58,7 @@ def main() -> None:
     print(f"\nin {spent['seconds'] / 60:.0f} min; pages: {args.dir}/report-*/report.html")
     if args.out:
         about = {"rows": [NUM_TRAIN, NUM_VAL], "epochs": args.epochs, "seconds": round(spent["seconds"])}
+        about["calls"] = spent["calls"]  # the time of one that was ended from outside is not in the seconds
         write_results(args.out, about | found)
 
 
