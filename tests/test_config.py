@@ -540,12 +540,13 @@ def test_what_a_preset_or_the_default_has_is_not_refused_beside_another_choice(n
     only = FAMILIES[model].backbones
     fits = ["--model.backbone", only[0], "--model.image-size", "96"] if only else []
     for more in ([], ["--optim.name", "adamw"], ["--augment.resize", "400"], ["--data.workers", "0"]):
-        parse("--preset", name, "--model.name", model, *fits, *more)
+        assert parse("--preset", name, "--model.name", model, *fits, *more).model.name == model
 
 
 def test_what_the_default_or_the_preset_has_may_be_said_where_nothing_reads_it():
-    parse("--preset", "small", "--model.hidden", "4096")  # the default
-    parse("--preset", "small-baseline", "--model.name", "a", "--model.hidden", "256")  # the preset's
+    assert parse("--preset", "small", "--model.hidden", "4096") == parse("--preset", "small")  # the default
+    ours = ["--preset", "small-baseline", "--model.name", "a"]
+    assert parse(*ours, "--model.hidden", "256") == parse(*ours)  # the preset's
 
 
 def test_a_configuration_that_a_run_wrote_is_taken_as_it_is_and_flags_over_it_are_not(tmp_path):

@@ -65,11 +65,12 @@ def find_done(dest: str, fingerprint: dict, jobs: list[ShardJob], exif: Exif) ->
         found = pool.map(lambda stem: storage.read_bytes(storage.join(dest, f"{stem}.safetensors")), sidecars)
         for stem, data in zip(sidecars, found):
             try:
-                about, entry = read_about(data), entry_of(stem, data)
+                about = read_about(data)
+                wanted = expected[stem] | ({"exif": exif} if "lying" in about else {})
+                _check_same(dest, f"{stem}.safetensors", about, wanted)  # of another set: never written over
+                entry = entry_of(stem, data)
             except Damaged:
                 continue  # torn, changed or foreign: made again
-            wanted = expected[stem] | ({"exif": exif} if "lying" in about else {})
-            _check_same(dest, f"{stem}.safetensors", about, wanted)
             # A sidecar that changed since the index was written must not get a new checksum: it is made again.
             if sizes.get(f"{stem}.tar") == entry.tar_bytes and (indexed is None or indexed[stem] == entry):
                 done[stem] = entry
