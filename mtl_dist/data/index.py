@@ -1,4 +1,7 @@
-"""index.json of a shard set: what is in it, in which order, with checksums. Written last; read and checked first."""
+"""index.json of a set: what is in it, in which order, with checksums. Written last; read and checked first.
+
+A set holds pictures (`Index`), or what an extractor makes of the pictures of whole videos (`FeatureIndex`).
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ from mtl_dist.settings import explain_validation
 from mtl_dist.tasks import AUS, EXPRESSIONS, LabelCounts
 
 FORMAT = "mtl_dist-shards-1"
+FEATURES = "mtl_dist-features-1"
 INDEX_NAME = "index.json"
 # Bounds of what a reader takes: a foreign index must not make it ask for more than a machine has.
 MAX_INDEX_BYTES = 32 << 20  # about 90,000 shards; parsed it takes some 20 times that
@@ -28,6 +32,8 @@ MAX_TAR_BYTES = 1 << 40
 MAX_SIDECAR_BYTES = 512 << 20
 MAX_MESSAGE = 1000  # characters; an index can have a fault a shard
 LEAST_TAR_BYTES = 2048  # of a row: two headers, two blocks
+MAX_WIDTH = 1 << 16  # numbers of a feature
+FEATURE_BYTES = 2  # of a number: float16
 
 
 class _Strict(BaseModel):
@@ -62,6 +68,16 @@ class Index(_Strict):
     shards: list[ShardEntry]
 
     @property
+    def origin(self) -> str:
+        """What the set is one view of: sets of one origin stand side by side, each with numbers of its own of a row."""
+        return self.sha256
+
+    @property
+    def least_bytes(self) -> int:
+        """The fewest bytes that a row has in a tar."""
+        return LEAST_TAR_BYTES
+
+    @property
     def shard_rows(self) -> np.ndarray:
         """(S,) int64 rows of every shard."""
         return np.array([shard.rows for shard in self.shards], np.int64)
@@ -75,13 +91,60 @@ class Index(_Strict):
         return hashlib.sha256(_canonical(self.model_dump(exclude_unset=True))).hexdigest()
 
 
+class FeatureShard(ShardEntry):
+    """One tar of the features of whole videos, and its sidecar."""
+
+    videos: list[int] = Field(min_length=1)  # rows of every video, in their order
+
+
+class Extractor(_Strict):
+    """What made features of pictures. The same network on the same pictures has the same `sha256`."""
+
+    name: str = Field(min_length=1, max_length=1000)  # of its backbone, with what tells it from others of that name
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")  # of its weights, or of those of all folds
+    input_size: int = Field(gt=0)  # pixels a side
+    pool: str  # how the cells of a picture become one row
+    width: int = Field(gt=0, le=MAX_WIDTH)  # numbers of a row: D
+    folds: int = 1  # extractors that were fitted without the videos they describe; 1: one for all
+
+
+class FeatureIndex(Index):
+    """Features of the pictures of a set, grouped by video. `source_sha256` is that of the pictures' own index."""
+
+    shards: list[FeatureShard]
+    extractor: Extractor
+    source_index_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")  # of the set of pictures that they are of
+    mean: list[float]  # (D,) of the training rows, in a set for validation too
+    std: list[float]  # (D,)
+
+    @property
+    def origin(self) -> str:
+        return self.source_index_sha256
+
+    @property
+    def least_bytes(self) -> int:
+        return FEATURE_BYTES * self.extractor.width
+
+    @property
+    def video_rows(self) -> np.ndarray:
+        """(V,) int64 rows of every video."""
+        return np.concatenate([shard.videos for shard in self.shards])
+
+
+KINDS: dict[str, type[Index]] = {FORMAT: Index, FEATURES: FeatureIndex}
+CONTENTS = {FORMAT: "pictures", FEATURES: "features"}
+
+
 def dump_index(index: Index) -> bytes:
     """Serialise with a checksum of itself, so that a flipped bit is found on reading."""
     return json.dumps({**index.model_dump(exclude_unset=True), "sha256": index.sha256}, indent=1).encode() + b"\n"
 
 
-def read_index(uri: str) -> Index:
-    """Read and check `uri`/index.json (`uri` may name the file itself). Raises `InputError` that says what is wrong."""
+def read_index(uri: str, *, formats: Sequence[str] = (FORMAT,)) -> Index:
+    """Read and check `uri`/index.json (`uri` may name the file itself): of pictures, or of one of `formats`.
+
+    Raises `InputError` that says what is wrong.
+    """
     uri = index_dir(uri)
     where = storage.join(uri, INDEX_NAME)
     try:
@@ -94,14 +157,19 @@ def read_index(uri: str) -> Index:
     except Damaged as error:
         raise InputError(f"{where} is damaged: {error}; make the set again, or restore it") from None
     claimed = raw.pop("sha256", None) if isinstance(raw, dict) else None
+    kind = raw.get("format") if isinstance(raw, dict) else None
     try:
-        index = Index.model_validate(raw)
+        index = KINDS.get(kind if isinstance(kind, str) else "", Index).model_validate(raw)
     except pydantic.ValidationError as error:
+        expected = kind if kind in KINDS else FORMAT
         raise InputError(
-            f"{where} is not an index of format {FORMAT}: {explain_validation(error)[:MAX_MESSAGE]}"
+            f"{where} is not an index of format {expected}: {explain_validation(error)[:MAX_MESSAGE]}"
         ) from None
-    if index.format != FORMAT:
-        raise InputError(f"{where} has format '{index.format}'; this version reads '{FORMAT}'")
+    if index.format not in KINDS:
+        raise InputError(f"{where} has format '{index.format}'; this version reads {', '.join(map(repr, KINDS))}")
+    if index.format not in formats:
+        given, wanted = CONTENTS[index.format], " or ".join(CONTENTS[name] for name in formats)
+        raise InputError(f"{index_dir(uri)} is a set of {given}; expected one of {wanted}")
     if index.sha256 != claimed:
         raise InputError(
             f"{where} is damaged: its checksum does not match its content; make the set again, or restore it"
@@ -124,12 +192,23 @@ def _find_contradiction(index: Index) -> str | None:
         return "its shards are not in the order of their names, each once"
     if (total := sum(shard.rows for shard in index.shards)) != rows:
         return f"its shards have {total} rows; it says {rows}"
-    if small := [shard.name for shard in index.shards if shard.tar_bytes < LEAST_TAR_BYTES * shard.rows]:
+    if small := [shard.name for shard in index.shards if shard.tar_bytes < index.least_bytes * shard.rows]:
         return f"{small[0]}.tar has fewer bytes than its rows need"
     if labels.rows != rows or min(counts) < 0 or max(counts) > rows:
         return f"its labels count {labels.rows} rows and {min(counts)} to {max(counts)} of a kind; expected {rows} rows"
     if sum(labels.expr_classes) != labels.expr or any(on > of for on, of in zip(labels.au_positives, labels.au)):
         return "its labels do not add up"
+    return _find_contradiction_of_features(index) if isinstance(index, FeatureIndex) else None
+
+
+def _find_contradiction_of_features(index: FeatureIndex) -> str | None:
+    for shard in index.shards:
+        if min(shard.videos) < 1 or sum(shard.videos) != shard.rows:
+            return f"{shard.name} has {shard.rows} rows, and its videos {sum(shard.videos)}"
+    if not len(index.mean) == len(index.std) == index.extractor.width:
+        return f"it has statistics of {len(index.mean)} numbers a row; its rows have {index.extractor.width}"
+    if not np.isfinite([index.mean, index.std]).all() or min(index.std) < 0:
+        return "its statistics are not finite"
     return None
 
 
@@ -147,6 +226,18 @@ class Sets:
         """Return each set's URI with its index."""
         return list(zip(self.uris, self.indexes))
 
+    def parts(self) -> list[list[tuple[str, Index]]]:
+        """Return the sets by what they are of: features of the same pictures stand side by side, and are one part."""
+        parts: dict[str, list[tuple[str, Index]]] = {}
+        for uri, index in self.pairs():
+            parts.setdefault(index.origin, []).append((uri, index))
+        return list(parts.values())
+
+    @property
+    def firsts(self) -> list[Index]:
+        """The first index of every part: those whose rows count."""
+        return [part[0][1] for part in self.parts()]
+
     @property
     def view(self) -> str:
         """The view, which all sets share."""
@@ -158,14 +249,19 @@ class Sets:
         return self.indexes[0].split
 
     @property
+    def extractors(self) -> list[Extractor]:
+        """What made the features of a row, in their order; none: the sets hold pictures."""
+        return [index.extractor for _, index in self.parts()[0] if isinstance(index, FeatureIndex)]
+
+    @property
     def rows(self) -> int:
         """Number of rows of all sets."""
-        return sum(index.rows for index in self.indexes)
+        return sum(index.rows for index in self.firsts)
 
     @property
     def labels(self) -> LabelCounts:
         """Label counts, summed over the sets."""
-        return functools.reduce(LabelCounts.plus, (index.labels for index in self.indexes))
+        return functools.reduce(LabelCounts.plus, (index.labels for index in self.firsts))
 
     @property
     def shards(self) -> list[ShardEntry]:
@@ -175,7 +271,7 @@ class Sets:
     @property
     def shard_rows(self) -> np.ndarray:
         """(S,) int64 rows of every shard."""
-        return np.concatenate([index.shard_rows for index in self.indexes])
+        return np.concatenate([index.shard_rows for index in self.firsts])
 
     @property
     def sha256(self) -> str:
@@ -189,10 +285,13 @@ class Sets:
 
 
 def read_sets(uris: Sequence[str]) -> Sets:
-    """Read one or several indexes, as `read_index`. Raises `InputError` unless they are of one view and split."""
+    """Read one or several indexes, as `read_index`, of pictures or features.
+
+    Raises `InputError` unless they are of one view and split, and what stands side by side is of the same rows.
+    """
     if not uris:
         raise InputError("no shard set is named; expected the directory or s3:// prefix of one at least")
-    sets = Sets(tuple(map(index_dir, uris)), tuple(map(read_index, uris)))
+    sets = Sets(tuple(map(index_dir, uris)), tuple(read_index(uri, formats=tuple(KINDS)) for uri in uris))
     first_uri, first = sets.pairs()[0]
     seen: dict[str, str] = {}
     for uri, index in sets.pairs():
@@ -204,7 +303,38 @@ def read_sets(uris: Sequence[str]) -> Sets:
         if index.sha256 in seen:
             raise InputError(f"{uri} is the set that {seen[index.sha256]} is, too: every row would be read twice")
         seen[index.sha256] = uri
+    _check_features(sets)
     return sets
+
+
+def _check_features(sets: Sets) -> None:
+    """Raise unless all sets hold pictures, or all of them features of the same extractors of the same rows."""
+    if len({index.format for index in sets.indexes}) > 1:
+        raise InputError(f"{sets} are sets of pictures and of features; expected all of one kind")
+    if not isinstance(sets.indexes[0], FeatureIndex):
+        return
+    parts = sets.parts()
+    for part in parts:
+        (uri, first), *others = part
+        for other_uri, other in others:
+            if other.video_rows.tolist() != first.video_rows.tolist():
+                raise InputError(
+                    f"{other_uri} and {uri} are of the same pictures, but have other rows: {other.rows} and "
+                    f"{first.rows}; make one of them again"
+                )
+        made_by, as_first = ([index.extractor for _, index in each] for each in (part, parts[0]))
+        if [extractor.sha256 for extractor in made_by] != [extractor.sha256 for extractor in as_first]:
+            raise InputError(
+                f"{' and '.join(uri for uri, _ in part)} have features of "
+                f"{', '.join(extractor.name for extractor in made_by)}, and "
+                f"{' and '.join(uri for uri, _ in parts[0])} of {', '.join(e.name for e in as_first)}; sets of several "
+                "sources need the same extractors, in the same order"
+            )
+
+
+def _describe_extractors(extractors: Sequence[Extractor]) -> str:
+    made_by = ", ".join(f"{extractor.name} ({extractor.sha256[:8]})" for extractor in extractors)
+    return f"features of {made_by}" if extractors else "pictures"
 
 
 def _identity(of_sets: list[str]) -> str:
@@ -217,12 +347,18 @@ def index_dir(uri: str) -> str:
 
 
 def check_pair(train: Sets, val: Sets) -> None:
-    """Raise unless these are of the splits train and val, of one view."""
+    """Raise unless these are of the splits train and val, of one view and of the same extractors."""
     if train.view != val.view:
         raise InputError(f"data.train has view '{train.view}' and data.val '{val.view}'; expected both of one view")
     for flag, sets, split in (("data.train", train, "train"), ("data.val", val, "val")):
         if sets.split != split:
             raise InputError(f"{flag} is an index of split '{sets.split}'; expected '{split}'")
+    mine, theirs = train.extractors, val.extractors
+    if [extractor.sha256 for extractor in mine] != [extractor.sha256 for extractor in theirs]:
+        raise InputError(
+            f"data.train has {_describe_extractors(mine)}, and data.val {_describe_extractors(theirs)}; expected the "
+            "same of both, in the same order"
+        )
 
 
 def check_stored(uri: str, index: Index) -> None:

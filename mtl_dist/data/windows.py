@@ -1,0 +1,58 @@
+"""Which rows every window of an epoch has: a pure function of (rows of the videos, length, seed, epoch).
+
+A video of n rows is cut at every `length` rows, from another place each epoch:
+
+    windows   k = floor(n / length) + 1, the same number every epoch
+    phase     p, drawn evenly: with r = n mod length from 0 to length - r, or from 1 to length - 1 where r is 0
+    window j  the rows from j * length - p to (j + 1) * length - p that the video has
+
+So none is empty, every row is in exactly one window of an epoch, and only a video's first and last may be short. An
+`Order` treats windows as it treats pictures: it knows their number alone.
+
+No torch, no files, no clock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from mtl_dist.data.order import draw
+
+_PHASE = 5  # keeps these draws apart from those of `order.py`
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The windows of videos of `video_rows` (V,) rows, numbered from 0, one video's after another's."""
+
+    video_rows: np.ndarray
+    length: int
+    seed: int
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """(V,) int64 windows of every video."""
+        return self.video_rows // self.length + 1
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """(V + 1,) int64: the number of every video's first window; at the end that of all windows."""
+        return np.concatenate([[0], np.cumsum(self.counts)])
+
+    def spans(self, numbers: np.ndarray, *, epoch: int) -> np.ndarray:
+        """Return (n, 3) int64 of windows (n,) by number: the video, the first row in it, and the one after the last."""
+        videos = np.searchsorted(self.starts, numbers, side="right") - 1
+        places = numbers - self.starts[videos]
+        drawn = {video: self.phase(video, epoch=epoch) for video in set(videos.tolist())}
+        begins = places * self.length - np.array([drawn[video] for video in videos.tolist()], np.int64)
+        ends = np.minimum(begins + self.length, self.video_rows[videos])
+        return np.stack([videos, np.maximum(begins, 0), ends], axis=1)
+
+    def phase(self, video: int, *, epoch: int) -> int:
+        """Return how many rows the first window of a video is cut short by."""
+        rest = int(self.video_rows[video]) % self.length
+        low, high = (0, self.length - rest) if rest else (1, self.length - 1)
+        return int(draw(self.seed, epoch, _PHASE, video).integers(low, high + 1))
