@@ -282,7 +282,7 @@ def extract(backbone: Backbone, uri: str) -> Features:
     """Return the mean token of every picture of a set."""
     backbone.eval()
     sets, own = read_sets((uri,)), {"data": {"image_size": SIZE}, "model": {"backbone": VIT}}
-    samples = open_samples(sets, build_config(load_preset("small"), own).data, Cache(None))
+    samples = open_samples(sets, build_config(load_preset("small"), own), Cache(None))
     rows, tokens, labels = [], [], []
     for batch in eval_batches(samples, batch=64, rank=0, num_ranks=1, workers=1, prefetch=2):
         rows.append(batch.rows[:, 0].numpy().copy())
