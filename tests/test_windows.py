@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtl_dist.data.cache import Cache
-from mtl_dist.data.features import FeatureReader, FeatureWindows, read_spans
+from mtl_dist.data.features import FeatureReader, FeatureRows
 from mtl_dist.data.index import check_pair, read_sets
 from mtl_dist.data.loader import eval_batches, train_batches
 from mtl_dist.data.order import Order, eval_videos
 from mtl_dist.data.samples import Mixture
+from mtl_dist.data.sequences import Layout, WindowSamples, read_layout
 from mtl_dist.data.windows import Windows
 from mtl_dist.errors import InputError
 from tests.conftest import write_features
@@ -67,10 +68,10 @@ def test_a_window_is_the_same_whoever_asks_for_it():
         assert windows.spans(np.array([number]), epoch=4)[0].tolist() == every[number].tolist()
 
 
-def open_windows(*uris, length=16, context=0, seed=0) -> FeatureWindows:
+def open_windows(*uris, length=16, context=0, seed=0) -> WindowSamples:
     sets = read_sets([str(uri) for uri in uris])
     readers = [FeatureReader(uri, index, Cache(None)) for uri, index in sets.pairs()]
-    return FeatureWindows(readers, sets.sha256, Windows(readers[0].index.video_rows, length, seed), context)
+    return WindowSamples(FeatureRows(readers), sets.sha256, Windows(readers[0].index.video_rows, length, seed), context)
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +179,7 @@ def test_videos_are_shared_out_whole_each_once(frames, batch, num_ranks):
 
 
 def test_a_rank_without_videos_has_an_empty_batch(features):
-    batch = read_spans(open_windows(features).readers, [], np.zeros(0, np.int64), context=3)
+    batch = read_layout(open_windows(features).source, Layout([], [], [], []), np.zeros(0, np.int64))
     assert batch.inputs.shape == (0, 1, 6)
     assert batch.labels.va.shape == (0, 1, 2)
 

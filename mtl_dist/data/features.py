@@ -1,12 +1,12 @@
-"""Windows of the features of videos, and whole videos: how sequence models are trained, and how they are evaluated.
+"""Reads sets of features: rows of whole videos, which are slices of mapped tars.
 
-Features of several extractors stand side by side in a row. A window's rows are a slice of a mapped tar.
+Features of several extractors of the same pictures stand side by side in a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -16,13 +16,13 @@ import torch
 from isal.isal_zlib import crc32
 from torch import Tensor
 
+from mtl_dist.config import Config
 from mtl_dist.data.index import FEATURE_BYTES, FeatureShard
-from mtl_dist.data.labels import NO_ROW, make_table, split_table
+from mtl_dist.data.labels import make_table
 from mtl_dist.data.mapped import MappedShards
 from mtl_dist.data.reader import Names
+from mtl_dist.data.sequences import Layout
 from mtl_dist.data.sidecar import FeatureSidecar, check_feature_places, parse_feature_sidecar
-from mtl_dist.data.windows import Windows
-from mtl_dist.errors import InputError
 from mtl_dist.tasks import Batch, LabelCounts
 
 
@@ -70,11 +70,10 @@ class FeatureReader(MappedShards[_OpenFeatures]):
 
 
 @dataclass(frozen=True)
-class _OfVideos:
-    """What windows and whole videos have in common. All readers are of the same rows."""
+class FeatureRows:
+    """The rows of one or several sets side by side (`sequences.VideoSource`), all of the same pictures."""
 
     readers: Sequence[FeatureReader]
-    sha256: str
 
     @property
     def counts(self) -> LabelCounts:
@@ -84,104 +83,41 @@ class _OfVideos:
     def max_open(self) -> int:
         return sum(reader.max_open for reader in self.readers)
 
-    def give_back(self, batch: Batch) -> None:
-        """Its memory is its own."""
+    @cached_property
+    def video_rows(self) -> np.ndarray:
+        return self.readers[0].index.video_rows
+
+    @cached_property
+    def group_videos(self) -> list[int]:
+        return [len(entry.videos) for entry in self.readers[0].index.shards]
+
+    def read(self, layout: Layout) -> Tensor:
+        """Return (B, T, D) float16."""
+        width = sum(reader.index.extractor.width for reader in self.readers)
+        inputs = np.zeros((len(layout.videos), layout.longest, width), np.float16)
+        for own, video, first, end in zip(inputs, layout.videos, layout.firsts, layout.ends):
+            parts = [reader.features(video, first, end) for reader in self.readers]
+            np.concatenate(parts, axis=1, out=own[: end - first])
+        return torch.from_numpy(inputs)
+
+    def table(self, video: int, begin: int, end: int) -> np.ndarray:
+        return self.readers[0].table(video, begin, end)
 
     def warm(self, groups: Iterable[int]) -> None:
-        warm_videos(self.readers, groups)
+        """Fetch shards of the first set, and those of the others that have the same videos."""
+        first, *others = self.readers
+        of_groups = list(pairwise(accumulate(self.group_videos, initial=0)))
+        for group in groups:
+            first.warm([group])
+            for reader in others:
+                reader.warm(sorted({reader.places[video][0] for video in range(*of_groups[group])}))
 
     def keep_open(self, count: int) -> None:
         for reader in self.readers:
             reader.keep_open(count)
 
-    def labelled(self, progress: Callable[[int], None] = lambda count: None) -> dict[str, np.ndarray]:
-        raise InputError(
-            "data.sampling is per_task, and which window has a label of a task is another in every epoch; "
-            "give data.sampling masked"
-        )
-
     def names(self) -> Names:
         return read_names(self.readers[0])
-
-
-@dataclass(frozen=True)
-class FeatureWindows(_OfVideos):
-    """The windows of one epoch as samples (`samples.Samples`)."""
-
-    windows: Windows
-    context: int = 0  # rows before a window that the model sees, and whose labels are other windows'
-    epoch: int = 0
-    frames: None = None
-
-    @cached_property
-    def group_sizes(self) -> np.ndarray:
-        return _sum_up(self.windows.counts, self.readers[0])
-
-    def at_epoch(self, epoch: int) -> FeatureWindows:
-        return replace(self, epoch=epoch)
-
-    def whole(self) -> FeatureVideos:
-        return FeatureVideos(self.readers, self.sha256)
-
-    def read(self, samples: np.ndarray) -> Batch:
-        spans = self.windows.spans(samples, epoch=self.epoch).tolist()
-        return read_spans(self.readers, spans, samples, context=self.context)
-
-
-@dataclass(frozen=True)
-class FeatureVideos(_OfVideos):
-    """Whole videos as samples (`samples.Samples`): how every row is evaluated, once."""
-
-    @cached_property
-    def frames(self) -> np.ndarray:
-        return self.readers[0].index.video_rows
-
-    @cached_property
-    def group_sizes(self) -> np.ndarray:
-        return _sum_up(np.ones_like(self.frames), self.readers[0])
-
-    def at_epoch(self, epoch: int) -> FeatureVideos:
-        return self
-
-    def whole(self) -> FeatureVideos:
-        return self
-
-    def read(self, samples: np.ndarray) -> Batch:
-        spans = [(video, 0, int(self.frames[video])) for video in samples.tolist()]
-        return read_spans(self.readers, spans, samples, context=0)
-
-
-def read_spans(
-    readers: Sequence[FeatureReader], spans: list[tuple[int, int, int]], samples: np.ndarray, *, context: int
-) -> Batch:
-    """Read rows [begin, end) of videos, with up to `context` rows before them, into a `Batch` of (B, T, D) float16.
-
-    What stands before a span is seen and not learnt from: it is valid, and has neither labels nor row numbers.
-    """
-    seen = [(video, max(0, begin - context), begin, end) for video, begin, end in spans]
-    longest = max((end - first for _, first, _, end in seen), default=1)
-    width = sum(reader.index.extractor.width for reader in readers)
-    inputs = np.zeros((len(seen), longest, width), np.float16)
-    valid = np.zeros((len(seen), longest), bool)
-    table = np.tile(NO_ROW, (len(seen), longest, 1))
-    for place, (video, first, begin, end) in enumerate(seen):
-        parts = [reader.features(video, first, end) for reader in readers]
-        np.concatenate(parts, axis=1, out=inputs[place, : end - first])
-        valid[place, : end - first] = True
-        table[place, begin - first : end - first] = readers[0].table(video, begin, end)
-    labels, rows = split_table(table)
-    numbers = torch.from_numpy(np.array(samples, np.int64))
-    return Batch(torch.from_numpy(inputs), torch.from_numpy(valid), labels, rows, numbers)
-
-
-def warm_videos(readers: Sequence[FeatureReader], groups: Iterable[int]) -> None:
-    """Fetch the shards that hold the videos of the first reader's shards `groups`."""
-    first, *others = readers
-    of_shards = list(pairwise(accumulate((len(entry.videos) for entry in first.index.shards), initial=0)))
-    for group in groups:
-        first.warm([group])
-        for reader in others:
-            reader.warm(sorted({reader.places[video][0] for video in range(*of_shards[group])}))
 
 
 def read_names(reader: FeatureReader) -> Names:
@@ -197,15 +133,6 @@ def read_names(reader: FeatureReader) -> Names:
     return Names(np.concatenate([sidecar.row for sidecar in sidecars]), images, videos)
 
 
-def _sum_up(of_videos: np.ndarray, reader: FeatureReader) -> np.ndarray:
-    """Add up numbers of videos by shard."""
-    return np.array([part.sum() for part in np.split(of_videos, _ends(reader))], np.int64)
-
-
-def _ends(reader: FeatureReader) -> list[int]:
-    return list(accumulate(len(entry.videos) for entry in reader.index.shards))[:-1]
-
-
 class FeaturePreparation:
     """Hands features to the model as they are: it standardises them."""
 
@@ -216,3 +143,8 @@ class FeaturePreparation:
     def __call__(self, batch: Batch, draws: Tensor | None) -> Tensor:
         """Return (B, T, D) float32."""
         return batch.inputs.float()
+
+
+def build_feature_preparation(config: Config) -> FeaturePreparation:
+    """Build what features are prepared by."""
+    return FeaturePreparation()

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from mtl_dist.config import Config
 from mtl_dist.data.cache import Cache
-from mtl_dist.data.features import FeatureReader, FeatureWindows
+from mtl_dist.data.features import FeatureReader, FeatureRows
 from mtl_dist.data.index import FEATURES, FORMAT, FeatureIndex, Index, Sets
 from mtl_dist.data.reader import Names, ShardReader
+from mtl_dist.data.sequences import WindowSamples
 from mtl_dist.data.windows import Windows
 from mtl_dist.tasks import PERSON, SET_BITS, Batch, LabelCounts, Labels
 
@@ -204,7 +205,7 @@ def _open_images(part: list[tuple[str, Index]], config: Config, cache: Cache) ->
 def _open_features(part: list[tuple[str, Index]], config: Config, cache: Cache) -> Samples:
     readers = [FeatureReader(uri, index, cache) for uri, index in part]
     windows = _windows(readers[0].index, config)
-    return FeatureWindows(readers, Sets(*zip(*part)).sha256, windows, context=config.model.sequence.context)
+    return WindowSamples(FeatureRows(readers), Sets(*zip(*part)).sha256, windows, config.model.sequence.context)
 
 
 def _windows(index: FeatureIndex, config: Config) -> Windows:
