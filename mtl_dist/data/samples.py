@@ -234,5 +234,5 @@ def count_samples(sets: Sets, config: Config) -> tuple[int, str]:
 
 def open_samples(sets: Sets, config: Config, cache: Cache) -> Samples:
     """Open one or several sets as one, each as what its index says it is."""
-    parts = [KINDS[part[0][1].format](part, config, cache) for part in sets.parts()]
+    parts = [KINDS[part[0][1].format].open(part, config, cache) for part in sets.parts()]
     return parts[0] if len(parts) == 1 else Mixture(parts, sets.sha256)
