@@ -117,7 +117,7 @@ PUBLISHED = {
     },
     "loss": {
         "va": 1.0, "expr": 1.0, "au": 1.0, "balancing": "fixed", "expr_weights": "none", "au_weights": "none",
-        "label_smoothing": 0.0, "va_mse": 0.0, "va_after": 0,
+        "label_smoothing": 0.0, "va_mse": 0.0, "va_ccc": 1.0, "va_after": 0,
     },
     "optim": {
         "name": "sgd", "lr": 0.001, "momentum": 0.9, "nesterov": False, "weight_decay": 0.0005, "warmup_steps": 0,
