@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_serializer, field_validator, model_validator
 
 from mtl_dist.errors import MAX_SEED
-from mtl_dist.families import FAMILIES, min_input_size, patch_size
-from mtl_dist.model_config import MAX_SIDE, ModelConfig
+from mtl_dist.families import FAMILIES, families_of, min_input_size, patch_size
+from mtl_dist.model_config import MAX_SIDE, PARTS, ModelConfig
 from mtl_dist.settings import Name, Section, Varies, check_keys, merge
 from mtl_dist.tasks import TASKS
 
@@ -293,11 +293,16 @@ class Config(Section):
                 f"the model's input would be {self.input_size} pixels a side (data.image_size, or model.image_size); "
                 f"the backbone needs {least} at least"
             )
-        only = FAMILIES[self.model.name].backbones
+        only, takers = FAMILIES[self.model.name].backbones, families_of(self.model.backbone)
         if only and self.model.backbone not in only:
             raise ValueError(
                 f"model.name {self.model.name} takes no model.backbone {self.model.backbone}; expected "
                 f"{' or '.join(only)}"
+            )
+        if self.model.name not in takers:
+            raise ValueError(
+                f"model.backbone {self.model.backbone} is for model.name {' or '.join(takers)}, not "
+                f"{self.model.name}; give a backbone of images, or that model"
             )
         if (patch := patch_size(self.model.backbone)) and self.input_size % patch:
             raise ValueError(
@@ -325,6 +330,17 @@ class Config(Section):
                 f"ray.num_ranks goes up to {self.ray.num_ranks[1]} but there are {self.num_streams} "
                 f"streams (data.streams, a divisor of train.global_batch {batch}): a rank needs one at least"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _sources_are_trained(self):
+        is_read = "sequence" in FAMILIES[self.model.name].reads
+        for source in self.model.sequence.feed_source if is_read else ():
+            if not self.loss.weight(PARTS[source]):
+                raise ValueError(
+                    f"model.sequence.feed_source has {source}, and loss.{PARTS[source]} is 0: what it feeds would be "
+                    "untrained; give that loss a weight, or leave the source out"
+                )
         return self
 
     @property
