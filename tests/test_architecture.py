@@ -21,6 +21,7 @@ LAYERS = [
     {"mtl_dist.families", "mtl_dist.s3", "mtl_dist.sealed", "mtl_dist.machine", "mtl_dist.ranks", "mtl_dist.joining"},
     {"mtl_dist.storage", "mtl_dist.progress"},
     {"mtl_dist.settings"},
+    {"mtl_dist.model_config"},
     {"mtl_dist.config"},
     {"mtl_dist.unread"},
     {"mtl_dist.presets", "mtl_dist.device"},

@@ -55,6 +55,9 @@ class Backbone(nn.Sequential):
             images = part(images)
             yield images
 
+    def learn_inputs(self, mean: Tensor, std: Tensor) -> None:
+        """Take in the statistics of the training set's features. Images are normalised before they come here."""
+
     def imagenet_state(self) -> dict[str, Tensor]:
         """Download weights trained on ImageNet, by the names of our state dict. Raises `InputError`."""
         raise no_imagenet(type(self))
