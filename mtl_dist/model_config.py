@@ -52,8 +52,9 @@ class TwoLevelConfig(Section):
 class SequenceConfig(Section):
     """What system C has beside its backbone (arXiv 2207.09373, and its code)."""
 
-    encoder: Literal["transformer", "lstm", "gru", "tcn"] = "transformer"
-    """What reads a sequence. tcn: dilated convolutions, which see as much after a row as before it."""
+    encoder: Literal["transformer", "lstm", "gru", "tcn", "frame"] = "transformer"
+    """What reads a sequence. tcn: dilated convolutions, which see as much after a row as before it. frame: no row knows
+    of another; what the others bring is to be compared with it."""
     bidirectional: bool = False
     """Of lstm and gru: read both ways. Each way is `hidden` wide."""
     framework: Literal["share", "share_bottom"] = "share"

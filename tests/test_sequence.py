@@ -32,6 +32,7 @@ ENCODERS = {
     "two-way lstm": {"encoder": "lstm", "bidirectional": True},
     "two-way gru": {"encoder": "gru", "bidirectional": True},
     "tcn": {"encoder": "tcn"},
+    "frame": {"encoder": "frame"},
 }
 FRAMEWORKS = {
     "share": {},
@@ -53,7 +54,7 @@ SMALL = {
     "window": WINDOW,
 }
 LENGTHS = (23, 9, 1, 8, 17, 2)
-IN_WINDOWS = ("transformer", "tcn")
+IN_WINDOWS = ("transformer", "tcn", "frame")
 
 
 def settings_of(dropout=0.0, backbone="features", **changes):

@@ -1,4 +1,4 @@
-"""What reads sequences: a transformer, an LSTM, a GRU, and convolutions in time.
+"""What reads sequences: a transformer, an LSTM, a GRU, convolutions in time; and layers of every row by itself.
 
 Every encoder is `forward(x, valid) -> (N, T, width)` of vectors x (N, T, D), finite everywhere, and of `valid` (N, T)
 bool, whose padding is at the end. What comes out for a row depends on the valid rows of its own sequence alone: not on
@@ -75,6 +75,19 @@ class Convolutional(nn.Module):
         return x
 
 
+class PerRow(nn.Sequential):
+    """Fully connected layers of every row by itself."""
+
+    def __init__(self, width: int, *, layers: int, dropout: float):
+        super().__init__()
+        self.width = width
+        for _ in range(layers):
+            self.extend([nn.Linear(width, width), nn.ReLU(), nn.Dropout(dropout)])
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        return super().forward(x)
+
+
 class ConvolutionBlock(nn.Module):
     """(N, T, width) -> the same; `there` (N, T, 1) bool. A norm of every row by itself follows the residual."""
 
@@ -122,6 +135,8 @@ def build_layers(config: SequenceConfig, in_width: int, *, layers: int, dropout:
         return Recurrent(config.encoder, in_width, config.hidden, **how)
     if config.encoder == "tcn":
         return Convolutional(in_width, layers=layers, dropout=dropout)
+    if config.encoder == "frame":
+        return PerRow(in_width, layers=layers, dropout=dropout)
     heads = in_width // (config.hidden // config.heads)
     return Transformer(in_width, layers=layers, heads=heads, ffn=config.ffn, dropout=dropout)
 

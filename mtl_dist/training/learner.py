@@ -125,7 +125,7 @@ def _build_model(config: Config, *, begins: bool, start: Start | None, train: Se
     if begins:
         model = build_started(config, start) if start else build_pretrained(config)
         if train and train.statistics and not start:
-            model.backbone.learn_inputs(*train.statistics)
+            model.backbone.learn_inputs(*map(torch.from_numpy, train.statistics))
     else:
         settings = config.model.model_copy(update={"weights": "none"})
         model = build_model(settings, seed=config.run.seed, input_size=config.input_size)

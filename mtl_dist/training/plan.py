@@ -13,7 +13,7 @@ from mtl_dist.data.order import Order
 from mtl_dist.data.samples import Samples, count_samples
 from mtl_dist.data.task_orders import TaskOrders, build_task_orders
 from mtl_dist.errors import Damaged, InputError
-from mtl_dist.families import objective_of
+from mtl_dist.families import FEATURES, objective_of
 from mtl_dist.objective.scores import find_score
 from mtl_dist.shards.overlap import check_shared, find_shared
 from mtl_dist.tasks import AUS, TASKS, LabelCounts
@@ -72,7 +72,7 @@ def open_data(config: Config) -> Data:
 def _check_inputs(config: Config, train: Sets) -> None:
     """Raise where the model does not read what the sets hold."""
     widths, own = [extractor.width for extractor in train.extractors], config.model
-    if bool(widths) != (own.backbone == "features"):
+    if bool(widths) != (own.backbone == FEATURES):
         holds, other = ("features", "pictures") if widths else ("pictures", "features")
         raise InputError(
             f"{train} holds {holds}, and model.backbone {own.backbone} reads {other}; give a set of {other}, or "
@@ -122,7 +122,14 @@ def _check_labels(config: Config, train: Sets, val: Sets) -> None:
 
 
 def note_labels(config: Config, data: Data) -> list[str]:
-    """Say what is trained and not scored, scored and not trained, or neither though it has a loss."""
+    """Say what is trained and not scored, scored and not trained, or neither though it has a loss; and of what video
+    nothing of time can be learnt."""
+    alone = sum(int((index.video_rows == 1).sum()) for index in data.train.firsts if data.train.extractors)
+    about = f"{alone} training video(s) have one row: nothing comes before or after it" if alone else ""
+    return [*_note_labels(config, data), *filter(None, [about])]
+
+
+def _note_labels(config: Config, data: Data) -> list[str]:
     if not objective_of(config.model.name).reads_labels:
         return []
     trained = _trained(config, data.train)
@@ -246,7 +253,11 @@ def _describe(
     frozen = " (frozen)" if config.model.freeze_backbone else ""
     batch = config.train.global_batch
     size_mb = sum(shard.tar_bytes for shard in train.shards) / 1e6
-    pixels_mb = batch * max(len(data.tasks), 1) * 3 * config.input_size**2 * 4 / 1e6
+    inputs, numbers = f"input {config.input_size} x {config.input_size}", 3 * config.input_size**2
+    if widths := [extractor.width for extractor in train.extractors]:
+        window = config.model.sequence.window
+        inputs, numbers = f"windows of {window} rows of {' + '.join(map(str, widths))}", window * sum(widths)
+    inputs_mb = batch * max(len(data.tasks), 1) * numbers * 4 / 1e6
     ranks = (f"{high}" if low == high else f"{low} to {high}") + " rank" + "s" * (high > 1)
     num_left = data.num_samples - steps * batch
     left_out = f"{num_left} {data.noun} an epoch are left out, others each time"
@@ -259,9 +270,8 @@ def _describe(
         f"{len(train.shards)} shards, {size_mb:.1f} MB",
         f"val     {val}: {val.rows} rows, {_labelled(val.labels)}, {len(val.shards)} shards",
         f"steps   {steps} an epoch, {total} in all; {left_out}",
-        f"batch   {batch} over {ranks}, {config.num_streams} streams, {pixels_mb:.0f} MB of pixels",
-        f"model   {config.model.name}, backbone {config.model.backbone}{frozen}, weights {weights}, "
-        f"input {config.input_size} x {config.input_size}",
+        f"batch   {batch} over {ranks}, {config.num_streams} streams, {inputs_mb:.0f} MB of inputs",
+        f"model   {config.model.name}, backbone {config.model.backbone}{frozen}, weights {weights}, {inputs}",
     ]
     return "\n".join([*lines, *(f"note    {note}" for note in notes)])
 
