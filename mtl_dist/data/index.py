@@ -294,7 +294,7 @@ class Sets:
     @property
     def source_sha256(self) -> str:
         """Identity of what the sets were made of."""
-        return _identity([index.source_sha256 for index in self.indexes])
+        return _identity([index.source_sha256 for index in self.firsts])
 
 
 def read_sets(uris: Sequence[str]) -> Sets:
