@@ -292,6 +292,11 @@ class Sets:
         return _identity([index.sha256 for index in self.indexes])
 
     @property
+    def origin(self) -> str:
+        """Identity of the pictures: sets of them, and of features of them, have the same."""
+        return _identity([index.origin for index in self.firsts])
+
+    @property
     def source_sha256(self) -> str:
         """Identity of what the sets were made of."""
         return _identity([index.source_sha256 for index in self.firsts])
