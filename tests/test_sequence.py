@@ -276,6 +276,8 @@ def test_samples_without_rows_and_of_one_row_are_no_trouble(encoder, framework, 
         outputs = model(inputs, valid)
         assert [output.shape[-1] for output in outputs] == [2, 8, 12]
         assert not any(output[~valid].any() for output in outputs)
+        with torch.no_grad():
+            assert all(torch.isfinite(output).all() for output in (*outputs, *model(inputs, valid)))
         sum(output.sum() for output in outputs).backward()
         for name, parameter in model.named_parameters():
             assert torch.isfinite(parameter.grad).all(), name
@@ -344,6 +346,14 @@ def test_the_mean_of_a_constant_over_windows_is_the_constant(encoder):
     assert torch.allclose(outputs.va[..., 0][batch.valid], torch.tensor(valence), rtol=0, atol=1e-6)
     assert torch.allclose(outputs.expr_logits[batch.valid], torch.tensor(1.7), rtol=0, atol=1e-6)
     assert torch.allclose(outputs.au_logits[batch.valid], torch.tensor(-2.3), rtol=0, atol=1e-6)
+
+
+def test_a_training_sample_is_one_sequence_whatever_context_it_has():
+    model, last = make("transformer", context=4), WINDOW + 4 - 1
+    for is_training in (True, False):
+        rows = torch.randn(1, WINDOW + 4, D, requires_grad=True, generator=torch.Generator().manual_seed(0))
+        model.train(is_training)(rows, all_valid(rows)).va[0, 0].sum().backward()
+        assert bool(rows.grad[0, last].any()) == is_training
 
 
 @pytest.mark.parametrize("encoder", [name for name in ENCODERS if name not in IN_WINDOWS])
