@@ -65,6 +65,13 @@ class Names(NamedTuple):
     videos: list[str | None]  # None where the source has no name for it: an image's directory is its video
 
 
+def names_of(sidecars: list[Sidecar]) -> Names:
+    """Return what the samples of sidecars are called, one sidecar's after another's."""
+    images = [name for s in sidecars for name in s.image_names()]
+    videos = [name for s in sidecars for name in s.video_names() or repeat(None, len(s.row))]
+    return Names(np.concatenate([s.row for s in sidecars]), images, videos)
+
+
 class ShardReader:
     """Reads samples of one set. Safe to share between threads."""
 
@@ -102,10 +109,7 @@ class ShardReader:
 
     def names(self) -> Names:
         """Return the names of every sample of the set, in its order."""
-        sidecars = list(self._read_sidecars(lambda count: None))
-        images = [name for s in sidecars for name in s.image_names()]
-        videos = [name for s in sidecars for name in s.video_names() or repeat(None, len(s.row))]
-        return Names(np.concatenate([s.row for s in sidecars]), images, videos)
+        return names_of(list(self.sidecars()))
 
     def labelled_samples(self, progress: Callable[[int], None] = lambda count: None) -> dict[str, np.ndarray]:
         """Return {task: (n,) int64 ascending numbers of the samples that carry a label of it}; every task is there.
@@ -113,13 +117,13 @@ class ShardReader:
         Reads all sidecars and no tar; `progress` is told of shards.
         """
         numbers = {task: [np.zeros(0, np.int64)] for task in TASKS}
-        for start, sidecar in zip(self._starts.tolist(), self._read_sidecars(progress)):
+        for start, sidecar in zip(self._starts.tolist(), self.sidecars(progress)):
             for task, mask in zip(TASKS, (sidecar.va_mask, sidecar.expr_mask, sidecar.au_mask.any(1))):
                 numbers[task].append(start + np.flatnonzero(mask))
         return {task: np.concatenate(parts) for task, parts in numbers.items()}
 
-    def _read_sidecars(self, progress: Callable[[int], None]) -> Iterator[Sidecar]:
-        """Yield the sidecars of all shards in their order."""
+    def sidecars(self, progress: Callable[[int], None] = lambda count: None) -> Iterator[Sidecar]:
+        """Yield the sidecars of all shards in their order; `progress` is told of shards."""
         with DaemonThreads(SIDECAR_THREADS, "sidecar") as pool:
             for sidecar in pool.map(self._read_sidecar, self.index.shards):
                 progress(1)
