@@ -55,6 +55,10 @@ class Backbone(nn.Sequential):
             images = part(images)
             yield images
 
+    def class_token(self, images: Tensor) -> Tensor:
+        """Return the class token of a transformer, (N, num_channels). Raises `InputError` where there is none."""
+        raise InputError(f"{type(self).__name__} has no class token: it has cells alone")
+
     def imagenet_state(self) -> dict[str, Tensor]:
         """Download weights trained on ImageNet, by the names of our state dict. Raises `InputError`."""
         raise no_imagenet(type(self))
