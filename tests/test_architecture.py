@@ -31,7 +31,7 @@ LAYERS = [
     {"mtl_dist.runs"},
     {"mtl_dist.predicting"},
     {"mtl_dist.training"},
-    {"mtl_dist.ensemble", "mtl_dist.export", "mtl_dist.report"},
+    {"mtl_dist.ensemble", "mtl_dist.export", "mtl_dist.report", "mtl_dist.features"},
     {"mtl_dist.train", "mtl_dist.predict", "mtl_dist.shards.__main__"},
     {"tune", "cluster"},
     {"benchmarks"},

@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import REPO, run_here
 
-PAGES = ("README.md", "cluster/README.md", "shards/README.md")
+PAGES = ("README.md", "cluster/README.md", "shards/README.md", "shards/FEATURES.md")
 
 
 def commands(page: str) -> list[tuple[str, list[str]]]:
@@ -23,7 +23,11 @@ def commands(page: str) -> list[tuple[str, list[str]]]:
 
 @cache
 def help_of(module: str) -> str:
-    commands = {"mtl_dist.shards": ("create", "verify", "inspect", "synth"), "cluster.local": ("up", "down", "status")}
+    commands = {
+        "mtl_dist.shards": ("create", "verify", "inspect", "synth"),
+        "mtl_dist.features": ("create", "verify", "inspect", "folds"),
+        "cluster.local": ("up", "down", "status"),
+    }
     return " ".join(
         run_here(module, *verb, "--help").stdout for verb in [(v,) for v in commands.get(module, ())] or [()]
     )

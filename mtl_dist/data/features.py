@@ -122,7 +122,7 @@ class FeatureRows:
 
 def read_names(reader: FeatureReader) -> Names:
     """Return what the rows of a set are called, in their order."""
-    sidecars: list[FeatureSidecar] = list(reader.read_sidecars())
+    sidecars: list[FeatureSidecar] = list(reader.sidecars())
     images = [name for sidecar in sidecars for name in sidecar.image_names()]
     videos = [
         name

@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
+from typing import TypeVar
 
 import numpy as np
 
@@ -25,6 +26,8 @@ PLAN_STEPS = 16  # whose samples are found at once
 FETCH_AHEAD_STEPS = 4 * PLAN_STEPS  # how far ahead of the loader shards are fetched from the store
 FETCH_THREADS = 2
 CLOSE_S = 1.0  # more than a batch takes; how long closing waits for loading threads, and for fetching ones
+
+Loaded = TypeVar("Loaded")
 
 
 def train_batches(
@@ -58,7 +61,7 @@ def train_batches(
                 yield functools.partial(load, numbers)
 
     try:
-        yield from _ahead(loads(), workers=workers, prefetch=prefetch)
+        yield from ahead(loads(), workers=workers, prefetch=prefetch)
     finally:
         fetchers.close(patience_s=CLOSE_S)
 
@@ -91,7 +94,7 @@ def eval_batches(
         start, stop = eval_range(int(samples.group_sizes.sum()), rank=rank, num_ranks=num_ranks)
         batches = (np.arange(begin, min(begin + batch, stop)) for begin in range(start, stop, batch))
     loads = (functools.partial(samples.read, numbers) for numbers in batches)
-    yield from _ahead(loads, workers=workers, prefetch=prefetch)
+    yield from ahead(loads, workers=workers, prefetch=prefetch)
 
 
 def lend(samples: Samples, batches: Generator[Batch]) -> Generator[Batch]:
@@ -102,13 +105,13 @@ def lend(samples: Samples, batches: Generator[Batch]) -> Generator[Batch]:
             samples.give_back(batch)
 
 
-def _ahead(loads: Iterator[Callable[[], Batch]], *, workers: int, prefetch: int) -> Iterator[Batch]:
-    """Run `loads` in order with `workers` threads, at most `prefetch` batches ahead of what was taken."""
+def ahead(loads: Iterable[Callable[[], Loaded]], *, workers: int, prefetch: int) -> Generator[Loaded]:
+    """Yield what `loads` return, in order: run by `workers` threads, at most `prefetch` ahead of what was taken."""
     if workers == 0:
         for load in loads:
             yield load()
         return
-    pending: deque[Future[Batch]] = deque()
+    pending: deque[Future[Loaded]] = deque()
     pool = DaemonThreads(workers, "loader")
     try:
         for load in loads:

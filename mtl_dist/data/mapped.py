@@ -66,7 +66,7 @@ class MappedShards(Generic[Opened]):
                 self._open.popitem(last=False)  # unmapped once no batch under way uses it
         return opened
 
-    def read_sidecars(self, progress: Callable[[int], None] = lambda count: None) -> Iterator[Any]:
+    def sidecars(self, progress: Callable[[int], None] = lambda count: None) -> Iterator[Any]:
         """Yield the sidecars of all shards in their order; `progress` is told of shards."""
         with DaemonThreads(SIDECAR_THREADS, "sidecar") as pool:
             for sidecar in pool.map(self._read_sidecar, self.index.shards):

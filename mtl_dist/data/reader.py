@@ -44,6 +44,13 @@ class Names(NamedTuple):
     videos: list[str | None]  # None where the source has no name for it: an image's directory is its video
 
 
+def names_of(sidecars: list[Sidecar]) -> Names:
+    """Return what the samples of sidecars are called, one sidecar's after another's."""
+    images = [name for s in sidecars for name in s.image_names()]
+    videos = [name for s in sidecars for name in s.video_names() or repeat(None, len(s.row))]
+    return Names(np.concatenate([s.row for s in sidecars]), images, videos)
+
+
 class ShardReader(MappedShards[_OpenShard]):
     """Reads samples of one set. Safe to share between threads."""
 
@@ -78,10 +85,7 @@ class ShardReader(MappedShards[_OpenShard]):
 
     def names(self) -> Names:
         """Return the names of every sample of the set, in its order."""
-        sidecars = list(self.read_sidecars())
-        images = [name for s in sidecars for name in s.image_names()]
-        videos = [name for s in sidecars for name in s.video_names() or repeat(None, len(s.row))]
-        return Names(np.concatenate([s.row for s in sidecars]), images, videos)
+        return names_of(list(self.sidecars()))
 
     def labelled_samples(self, progress: Callable[[int], None] = lambda count: None) -> dict[str, np.ndarray]:
         """Return {task: (n,) int64 ascending numbers of the samples that carry a label of it}; every task is there.
@@ -89,7 +93,7 @@ class ShardReader(MappedShards[_OpenShard]):
         Reads all sidecars and no tar; `progress` is told of shards.
         """
         numbers = {task: [np.zeros(0, np.int64)] for task in TASKS}
-        for start, sidecar in zip(self._starts.tolist(), self.read_sidecars(progress)):
+        for start, sidecar in zip(self._starts.tolist(), self.sidecars(progress)):
             for task, mask in zip(TASKS, (sidecar.va_mask, sidecar.expr_mask, sidecar.au_mask.any(1))):
                 numbers[task].append(start + np.flatnonzero(mask))
         return {task: np.concatenate(parts) for task, parts in numbers.items()}

@@ -58,6 +58,10 @@ class Backbone(nn.Sequential):
     def learn_inputs(self, mean: Tensor, std: Tensor) -> None:
         """Take in the statistics of the training set's features. Images are normalised before they come here."""
 
+    def class_token(self, images: Tensor) -> Tensor:
+        """Return the class token of a transformer, (N, num_channels). Raises `InputError` where there is none."""
+        raise InputError(f"{type(self).__name__} has no class token: it has cells alone")
+
     def imagenet_state(self) -> dict[str, Tensor]:
         """Download weights trained on ImageNet, by the names of our state dict. Raises `InputError`."""
         raise no_imagenet(type(self))

@@ -55,6 +55,19 @@ class IResNet(Backbone):
                 nn.init.normal_(child.weight, std=0.1)
 
 
+class Embedding(nn.Module):
+    """What ArcFace has behind an IResNet: its cells (N, 512, 7, 7), of images of 112 pixels, as a vector (N, 512)."""
+
+    def __init__(self, *, cells: int = 7):
+        super().__init__()
+        self.cells = cells
+        self.fc = nn.Linear(512 * cells**2, 512)
+        self.features = nn.BatchNorm1d(512)
+
+    def forward(self, cells: Tensor) -> Tensor:
+        return self.features(self.fc(cells.flatten(1)))
+
+
 class IBlock(nn.Module):
     """BN, convolution, BN, PReLU, convolution, BN, and a shortcut; nothing after their sum."""
 

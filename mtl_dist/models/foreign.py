@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mtl_dist.errors import InputError
 from mtl_dist.models.backbone import Backbone
@@ -186,6 +186,22 @@ def load_backbone_weights(backbone: Backbone, weights_file: Path, *, source: str
     loaded = Loaded(layout.title, len(renamed) - len(ignored), left_out, interpolated, notes)
     logger.info("%s: %s", source, loaded)
     return loaded
+
+
+def load_embedding(embedding: nn.Module, weights_file: Path, *, source: str | None = None) -> None:
+    """Load what a file has behind an IResNet, into `face_nets.Embedding`. Raises `InputError` where it has none."""
+    source = source or str(weights_file)
+    state = _find_layout(_unwrap(_read_file(Path(weights_file), source=source), source=source))[0]
+    for name, tensor in embedding.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        if name not in state or state[name].shape != tensor.shape:
+            found = tuple(state[name].shape) if name in state else "not there"
+            raise InputError(
+                f"{source} has no embedding of faces: {name!r} is {found}; expected {tuple(tensor.shape)}, as "
+                "insightface's IResNet has it"
+            )
+    embedding.load_state_dict(state, strict=False)
 
 
 def load_imagenet_weights(backbone: Backbone) -> Loaded:

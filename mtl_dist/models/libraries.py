@@ -68,6 +68,11 @@ class LibraryBackbone(Backbone):
         x = self.renormalise(images) if "renormalise" in self._modules else images
         return last_of_each(self.net.maps(x), images.shape[-1])
 
+    def class_token(self, images: Tensor) -> Tensor:
+        if not isinstance(self.net, TimmFeatures | TorchvisionViT):
+            return super().class_token(images)
+        return self.net.class_token(self.renormalise(images) if "renormalise" in self._modules else images)
+
     def imagenet_state(self) -> dict[str, Tensor]:
         return {self.library_prefix + name: tensor for name, tensor in self.read_imagenet().items()}
 
@@ -148,10 +153,17 @@ class TorchvisionViT(nn.Module):
         model.heads = nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
+        return self.tokens(images)[:, 1:].transpose(1, 2).unflatten(2, (self.cells, self.cells))
+
+    def class_token(self, images: Tensor) -> Tensor:
+        """Return its first token, (N, C)."""
+        return self.tokens(images)[:, 0]
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """Return what it makes of images, (N, 1 + hw, C)."""
         tokens = self.model._process_input(images)
         tokens = torch.cat((self.model.class_token.expand(images.shape[0], -1, -1), tokens), dim=1)
-        tokens = self.model.encoder(tokens)[:, 1:]
-        return tokens.transpose(1, 2).unflatten(2, (self.cells, self.cells))
+        return self.model.encoder(tokens)
 
 
 class Stages(nn.Module):
@@ -257,6 +269,15 @@ class TimmFeatures(nn.Module):
             images, indices=[self.stage], norm=self.norm, intermediates_only=True
         )
         return features
+
+    def class_token(self, images: Tensor) -> Tensor:
+        """Return its class token, (N, C). Raises `InputError` where it has none."""
+        if getattr(self.model, "cls_token", None) is None:
+            raise InputError(f"timm's {type(self.model).__name__} has no class token: it has cells alone")
+        ((_, first),) = self.model.forward_intermediates(
+            images, indices=[self.stage], norm=self.norm, intermediates_only=True, return_prefix_tokens=True
+        )
+        return first[:, 0]
 
 
 def _find_timm(name: str) -> PretrainedCfg:

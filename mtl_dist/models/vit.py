@@ -49,6 +49,9 @@ class ViT(Backbone):
         """Return the maps after each third of the blocks: all are of one resolution."""
         return self.net.thirds(images)
 
+    def class_token(self, images: Tensor) -> Tensor:
+        return self.net.model.forward_features(images)[:, 0]
+
 
 class Tokens(nn.Module):
     """The transformer; what it makes of every patch, laid out as the grid they come from."""

@@ -27,21 +27,24 @@ def map_over_cluster(
     gpus: float,
     retries: int,
     autoscaling: bool = False,
+    what: str = "prediction",
+    unit: str = "member",
 ) -> Iterator[tuple[str, Any]]:
     """Run `function` of every item as a Ray task of that name; yield (name, result) as they finish.
 
     A task that raises, or whose worker or node dies, is run again up to `retries` times, where there is room. One that
     keeps failing raises `TaskFailed` here; an `InputError` is raised at once. The other tasks are cancelled then.
+    `what` is done and the `unit` of a task, which its flags end with, are for messages.
     """
     import ray
     from ray.exceptions import RayError
 
-    join_cluster("predict in this process with --local")
+    join_cluster("do it on this machine with --local")
     if not gpus:
-        note_idle_gpus("prediction", "--gpus-per-member 1")
+        note_idle_gpus(what, f"--gpus-per-{unit} 1")
     if not autoscaling and (lack := _lack_of_room(cpus, gpus)):
         raise InputError(
-            f"{lack}; ask for fewer (--cpus-per-member, --gpus-per-member), or add nodes (--autoscaling: they come by "
+            f"{lack}; ask for fewer (--cpus-per-{unit}, --gpus-per-{unit}), or add nodes (--autoscaling: they come by "
             "themselves)"
         )
     options = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": retries, "retry_exceptions": True}

@@ -25,7 +25,7 @@ from mtl_dist.errors import OPTION_BOUNDS, InputError, check_numbers, choose_com
 from mtl_dist.machine import num_cpus
 from mtl_dist.progress import progress_bar
 from mtl_dist.shards.columns import NO_OPTIONS, TableOptions
-from mtl_dist.tasks import AUS, EXPRESSIONS, SPLITS, VIEWS
+from mtl_dist.tasks import SPLITS, VIEWS
 
 if TYPE_CHECKING:
     from mtl_dist.shards import skipping
@@ -172,10 +172,8 @@ def inspect(
         num_images: Of the sheet.
         seed: Of the choice of these images.
     """
-    from rich.console import Console
-    from rich.table import Table
-
     from mtl_dist.data.index import read_index
+    from mtl_dist.shards.summary import print_labels
 
     check_numbers(BOUNDS, num_images=num_images, seed=seed)
     if sheet is not None and sheet.suffix.lower() != ".png":
@@ -199,17 +197,7 @@ def inspect(
         print(json.dumps({**about, "labels": counts.model_dump()}))
         return
     print(f"{uri}  " + "  ".join(f"{key} {value}" for key, value in about.items()))
-    table = Table("label", "rows", "share of rows", "")
-    rows = [("valence, arousal", counts.va), ("expression", counts.expr), ("any action unit", max(counts.au))]
-    rows += [(f"  {name}", count) for name, count in zip(EXPRESSIONS, counts.expr_classes)]
-    rows += [
-        (f"  AU{number} on" + (f", of {of} labelled" if of else ", not labelled"), count)
-        for number, count, of in zip(AUS, counts.au_positives, counts.au)
-    ]
-    for name, count in [*rows, ("no label at all", counts.unlabelled)]:
-        share = count / index.rows
-        table.add_row(name, str(count), f"{share:.1%}", "█" * round(30 * share))
-    Console().print(table)
+    print_labels(counts, index.rows)
     if sheet is not None:
         print(f"wrote {sheet}")
 

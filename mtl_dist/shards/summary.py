@@ -1,4 +1,4 @@
-"""What `create` says at its end: what was written, what was not and why, and what to do next."""
+"""What `create` says at its end: what was written, what was not and why, and what to do next; and a table of labels."""
 
 from __future__ import annotations
 
@@ -43,6 +43,21 @@ def print_summary(
     else:
         print("every shard was there already")
     print(f"next: {_next_command(dest, indexes)}")
+
+
+def print_labels(counts: LabelCounts, num_rows: int) -> None:
+    """Print a histogram of labels."""
+    table = Table("label", "rows", "share of rows", "")
+    rows = [("valence, arousal", counts.va), ("expression", counts.expr), ("any action unit", max(counts.au))]
+    rows += [(f"  {name}", count) for name, count in zip(EXPRESSIONS, counts.expr_classes)]
+    rows += [
+        (f"  AU{number} on" + (f", of {of} labelled" if of else ", not labelled"), count)
+        for number, count, of in zip(AUS, counts.au_positives, counts.au)
+    ]
+    for name, count in [*rows, ("no label at all", counts.unlabelled)]:
+        share = count / num_rows
+        table.add_row(name, str(count), f"{share:.1%}", "█" * round(30 * share))
+    Console().print(table)
 
 
 def _next_command(dest: str, indexes: list[Index]) -> str:

@@ -64,20 +64,7 @@ def verify_shard(uri: str, entry: ShardEntry) -> Findings:
     """
     tar_uri, sidecar_uri = (storage.join(uri, f"{entry.name}.{suffix}") for suffix in ("tar", "safetensors"))
     with storage.scratch_directory("verify") as scratch:
-        faults, paths = [], []
-        for name, size, sha256 in (
-            (sidecar_uri, entry.sidecar_bytes, entry.sidecar_sha256),
-            (tar_uri, entry.tar_bytes, entry.tar_sha256),
-        ):
-            try:
-                paths.append(_local_copy(name, scratch))
-                found = paths[-1].stat().st_size
-                if found != size:
-                    faults.append(f"{name} has {found} bytes; the index says {size}")
-                elif storage.sha256_of(paths[-1]) != sha256:
-                    faults.append(f"{name}: its sha256 is not the index's")
-            except FileNotFoundError:
-                faults.append(f"{name} is gone")
+        paths, faults = find_files(uri, entry, scratch)
         if faults:
             return Findings(faults)
         try:
@@ -95,6 +82,25 @@ def verify_shard(uri: str, entry: ShardEntry) -> Findings:
         return Findings(faults)
     masks = {name: getattr(sidecar, name).astype(bool) for name in ("va_mask", "expr_mask", "au_mask")}
     return Findings([], sidecar.row, count_labels(sidecar._replace(**masks)))
+
+
+def find_files(uri: str, entry: ShardEntry, scratch: Path) -> tuple[list[Path], list[str]]:
+    """Return local paths of a shard's sidecar and tar, and where one is gone or not the index's, in words."""
+    faults, paths = [], []
+    for name, size, sha256 in (
+        (storage.join(uri, f"{entry.name}.safetensors"), entry.sidecar_bytes, entry.sidecar_sha256),
+        (storage.join(uri, f"{entry.name}.tar"), entry.tar_bytes, entry.tar_sha256),
+    ):
+        try:
+            paths.append(_local_copy(name, scratch))
+            found = paths[-1].stat().st_size
+            if found != size:
+                faults.append(f"{name} has {found} bytes; the index says {size}")
+            elif storage.sha256_of(paths[-1]) != sha256:
+                faults.append(f"{name}: its sha256 is not the index's")
+        except FileNotFoundError:
+            faults.append(f"{name} is gone")
+    return paths, faults
 
 
 def find_set_faults(index: Index, shards: list[Findings]) -> list[str]:
@@ -125,11 +131,11 @@ def _find_faults(tar: BinaryIO, sidecar: Sidecar, tar_bytes: int) -> Iterator[st
         try:
             if begin != end + TAR_BLOCK:
                 raise Damaged(f"the image is at byte {begin}; expected {end + TAR_BLOCK}, behind what comes before it")
-            if (size := _read_header(tar, end, f"{row:09d}.jpg")) != length:
+            if (size := read_header(tar, end, f"{row:09d}.jpg")) != length:
                 raise Damaged(f"the image has {size} bytes; the sidecar says {length}")
             image = tar.read(length)
             end = begin + -(-length // TAR_BLOCK) * TAR_BLOCK
-            json_size = _read_header(tar, end, f"{row:09d}.json")
+            json_size = read_header(tar, end, f"{row:09d}.json")
             if json_size > MAX_JSON_BYTES:
                 raise Damaged(f"labels of {json_size} bytes; expected at most {MAX_JSON_BYTES}")
             text = tar.read(json_size)
@@ -150,7 +156,7 @@ def _find_faults(tar: BinaryIO, sidecar: Sidecar, tar_bytes: int) -> Iterator[st
         yield f": holds {tar_bytes - end} bytes behind the last member; expected a few blocks of zeros"
 
 
-def _read_header(tar: BinaryIO, begin: int, name: str) -> int:
+def read_header(tar: BinaryIO, begin: int, name: str) -> int:
     """Return the size of the plain file `name` whose header is at `begin`; the next read gives its bytes.
 
     Raises `Damaged` where there is another.

@@ -1,0 +1,1 @@
+"""Features of the pictures of whole videos, made once by what was trained on single pictures."""

@@ -1,0 +1,77 @@
+"""The rows of a set of pictures by video: which videos there are, and in which order their rows come."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from mtl_dist.data.reader import ShardReader, names_of
+from mtl_dist.data.sidecar import FeatureSidecar, Sidecar
+from mtl_dist.objective.smoothing import make_timeline, video_names
+from mtl_dist.tasks import PERSON
+
+# What a row keeps of its picture's.
+KEPT = ("row", "image", "length", "crc32", "va", "expr", "au", "va_mask", "expr_mask", "au_mask")
+
+
+class VideoRows(NamedTuple):
+    """n rows of v videos, one video's behind another's. Videos in order of their first row, rows by frame and row."""
+
+    samples: np.ndarray  # (n,) int64 their numbers in the set of pictures
+    frame: np.ndarray  # (n,) int64 from 0 at the first frame of each video
+    kept: dict[str, np.ndarray]  # (n, ...) as in `Sidecar`: `KEPT`
+    videos: list[str]
+    num_rows: np.ndarray  # (v,) int64
+
+    @property
+    def starts(self) -> np.ndarray:
+        """(v + 1,) int64: where every video's rows begin; at the end the number of all."""
+        return np.concatenate([[0], np.cumsum(self.num_rows)])
+
+    def part(self, begin: int, end: int) -> VideoRows:
+        """Return the videos from `begin` to before `end`."""
+        rows = slice(*self.starts[[begin, end]].tolist())
+        kept = {name: array[rows] for name, array in self.kept.items()}
+        return VideoRows(
+            self.samples[rows], self.frame[rows], kept, self.videos[begin:end], self.num_rows[begin:end]
+        )  # fmt: skip
+
+
+def read_rows(reader: ShardReader) -> VideoRows:
+    """Read the rows of a set of pictures: all its sidecars, and no picture.
+
+    Frames are the numbers that names of pictures end with, where a video's all do (`make_timeline`); else pictures are
+    counted. Rows of one picture stand side by side. A picture of no video is a video of its own.
+    """
+    sidecars = list(reader.sidecars())
+    names = names_of(sidecars)
+    by_row = np.argsort(names.rows, kind="stable")
+    images = [names.images[place] for place in by_row]
+    videos = [
+        image if (own or "").startswith(PERSON) else own or directory
+        for image, own, directory in zip(images, (names.videos[place] for place in by_row), video_names(images))
+    ]
+    timeline = make_timeline(images, videos)
+    order = np.lexsort((timeline.frame, timeline.video))  # stable: then by row
+    samples = by_row[order]
+    kept = {name: _concatenate(sidecars, name)[samples] for name in KEPT}
+    return VideoRows(
+        samples, timeline.frame[order], kept, list(dict.fromkeys(videos)), np.bincount(timeline.video).astype(np.int64)
+    )
+
+
+def feature_sidecar(rows: VideoRows, *, videos: np.ndarray, begin: np.ndarray, checksum: np.ndarray) -> FeatureSidecar:
+    """Return the sidecar of a shard that holds the features of these rows; `videos` are their packed names."""
+    return FeatureSidecar(
+        **rows.kept, frame=rows.frame, video=videos, num_rows=rows.num_rows, begin=begin, checksum=checksum
+    )
+
+
+def _concatenate(sidecars: list[Sidecar], name: str) -> np.ndarray:
+    """Return an array of all samples; names are padded to the longest."""
+    arrays = [getattr(sidecar, name) for sidecar in sidecars]
+    if name == "image":
+        width = max(array.shape[1] for array in arrays)
+        arrays = [np.pad(array, ((0, 0), (0, width - array.shape[1]))) for array in arrays]
+    return np.concatenate(arrays)
