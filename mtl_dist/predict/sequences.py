@@ -35,12 +35,12 @@ class Rows(NamedTuple):
 
 
 def check_models(runs: Sequence[str], models: Sequence[Weights], extractors: Sequence[str]) -> bool:
-    """Return whether the models read features. Raises `InputError` where some do and some do not, or flags lack."""
+    """Return whether the models read features. Raises `InputError` where some do and some do not."""
     reads = [weights.config.model.backbone == FEATURES for weights in models]
     if any(reads) and not all(reads):
         raise InputError(
-            f"--runs names {runs[reads.index(True)]}, which reads features, and {runs[reads.index(False)]}, which reads "
-            "pictures; predict with each apart (python -m mtl_dist.ensemble combines them)"
+            f"--runs names {runs[reads.index(True)]}, which reads features, and {runs[reads.index(False)]}, which "
+            "reads pictures; predict with each apart (python -m mtl_dist.ensemble combines them)"
         )
     if extractors and not reads[0]:
         raise InputError(f"--extractors is for models of features, and {runs[0]} reads pictures; leave it out")
