@@ -47,11 +47,11 @@ from mtl_dist.models.backbone import Backbone
 from mtl_dist.models.backbones import build_backbone
 from mtl_dist.objective.affect import PredictedRows
 from mtl_dist.objective.metrics import Predictions, Targets
-from mtl_dist.objective.smoothing import video_names
 from mtl_dist.presets import load_preset
 from mtl_dist.report.intervals import number_videos
 from mtl_dist.runs.weights import load_weights, open_weights
 from mtl_dist.shards.annotations import FILES
+from mtl_dist.timeline import video_names
 from mtl_dist.training.tracking import read_records
 
 VIEW, SIZE, VIT = "cropped_aligned", 64, "vit_small"

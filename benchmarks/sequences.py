@@ -36,11 +36,12 @@ from mtl_dist.objective.affect import PredictedRows
 from mtl_dist.objective.crossfit import make_folds
 from mtl_dist.objective.metrics import Predictions, Targets, metric_sums
 from mtl_dist.objective.scores import scores
-from mtl_dist.objective.smoothing import Timeline, make_timeline, smooth
+from mtl_dist.objective.smoothing import smooth
 from mtl_dist.predicting.predictions import PredictionTable, read_predictions
 from mtl_dist.report.intervals import number_videos
 from mtl_dist.shards.annotations import FILES
 from mtl_dist.tasks import TASKS
+from mtl_dist.timeline import Timeline, make_timeline
 
 VIEW, SIZE, WINDOW = "cropped_aligned", 64, 48
 # Rows of training and validation, and the seed of the people.

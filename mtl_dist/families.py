@@ -134,6 +134,11 @@ def objective_of(model_name: str) -> ObjectiveName:
     return OBJECTIVES[FAMILIES[model_name].objective]
 
 
+def reads_videos(model_name: str) -> bool:
+    """Whether a sample of a family's models is rows of a video, and not one picture."""
+    return "sequence" in FAMILIES[model_name].reads
+
+
 def preparation_of(model_name: str, backbone: str) -> str:
     """Return what makes the inputs of a family's models with this backbone, MODULE:FUNCTION in `data/`."""
     own = OWN_BACKBONES[backbone].prepared_by if backbone in OWN_BACKBONES else ""

@@ -66,7 +66,7 @@ class FeatureReader(MappedShards[_OpenFeatures]):
             if crc32(data) != int(sidecar.checksum[number]):
                 raise self.damage_of(entry, f"video {number}", "its bytes do not match their checksum")
             videos.append(np.frombuffer(data, "<f2").reshape(rows, width))
-        return _OpenFeatures(videos, make_table(sidecar), list(accumulate(entry.videos, initial=0)))
+        return _OpenFeatures(videos, make_table(sidecar._asdict()), list(accumulate(entry.videos, initial=0)))
 
 
 @dataclass(frozen=True)

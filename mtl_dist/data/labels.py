@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mtl_dist.data.sidecar import FeatureSidecar, Sidecar
 from mtl_dist.tasks import NUM_AUS, Labels
 
 # A sample's row number and labels side by side, as float64, which holds every row number that occurs exactly: a batch
@@ -22,9 +22,9 @@ TABLE_WIDTH = sum(_WIDTHS.values())
 NO_ROW = np.array([-1.0] + [0.0] * (TABLE_WIDTH - 1))  # what padding has: row -1, and no labels
 
 
-def make_table(sidecar: Sidecar | FeatureSidecar) -> np.ndarray:
-    """Return the row numbers and labels of a sidecar's n rows: (n, TABLE_WIDTH) float64."""
-    return np.column_stack([getattr(sidecar, name) for name in _WIDTHS]).astype(np.float64)
+def make_table(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return the row numbers and labels of n rows, arrays as of a `Sidecar`: (n, TABLE_WIDTH) float64."""
+    return np.column_stack([arrays[name] for name in _WIDTHS]).astype(np.float64)
 
 
 def split_table(table: np.ndarray) -> tuple[Labels, Tensor]:

@@ -106,7 +106,7 @@ class ShardReader(MappedShards[_OpenShard]):
     def opened(self, tar: memoryview, sidecar: Sidecar, entry: ShardEntry) -> _OpenShard:
         ends = sidecar.offset + sidecar.length
         images = zip(sidecar.offset.tolist(), ends.tolist(), sidecar.crc32.tolist())
-        return _OpenShard(tar, list(images), make_table(sidecar).tobytes(), sidecar)
+        return _OpenShard(tar, list(images), make_table(sidecar._asdict()).tobytes(), sidecar)
 
     def _damaged_row(self, number: int, shard: _OpenShard, place: int, what: str) -> InputError:
         return self.damage_of(self.index.shards[number], f"row {shard.sidecar.row[place]}", what)

@@ -14,10 +14,12 @@ from torch import Tensor
 from mtl_dist.config import Config
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.features import FeatureReader, FeatureRows
-from mtl_dist.data.index import FEATURES, FORMAT, FeatureIndex, Index, Sets
+from mtl_dist.data.image_videos import ImageRows
+from mtl_dist.data.index import FEATURES, FORMAT, Index, Sets
 from mtl_dist.data.reader import Names, ShardReader
-from mtl_dist.data.sequences import WindowSamples
+from mtl_dist.data.sequences import VideoSource, WindowSamples
 from mtl_dist.data.windows import Windows
+from mtl_dist.families import reads_videos
 from mtl_dist.tasks import PERSON, SET_BITS, Batch, LabelCounts, Labels
 
 
@@ -197,42 +199,54 @@ def _name_apart(video: str | None, number: int) -> str | None:
     return f"{kind}{number}/{video.removeprefix(kind)}"
 
 
-def _open_images(part: list[tuple[str, Index]], config: Config, cache: Cache) -> Samples:
+Part = list[tuple[str, Index]]  # sets that stand side by side, by their URIs
+
+
+def _open_images(part: Part, config: Config, cache: Cache) -> Samples:
     ((uri, index),) = part
     return ImageSamples(ShardReader(uri, index, cache), config.data.image_size)
 
 
-def _open_features(part: list[tuple[str, Index]], config: Config, cache: Cache) -> Samples:
-    readers = [FeatureReader(uri, index, cache) for uri, index in part]
-    windows = _windows(readers[0].index, config)
-    return WindowSamples(FeatureRows(readers), Sets(*zip(*part)).sha256, windows, config.model.sequence.context)
+def _open_features(part: Part, config: Config, cache: Cache) -> Samples:
+    return _windows(part, FeatureRows([FeatureReader(uri, index, cache) for uri, index in part]), config)
 
 
-def _windows(index: FeatureIndex, config: Config) -> Windows:
-    return Windows(index.video_rows, config.model.sequence.window, config.run.seed)
+def _open_image_windows(part: Part, config: Config, cache: Cache) -> Samples:
+    ((uri, index),) = part
+    return _windows(part, ImageRows(ShardReader(uri, index, cache), config.data.image_size), config)
+
+
+def _windows(part: Part, source: VideoSource, config: Config) -> WindowSamples:
+    own = config.model.sequence
+    windows = Windows(source.video_rows, own.window, config.run.seed)
+    return WindowSamples(source, Sets(*zip(*part)).sha256, windows, own.context)
 
 
 class Kind(NamedTuple):
     """How sets of a format are read."""
 
-    open: Callable[[list[tuple[str, Index]], Config, Cache], Samples]
-    count: Callable[[Index, Config], int]  # samples of a set in an epoch
+    open: Callable[[Part, Config, Cache], Samples]
     noun: str  # what a sample is
 
 
+# By the format of the index, and whether the model reads videos.
 KINDS = {
-    FORMAT: Kind(_open_images, lambda index, config: index.rows, "rows"),
-    FEATURES: Kind(_open_features, lambda index, config: int(_windows(index, config).counts.sum()), "windows"),
+    (FORMAT, False): Kind(_open_images, "rows"),
+    (FORMAT, True): Kind(_open_image_windows, "windows"),
+    (FEATURES, True): Kind(_open_features, "windows"),
 }
 
 
-def count_samples(sets: Sets, config: Config) -> tuple[int, str]:
-    """Return how many samples an epoch has to read, and what they are called."""
-    kind = KINDS[sets.indexes[0].format]
-    return sum(kind.count(index, config) for index in sets.firsts), kind.noun
+def _kind_of(sets: Sets, config: Config) -> Kind:
+    return KINDS[sets.indexes[0].format, reads_videos(config.model.name)]
+
+
+def noun_of(sets: Sets, config: Config) -> str:
+    """Return what samples are called."""
+    return _kind_of(sets, config).noun
 
 
 def open_samples(sets: Sets, config: Config, cache: Cache) -> Samples:
     """Open one or several sets as one, each as what its index says it is."""
-    parts = [KINDS[part[0][1].format].open(part, config, cache) for part in sets.parts()]
+    parts = [_kind_of(sets, config).open(part, config, cache) for part in sets.parts()]
     return parts[0] if len(parts) == 1 else Mixture(parts, sets.sha256)

@@ -17,12 +17,12 @@ from mtl_dist.features.extractors import FeatureNet, build, find_feature_nets
 from mtl_dist.features.options import CreateOptions
 from mtl_dist.objective.affect import PredictedRows
 from mtl_dist.objective.metrics import Predictions, Targets
-from mtl_dist.objective.smoothing import make_timeline
 from mtl_dist.predicting.evaluate import predict
 from mtl_dist.predicting.inputs import Frames, ShardSet
 from mtl_dist.predicting.spread import Outcome
 from mtl_dist.runs.weights import FILE_SUFFIXES, Weights, load_weights
 from mtl_dist.tasks import Batch
+from mtl_dist.timeline import make_timeline
 
 Progress = Callable[[int], None]
 

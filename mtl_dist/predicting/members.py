@@ -22,9 +22,9 @@ from mtl_dist.data.samples import open_samples
 from mtl_dist.errors import InputError
 from mtl_dist.objective.affect import PredictedRows
 from mtl_dist.objective.metrics import Predictions, Targets
-from mtl_dist.objective.smoothing import video_names
 from mtl_dist.predicting.evaluate import predict
 from mtl_dist.runs.weights import Weights, load_weights, open_best
+from mtl_dist.timeline import video_names
 
 
 class Member(NamedTuple):

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mtl_dist import storage
 from mtl_dist.config import Config
+from mtl_dist.data.cache import GIB, Cache
 from mtl_dist.data.index import Sets, check_pair, check_stored, read_sets
 from mtl_dist.data.order import Order
-from mtl_dist.data.samples import Samples, count_samples
+from mtl_dist.data.samples import Samples, noun_of, open_samples
 from mtl_dist.data.task_orders import TaskOrders, build_task_orders
 from mtl_dist.errors import Damaged, InputError
 from mtl_dist.families import FEATURES, objective_of
@@ -52,7 +53,8 @@ def open_data(config: Config) -> Data:
     if objective_of(config.model.name).reads_labels:
         _check_labels(config, train, val)
     batch, share, tasks = config.train.global_batch, config.data.epoch_fraction, ()
-    num_samples, noun = count_samples(train, config)
+    noun, cache = noun_of(train, config), Cache(config.data.cache_dir, max_bytes=int(config.data.cache_gib * GIB))
+    num_samples = int(open_samples(train, config, cache).group_sizes.sum())
     rows = {"": num_samples}
     if config.data.sampling == "per_task":
         counts = (train.labels.va, train.labels.expr, max(train.labels.au))
