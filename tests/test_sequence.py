@@ -22,6 +22,8 @@ from mtl_dist.objective.losses import add_sums
 from mtl_dist.objective.module import build_module
 from mtl_dist.presets import load_preset
 from tests.test_objective import COUNTS
+from tests.test_recipes import assert_close_losses, config_of, run_ranks
+from tests.test_training import losses
 from tests.windows import DIMS, all_valid, make_windows
 
 D, WINDOW = sum(DIMS), 8
@@ -509,3 +511,25 @@ def test_the_square_error_of_valence_and_arousal_can_be_all_of_their_loss():
     for mine, theirs in zip(*(torch.autograd.grad(loss, weight, retain_graph=True) for loss in (found, direct))):
         torch.testing.assert_close(mine, theirs)
     assert objective.fixed == {"va": 24.0, "expr": 0.35, "au": 1.0}
+
+
+# --- Training ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.whole
+def test_training_over_a_backbone_of_images_has_the_same_losses_on_any_ranks_and_at_zero_stages(shards, tmp_path):
+    own = SMALL | ENCODERS["two-way gru"] | FRAMEWORKS["share bottom with feedback"]
+    layer = {
+        "model": {"name": "c", "backbone": "small", "weights": "none", "dropout": 0.0, "sequence": own},
+        "loss": {"va_ccc": 0.0, "va_mse": 2.0},
+        "optim": {"name": "adamw", "lr": 1e-3},
+        "engine": {"batchnorm": "frozen"},
+    }
+
+    def job(name: str, *layers):
+        return config_of(shards, tmp_path, name, layer, *layers), None
+
+    run_ranks(1, [job("one"), job("parts", {"train": {"accumulation": 3}})], tmp_path)
+    run_ranks(2, [job("two"), job("zero-2", {"engine": {"zero_stage": 2}})], tmp_path)
+    for name in ("parts", "two", "zero-2"):
+        assert_close_losses(losses(tmp_path, name), losses(tmp_path, "one"))
