@@ -20,8 +20,9 @@ from mtl_dist.report.__main__ import main as report
 from mtl_dist.runs.weights import load_weights, open_weights
 from mtl_dist.training.plan import open_data, plan_run
 from mtl_dist.training.tracking import read_records
-from tests.conftest import run_here, write_features
+from tests.conftest import assert_one_message, run_here, write_features
 from tests.test_recipes import EVERY_STEP, assert_close_losses, assert_same_run, run_ranks
+from tests.test_recipes import config_of as pictures_config
 from tests.test_training import losses
 
 TRAIN, VAL = [20, 33, 16, 7, 48, 5, 61, 16], [25, 9, 40, 16]
@@ -160,6 +161,42 @@ def test_runs_of_features_are_reported_and_ensembled(runs, tmp_path):
     table = read_predictions(str(tmp_path / "both" / "predictions.parquet"))
     assert table.images[0] == "v0/00001.jpg"
     assert len(table.images) == sum(VAL)
+
+
+@pytest.mark.whole
+def test_weights_of_sequences_are_exported_and_a_graph_is_refused(runs, tmp_path):
+    done = run_here("mtl_dist.export", runs / "gru-1", "--out", tmp_path / "out")
+    assert_one_message(done, "--formats has onnx", "reads whole videos", "--formats safetensors")
+    done = run_here("mtl_dist.export", runs / "gru-1", "--out", tmp_path / "out", "--formats", "safetensors")
+    assert done.returncode == 0, done.stderr
+    saved, exported = (load_weights(open_weights(str(uri))) for uri in (runs / "gru-1", tmp_path / "out"))
+    for name, tensor in saved.state_dict().items():
+        assert torch.equal(exported.state_dict()[name], tensor), name
+
+
+@pytest.mark.whole
+def test_a_backbone_is_trained_with_its_encoder_on_windows_of_pictures(shards, tmp_path):
+    """Two ranks have the losses of one, and every row is in one window."""
+    model = {
+        "model": {
+            "name": "c",
+            "backbone": "vgg_small",
+            "weights": "none",
+            "dropout": 0.0,
+            "sequence": {"encoder": "gru", "bidirectional": True, "hidden": 8, "layers": 1, "window": 4},
+        },
+        "data": {"image_size": 32},
+        "train": {"global_batch": 4, "epochs": 1, "eval_batch": 4},
+        "engine": {"batchnorm": "frozen"},
+    }
+    for num_ranks in (1, 2):
+        run_ranks(num_ranks, [(pictures_config(shards, tmp_path, f"of-{num_ranks}", model, SGD), None)], tmp_path)
+    assert_close_losses(losses(tmp_path, "of-2"), losses(tmp_path, "of-1"))
+    data = open_data(pictures_config(shards, tmp_path, "of-1", model, SGD))
+    assert data.noun == "windows"
+    member = open_member(f"{tmp_path}/of-2")
+    told = predict_member(member, device=torch.device("cpu"), batch=2, workers=0)
+    assert told.rows.tolist() == list(range(data.val.rows))
 
 
 def test_the_plan_counts_windows(features, tmp_path):

@@ -21,6 +21,7 @@ from mtl_dist.errors import InputError
 from mtl_dist.export.card import ONNX, Checked, write_card
 from mtl_dist.export.graph import check_onnx_installed, largest_difference, run_onnx, write_onnx
 from mtl_dist.export.options import ExportCommand
+from mtl_dist.families import reads_videos
 from mtl_dist.models import non_finite
 from mtl_dist.objective.metrics import Predictions
 from mtl_dist.objective.scores import constant_scores, label_sums
@@ -44,6 +45,11 @@ def export(command: ExportCommand) -> None:
     if "onnx" in command.formats:
         check_onnx_installed()
     weights = open_weights(command.run)
+    if "onnx" in command.formats and reads_videos(weights.config.model.name):
+        raise InputError(
+            f"--formats has onnx, and {command.run} reads whole videos: a graph is of single pictures; give --formats "
+            "safetensors"
+        )
     if not weights.state:
         raise InputError(f"{command.run} is an export already; name the run that it came from")
     _check_apart(command.out, weights)
