@@ -20,6 +20,7 @@ import webdataset as wds
 from safetensors.numpy import load, save
 from safetensors.torch import save_file
 
+from mtl_dist import storage
 from mtl_dist.data.augment import normalise
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.index import FEATURES, INDEX_NAME, FeatureIndex, dump_index, read_index, read_sets
@@ -62,7 +63,7 @@ def weights(tmp_path_factory) -> Path:
     return save_backbone(tmp_path_factory.mktemp("weights") / "vgg.safetensors")
 
 
-def create(dest: Path, data: list[Path], *runs: Path, **options) -> subprocess.CompletedProcess[str]:
+def create(dest: Path | str, data: list[Path | str], *runs: Path | str, **options) -> subprocess.CompletedProcess[str]:
     """Run `create` on this machine with one process, unless `options` say otherwise."""
     options = {"backbone": "vgg_small", "image_size": SIZE, "batch": 4, "jobs": 1} | options
     flags = [
@@ -607,6 +608,25 @@ def test_verify_finds_a_set_whose_checksums_are_right_and_whose_content_is_wrong
     sealed_again(directory, bytes(tar), sidecar, **changes)
     done = run_here("mtl_dist.features", "verify", directory, "--jobs", "1")
     assert_one_message(done, words)
+
+
+def test_sets_on_s3_are_those_on_disk_and_can_be_verified_and_repaired(shards, weights, features, s3, tmp_path):
+    for name, data in read_tree(shards / "cropped").items():
+        storage.write_bytes(f"s3://mtl/pictures/{name}", data)
+    storage.upload(weights, "s3://mtl/weights/vgg.safetensors")
+    data = [f"s3://mtl/pictures/{split}" for split in ("train", "val")]
+    net = "s3://mtl/weights/vgg.safetensors"
+    created("s3://mtl/features", data, net, cache_dir=tmp_path)
+    stored = {
+        name: storage.read_bytes(f"s3://mtl/features/{name}") for name, _ in storage.list_objects("s3://mtl/features")
+    }
+    assert stored == {f"cropped/{name}": content for name, content in read_tree(features).items()}
+    storage.delete("s3://mtl/features/cropped/train/shard-000000.tar")
+    done = run_here("mtl_dist.features", "verify", "s3://mtl/features/cropped/train", "--jobs", "1")
+    assert_one_message(done, "shard-000000.tar is gone")
+    created("s3://mtl/features", data, net, cache_dir=tmp_path)
+    done = run_here("mtl_dist.features", "verify", "s3://mtl/features/cropped/train", "--jobs", "1")
+    assert done.returncode == 0, done.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------- folds
