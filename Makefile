@@ -5,15 +5,16 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DATA ?=
 
-.PHONY: help install demo results results-pretraining results-stages quick test test-all lint bench clean
+.PHONY: help install demo results results-pretraining results-stages results-sequences quick test test-all lint bench clean
 
 help:
 	@echo "make install         virtual environment in .venv with everything"
 	@echo "make demo            the whole system on this machine: cluster, shards, search, training, ensemble, score"
 	@echo "make demo DATA=DIR   the same on your data in the s-Aff-Wild2 layout"
 	@echo "make results         baseline, B and A on rendered faces, three seeds each, and the page that compares them"
-	@echo "make results-pretraining, make results-stages"
-	@echo "                     does masked pre-training help, do the parts of 2Att-2Mt: three seeds each, with pages"
+	@echo "make results-pretraining, make results-stages, make results-sequences"
+	@echo "                     does masked pre-training help, do the parts of 2Att-2Mt, do encoders of whole videos:"
+	@echo "                     three seeds each, with pages"
 	@echo "make quick           the tests that need no server, no Ray and no training: a minute and a half, for the hand at the keyboard"
 	@echo "make test            the tests"
 	@echo "make test-all        the tests and the slow ones: every failure at every moment"
@@ -44,6 +45,9 @@ results-pretraining: $(STAMP)
 
 results-stages: $(STAMP)
 	@$(BIN)/python -m benchmarks.stages
+
+results-sequences: $(STAMP)
+	@$(BIN)/python -m benchmarks.sequences
 
 # Files side by side on the cores; what starts a cluster has the machine to itself.
 SIDE_BY_SIDE := --numprocesses auto --maxprocesses 8 --dist loadfile

@@ -17,11 +17,11 @@ from mtl_dist.objective.calibration import STEPS, stack_members
 from mtl_dist.objective.crossfit import cross_fit, make_folds
 from mtl_dist.objective.metrics import Predictions, Targets
 from mtl_dist.objective.scores import scores
-from mtl_dist.objective.smoothing import Timeline
 from mtl_dist.predicting.predictions import PredictedRows
 from mtl_dist.report.intervals import bootstrap
 from mtl_dist.report.results import Method, Result
 from mtl_dist.tasks import NUM_AUS, NUM_EXPRESSIONS
+from mtl_dist.timeline import Timeline
 
 FOLDS, DRAWS, HALF_WINDOWS = 5, 100, (0, 1, 2, 4, 8, 16)
 SHARES = (0.7, 0.6, 0.8)  # of rows with labels of VA, EXPR, AU

@@ -47,11 +47,11 @@ from mtl_dist.models.backbone import Backbone
 from mtl_dist.models.backbones import build_backbone
 from mtl_dist.objective.affect import PredictedRows
 from mtl_dist.objective.metrics import Predictions, Targets
-from mtl_dist.objective.smoothing import video_names
 from mtl_dist.presets import load_preset
 from mtl_dist.report.intervals import number_videos
 from mtl_dist.runs.weights import load_weights, open_weights
 from mtl_dist.shards.annotations import FILES
+from mtl_dist.timeline import video_names
 from mtl_dist.training.tracking import read_records
 
 VIEW, SIZE, VIT = "cropped_aligned", 64, "vit_small"
@@ -282,7 +282,7 @@ def extract(backbone: Backbone, uri: str) -> Features:
     """Return the mean token of every picture of a set."""
     backbone.eval()
     sets, own = read_sets((uri,)), {"data": {"image_size": SIZE}, "model": {"backbone": VIT}}
-    samples = open_samples(sets, build_config(load_preset("small"), own).data, Cache(None))
+    samples = open_samples(sets, build_config(load_preset("small"), own), Cache(None))
     rows, tokens, labels = [], [], []
     for batch in eval_batches(samples, batch=64, rank=0, num_ranks=1, workers=1, prefetch=2):
         rows.append(batch.rows[:, 0].numpy().copy())

@@ -1,11 +1,12 @@
 """What failures cost: rows lost, rows read twice, steps repeated, seconds without a new step.
 
-    python -m benchmarks.survival [--only "rank killed" ...] [--out FILE]
+    python -m benchmarks.survival [--of features] [--only "rank killed" ...] [--out FILE]
 
 A real cluster of three hosts on this machine (network namespaces where this process may make them, an S3 server, Ray),
 a run submitted by `ray job submit`, one failure in its middle, each on a run of its own. Rows are counted from
 `run.audit_dir`: every step that any process finished. The seconds are the longest time after the failure in which no
 step was finished, by all ranks, that is further than any before it: steps done again count as part of the failure.
+Of features: they are made over the hosts, and windows of videos take the place of rows.
 """
 
 from __future__ import annotations
@@ -27,20 +28,34 @@ from cluster import faults, parts
 from cluster.local import LocalCluster
 from cluster.processes import find_processes
 from cluster.state import ClusterState
+from mtl_dist.data.index import read_sets
+from mtl_dist.data.windows import Windows
 from mtl_dist.processes import with_parent
 from mtl_dist.runs.lives import read_lives
-from mtl_dist.training.audit import read_audit
+from mtl_dist.training.audit import Report, read_audit
 from mtl_dist.training.tracking import read_records
 
 HOSTS = 3
-ROWS, BATCH, EPOCHS, EVERY_STEPS = 480, 24, 30, 20
-NUM_STEPS = ROWS // BATCH * EPOCHS
+ROWS, EVERY_STEPS = 480, 20
 FAIL_AT = 100
 HANG_S = 15
 S3_AWAY_S = 60
 NOTICE_S = 30
 TIMEOUT_S = 900.0
 REPO = Path(__file__).parent.parent
+
+
+class Kind(NamedTuple):
+    """What is trained on."""
+
+    flags: tuple[str, ...]
+    batch: int
+    epochs: int
+    steps_per_epoch: int
+
+    @property
+    def num_steps(self) -> int:
+        return self.steps_per_epoch * self.epochs
 
 
 class Outcome(NamedTuple):
@@ -56,17 +71,15 @@ class Outcome(NamedTuple):
 class Run:
     """A run on the cluster, with what its audit and its storage say of it."""
 
-    def __init__(self, cluster: ClusterState, audit: Path, name: str, *more: str):
-        self.cluster, self.audit, self.name = cluster, audit, name
+    def __init__(self, cluster: ClusterState, audit: Path, kind: Kind, name: str, *more: str):
+        self.cluster, self.audit, self.kind, self.name = cluster, audit, kind, name
         self.uri = f"s3://mtl/runs/{name}"
         self.command = [
             sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--working-dir", str(REPO), "--",
-            "python", "-m", "mtl_dist.train", "--preset", "small", "--run.name", name, "--run.storage", "s3://mtl/runs",
-            "--run.audit-dir", str(audit), "--data.train", "s3://mtl/faces/cropped/train",
-            "--data.val", "s3://mtl/faces/cropped/val", "--data.image-size", "80",
-            "--data.cache-dir", str(audit / "cache"),
-            "--train.global-batch", str(BATCH), "--train.epochs", str(EPOCHS), "--train.eval-every", "10",
-            "--engine.batchnorm", "frozen", "--checkpoint.every-steps", str(EVERY_STEPS),
+            "python", "-m", "mtl_dist.train", *kind.flags, "--run.name", name, "--run.storage", "s3://mtl/runs",
+            "--run.audit-dir", str(audit), "--data.cache-dir", str(audit / "cache"),
+            "--train.global-batch", str(kind.batch), "--train.epochs", str(kind.epochs), "--train.eval-every", "10",
+            "--checkpoint.every-steps", str(EVERY_STEPS),
             "--ray.num-ranks", "1", str(HOSTS), "--ray.placement", "SPREAD", "--ray.resize-every-s", "15", *more,
         ]  # fmt: skip
         self.process: subprocess.Popen | None = None
@@ -79,7 +92,10 @@ class Run:
         )
 
     def steps(self) -> list[tuple[float, int]]:
-        return read_audit(self.audit, self.name, global_batch=BATCH, num_steps=NUM_STEPS).finished_at
+        return self.read_audit().finished_at
+
+    def read_audit(self) -> Report:
+        return read_audit(self.audit, self.name, global_batch=self.kind.batch, num_steps=self.kind.num_steps)
 
     def wait_for_step(self, step: int) -> None:
         self.wait(lambda: any(found >= step for _, found in self.steps()), f"step {step}")
@@ -108,7 +124,7 @@ class Run:
         return pids
 
     def outcome(self, failure: str, failed_at: float, undisturbed: float | None) -> Outcome:
-        report = read_audit(self.audit, self.name, global_batch=BATCH, num_steps=NUM_STEPS)
+        report = self.read_audit()
         news, furthest = [], 0
         for at, step in report.finished_at:
             if step > furthest:
@@ -130,8 +146,8 @@ class Run:
 
     def last_loss(self) -> float:
         records = [record for record in read_records(self.uri) if record["kind"] == "step"]
-        assert [record["step"] for record in records] == list(range(1, NUM_STEPS + 1))
-        last = [record["loss"]["total"] for record in records[-ROWS // BATCH :]]
+        assert [record["step"] for record in records] == list(range(1, self.kind.num_steps + 1))
+        last = [record["loss"]["total"] for record in records[-self.kind.steps_per_epoch :]]
         return sum(last) / len(last)
 
 
@@ -229,35 +245,37 @@ FAILURES: dict[str, Callable[[Run], None]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--of", choices=list(MAKERS), default="pictures", help="what is trained on")
     parser.add_argument("--only", nargs="+", choices=list(FAILURES), default=list(FAILURES))
     parser.add_argument("--dir", type=Path, help="keep logs, audits and the cluster's files here")
     parser.add_argument("--out", type=Path, help="also write the table as JSON")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="mtl_dist-survival-") as scratch:
         root = args.dir or Path(scratch)
-        outcomes = [*survive(root, args.only)]
+        outcomes = [*survive(root, args.only, of=args.of)]
     if args.out:
-        write_results(args.out, {"failures": [outcome._asdict() for outcome in outcomes]})
+        write_results(args.out, {"of": args.of, "failures": [outcome._asdict() for outcome in outcomes]})
 
 
-def survive(root: Path, names: list[str]) -> list[Outcome]:
+def survive(root: Path, names: list[str], *, of: str = "pictures") -> list[Outcome]:
     """Run an undisturbed run, then one with each failure; print a line each."""
     outcomes = []
     audit = root / "audit"
     audit.mkdir(parents=True, exist_ok=True)
     with LocalCluster(root / "cluster", hosts=HOSTS, cpus_per_host=1) as cluster:
         os.environ.update(cluster.client_env())
-        make_data(root)
-        undisturbed = Run(cluster, audit, "undisturbed")
+        kind = MAKERS[of](root)
+        undisturbed = Run(cluster, audit, kind, "undisturbed")
         undisturbed.submit()
         undisturbed.finish()
         seconds = undisturbed.steps()[-1][0] - undisturbed.steps()[0][0]
         loss = undisturbed.last_loss()
-        print(f"undisturbed: {NUM_STEPS} steps of {BATCH} rows in {seconds:.0f} s, {HOSTS} hosts, {cluster.network}")
+        what = f"{kind.num_steps} steps of {kind.batch} {'rows' if of == 'pictures' else 'windows'}"
+        print(f"undisturbed: {what} in {seconds:.0f} s, {HOSTS} hosts, {cluster.network}")
         print(f"{'':46}{'lost':>6}{'twice':>6}{'repeated':>9}{'seconds':>9}{'loss':>9}  ranks")
         for number, name in enumerate(names):
             more = ("--engine.hang-s", str(HANG_S)) if FAILURES[name] is hang_rank else ()
-            run = Run(cluster, audit, f"run-{number}", *more)
+            run = Run(cluster, audit, kind, f"run-{number}", *more)
             run.submit()
             run.wait_for_step(FAIL_AT)
             failed_at = time.time()
@@ -273,14 +291,39 @@ def survive(root: Path, names: list[str]) -> list[Outcome]:
     return outcomes
 
 
-def make_data(root: Path) -> None:
-    shards = [sys.executable, "-m", "mtl_dist.shards"]
+def make_pictures(root: Path) -> Kind:
+    """Render faces, and make shards of them."""
     faces = str(root / "faces")
-    for command in (
-        [*shards, "synth", faces, "--num-train", str(ROWS), "--num-val", "48"],
-        [*shards, "create", faces, "s3://mtl/faces", "--views", "cropped", "--frames-per-shard", "20"],
-    ):
-        subprocess.run(with_parent(command), check=True, stdout=subprocess.DEVNULL, cwd=REPO)
+    run_module("mtl_dist.shards", "synth", faces, "--num-train", str(ROWS), "--num-val", "48")
+    run_module("mtl_dist.shards", "create", faces, "s3://mtl/faces", "--views", "cropped", "--frames-per-shard", "20")
+    flags = ["--preset", "small", "--data.image-size", "80", "--engine.batchnorm", "frozen"]
+    flags += ["--data.train", "s3://mtl/faces/cropped/train", "--data.val", "s3://mtl/faces/cropped/val"]
+    return Kind(tuple(flags), batch=24, epochs=30, steps_per_epoch=ROWS // 24)
+
+
+def make_features(root: Path) -> Kind:
+    """Describe the pictures over the hosts, with a network that is trained for an epoch."""
+    pictures = make_pictures(root)
+    own = ["--local", *pictures.flags, "--run.name", "extractor", "--run.storage", "s3://mtl/runs"]
+    run_module("mtl_dist.train", *own, "--train.epochs", "1")
+    sets = ["s3://mtl/faces/cropped/train", "s3://mtl/faces/cropped/val"]
+    submit = ["job", "submit", "--working-dir", str(REPO), "--", "python", "-m", "mtl_dist.features", "create"]
+    run_module(
+        "ray.scripts.scripts", *submit, "s3://mtl/features", "--data", *sets, "--runs", "s3://mtl/runs/extractor",
+        "--shard-mib", "1",
+    )  # fmt: skip
+    train, window, batch = "s3://mtl/features/cropped/train", 8, 4
+    videos = Windows(read_sets([train]).firsts[0].video_rows, window, seed=0)
+    flags = ["--preset", "small-c", "--model.sequence.window", str(window), "--model.dropout", "0"]
+    flags += ["--data.train", train, "--data.val", "s3://mtl/features/cropped/val"]
+    return Kind(tuple(flags), batch, epochs=60, steps_per_epoch=int(videos.counts.sum()) // batch)
+
+
+MAKERS: dict[str, Callable[[Path], Kind]] = {"pictures": make_pictures, "features": make_features}
+
+
+def run_module(*args: str) -> None:
+    subprocess.run(with_parent([sys.executable, "-m", *args]), check=True, stdout=subprocess.DEVNULL, cwd=REPO)
 
 
 if __name__ == "__main__":

@@ -8,23 +8,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_serializer, field_validator, model_validator
+from pydantic import Field, field_serializer, field_validator, model_validator
 
 from mtl_dist.errors import MAX_SEED
-from mtl_dist.families import (
-    FAMILIES,
-    check_backbone_name,
-    describe_backbones,
-    describe_families,
-    min_input_size,
-    patch_size,
-)
+from mtl_dist.families import FAMILIES, families_of, min_input_size, patch_size
+from mtl_dist.model_config import MAX_SIDE, PARTS, ModelConfig
 from mtl_dist.settings import Name, Section, Varies, check_keys, merge
 from mtl_dist.tasks import TASKS
 
 MAX_AUTO_STREAMS = 64
-# The most of what is counted (steps, epochs, files), of a time, of a batch and of a side in pixels.
-MAX_COUNT, MAX_SECONDS, MAX_BATCH, MAX_SIDE = 10**9, 10**7, 2**20, 2048
+# The most of what is counted (steps, epochs, files), of a time and of a batch.
+MAX_COUNT, MAX_SECONDS, MAX_BATCH = 10**9, 10**7, 2**20
 
 
 class RunConfig(Section):
@@ -118,67 +112,14 @@ class AugmentConfig(Section):
         return scale
 
 
-class MaskedConfig(Section):
-    """What a masked autoencoder has beside its backbone (arXiv 2111.06377)."""
-
-    share: Annotated[float, Varies.BY_RUN] = Field(0.75, gt=0, lt=1)
-    """Share of an image's patches that are hidden."""
-    normalise: bool = True
-    """Tell the pixels of a patch in units of its own deviation, from its own mean."""
-    decoder_width: int = Field(512, ge=8, le=2**13)
-    decoder_depth: int = Field(8, ge=1, le=64)
-    decoder_heads: int = Field(16, ge=1, le=256)
-
-    @model_validator(mode="after")
-    def _fits_together(self):
-        if self.decoder_width % (4 * self.decoder_heads):
-            raise ValueError(
-                f"decoder_width {self.decoder_width} is no multiple of 4 x decoder_heads {self.decoder_heads}"
-            )
-        return self
-
-
-class TwoLevelConfig(Section):
-    """Parts of system D that can be switched off (arXiv 1811.12139)."""
-
-    position_attention: bool = True
-    """Enhance every map where a learned mask says."""
-    layer_attention: bool = True
-    """Weigh the maps' vectors by a two-way GRU and self-attention; without, all are taken as one vector."""
-    categorical_feedback: bool = True
-    """Tell valence and arousal from what expressions are told from, too."""
-    detach_categorical: bool = False
-    """Without gradients from valence and arousal to it."""
-
-
-class ModelConfig(Section):
-    name: Literal[*FAMILIES] = Field("a", description=describe_families())
-    backbone: Annotated[str, AfterValidator(check_backbone_name)] = Field(
-        "inception_v3", description=describe_backbones()
-    )
-    weights: Annotated[str, Varies.BY_RUN] = "imagenet"
-    """The backbone's: imagenet (downloaded), a file or s3:// URI of a state dict, one of our runs or checkpoints, whose
-    backbone is taken, or none: random initialisation."""
-    freeze_backbone: bool = False
-    """Train what comes after the backbone only; its weights and BatchNorm statistics stay as they are."""
-    image_size: int | None = Field(None, ge=32, le=MAX_SIDE)
-    """Side of the model's input after cropping on the device; None: data.image_size."""
-    hidden: int = Field(4096, ge=1, le=2**16)
-    """Width of two fully connected layers."""
-    dropout: Annotated[float, Varies.BY_RUN] = Field(0.3, ge=0, lt=1)
-    drop_path: Annotated[float, Varies.BY_RUN] = Field(0.0, ge=0, lt=1)
-    """Of a ViT of ours, or a network of timm that knows it: how often its last block is left out in training; earlier
-    ones less often, in proportion."""
-    masked: MaskedConfig = MaskedConfig()
-    two_level: TwoLevelConfig = TwoLevelConfig()
-
-
 class LossConfig(Section):
     va: Annotated[float, Varies.BY_RUN] = Field(1.0, ge=0, le=1e6)
     expr: Annotated[float, Varies.BY_RUN] = Field(1.0, ge=0, le=1e6)
     au: Annotated[float, Varies.BY_RUN] = Field(1.0, ge=0, le=1e6)
     va_mse: Annotated[float, Varies.BY_RUN] = Field(0.0, ge=0, le=1e6)
     """What VA's loss has of the mean square error beside 1 - CCC."""
+    va_ccc: Annotated[float, Varies.BY_RUN] = Field(1.0, ge=0, le=1e6)
+    """What it has of 1 - CCC. 0: it is the mean square error alone, of loss.va_mse."""
     va_after: Annotated[int, Varies.BY_RUN] = Field(0, ge=0, le=10**6)
     """Epochs of a first stage, without VA's loss. The learning rate begins anew after it."""
     balancing: Literal["fixed", "uncertainty", "dwa", "famo"] = "fixed"
@@ -195,6 +136,8 @@ class LossConfig(Section):
     def _trains_something(self):
         if not any(self.weight(task) for task in TASKS):
             raise ValueError(f"{', '.join(TASKS)} are all 0: nothing would be trained; give one of them a weight")
+        if self.va and not (self.va_ccc or self.va_mse):
+            raise ValueError("va_ccc and va_mse are both 0: VA would have no loss; give one of them a weight, or va 0")
         return self
 
     def weight(self, task: str) -> float:
@@ -350,11 +293,16 @@ class Config(Section):
                 f"the model's input would be {self.input_size} pixels a side (data.image_size, or model.image_size); "
                 f"the backbone needs {least} at least"
             )
-        only = FAMILIES[self.model.name].backbones
+        only, takers = FAMILIES[self.model.name].backbones, families_of(self.model.backbone)
         if only and self.model.backbone not in only:
             raise ValueError(
                 f"model.name {self.model.name} takes no model.backbone {self.model.backbone}; expected "
                 f"{' or '.join(only)}"
+            )
+        if self.model.name not in takers:
+            raise ValueError(
+                f"model.backbone {self.model.backbone} is for model.name {' or '.join(takers)}, not "
+                f"{self.model.name}; give a backbone of images, or that model"
             )
         if (patch := patch_size(self.model.backbone)) and self.input_size % patch:
             raise ValueError(
@@ -382,6 +330,17 @@ class Config(Section):
                 f"ray.num_ranks goes up to {self.ray.num_ranks[1]} but there are {self.num_streams} "
                 f"streams (data.streams, a divisor of train.global_batch {batch}): a rank needs one at least"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _sources_are_trained(self):
+        is_read = "sequence" in FAMILIES[self.model.name].reads
+        for source in self.model.sequence.feed_source if is_read else ():
+            if not self.loss.weight(PARTS[source]):
+                raise ValueError(
+                    f"model.sequence.feed_source has {source}, and loss.{PARTS[source]} is 0: what it feeds would be "
+                    "untrained; give that loss a weight, or leave the source out"
+                )
         return self
 
     @property

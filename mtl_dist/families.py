@@ -39,6 +39,9 @@ class BackboneName(NamedTuple):
     what: str
     min_size: int = 1  # pixels a side of the images: below it nothing is left to pool
     patch: int = 0  # pixels a side of a ViT's patches
+    families: tuple[str, ...] = ()  # the only ones that take it; none: any
+    prepared_by: str = ""  # what makes its inputs, in the place of the objective's
+    ignores: tuple[str, ...] = ()  # settings and sections that nothing reads where it is chosen
 
 
 OBJECTIVES: dict[str, ObjectiveName] = {
@@ -75,6 +78,13 @@ FAMILIES: dict[str, Family] = {
         built_by="emotionnet:EnsembleNet",
         reads=("dropout",),
     ),
+    "c": Family(
+        "C (sequences)",
+        "encoders of whole videos over features of their frames, in three frameworks of tasks",
+        "Zhang et al. 2022, arXiv 2207.09373",
+        built_by="sequence:SequenceNet",
+        reads=("dropout", "sequence"),
+    ),
     "d": Family(
         "D (2Att-2Mt)",
         "2Att-2Mt, attention to positions and layers, and expressions before valence and arousal",
@@ -93,6 +103,7 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
+FEATURES = "features"
 OWN_BACKBONES: dict[str, BackboneName] = {
     "inception_v3": BackboneName("what a and b were published with", min_size=75),
     "vgg16": BackboneName("the baseline's"),
@@ -108,6 +119,12 @@ OWN_BACKBONES: dict[str, BackboneName] = {
     "vit_base": BackboneName("the autoencoder's, 86 M parameters", patch=16),
     "vit_tiny": BackboneName("a ViT of 5.5 M", patch=16),
     "vit_small": BackboneName("a ViT's place on a laptop", patch=8),
+    FEATURES: BackboneName(
+        "no network: sets of features, standardised",
+        families=("c",),
+        prepared_by="features:build_feature_preparation",
+        ignores=("augment", "data.image_size", "model.image_size", "model.freeze_backbone", "optim.backbone_lr"),
+    ),
 }
 LIBRARIES = ("torchvision", "timm")
 
@@ -115,6 +132,22 @@ LIBRARIES = ("torchvision", "timm")
 def objective_of(model_name: str) -> ObjectiveName:
     """Return what a family of models is trained for."""
     return OBJECTIVES[FAMILIES[model_name].objective]
+
+
+def reads_videos(model_name: str) -> bool:
+    """Whether a sample of a family's models is rows of a video, and not one picture."""
+    return "sequence" in FAMILIES[model_name].reads
+
+
+def preparation_of(model_name: str, backbone: str) -> str:
+    """Return what makes the inputs of a family's models with this backbone, MODULE:FUNCTION in `data/`."""
+    own = OWN_BACKBONES[backbone].prepared_by if backbone in OWN_BACKBONES else ""
+    return own or objective_of(model_name).prepared_by
+
+
+def families_of(backbone: str) -> tuple[str, ...]:
+    """Return the families that take a backbone, as far as the backbone is asked."""
+    return (OWN_BACKBONES[backbone].families if backbone in OWN_BACKBONES else ()) or tuple(FAMILIES)
 
 
 def describe_families() -> str:

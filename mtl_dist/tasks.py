@@ -53,7 +53,9 @@ class Batch(NamedTuple):
     inputs: Tensor  # (B, T, 3, H, W) uint8, or what it was prepared to
     valid: Tensor  # (B, T) bool; False is padding
     labels: Labels  # their masks are False where a frame is not valid
-    rows: Tensor  # (B, T) int64, row numbers of the annotation file or table: what predictions are of; -1 is padding
+    # (B, T) int64, row numbers of the annotation file or table: what predictions are of; -1 is padding, or a frame that
+    # is only seen for the sake of others
+    rows: Tensor
     samples: Tensor  # (B,) int64, places in the set: what the order and its audit speak of
 
     def to(self, device) -> Batch:
@@ -67,8 +69,8 @@ class Batch(NamedTuple):
         return Batch(self.inputs[places], self.valid[places], labels, self.rows[places], self.samples[places])
 
     def valid_rows(self) -> list[int]:
-        """Return the rows of the frames that are there, one sample's after another's."""
-        return self.rows[self.valid.cpu()].tolist()
+        """Return the rows of the frames that count, one sample's after another's."""
+        return self.rows[self.rows >= 0].tolist()
 
 
 class Outputs(NamedTuple):

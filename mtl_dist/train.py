@@ -43,7 +43,7 @@ def _main(args: list[str] | None) -> None:
 
         print_status(storage.absolute(command.status))
         return
-    config = config_of(command)
+    from mtl_dist.data.widths import fill_in_widths
     from mtl_dist.joining import has_cluster
     from mtl_dist.training.launch import connect, has_gpus, run_local, run_ray
     from mtl_dist.training.learner import check_start
@@ -51,6 +51,7 @@ def _main(args: list[str] | None) -> None:
     from mtl_dist.training.status import print_ending
     from mtl_dist.training.torchrun import is_first_of_node, is_torchrun, torchrun_rank
 
+    config = fill_in_widths(config_of(command))
     is_local = command.local or is_torchrun()
     rank, world = torchrun_rank()
     num_ranks = (world, world) if is_local else config.ray.num_ranks

@@ -12,7 +12,8 @@ from typing import Any
 
 from mtl_dist.config import Config
 from mtl_dist.errors import InputError
-from mtl_dist.families import FAMILIES, OBJECTIVES, takes_drop_path
+from mtl_dist.families import FAMILIES, FEATURES, OBJECTIVES, OWN_BACKBONES, takes_drop_path
+from mtl_dist.model_config import SequenceConfig
 from mtl_dist.settings import flatten
 
 NOT_WRITTEN = {"run", "ray"}  # sections that best.yaml leaves out
@@ -27,6 +28,11 @@ def find_unread(config: Config) -> dict[str, str]:
             unread[f"model.{name}"] = f"model.name is {chosen}; it is for {readers}"
     for name in OBJECTIVES[FAMILIES[chosen].objective].ignores:
         unread[name] = f"model.name is {chosen}, which is trained without it"
+    backbone = config.model.backbone
+    for name in OWN_BACKBONES[backbone].ignores if backbone in OWN_BACKBONES else ():
+        unread[name] = f"model.backbone is {backbone}, which has no use for it"
+    if "sequence" in FAMILIES[chosen].reads:
+        unread |= _find_unread_of_sequences(config.model.sequence, backbone)
     optim, augment = config.optim, config.augment
     if optim.name != "sgd":
         unread |= {f"optim.{name}": f"optim.name is {optim.name}; it is for sgd" for name in ("momentum", "nesterov")}
@@ -50,6 +56,19 @@ def find_unread(config: Config) -> dict[str, str]:
         unread["model.weights"] = f"run.start is {config.run.start}, which is there instead"
     else:
         unread["run.start_with"] = "it is for run.start"
+    return unread
+
+
+def _find_unread_of_sequences(sequence: SequenceConfig, backbone: str) -> dict[str, str]:
+    unread, of = {}, "model.sequence"
+    if sequence.encoder != "transformer":
+        unread |= {
+            f"{of}.{name}": f"{of}.encoder is {sequence.encoder}; it is for a transformer" for name in ("heads", "ffn")
+        }
+    if sequence.framework != "share_bottom":
+        unread[f"{of}.private_layers"] = f"{of}.framework is {sequence.framework}; it is for share_bottom"
+    if backbone != FEATURES:
+        unread[f"{of}.dims"] = f"model.backbone is {backbone}; it is for {FEATURES}"
     return unread
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import io
 import os
@@ -146,3 +147,100 @@ def s3(tmp_path_factory):
         for name, value in server.env.items():
             patch.setenv(name, value)
         yield server
+
+
+def write_features(
+    dest: Path,
+    lengths: list[int],
+    *,
+    width: int = 6,
+    split: str = "train",
+    source: str = "a" * 64,
+    extractor: str = "b" * 64,
+    videos_per_shard: int = 3,
+    seed: int = 0,
+) -> Path:
+    """Write a set of features of random numbers by hand: the format as it is documented, and none of our writer.
+
+    Rows are numbered through; what a row has does not depend on the shards.
+    """
+    import hashlib
+    import tarfile
+    import zlib
+
+    from safetensors.numpy import save
+
+    from mtl_dist.data.index import FEATURES, Extractor, FeatureIndex, FeatureShard, dump_index
+    from mtl_dist.data.sidecar import FeatureSidecar, dump_sidecar, pack_names
+    from mtl_dist.shards.writer import count_labels
+    from mtl_dist.tasks import AUS, EXPRESSIONS
+
+    dest.mkdir(parents=True)
+    rng, total = np.random.default_rng(seed), sum(lengths)
+    features = np.random.default_rng([seed, width]).normal(size=(total, width)).astype(np.float16)
+    masks = {"va_mask": rng.random(total) < 0.7, "expr_mask": rng.random(total) < 0.6}
+    masks["au_mask"] = rng.random((total, 12)) < 0.8
+    labels = {
+        "va": rng.uniform(-1, 1, (total, 2)) * masks["va_mask"][:, None],
+        "expr": rng.integers(0, 8, total) * masks["expr_mask"],
+        "au": rng.integers(0, 2, (total, 12)) * masks["au_mask"],
+    } | masks
+    shards, every, ends = [], [], np.cumsum(lengths)
+    for number in range(0, len(lengths), videos_per_shard):
+        videos = list(range(len(lengths)))[number : number + videos_per_shard]
+        name, begins, checksums = f"shard-{len(shards):06d}", [], []
+        with tarfile.open(dest / f"{name}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for video in videos:
+                own = slice(ends[video] - lengths[video], ends[video])
+                data = save({"feature": features[own]})
+                member = tarfile.TarInfo(f"{video:09d}.safetensors")
+                member.size = len(data)
+                begins.append(tar.offset + 512 + 8 + int.from_bytes(data[:8], "little"))
+                checksums.append(zlib.crc32(features[own].tobytes()))
+                tar.addfile(member, io.BytesIO(data))
+        own = slice(ends[videos[0]] - lengths[videos[0]], ends[videos[-1]])
+        rows, of_videos = np.arange(total)[own], [lengths[video] for video in videos]
+        frames = np.concatenate([np.arange(1, length + 1) for length in of_videos])
+        names = [f"v{video}/{frame + 1:05d}.jpg" for video in videos for frame in range(lengths[video])]
+        sidecar = FeatureSidecar(
+            row=rows,
+            frame=frames,
+            image=pack_names(names),
+            length=np.full(len(rows), 100),
+            crc32=rows.astype(np.uint32) + {"train": 0, "val": 10**6}[split],
+            **{key: array[own] for key, array in labels.items()},
+            video=pack_names([f"v{video}" for video in videos]),
+            num_rows=np.array(of_videos),
+            begin=np.array(begins),
+            checksum=np.array(checksums, np.uint32),
+        )
+        every.append(sidecar)
+        data, tar_data = dump_sidecar(sidecar, {}), (dest / f"{name}.tar").read_bytes()
+        (dest / f"{name}.safetensors").write_bytes(data)
+        digests = {
+            "tar_sha256": hashlib.sha256(tar_data).hexdigest(),
+            "sidecar_sha256": hashlib.sha256(data).hexdigest(),
+        }
+        sizes = {"tar_bytes": len(tar_data), "sidecar_bytes": len(data)}
+        shards.append(FeatureShard(name=name, rows=len(rows), videos=of_videos, **sizes, **digests))
+    counts = functools.reduce(lambda one, other: one.plus(other), map(count_labels, every))
+    index = FeatureIndex(
+        format=FEATURES,
+        view="cropped_aligned",
+        split=split,
+        rows=total,
+        frames_per_shard=None,
+        shard_bytes=None,
+        seed=0,
+        source_sha256="c" * 64,
+        expressions=list(EXPRESSIONS),
+        aus=list(AUS),
+        labels=counts,
+        shards=shards,
+        extractor=Extractor(name=f"random {width}", sha256=extractor, input_size=112, pool="mean", width=width),
+        source_index_sha256=source,
+        mean=[0.0] * width,
+        std=[1.0] * width,
+    )
+    (dest / "index.json").write_bytes(dump_index(index))
+    return dest

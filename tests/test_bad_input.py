@@ -609,7 +609,7 @@ def test_a_shard_that_disappears_during_training_is_named(copied):
         ("mtl_dist.train --optim.lr -3", ["error: optim.lr is -3.0: "]),
         ("mtl_dist.train --optim.lr x", ["error: --optim.lr: could not convert"]),
         ("mtl_dist.train --data.streams 7", ["error: data.streams 7 does not divide train.global_batch 24: every"]),
-        ("mtl_dist.train --model.name c", ["invalid choice 'c'", "'baseline'"]),
+        ("mtl_dist.train --model.name e", ["invalid choice 'e'", "'baseline'"]),
         ("mtl_dist.train --preset", ["argument --preset: expected one argument; see python -m mtl_dist.train --help"]),
         ("mtl_dist.train --model.backbone convnext_tiny", ["timm:convnext_tiny or torchvision:convnext_tiny"]),
         ("mtl_dist.predict --runs", ["missing from python -m mtl_dist.predict:", "--out"]),

@@ -29,7 +29,8 @@ from mtl_dist.objective.calibration import (
 from mtl_dist.objective.crossfit import PLAIN_MEAN, cross_fit, make_folds
 from mtl_dist.objective.metrics import Predictions, Targets, metric_sums
 from mtl_dist.objective.scores import scores
-from mtl_dist.objective.smoothing import make_timeline, smooth, video_names
+from mtl_dist.objective.smoothing import smooth
+from mtl_dist.timeline import make_timeline, video_names
 
 HALF_WINDOWS = (0, 5, 20)
 

@@ -19,7 +19,7 @@ from mtl_dist.config import Config, build_config
 from mtl_dist.data.augment import augment, make_draws, normalise
 from mtl_dist.ensemble.options import EnsembleCommand
 from mtl_dist.errors import InputError, nearest
-from mtl_dist.families import FAMILIES
+from mtl_dist.families import FAMILIES, FEATURES
 from mtl_dist.predict.options import PredictCommand
 from mtl_dist.presets import (
     PRESETS,
@@ -117,7 +117,7 @@ PUBLISHED = {
     },
     "loss": {
         "va": 1.0, "expr": 1.0, "au": 1.0, "balancing": "fixed", "expr_weights": "none", "au_weights": "none",
-        "label_smoothing": 0.0, "va_mse": 0.0, "va_after": 0,
+        "label_smoothing": 0.0, "va_mse": 0.0, "va_ccc": 1.0, "va_after": 0,
     },
     "optim": {
         "name": "sgd", "lr": 0.001, "momentum": 0.9, "nesterov": False, "weight_decay": 0.0005, "warmup_steps": 0,
@@ -132,7 +132,9 @@ PUBLISHED = {
 def test_the_recipe_of_the_paper_presets_is_the_published_one(name):
     found = parse("--preset", f"{name}-paper").model_dump(mode="json")
     assert found["model"].pop("name") == name
-    del found["model"]["masked"], found["model"]["two_level"], found["optim"]["betas"]  # of other models, and of AdamW
+    for section in ("masked", "two_level", "sequence"):  # of other models
+        del found["model"][section]
+    del found["optim"]["betas"]  # of AdamW
     for section, expected in PUBLISHED.items():
         part = section in ("data", "train")  # they hold more than the recipe
         assert {key: value for key, value in found[section].items() if not part or key in expected} == expected
@@ -180,7 +182,7 @@ def test_building_leaves_its_layers_and_the_presets_as_they_were():
         ({"optim": 3}, "configuration section 'optim' is 3"),
         ({"optim": {"lr": "fast"}}, "optim.lr is 'fast'"),
         ({"optim": {"lr": 0}}, "optim.lr is 0: Input should be greater than 0"),
-        ({"model": {"name": "c"}}, "model.name is 'c'"),
+        ({"model": {"name": "e"}}, "model.name is 'e'"),
         ({"engine": {"zero_stage": 3}}, "ZeRO 3 is refused: it shards 30 M parameters"),
         ({"engine": {"zero_stage": 4}}, "engine.zero_stage is 4: expected 0, 1 or 2"),
         ({"data": {"streams": 5}}, "data.streams 5 does not divide train.global_batch 24"),
@@ -422,6 +424,10 @@ NEVER_VARYING = {
     "model.masked.normalise", "model.masked.decoder_depth", "model.masked.decoder_heads",
     "model.masked.decoder_width", "model.two_level.position_attention", "model.two_level.layer_attention",
     "model.two_level.categorical_feedback", "model.two_level.detach_categorical", "optim.name",
+    "model.sequence.encoder", "model.sequence.bidirectional", "model.sequence.framework", "model.sequence.feed_source",
+    "model.sequence.feed_target", "model.sequence.hidden", "model.sequence.layers", "model.sequence.private_layers",
+    "model.sequence.heads", "model.sequence.ffn", "model.sequence.head_widths", "model.sequence.window",
+    "model.sequence.context", "model.sequence.dims",
     "optim.momentum", "optim.nesterov", "optim.betas",
     "engine.batchnorm", "train.global_batch", "train.ema",
 }  # fmt: skip
@@ -437,12 +443,12 @@ NESTED = r"""
 import mtl_dist.config as config
 from mtl_dist import settings
 
-class Sequence(settings.Section):
+class Branch(settings.Section):
     hidden: int = config.Field(64, ge=1, le=1000)
     causal: config.Annotated[bool, config.Varies.BY_PART] = False
 
 class Model(config.ModelConfig):
-    sequence: Sequence = Sequence()
+    branch: Branch = Branch()
 
 class Nested(config.Config):
     model: Model = Model()
@@ -470,33 +476,33 @@ def refused(words, call, *args):
         raise AssertionError(words)
 
 file = Path(sys.argv[1]) / "file.yaml"
-found = parse("--model.sequence.hidden", "32", "--model.sequence.causal")
-assert (found.model.sequence.hidden, found.model.sequence.causal) == (32, True)
-assert settings.flatten(found)["model.sequence.hidden"] == 32
+found = parse("--model.branch.hidden", "32", "--model.branch.causal")
+assert (found.model.branch.hidden, found.model.branch.causal) == (32, True)
+assert settings.flatten(found)["model.branch.hidden"] == 32
 assert config.build_config(settings.unflatten(settings.flatten(found))) == found
-for text in ("model: {sequence: {hidden: 32, causal: true}}",
-             "model.sequence.hidden: 32\nmodel.sequence: {causal: true}",
+for text in ("model: {branch: {hidden: 32, causal: true}}",
+             "model.branch.hidden: 32\nmodel.branch: {causal: true}",
              settings.dump_yaml(found), yaml.safe_dump(settings.flatten(found))):
     file.write_text(text)
     assert parse("--config", str(file)) == found, text
-assert parse("--config", str(file), "--model.sequence.hidden", "8").model.sequence.hidden == 8
-refused("model.sequence.hidden is 0", parse, "--model.sequence.hidden", "0")
-refused("unknown configuration key 'model.sequence.hiden': did you mean 'model.sequence.hidden'?",
-        config.build_config, {"model": {"sequence": {"hiden": 1}}})
-refused("model.sequence.hidden is 0", config.build_config, {"model": {"sequence": {"hidden": 0}}})
-refused("section 'model.sequence' is 3", config.build_config, {"model": {"sequence": 3}})
+assert parse("--config", str(file), "--model.branch.hidden", "8").model.branch.hidden == 8
+refused("model.branch.hidden is 0", parse, "--model.branch.hidden", "0")
+refused("unknown configuration key 'model.branch.hiden': did you mean 'model.branch.hidden'?",
+        config.build_config, {"model": {"branch": {"hiden": 1}}})
+refused("model.branch.hidden is 0", config.build_config, {"model": {"branch": {"hidden": 0}}})
+refused("section 'model.branch' is 3", config.build_config, {"model": {"branch": 3}})
 
-file.write_text("model.sequence.hidden: {integer: [8, 16]}")
-assert read_space(file, found) == {"model.sequence.hidden": {"integer": [8, 16]}}
-file.write_text(best_yaml(found, {"model.sequence.hidden": 9}))
+file.write_text("model.branch.hidden: {integer: [8, 16]}")
+assert read_space(file, found) == {"model.branch.hidden": {"integer": [8, 16]}}
+file.write_text(best_yaml(found, {"model.branch.hidden": 9}))
 best = yaml.safe_load(file.read_text())
-assert best["model"]["sequence"] == {"hidden": 9, "causal": True}, best
-assert parse("--config", str(file)).model.sequence.hidden == 9
+assert best["model"]["branch"] == {"hidden": 9, "causal": True}, best
+assert parse("--config", str(file)).model.branch.hidden == 9
 
-assert "model.sequence.causal" in settings.varying(Nested, settings.Varies.BY_PART)
+assert "model.branch.causal" in settings.varying(Nested, settings.Varies.BY_PART)
 state = {"config": settings.flatten(found), "identity": {}, "step": 1, "scores": {}}
-check_same_run(state, parse("--model.sequence.hidden", "32", "--run.storage", "elsewhere"), {}, "here")
-refused("model.sequence.hidden 32", check_same_run, state, parse(), {}, "here")
+check_same_run(state, parse("--model.branch.hidden", "32", "--run.storage", "elsewhere"), {}, "here")
+refused("model.branch.hidden 32", check_same_run, state, parse(), {}, "here")
 print("all of it")
 """
 
@@ -537,9 +543,11 @@ def test_a_setting_that_is_changed_and_not_read_is_refused_by_flag_and_in_a_file
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("model", FAMILIES)
 def test_what_a_preset_or_the_default_has_is_not_refused_beside_another_choice(name, model):
-    only = FAMILIES[model].backbones
-    fits = ["--model.backbone", only[0], "--model.image-size", "96"] if only else []
-    for more in ([], ["--optim.name", "adamw"], ["--augment.resize", "400"], ["--data.workers", "0"]):
+    only, of_features = FAMILIES[model].backbones, PRESETS[name]["model"].get("backbone") == FEATURES
+    other = only[:1] if only else ("small",) if of_features and model != "c" else ()
+    fits = ["--model.backbone", *other, "--model.image-size", "96"] if other else []
+    resized = [] if of_features and model == "c" else ["--augment.resize", "400"]  # there is nothing to resize
+    for more in ([], ["--optim.name", "adamw"], resized, ["--data.workers", "0"]):
         assert parse("--preset", name, "--model.name", model, *fits, *more).model.name == model
 
 

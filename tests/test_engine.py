@@ -30,6 +30,7 @@ from mtl_dist.training.plan import build_order, open_data
 from mtl_dist.training.saving import Saver
 from tests.test_recipes import EVERY_STEP, PER_TASK, Context, config_of
 from tests.test_training import cut_back
+from tests.windows import DIMS
 
 pytestmark = pytest.mark.whole
 
@@ -64,7 +65,7 @@ BACKBONES = {
     "torchvision:vit_b_16": ["class_token", "pos_embedding"],
     "torchvision:convnext_tiny": ["layer_scale"],
 }
-DECAYED = (nn.GRU, nn.Linear, nn.Conv2d, nn.MultiheadAttention, GatedConv, RegionLinear, AUHead)
+DECAYED = (nn.GRU, nn.LSTM, nn.Linear, nn.Conv1d, nn.Conv2d, nn.MultiheadAttention, GatedConv, RegionLinear, AUHead)
 COUNTS = LabelCounts(rows=1, va=1, expr=1, expr_classes=[1] * 8, au=[1] * 12, au_positives=[1] * 12, unlabelled=0)
 
 
@@ -72,7 +73,10 @@ COUNTS = LabelCounts(rows=1, va=1, expr=1, expr_classes=[1] * 8, au=[1] * 12, au
 def test_weights_of_layers_are_decayed_and_nothing_else(model):
     """Biases of two dimensions (regions.linear.bias), tokens, positions and scales of layers are no weights."""
     layers_of = {"backbone": model, "image_size": 64} if model in BACKBONES else {}
-    changes = {"model": {"weights": "none", **layers_of}, "loss": {"balancing": "uncertainty"}}
+    changes = {
+        "model": {"weights": "none", "sequence": {"dims": DIMS}, **layers_of},
+        "loss": {"balancing": "uncertainty"},
+    }
     config = build_config(load_preset(model if model in PRESETS else "a"), changes)
     network, objective = build_model(config.model, input_size=config.input_size), build_objective(config, COUNTS)
     module = build_module(network, objective, balancing=config.loss.balancing)

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save
 from mtl_dist import storage
 from mtl_dist.data.index import read_index
 from mtl_dist.ensemble.__main__ import main
+from mtl_dist.ensemble.by_task import choose_by_task
 from mtl_dist.ensemble.calibrated import calibrate
 from mtl_dist.ensemble.job import combine
 from mtl_dist.ensemble.options import EnsembleCommand
@@ -495,3 +496,48 @@ def test_a_photograph_set_without_va_and_au_trains_and_says_what_the_score_cover
     assert state["scores"]["covers"] == ["expr"]
     assert state["scores"]["va"] is None
     assert state["scores"]["p"] == state["scores"]["expr"]
+
+
+def test_a_task_is_taken_from_the_member_that_is_best_at_it_on_other_videos():
+    rows, videos = np.arange(300), [f"v{row // 10}" for row in range(300)]
+    good_va, good_expr = make_predicted(rows, 1), make_predicted(rows, 2)
+    rng = np.random.default_rng(0)
+    va, au = rng.uniform(-1, 1, (300, 2)), rng.integers(0, 2, (300, 12)).astype(float)
+    every = np.ones(300, bool)
+    targets = Targets(va, rows % 8, au, every, every, np.ones((300, 12), bool))
+    good_va = good_va._replace(predictions=good_va.predictions._replace(va=va), targets=targets)
+    sure = np.eye(8)[rows % 8]
+    good_expr = good_expr._replace(predictions=good_expr.predictions._replace(expr=sure, au=au), targets=targets)
+    tables = {
+        name: PredictionTable(predicted, [f"{video}/{row}.jpg" for row, video in enumerate(videos)], videos)
+        for name, predicted in (("first", good_va), ("second", good_expr))
+    }
+    found = choose_by_task(tables, EnsembleCommand(("a",), "out"))
+    assert found.chosen == {"va": {"first": 5}, "expr": {"second": 5}, "au": {"second": 5}}
+    assert found.scores["p"] == pytest.approx(3.0)
+
+
+def test_choosing_by_task_does_not_gain_by_chance():
+    """Members that know nothing: the best of many on a set looks better than it is."""
+    rows, videos = np.arange(400), [f"v{row // 10}" for row in range(400)]
+    members = {f"m{seed}": make_predicted(rows, seed) for seed in range(12)}
+    targets = make_predicted(rows, 99).targets._replace(va=np.random.default_rng(77).uniform(-1, 1, (400, 2)))
+    targets = targets._replace(va_mask=np.ones(400, bool))
+    tables = {
+        name: PredictionTable(member._replace(targets=targets), videos, videos) for name, member in members.items()
+    }
+    best_here = max(scores(metric_sums(t.predicted.predictions, targets))["va"] for t in tables.values())
+    assert choose_by_task(tables, EnsembleCommand(("a",), "out")).scores["va"] < best_here
+
+
+def test_checkpoints_that_are_best_at_one_task_are_a_line_of_their_own(runs, tmp_path):
+    done = run_here(
+        "mtl_dist.ensemble", "--runs", runs / "cropped", "--out", tmp_path / "out", "--local", "--each-task"
+    )
+    assert done.returncode == 0, done.stderr
+    report = unseal((tmp_path / "out" / "score.json").read_bytes())
+    assert "each task from its best checkpoint" in report["scores"]
+    assert sum(report["by_task"]["va"].values()) == len(report["calibration"]["folds"])
+    plain = run_here("mtl_dist.ensemble", "--runs", runs / "cropped", "--out", tmp_path / "plain", "--local")
+    assert plain.returncode == 0
+    assert unseal((tmp_path / "plain" / "score.json").read_bytes())["p"] == report["p"]

@@ -26,11 +26,11 @@ from mtl_dist.data.cache import Cache
 from mtl_dist.data.index import FEATURES, INDEX_NAME, FeatureIndex, dump_index, read_index, read_sets
 from mtl_dist.data.reader import ShardReader
 from mtl_dist.data.sidecar import FeatureSidecar, dump_sidecar, parse_feature_sidecar, parse_sidecar, read_about
+from mtl_dist.data.video_rows import VideoRows, read_rows
 from mtl_dist.errors import InputError
 from mtl_dist.features.folds import deal_folds
 from mtl_dist.features.layout import Video, cut
 from mtl_dist.features.moments import Moments, moments_of
-from mtl_dist.features.rows import VideoRows, read_rows
 from mtl_dist.models.backbones import build_backbone
 from mtl_dist.models.face_nets import Embedding
 from mtl_dist.tasks import VIEWS

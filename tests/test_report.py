@@ -19,7 +19,6 @@ from mtl_dist.errors import InputError
 from mtl_dist.objective.affect import PredictedRows
 from mtl_dist.objective.metrics import Predictions, Targets, metric_sums
 from mtl_dist.objective.scores import SCORES, constant_scores, label_sums, main_scores, scores, single_scores
-from mtl_dist.objective.smoothing import video_names
 from mtl_dist.predicting.members import Member, unique_names
 from mtl_dist.report.__main__ import main
 from mtl_dist.report.affect import draw_affect
@@ -60,6 +59,7 @@ from mtl_dist.report.tables import (
 from mtl_dist.runs.checkpoint import Checkpoint
 from mtl_dist.runs.weights import Weights
 from mtl_dist.tasks import TASKS, LabelCounts
+from mtl_dist.timeline import video_names
 from tests.conftest import assert_one_message, run_here
 
 MAIN = [score.key for score in main_scores()]

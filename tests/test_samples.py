@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mtl_dist.config import DataConfig, build_config
+from mtl_dist.config import build_config
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.index import Sets, read_index, read_sets
 from mtl_dist.data.loader import eval_batches, train_batches
@@ -26,7 +26,7 @@ from mtl_dist.training.plan import open_data
 from mtl_dist.training.tracking import read_records
 from tests.conftest import run_here, run_module, write_dataset
 
-DATA = DataConfig(image_size=48)
+CONFIG = build_config({"data": {"image_size": 48}, "model": {"backbone": "vgg_small"}})
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def both(shards, other) -> Sets:
 
 
 def open_one(uri: str):
-    return open_samples(read_sets([uri]), DATA, Cache())
+    return open_samples(read_sets([uri]), CONFIG, Cache())
 
 
 def test_a_single_set_keeps_its_identity_and_its_order(shards):
@@ -66,7 +66,7 @@ def test_the_identity_of_several_sets_is_that_of_all_of_them_in_their_order(both
 
 
 def test_a_mixture_holds_the_samples_of_its_sets_one_behind_the_other(both):
-    mixture, parts = open_samples(both, DATA, Cache()), [open_one(uri) for uri in both.uris]
+    mixture, parts = open_samples(both, CONFIG, Cache()), [open_one(uri) for uri in both.uris]
     assert isinstance(mixture, Mixture)
     wanted = np.array([41, 3, 63, 0, 40, 39, 41])
     batch = mixture.read(wanted)
@@ -81,7 +81,7 @@ def test_a_mixture_holds_the_samples_of_its_sets_one_behind_the_other(both):
 
 
 def test_labels_and_names_of_a_mixture_are_those_of_its_sets_told_apart(both):
-    mixture, parts = open_samples(both, DATA, Cache()), [open_one(uri) for uri in both.uris]
+    mixture, parts = open_samples(both, CONFIG, Cache()), [open_one(uri) for uri in both.uris]
     told: list[int] = []
     found, alone = mixture.labelled(told.append), [part.labelled() for part in parts]
     assert len(told) == len(both.shards)
@@ -96,7 +96,7 @@ def test_labels_and_names_of_a_mixture_are_those_of_its_sets_told_apart(both):
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_an_epoch_over_several_sets_reads_every_sample_once_whatever_the_number_of_ranks(both, num_ranks):
-    mixture = open_samples(both, DATA, Cache())
+    mixture = open_samples(both, CONFIG, Cache())
     order = Order(both.shard_rows, 8, 4, 2, seed=3)
     which = {"num_ranks": num_ranks, "workers": 1, "prefetch": 2}
     ranks = [train_batches(mixture, order, epoch=0, start_step=0, rank=rank, **which) for rank in range(num_ranks)]

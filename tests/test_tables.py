@@ -21,7 +21,7 @@ from mtl_dist.config import Config
 from mtl_dist.data.index import read_sets
 from mtl_dist.data.names import find_bad_name, is_image_name
 from mtl_dist.errors import InputError
-from mtl_dist.objective.smoothing import make_timeline, smooth
+from mtl_dist.objective.smoothing import smooth
 from mtl_dist.predicting.members import Member, row_names
 from mtl_dist.report.intervals import number_videos
 from mtl_dist.shards import __main__ as shards
@@ -32,6 +32,7 @@ from mtl_dist.shards.sources import Source, read_source
 from mtl_dist.shards.splits import group_rows, split_by_video, video_of
 from mtl_dist.shards.tables import read_table
 from mtl_dist.tasks import AUS, EXPRESSIONS
+from mtl_dist.timeline import make_timeline
 
 AU_NAMES = [f"AU{number}" for number in AUS]
 HEADER = ["image", "valence", "arousal", "expression", *AU_NAMES]

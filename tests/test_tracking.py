@@ -22,7 +22,7 @@ def test_the_speed_of_a_single_last_step_counts_its_time_and_a_run_that_goes_on_
         tracker.step(
             step, 10, 0, 0.1, {"total": 1.0}, weights={}, images=16, took_s=1.6, waited_s=0.4, saved_step=None
         )  # fmt: skip
-    assert "10 images/s  waiting for data 25%  checkpoint 8  1 rank  0 s left" in capsys.readouterr().out
+    assert "10 frames/s  waiting for data 25%  checkpoint 8  1 rank  0 s left" in capsys.readouterr().out
 
 
 def refuse(name: str) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from mtl_dist.tasks import NUM_AUS, NUM_EXPRESSIONS, Batch, Labels
 
 LENGTHS = (3, 1, 4, 2, 4, 1)
+DIMS = (5, 3)  # widths of two sets of features, which training finds in its data
 
 
 def all_valid(inputs: Tensor) -> Tensor:

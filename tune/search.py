@@ -28,6 +28,7 @@ from pydantic import Field
 
 from mtl_dist import storage
 from mtl_dist.config import MAX_COUNT, Config
+from mtl_dist.data.widths import fill_in_widths
 from mtl_dist.errors import Damaged, InputError, run_command
 from mtl_dist.families import objective_of
 from mtl_dist.objective.scores import FIRST, Score, find_score
@@ -78,7 +79,7 @@ class SearchCommand(CommandConfig):
 
 def main(args: list[str] | None = None) -> None:
     command = parse_command(SearchCommand, args, prog="python -m tune.search", description=__doc__)
-    config, search = config_of(command), command.search
+    config, search = fill_in_widths(config_of(command)), command.search
     score = find_score(metric_of(config, search), setting="search.metric")
     from mtl_dist.training.plan import open_data, plan_run
 

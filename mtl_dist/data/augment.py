@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtl_dist.config import AugmentConfig, Config
-from mtl_dist.families import objective_of
+from mtl_dist.families import preparation_of
 from mtl_dist.tasks import GREY, IMAGENET_MEAN, IMAGENET_STD, Batch
 
 NUM_FIRST_DRAWS = 12
@@ -55,7 +55,8 @@ class ImagePreparation:
 
 def build_preparation(config: Config) -> Preparation:
     """Build what the configured model's inputs are prepared by."""
-    return resolve_name(f"mtl_dist.data.{objective_of(config.model.name).prepared_by}")(config)
+    name = preparation_of(config.model.name, config.model.backbone)
+    return resolve_name(f"mtl_dist.data.{name}")(config)
 
 
 def build_image_preparation(config: Config) -> ImagePreparation:

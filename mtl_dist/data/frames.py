@@ -187,14 +187,19 @@ def batched(pictures: Iterable[tuple[int, np.ndarray]], *, batch: int) -> Iterat
 def unlabelled(pixels: np.ndarray, rows: Sequence[int]) -> Batch:
     """Return (n, H, W, 3) uint8 pixels as a batch without labels."""
     n = len(pixels)
-    labels = Labels(
-        va=torch.zeros(n, 1, 2),
-        expr=torch.zeros(n, 1, dtype=torch.int64),
-        au=torch.zeros(n, 1, NUM_AUS),
-        va_mask=torch.zeros(n, 1, dtype=torch.bool),
-        expr_mask=torch.zeros(n, 1, dtype=torch.bool),
-        au_mask=torch.zeros(n, 1, NUM_AUS, dtype=torch.bool),
-    )
     inputs = torch.from_numpy(pixels.transpose(0, 3, 1, 2)[:, None])
     numbers = torch.tensor(rows, dtype=torch.int64)
-    return Batch(inputs, torch.ones(n, 1, dtype=torch.bool), labels, numbers[:, None], numbers)
+    return Batch(inputs, torch.ones(n, 1, dtype=torch.bool), no_labels(n, 1), numbers[:, None], numbers)
+
+
+def no_labels(samples: int, frames: int) -> Labels:
+    """Return the labels of (samples, frames) of which nothing is labelled."""
+    shape = (samples, frames)
+    return Labels(
+        va=torch.zeros(*shape, 2),
+        expr=torch.zeros(shape, dtype=torch.int64),
+        au=torch.zeros(*shape, NUM_AUS),
+        va_mask=torch.zeros(shape, dtype=torch.bool),
+        expr_mask=torch.zeros(shape, dtype=torch.bool),
+        au_mask=torch.zeros(*shape, NUM_AUS, dtype=torch.bool),
+    )

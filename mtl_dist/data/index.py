@@ -254,6 +254,19 @@ class Sets:
         return [index.extractor for _, index in self.parts()[0] if isinstance(index, FeatureIndex)]
 
     @property
+    def statistics(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Mean and standard deviation (D,) of the features of all training rows; None: the sets hold pictures."""
+        if not self.extractors:
+            return None
+        rows = np.array([index.rows for index in self.firsts], np.float64) / self.rows
+        means, stds = (
+            np.array([np.concatenate([getattr(index, name) for _, index in part]) for part in self.parts()])
+            for name in ("mean", "std")
+        )
+        mean = rows @ means
+        return mean, np.sqrt(np.maximum(rows @ (means**2 + stds**2) - mean**2, 0))
+
+    @property
     def rows(self) -> int:
         """Number of rows of all sets."""
         return sum(index.rows for index in self.firsts)
@@ -279,9 +292,14 @@ class Sets:
         return _identity([index.sha256 for index in self.indexes])
 
     @property
+    def origin(self) -> str:
+        """Identity of the pictures: sets of them, and of features of them, have the same."""
+        return _identity([index.origin for index in self.firsts])
+
+    @property
     def source_sha256(self) -> str:
         """Identity of what the sets were made of."""
-        return _identity([index.source_sha256 for index in self.indexes])
+        return _identity([index.source_sha256 for index in self.firsts])
 
 
 def read_sets(uris: Sequence[str]) -> Sets:

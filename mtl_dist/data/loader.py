@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from mtl_dist.data.order import Order, eval_range
+from mtl_dist.data.order import Order, eval_range, eval_videos
 from mtl_dist.data.samples import Samples
 from mtl_dist.data.task_orders import TaskOrders
 from mtl_dist.tasks import TASKS, Batch
@@ -45,7 +45,7 @@ def train_batches(
 
     Of `TaskOrders` a `Batch` is as many samples of every task, one task behind the other, with the labels of it alone.
     """
-    plan = order.plan(epoch=epoch, rank=rank, num_ranks=num_ranks)
+    plan, samples = order.plan(epoch=epoch, rank=rank, num_ranks=num_ranks), samples.at_epoch(epoch)
     fetchers = DaemonThreads(FETCH_THREADS, "fetch")
 
     def load(numbers: np.ndarray) -> Batch:
@@ -83,14 +83,18 @@ def keep_own_labels(batch: Batch, tasks: tuple[str, ...]) -> Batch:
 def eval_batches(
     samples: Samples, *, batch: int, rank: int, num_ranks: int, workers: int, prefetch: int
 ) -> Generator[Batch]:
-    """Yield this rank's samples of a set, each exactly once over all ranks; the last batch is smaller."""
-    start, stop = eval_range(int(samples.group_sizes.sum()), rank=rank, num_ranks=num_ranks)
+    """Yield this rank's samples of a set, every row exactly once over all ranks; the last batch is smaller.
 
-    def load(begin: int) -> Callable[[], Batch]:
-        numbers = np.arange(begin, min(begin + batch, stop))
-        return lambda: samples.read(numbers)
-
-    yield from ahead((load(begin) for begin in range(start, stop, batch)), workers=workers, prefetch=prefetch)
+    Of videos a batch is as many as `eval_videos` says.
+    """
+    samples = samples.whole()
+    if samples.frames is not None:
+        batches = eval_videos(samples.frames, batch=batch, rank=rank, num_ranks=num_ranks)
+    else:
+        start, stop = eval_range(int(samples.group_sizes.sum()), rank=rank, num_ranks=num_ranks)
+        batches = (np.arange(begin, min(begin + batch, stop)) for begin in range(start, stop, batch))
+    loads = (functools.partial(samples.read, numbers) for numbers in batches)
+    yield from ahead(loads, workers=workers, prefetch=prefetch)
 
 
 def lend(samples: Samples, batches: Generator[Batch]) -> Generator[Batch]:

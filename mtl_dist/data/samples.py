@@ -5,16 +5,21 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mtl_dist.config import DataConfig
+from mtl_dist.config import Config
 from mtl_dist.data.cache import Cache
-from mtl_dist.data.index import FORMAT, Index, Sets
+from mtl_dist.data.features import FeatureReader, FeatureRows
+from mtl_dist.data.image_videos import ImageRows
+from mtl_dist.data.index import FEATURES, FORMAT, Index, Sets
 from mtl_dist.data.reader import Names, ShardReader
+from mtl_dist.data.sequences import VideoSource, WindowSamples
+from mtl_dist.data.windows import Windows
+from mtl_dist.families import reads_videos
 from mtl_dist.tasks import PERSON, SET_BITS, Batch, LabelCounts, Labels
 
 
@@ -25,6 +30,15 @@ class Samples(Protocol):
     sha256: str  # identity of the content
     group_sizes: np.ndarray  # (S,) samples of every group: what an order calls `shard_rows`
     max_open: int  # groups that are kept open, each with a file
+    frames: np.ndarray | None  # (N,) frames of every sample; None: one of each
+
+    def at_epoch(self, epoch: int) -> Samples:
+        """Return the samples of an epoch: what a number stands for may be another in each."""
+        ...
+
+    def whole(self) -> Samples:
+        """Return the set as it is evaluated: every row in one sample."""
+        ...
 
     def read(self, samples: np.ndarray) -> Batch:
         """Read samples (n,) by number."""
@@ -54,6 +68,13 @@ class ImageSamples:
 
     reader: ShardReader
     size: int
+    frames: None = None
+
+    def at_epoch(self, epoch: int) -> ImageSamples:
+        return self
+
+    def whole(self) -> ImageSamples:
+        return self
 
     @property
     def counts(self) -> LabelCounts:
@@ -101,6 +122,8 @@ class Mixture:
         self.parts, self.sha256 = parts, sha256
         self.counts = functools.reduce(LabelCounts.plus, (part.counts for part in parts))
         self.group_sizes = np.concatenate([part.group_sizes for part in parts])
+        of_parts = [part.frames for part in parts]
+        self.frames = None if any(frames is None for frames in of_parts) else np.concatenate(of_parts)
         self._starts = np.cumsum([0, *(part.group_sizes.sum() for part in parts)])
         self._group_starts = np.cumsum([0, *(len(part.group_sizes) for part in parts)])
 
@@ -108,17 +131,23 @@ class Mixture:
     def max_open(self) -> int:
         return sum(part.max_open for part in self.parts)
 
+    def at_epoch(self, epoch: int) -> Mixture:
+        return Mixture([part.at_epoch(epoch) for part in self.parts], self.sha256)
+
+    def whole(self) -> Mixture:
+        return Mixture([part.whole() for part in self.parts], self.sha256)
+
     def read(self, samples: np.ndarray) -> Batch:
         which = np.searchsorted(self._starts, samples, side="right") - 1
         read = [self._read_part(number, samples[which == number]) for number in np.unique(which).tolist() or [0]]
-        columns = [torch.cat(column) for column in zip(*(_tensors(batch) for batch in read))]
+        columns = [_join(column) for column in zip(*(_tensors(batch) for batch in read))]
         places = torch.from_numpy(np.argsort(np.argsort(which, kind="stable"), kind="stable"))
-        inputs, valid, rows, *labels = (column[places] for column in columns)
-        return Batch(inputs, valid, Labels(*labels), rows, torch.from_numpy(np.array(samples, np.int64)))
+        inputs, valid, numbers, *labels = (column[places] for column in columns)
+        return Batch(inputs, valid, Labels(*labels), numbers - 1, torch.from_numpy(np.array(samples, np.int64)))
 
     def _read_part(self, number: int, samples: np.ndarray) -> Batch:
         batch = self.parts[number].read(samples - self._starts[number])
-        return batch._replace(rows=torch.where(batch.valid, batch.rows + (number << SET_BITS), batch.rows))
+        return batch._replace(rows=torch.where(batch.rows >= 0, batch.rows + (number << SET_BITS), batch.rows))
 
     def give_back(self, batch: Batch) -> None:
         """Its memory is its own."""
@@ -148,7 +177,18 @@ class Mixture:
 
 
 def _tensors(batch: Batch) -> list[Tensor]:
-    return [batch.inputs, batch.valid, batch.rows, *batch.labels]
+    return [batch.inputs, batch.valid, batch.rows + 1, *batch.labels]  # of padding every tensor has zeros
+
+
+def _join(tensors: Sequence[Tensor]) -> Tensor:
+    """Put (B, T, ...) tensors behind one another, padded to the longest T."""
+    longest = max(tensor.shape[1] for tensor in tensors)
+    if all(tensor.shape[1] == longest for tensor in tensors):
+        return torch.cat(tensors)
+    joined = tensors[0].new_zeros(sum(map(len, tensors)), longest, *tensors[0].shape[2:])
+    for part, tensor in zip(joined.split([len(tensor) for tensor in tensors]), tensors):
+        part[:, : tensor.shape[1]] = tensor
+    return joined
 
 
 def _name_apart(video: str | None, number: int) -> str | None:
@@ -159,14 +199,54 @@ def _name_apart(video: str | None, number: int) -> str | None:
     return f"{kind}{number}/{video.removeprefix(kind)}"
 
 
-def _open_images(uri: str, index: Index, config: DataConfig, cache: Cache) -> Samples:
-    return ImageSamples(ShardReader(uri, index, cache), config.image_size)
+Part = list[tuple[str, Index]]  # sets that stand side by side, by their URIs
 
 
-KINDS: dict[str, Callable[[str, Index, DataConfig, Cache], Samples]] = {FORMAT: _open_images}  # by an index's format
+def _open_images(part: Part, config: Config, cache: Cache) -> Samples:
+    ((uri, index),) = part
+    return ImageSamples(ShardReader(uri, index, cache), config.data.image_size)
 
 
-def open_samples(sets: Sets, config: DataConfig, cache: Cache) -> Samples:
+def _open_features(part: Part, config: Config, cache: Cache) -> Samples:
+    return _windows(part, FeatureRows([FeatureReader(uri, index, cache) for uri, index in part]), config)
+
+
+def _open_image_windows(part: Part, config: Config, cache: Cache) -> Samples:
+    ((uri, index),) = part
+    return _windows(part, ImageRows(ShardReader(uri, index, cache), config.data.image_size), config)
+
+
+def _windows(part: Part, source: VideoSource, config: Config) -> WindowSamples:
+    own = config.model.sequence
+    windows = Windows(source.video_rows, own.window, config.run.seed)
+    return WindowSamples(source, Sets(*zip(*part)).sha256, windows, own.context)
+
+
+class Kind(NamedTuple):
+    """How sets of a format are read."""
+
+    open: Callable[[Part, Config, Cache], Samples]
+    noun: str  # what a sample is
+
+
+# By the format of the index, and whether the model reads videos.
+KINDS = {
+    (FORMAT, False): Kind(_open_images, "rows"),
+    (FORMAT, True): Kind(_open_image_windows, "windows"),
+    (FEATURES, True): Kind(_open_features, "windows"),
+}
+
+
+def _kind_of(sets: Sets, config: Config) -> Kind:
+    return KINDS[sets.indexes[0].format, reads_videos(config.model.name)]
+
+
+def noun_of(sets: Sets, config: Config) -> str:
+    """Return what samples are called."""
+    return _kind_of(sets, config).noun
+
+
+def open_samples(sets: Sets, config: Config, cache: Cache) -> Samples:
     """Open one or several sets as one, each as what its index says it is."""
-    parts = [KINDS[index.format](uri, index, config, cache) for uri, index in sets.pairs()]
+    parts = [_kind_of(sets, config).open(part, config, cache) for part in sets.parts()]
     return parts[0] if len(parts) == 1 else Mixture(parts, sets.sha256)

@@ -10,10 +10,10 @@ import pyarrow as pa
 from mtl_dist.ensemble.options import EnsembleCommand
 from mtl_dist.objective.calibration import Calibration, describe, fit, stack_members
 from mtl_dist.objective.crossfit import CrossFit, cross_fit, make_folds
-from mtl_dist.objective.smoothing import make_timeline
 from mtl_dist.predicting.predictions import PredictionTable
 from mtl_dist.progress import progress_bar
 from mtl_dist.shards.splits import group_rows
+from mtl_dist.timeline import make_timeline
 
 
 class Fitted(NamedTuple):

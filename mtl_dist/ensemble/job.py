@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from mtl_dist import storage
+from mtl_dist.ensemble.by_task import ByTask, choose_by_task, open_best_of_tasks
 from mtl_dist.ensemble.calibrated import about_calibration, calibrate
 from mtl_dist.ensemble.options import RECORDED, EnsembleCommand
 from mtl_dist.ensemble.outputs import render_tables, render_test, write_files
@@ -21,7 +22,8 @@ from mtl_dist.predicting.submission import TestImages, find_images, read_test_li
 from mtl_dist.sealed import seal
 from mtl_dist.training.tracking import print_scores
 
-RESERVED = ("constant predictor", "ensemble")  # rows of the scores that are no member's
+BY_TASK = "each task from its best checkpoint"
+RESERVED = ("constant predictor", "ensemble", BY_TASK)  # rows of the scores that are no member's
 
 
 def make_ensemble(command: EnsembleCommand) -> None:
@@ -35,6 +37,9 @@ def make_ensemble(command: EnsembleCommand) -> None:
     _check_names(list(members), val_tables)
     mean = combine([table.predicted for table in val_tables])
     results = _score(list(members), val_tables, mean)
+    by_task = _by_task(members, val_tables, command)
+    if by_task:
+        results[BY_TASK] = by_task.scores
     fitted = calibrate(val_tables, command)
     steps = {name: scores(sums) for name, sums in fitted.crossfit.sums.items()} if fitted else {}
 
@@ -46,6 +51,7 @@ def make_ensemble(command: EnsembleCommand) -> None:
         "scores": results,
         "steps": steps,
         "calibration": about_calibration(fitted, command, list(members), val_tables[0]) if fitted else None,
+        "by_task": by_task.chosen if by_task else None,
         "members": [_about_member(name, member) for name, member in members.items()],
         "rows": first.val.rows,
         "test": {"list": command.test_list, "rows": len(test_names)} if test_names else None,
@@ -97,6 +103,18 @@ def _find_test_images(command: EnsembleCommand, members: dict[str, Member], name
     views = sorted({member.val.view for member in members.values()})
     skip = command.skip_bad_images
     return {view: find_images(command.test_root, view, names, skip_missing=skip) for view in views}
+
+
+def _by_task(members: dict[str, Member], val_tables: list[PredictionTable], command: EnsembleCommand) -> ByTask | None:
+    """Predict with the checkpoints that are best at one task, and choose among all, where that is asked for."""
+    if not command.each_task:
+        return None
+    others = open_best_of_tasks(members)
+    tables = predict_members(others, command.out, how=_how(command)) if others else {}
+    found = choose_by_task(dict(zip(members, val_tables)) | {name: tables[name][VAL] for name in others}, command)
+    if found is None:
+        print("all rows are of one video: no checkpoint can be chosen on other videos, so none is")
+    return found
 
 
 def _how(command: EnsembleCommand) -> MemberOptions:
@@ -166,6 +184,9 @@ def _about_member(name: str, member: Member) -> dict[str, Any]:
 def _say(report: dict[str, Any], notes: list[str], *, num_folds: int) -> None:
     """Print what score.json says."""
     print_scores(report["scores"], title=f"{report['rows']} validation rows")
+    for task, chosen in (report["by_task"] or {}).items():
+        counts = ", ".join(f"{name} in {count}" for name, count in chosen.items())
+        print(f"{BY_TASK}, chosen on other videos: {task} from {counts} fold(s)")
     if steps := report["steps"]:
         print_scores(
             _step_rows(steps), title=f"what each step adds, fitted on other videos ({num_folds} folds)", brief=True

@@ -15,7 +15,7 @@ BOUNDS = OPTION_BOUNDS | {
 }  # fmt: skip
 # Options that decide the result.
 RECORDED = (
-    "val", "steps", "folds", "half_windows", "seed", "test_list", "test_root", "skip_bad_images", "exif"
+    "val", "steps", "folds", "half_windows", "seed", "each_task", "test_list", "test_root", "skip_bad_images", "exif"
 )  # fmt: skip
 
 
@@ -37,6 +37,9 @@ class EnsembleCommand:
     """Frame numbers either way that smoothing chooses from."""
     seed: int = 0
     """Deals videos into folds."""
+    each_task: bool = False
+    """Also predict with the checkpoints of every run that are best at one task, and score what comes of taking each
+    task from whichever checkpoint is best at it on other videos: a line of its own, apart from the ensemble."""
     test_list: str | None = None
     """The challenge's list of test frames, to write submission.txt for."""
     test_root: str | None = None

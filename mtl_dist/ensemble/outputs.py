@@ -12,9 +12,9 @@ from mtl_dist.ensemble.calibrated import Fitted
 from mtl_dist.objective.affect import PredictedRows
 from mtl_dist.objective.calibration import AU_NAMES, Calibration, apply, stack_members
 from mtl_dist.objective.metrics import Predictions, Targets
-from mtl_dist.objective.smoothing import make_timeline
 from mtl_dist.predicting.predictions import PredictionTable, fill_missing, prediction_table, write_parquet
 from mtl_dist.predicting.submission import submission_text
+from mtl_dist.timeline import make_timeline
 from mtl_dist.training.tracking import render_scores
 
 # All but score.json that an ensemble may write, which one with other options leaves out.

@@ -125,8 +125,8 @@ def folds(
     from mtl_dist.data.cache import Cache
     from mtl_dist.data.index import index_dir, read_index
     from mtl_dist.data.reader import ShardReader
+    from mtl_dist.data.video_rows import read_rows
     from mtl_dist.features.folds import FOLDS_NAME, write_folds
-    from mtl_dist.features.rows import read_rows
 
     check_numbers(BOUNDS, folds=num_folds)
     storage.check_writable(out, flag="OUT")

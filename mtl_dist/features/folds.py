@@ -17,8 +17,8 @@ import pyarrow as pa
 
 from mtl_dist import storage
 from mtl_dist.data.sidecar import unpack_names
+from mtl_dist.data.video_rows import VideoRows
 from mtl_dist.errors import InputError
-from mtl_dist.features.rows import VideoRows
 from mtl_dist.objective.crossfit import make_folds
 from mtl_dist.shards.splits import group_rows
 from mtl_dist.tasks import AUS, EXPRESSIONS

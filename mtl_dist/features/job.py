@@ -16,6 +16,7 @@ from mtl_dist import storage
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.index import FEATURES, INDEX_NAME, FeatureIndex, check_stored, dump_index, index_dir, read_index
 from mtl_dist.data.reader import ShardReader
+from mtl_dist.data.video_rows import read_rows
 from mtl_dist.device import named_device
 from mtl_dist.errors import InputError
 from mtl_dist.features.describing import How, Source
@@ -24,7 +25,6 @@ from mtl_dist.features.folds import find_folds
 from mtl_dist.features.moments import add_up
 from mtl_dist.features.options import CreateOptions
 from mtl_dist.features.plan import PictureSet, SetPlan, plan_set
-from mtl_dist.features.rows import read_rows
 from mtl_dist.features.shard import Finished, ShardTask, make_shard
 from mtl_dist.joining import has_cluster
 from mtl_dist.machine import num_cpus

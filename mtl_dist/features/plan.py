@@ -14,11 +14,11 @@ import numpy as np
 from mtl_dist import storage
 from mtl_dist.data.index import FEATURES, INDEX_NAME, FeatureIndex, Index, read_index
 from mtl_dist.data.sidecar import read_about
+from mtl_dist.data.video_rows import VideoRows
 from mtl_dist.errors import Damaged, InputError
 from mtl_dist.features.describing import How, Source
 from mtl_dist.features.extractors import FeatureNet
 from mtl_dist.features.layout import Video, cut
-from mtl_dist.features.rows import VideoRows
 from mtl_dist.features.shard import Finished, Part, ShardTask, read_finished
 from mtl_dist.shards.claims import CLAIM_PREFIX, claimed
 from mtl_dist.threads import DaemonThreads

@@ -16,13 +16,13 @@ from isal.isal_zlib import crc32  # zlib's, at a fifth of its time
 
 from mtl_dist import storage
 from mtl_dist.data.index import FEATURE_BYTES, FeatureShard
-from mtl_dist.data.sidecar import dump_sidecar, pack_names, read_about
+from mtl_dist.data.sidecar import FeatureSidecar, dump_sidecar, pack_names, read_about
+from mtl_dist.data.video_rows import VideoRows
 from mtl_dist.errors import Damaged
 from mtl_dist.features.describing import How, Source, describe
 from mtl_dist.features.extractors import Network
 from mtl_dist.features.layout import Video, lay_out
 from mtl_dist.features.moments import Moments, add_up, moments_of
-from mtl_dist.features.rows import VideoRows, feature_sidecar
 
 Part = tuple[tuple[Network, ...], np.ndarray]  # what describes some rows of a shard, and their places there
 
@@ -70,7 +70,10 @@ def make_shard(task: ShardTask, progress: Callable[[int], None] = lambda rows: N
             "squares": moments.squares.tolist(),
             "vanished": num_vanished,
         }
-    sidecar = feature_sidecar(task.rows, videos=pack_names(task.rows.videos), begin=begins, checksum=checksums)
+    rows, names = task.rows, pack_names(task.rows.videos)
+    sidecar = FeatureSidecar(
+        **rows.kept, frame=rows.frame, video=names, num_rows=rows.num_rows, begin=begins, checksum=checksums
+    )
     data = dump_sidecar(sidecar, about)
     storage.write_bytes(storage.join(task.dest, f"{task.name}.safetensors"), data)
     return read_finished(task, data)

@@ -1,6 +1,6 @@
 """Models: `build_model(config)` and, in one file a family, what it builds.
 
-Every model is `forward(inputs, valid) -> tasks.Outputs` of samples and frames; see `PerFrame`.
+Every model is `forward(inputs, valid) -> tasks.Outputs` of samples and frames; see `PerFrame` and `SequenceNet`.
 """
 
 from __future__ import annotations
@@ -44,9 +44,8 @@ def build_model(
     input_size, loaded = input_size or config.image_size, None
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs as well, which are not forked
-        model = _build_heads(
-            config, build_backbone(config.backbone, input_size, drop_path=config.drop_path), input_size
-        )
+        backbone = build_backbone(config.backbone, input_size, drop_path=config.drop_path, dims=config.sequence.dims)
+        model = _build_heads(config, backbone, input_size)
         if config.weights == "imagenet":
             loaded = load_imagenet_weights(model.backbone)  # libraries draw weights before they load some
 

@@ -55,6 +55,9 @@ class Backbone(nn.Sequential):
             images = part(images)
             yield images
 
+    def learn_inputs(self, mean: Tensor, std: Tensor) -> None:
+        """Take in the statistics of the training set's features. Images are normalised before they come here."""
+
     def class_token(self, images: Tensor) -> Tensor:
         """Return the class token of a transformer, (N, num_channels). Raises `InputError` where there is none."""
         raise InputError(f"{type(self).__name__} has no class token: it has cells alone")

@@ -6,14 +6,14 @@ for them on laptops, in CI and in the demo. Initial weights are drawn from torch
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from mtl_dist.errors import InputError, nearest
-from mtl_dist.families import OWN_BACKBONES
+from mtl_dist.families import FEATURES, OWN_BACKBONES
 from mtl_dist.models.backbone import Backbone, download_torchvision, init_convs, no_imagenet
 from mtl_dist.models.face_nets import STAGES, DenseFace, DenseNet121, IResNet
 
@@ -124,6 +124,43 @@ class VGGSmall(Backbone):
         init_convs(self)
 
 
+class Features(Backbone):
+    """No network: rows of sets of features, side by side, standardised: (..., D) -> (..., D), D the sum of `dims`.
+
+    Mean and deviation are those of the training set; they go with the weights into checkpoints and exports.
+    """
+
+    def __init__(self, dims: Sequence[int] = ()):
+        if not dims:
+            raise InputError(
+                f"model.sequence.dims is empty, and model.backbone {FEATURES} reads rows of so many numbers: training "
+                "fills it in from data.train; give the widths of the sets where a model is built without one"
+            )
+        super().__init__({"standardise": Standardise(sum(dims))}, num_channels=sum(dims))
+
+    def learn_inputs(self, mean: Tensor, std: Tensor) -> None:
+        """Standardise by these (D,) from now on. What is constant in the training set is not scaled."""
+        if mean.shape != (self.num_channels,) or std.shape != mean.shape:
+            raise InputError(
+                f"features of {len(mean)} numbers a row, and the model is built for {self.num_channels} "
+                "(model.sequence.dims); give the feature sets that it was trained on"
+            )
+        self.standardise.mean.copy_(mean)
+        self.standardise.std.copy_(torch.where(std > 0, std, 1.0))
+
+
+class Standardise(nn.Module):
+    """(..., D) -> (..., D), of mean 0 and deviation 1 where the inputs have what it was told."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("std", torch.ones(width))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return (features - self.mean) / self.std
+
+
 VITS = [name for name, about in OWN_BACKBONES.items() if about.patch]  # in vit.py, which imports timm
 BACKBONES: dict[str, Callable[[], Backbone]] = {
     "inception_v3": InceptionV3,
@@ -133,13 +170,17 @@ BACKBONES: dict[str, Callable[[], Backbone]] = {
     "small": SmallResNet,
     "vgg16": VGG16,
     "vgg_small": VGGSmall,
+    FEATURES: Features,
 }
 
 
-def build_backbone(name: str, input_size: int | None = None, *, drop_path: float = 0.0) -> Backbone:
+def build_backbone(
+    name: str, input_size: int | None = None, *, drop_path: float = 0.0, dims: Sequence[int] = ()
+) -> Backbone:
     """Build a backbone by name, with random weights, for images of `input_size` pixels a side.
 
-    Those of libraries and ViTs need the size; the others take images of any. `drop_path` is for ViTs and timm's.
+    Those of libraries and ViTs need the size; the others take images of any. `drop_path` is for ViTs and timm's,
+    `dims`, the widths of the sets, for features.
 
     Raises:
         InputError: the name is unknown, or the backbone has no features for images of that size.
@@ -155,7 +196,7 @@ def build_backbone(name: str, input_size: int | None = None, *, drop_path: float
         if input_size is None:
             raise InputError(f"backbone {name} is built for one size of images; give model.image_size")
         return ViT(name, input_size, drop_path=drop_path)
-    return _backbone_class(name)()
+    return Features(dims) if name == FEATURES else _backbone_class(name)()
 
 
 def check_backbone(name: str, *, imagenet: bool) -> None:

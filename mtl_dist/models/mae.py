@@ -13,7 +13,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from mtl_dist.config import MaskedConfig
+from mtl_dist.model_config import MaskedConfig
 from mtl_dist.models.backbone import Backbone
 from mtl_dist.models.vit import LAYER_NORM, ViT, init_like_mae, sine_positions
 from mtl_dist.tasks import Reconstruction

@@ -26,16 +26,18 @@ class PerFrame(nn.Module):
         outputs, whose gradients are zero, and leaves the moments of BatchNorm alone.
         """
         if not len(inputs):
-            return self._of_no_samples(inputs)
+            return of_no_samples(self, inputs)
         if inputs.shape[1] == 1:  # a sample has a frame at least: nothing to look for, which a GPU would wait for
             return Outputs(*(output[:, None] for output in self.predict_images(channels_last(inputs[:, 0]))))
         flat = self.predict_images(channels_last(inputs[valid]))
-        return Outputs(*(_laid_out(output, valid) for output in flat))
+        return Outputs(*(laid_out(output, valid) for output in flat))
 
-    def _of_no_samples(self, inputs: Tensor) -> Outputs:
-        nothing = sum(parameter.sum() for parameter in self.parameters())  # every parameter has a gradient: zero
-        widths = Outputs(va=2, expr_logits=NUM_EXPRESSIONS, au_logits=NUM_AUS)
-        return Outputs(*(inputs.new_zeros(0, inputs.shape[1], width) + nothing for width in widths))
+
+def of_no_samples(model: nn.Module, inputs: Tensor) -> Outputs:
+    """Return the empty outputs of inputs (0, T, ...). Every parameter has a gradient, which is zero."""
+    nothing = sum(parameter.sum() for parameter in model.parameters())
+    widths = Outputs(va=2, expr_logits=NUM_EXPRESSIONS, au_logits=NUM_AUS)
+    return Outputs(*(inputs.new_zeros(0, inputs.shape[1], width) + nothing for width in widths))
 
 
 def channels_last(images: Tensor) -> Tensor:
@@ -47,7 +49,7 @@ def channels_last(images: Tensor) -> Tensor:
     return images.contiguous(memory_format=torch.channels_last)
 
 
-def _laid_out(flat: Tensor, valid: Tensor) -> Tensor:
+def laid_out(flat: Tensor, valid: Tensor) -> Tensor:
     """Lay (n, C) of the n valid frames out as (B, T, C), with zeros between."""
     laid_out = flat.new_zeros(*valid.shape, flat.shape[-1])
     laid_out[valid] = flat

@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mtl_dist.config import TwoLevelConfig
 from mtl_dist.errors import InputError
+from mtl_dist.model_config import TwoLevelConfig
 from mtl_dist.models.backbone import Backbone
 from mtl_dist.models.per_frame import PerFrame
 from mtl_dist.tasks import NUM_AUS, NUM_EXPRESSIONS, Outputs

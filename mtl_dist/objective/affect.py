@@ -1,8 +1,8 @@
 """What is learned of faces: valence and arousal, expressions, action units. Their losses, and how they are scored.
 
 EXPR, AU   loss = sum over labelled entries of all ranks / their weight over all ranks
-VA         loss = 1 - (CCC_V + CCC_A) / 2, CCC from the moments (n, Sx, Sy, Sxx, Syy, Sxy) of all ranks; and `va_mse`
-           times the mean square error, from the same
+VA         loss = `va_ccc` x (1 - (CCC_V + CCC_A) / 2), CCC from the moments (n, Sx, Sy, Sxx, Syy, Sxy) of all ranks;
+           and `va_mse` times the mean square error, from the same
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Affect:
 
     def __init__(self, config: LossConfig, counts: LabelCounts):
         self.fixed = {task: config.weight(task) for task in TASKS}
-        self.va_mse, self.after = config.va_mse, {"va": config.va_after}
+        self.va_ccc, self.va_mse, self.after = config.va_ccc, config.va_mse, {"va": config.va_after}
         self.classes, self.label_smoothing = build_class_weights(config, counts), config.label_smoothing
 
     def sums(self, outputs: Outputs, batch: Batch) -> Sums:
@@ -64,7 +64,7 @@ class Affect:
     def loss(self, term: str, total: Tensor) -> Tensor:
         if term != "va":
             return total[0] / total[1].detach()
-        loss = 1 - concordance(total).mean()
+        loss = self.va_ccc * (1 - concordance(total).mean())
         return loss + self.va_mse * mean_square_error(total).mean() if self.va_mse else loss
 
     def meter(self) -> AffectMeter:

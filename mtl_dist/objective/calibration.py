@@ -22,8 +22,9 @@ from scipy import optimize
 
 from mtl_dist.objective.metrics import AU_THRESHOLD, Predictions, Targets, va_moments
 from mtl_dist.objective.scores import concordance
-from mtl_dist.objective.smoothing import Timeline, smooth
+from mtl_dist.objective.smoothing import smooth
 from mtl_dist.tasks import AUS, NUM_AUS, NUM_EXPRESSIONS
+from mtl_dist.timeline import Timeline
 
 STEPS = ("temperature", "weights", "thresholds", "smoothing")  # in this order, each on what those before it made
 VA_NAMES = ("valence", "arousal")

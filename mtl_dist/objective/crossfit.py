@@ -14,7 +14,7 @@ import numpy as np
 
 from mtl_dist.objective.calibration import STEPS, Calibration, combine_tempered, fit, take_rows, temper
 from mtl_dist.objective.metrics import MetricSums, Predictions, Targets, metric_sums
-from mtl_dist.objective.smoothing import Timeline
+from mtl_dist.timeline import Timeline
 
 PLAIN_MEAN = "plain mean"
 

@@ -17,6 +17,7 @@ from mtl_dist.objective.affect import PredictedRows
 from mtl_dist.objective.metrics import AU_THRESHOLD, metric_sums
 from mtl_dist.objective.scores import constant_scores, scores
 from mtl_dist.predict.options import PredictCommand
+from mtl_dist.predict.sequences import check_models, count_passes, find_extractors, predict_videos
 from mtl_dist.predicting.inputs import ImageFiles, ShardSet, VideoFile, VideoFiles, open_frames, parent_uri
 from mtl_dist.predicting.predictions import check_finite, fill_missing, prediction_table, write_parquet
 from mtl_dist.predicting.spread import Task, predict_frames
@@ -32,6 +33,8 @@ def predict_input(command: PredictCommand) -> None:
     """Predict --input and write --out, whole or not at all. Raises `InputError`."""
     models = tuple(open_weights(run) for run in command.runs)
     view = _common_view(command.runs, models)
+    is_sequence = check_models(command.runs, models, command.extractors)
+    nets = find_extractors(command.runs, models, command.extractors) if is_sequence else []
     device = named_device(command.device).type
     with storage.scratch_directory("predict") as scratch:
         frames = open_frames(
@@ -56,10 +59,16 @@ def predict_input(command: PredictCommand) -> None:
         storage.check_writable(parent_uri(command.out))
         task = Task(models, frames, device, command.batch, command.workers)
         processes = _num_processes(command, device, num_batches=-(-frames.num_frames // command.batch))
-        with progress_bar("predicting", frames.num_frames * task.num_passes) as advance:
-            predicted, seen = predict_frames(task, processes=processes, progress=advance)
+        passes = count_passes(nets) if is_sequence else task.num_passes
+        with progress_bar("predicting", frames.num_frames * passes) as advance:
+            if is_sequence:
+                predicted, seen = predict_videos(
+                    models, nets, frames, device=named_device(command.device), batch=command.batch,
+                    workers=command.workers, progress=advance)  # fmt: skip
+            else:
+                predicted, seen = predict_frames(task, processes=processes, progress=advance)
             if command.skip_bad_images:
-                advance((frames.num_frames - len(predicted.rows)) * task.num_passes)
+                advance((frames.num_frames - len(predicted.rows)) * passes)
         names = frames.names(predicted.rows)
     skipped = _skipped(command, frames, predicted) if command.skip_bad_images else []
     check_finite(predicted.predictions, names, source=" or ".join(command.runs))

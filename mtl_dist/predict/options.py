@@ -25,6 +25,9 @@ class PredictCommand:
     """Directory of images or of videos, list of images (.txt), video file, or shard set; local or s3://."""
     out: str
     """File to write, local or s3://: .csv, .parquet, or .txt for the challenge's format."""
+    extractors: tuple[str, ...] = ()
+    """Of models of features (preset c): what made the features that they were trained on, in that order: runs,
+    checkpoints or files of weights. Every frame is described by them, and every video predicted as a whole."""
     images: str | None = None
     """Where the paths of a list start; None: beside the list."""
     every_frames: int = 1

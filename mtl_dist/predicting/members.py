@@ -22,9 +22,9 @@ from mtl_dist.data.samples import open_samples
 from mtl_dist.errors import InputError
 from mtl_dist.objective.affect import PredictedRows
 from mtl_dist.objective.metrics import Predictions, Targets
-from mtl_dist.objective.smoothing import video_names
 from mtl_dist.predicting.evaluate import predict
 from mtl_dist.runs.weights import Weights, load_weights, open_best
+from mtl_dist.timeline import video_names
 
 
 class Member(NamedTuple):
@@ -89,7 +89,7 @@ def predict_member(
     """
     config = member.weights.config
     cache = Cache(cache_dir, max_bytes=int(config.data.cache_gib * GIB))
-    val = open_samples(member.val, config.data, cache)
+    val = open_samples(member.val, config, cache)
     batches = eval_batches(
         val, batch=batch, rank=0, num_ranks=1, workers=workers, prefetch=config.data.prefetch)  # fmt: skip
     predicted = predict(
@@ -117,7 +117,7 @@ class RowNames(NamedTuple):
 
 def row_names(member: Member, cache_dir: Path | None = None) -> RowNames:
     """Return the names of a member's validation rows and of their videos."""
-    rows, images, videos = open_samples(member.val, member.weights.config.data, Cache(cache_dir)).names()
+    rows, images, videos = open_samples(member.val, member.weights.config, Cache(cache_dir)).names()
     places = np.argsort(rows)
     images, videos = ([names[place] for place in places] for names in (images, videos))
     return RowNames(images, [own or video for own, video in zip(videos, video_names(images))])

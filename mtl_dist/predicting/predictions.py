@@ -19,8 +19,9 @@ from mtl_dist import storage
 from mtl_dist.errors import Damaged, InputError
 from mtl_dist.objective.affect import PredictedRows, finite_rows
 from mtl_dist.objective.metrics import Predictions, Targets
-from mtl_dist.objective.smoothing import last_known, make_timeline, video_names
+from mtl_dist.objective.smoothing import last_known
 from mtl_dist.tasks import AUS, EXPRESSIONS
+from mtl_dist.timeline import make_timeline, video_names
 
 _VA = ("valence", "arousal")
 _KEY, _SEAL = b"mtl_dist", b"mtl_dist.sha256"  # in the schema's metadata

@@ -198,6 +198,8 @@ def _attention_blocks(drawings: Drawings) -> list[Markup]:
 
 
 def _mistakes_blocks(drawings: Drawings, best: Method) -> list[Markup]:
+    if not drawings.mistakes:
+        return [html.paragraph("These runs read features: report a run that reads pictures beside them to see faces.")]
     about = f"Of {best.label} ({best.shown.name}), from as many videos as there are; in brackets probabilities."
     return [html.paragraph(about), *(html.mistakes(mistakes) for mistakes in drawings.mistakes)]
 

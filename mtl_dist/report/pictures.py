@@ -18,16 +18,19 @@ class Pictures:
     """Reads a run's validation pictures by row number."""
 
     def __init__(self, member: Member, cache_dir: Path | None):
-        self._val, self._data = member.val, member.weights.config.data
-        self._cache = Cache(cache_dir, max_bytes=int(self._data.cache_gib * GIB))
-        self._sample = {int(row): place for place, row in enumerate(self._open(self._data.image_size).names().rows)}
+        self._val, self._config = member.val, member.weights.config
+        self._cache = Cache(cache_dir, max_bytes=int(self._config.data.cache_gib * GIB))
+        self._sample = {
+            int(row): place for place, row in enumerate(self._open(self._config.data.image_size).names().rows)
+        }
 
     def read(self, rows: np.ndarray, side: int) -> Batch:
         """Read rows (n,) as a batch of n pictures of `side` pixels, in their order."""
         return self._open(side).read(np.array([self._sample[int(row)] for row in rows]))
 
     def _open(self, side: int) -> Samples:
-        return open_samples(self._val, self._data.model_copy(update={"image_size": side}), self._cache)
+        data = self._config.data.model_copy(update={"image_size": side})
+        return open_samples(self._val, self._config.model_copy(update={"data": data}), self._cache)
 
     def pixels(self, rows: np.ndarray, side: int) -> np.ndarray:
         """(n, side, side, 3) uint8."""

@@ -84,9 +84,7 @@ def _draw_curve(records: dict[str, list[dict]]) -> Figure:
 
 def _draw_pictures(name: str, member: Member, place: int, device: torch.device, command: ReportCommand) -> Figure:
     config = member.weights.config
-    samples = open_samples(
-        member.val, config.data, Cache(command.cache_dir, max_bytes=int(config.data.cache_gib * GIB))
-    )
+    samples = open_samples(member.val, config, Cache(command.cache_dir, max_bytes=int(config.data.cache_gib * GIB)))
     batches = eval_batches(samples, batch=command.faces, rank=0, num_ranks=1, workers=0, prefetch=1)
     model = load_weights(member.weights, objective="masked").to(device)
     objective = build_objective(config, NO_LABELS)

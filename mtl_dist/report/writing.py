@@ -131,16 +131,19 @@ def draw(
                 else:
                     without.append(method.label)
             advance(1)
-        shown_from = _pictures_of(evidence.best, trained)
-        pictures = Pictures(shown_from, cache_dir)
-        mistakes = worst_mistakes(evidence.best.shown, pictures, images, video, count=num_errors)
+        mistakes = []
+        if shown_from := _pictures_of(evidence.best, trained):
+            pictures = Pictures(shown_from, cache_dir)
+            mistakes = worst_mistakes(evidence.best.shown, pictures, images, video, count=num_errors)
         advance(1)
     confusion = [figure for figure in confusion if figure]
     return Drawings(curves, notes, confusion, f1, reliability, calibration, affect, attention, without, mistakes)
 
 
-def _pictures_of(best: Method, trained: list[Method]) -> Member:
-    """Whose pictures show the errors: the method's own view, of an ensemble any, the wider crop first."""
-    if best.shown.member:
+def _pictures_of(best: Method, trained: list[Method]) -> Member | None:
+    """Whose pictures show the errors: the method's own, of an ensemble any, the wider crop first; None: all runs read
+    features."""
+    with_pictures = [method.shown.member for method in trained if not method.shown.member.val.extractors]
+    if best.shown.member in with_pictures:
         return best.shown.member
-    return min((method.shown.member for method in trained), key=lambda member: member.val.view != "cropped")
+    return min(with_pictures, key=lambda member: member.val.view != "cropped", default=None)

@@ -2,6 +2,7 @@
 
 Examples:
     python -m mtl_dist.shards synth /tmp/faces --num-train 1200 --num-val 300
+    python -m mtl_dist.shards synth /tmp/videos --dynamics --num-train 9600 --num-val 4800
     python -m mtl_dist.shards create /data/s-Aff-Wild2 s3://bucket/faces --jobs 8
     python -m mtl_dist.shards create faces.csv s3://bucket/faces --views cropped --val-fraction 0.1
     python -m mtl_dist.shards verify s3://bucket/faces/cropped/train
@@ -207,17 +208,23 @@ def synth(
     *,
     num_train: int = 1200,
     num_val: int = 300,
+    dynamics: bool = False,
     seed: int = 0,
     jobs: Jobs = CORES,
 ) -> None:
     """Render a labelled data set of synthetic faces in the s-Aff-Wild2 layout, both views.
 
-    The same arguments give the same bytes. `create` turns it into shards.
+    The same arguments give the same bytes. `create` turns it into shards. For models of whole videos:
+
+        synth /tmp/videos --dynamics --num-train 9600 --num-val 4800
 
     Args:
         dest: Directory to write to.
         num_train: Rows of the training split.
         num_val: Rows of the validation split, of other people.
+        dynamics: Videos that have time in them, of about 96 rows instead of 24: what a single frame leaves open, the
+            frames around it tell. Expressions come and go and at times show only in short bursts, the movement of the
+            head tells arousal, and some frames are spoiled.
         seed: Of identities, expressions, light, and which labels are missing.
     """
     from mtl_dist.synthetic.render import write_synthetic
@@ -225,7 +232,9 @@ def synth(
     check_numbers(BOUNDS, num_train=num_train, num_val=num_val, seed=seed, jobs=jobs)
     storage.check_writable(str(dest), flag="DEST")
     with progress_bar("rendering faces", 2 * (num_train + num_val)) as advance:
-        summary = write_synthetic(dest, num_train=num_train, num_val=num_val, seed=seed, jobs=jobs, progress=advance)
+        summary = write_synthetic(
+            dest, num_train=num_train, num_val=num_val, dynamics=dynamics, seed=seed, jobs=jobs, progress=advance
+        )
     print(f"{dest}: {summary['num_images_written']:,} images written, of two views")
     for split in SPLITS:
         told = {name.removeprefix("num_"): count for name, count in summary[split].items() if name.startswith("num_")}

@@ -36,6 +36,7 @@ from mtl_dist.synthetic.figure import (
     draw_wall,
 )
 from mtl_dist.synthetic.person import Identity, Look
+from mtl_dist.synthetic.spoiling import draw_passing_hand, spoil_picture
 
 SUPERSAMPLE = 2
 
@@ -52,6 +53,7 @@ def render_views(identity: Identity, look: Look, rng: np.random.Generator) -> tu
     aligned = _draw_scene(head, align_transform(head), size_px=ALIGNED_PX)
     if look.blur_px > 0:
         aligned = aligned.filter(ImageFilter.GaussianBlur(look.blur_px))
+    cropped, aligned = (spoil_picture(image, look.spoil) for image in (cropped, aligned))
     return _add_noise(cropped, rng), _add_noise(aligned, rng)
 
 
@@ -83,6 +85,7 @@ def _draw_scene(head: Head, transform: np.ndarray, *, size_px: int) -> Image.Ima
     if identity.glasses:
         draw_glasses(canvas)
     draw_hands(canvas)
+    draw_passing_hand(canvas)
     return _light(canvas.image.reduce(SUPERSAMPLE), look)
 
 
@@ -177,8 +180,9 @@ def _draw_cheeks_and_nose(canvas: Canvas) -> None:
 
 def _lids(head: Head) -> tuple[float, float]:
     """How far the upper and the lower lid stand from the line between the eye's corners, in face units."""
-    au, size = head.au, head.identity.eye_size
+    au, size, closed = head.au, head.identity.eye_size, head.look.spoil.lids
     upper = 0.135 * size * (1 + 0.5 * au[5]) * (1 - 0.65 * au[7]) * (1 - 0.1 * au[6])
+    upper -= closed * (upper + 0.02)  # a closed lid hangs a little below the line
     lower = 0.085 * size * (1 + 0.15 * au[5]) * (1 - 0.85 * au[7]) * (1 - 0.6 * au[6])
     return upper, lower
 

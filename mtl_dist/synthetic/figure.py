@@ -108,39 +108,41 @@ def draw_hands(canvas: Canvas) -> None:
     """Hands say in the cropped view what the aligned one does not see."""
     hand, side = canvas.head.look.hand, canvas.head.look.hand_side
     if hand == "chin":  # the head rests on a fist
-        _draw_hand(canvas, (side * 0.42, 2.28), angle=-side * 0.15, spread=0.0)
+        draw_hand(canvas, (side * 0.42, 2.28), angle=-side * 0.15, spread=0.0)
     elif hand == "head":  # both hands thrown up to the temples
         for s in (-1, 1):
-            _draw_hand(canvas, (s * 1.98, -0.05), angle=-s * 0.1, spread=0.2)
+            draw_hand(canvas, (s * 1.98, -0.05), angle=-s * 0.1, spread=0.2)
     elif hand == "chest":  # both fists drawn up below the chin
         for s in (-1, 1):
-            _draw_hand(canvas, (s * 0.62, 2.35), angle=-s * 0.1, spread=0.0)
+            draw_hand(canvas, (s * 0.62, 2.35), angle=-s * 0.1, spread=0.0)
     elif hand == "fist":
-        _draw_hand(canvas, (side * 1.65, 1.75), angle=0.0, spread=0.0)
+        draw_hand(canvas, (side * 1.65, 1.75), angle=0.0, spread=0.0)
     elif hand == "palm":  # pushes something away
         for s in (-1, 1):
-            _draw_hand(canvas, (s * 1.65, 2.15), angle=s * 0.35, spread=0.22)
+            draw_hand(canvas, (s * 1.65, 2.15), angle=s * 0.35, spread=0.22)
     elif hand == "wave":
-        _draw_hand(canvas, (side * 1.9, 0.75), angle=side * 0.4, spread=0.34)
+        draw_hand(canvas, (side * 1.9, 0.75), angle=side * 0.4, spread=0.34)
 
 
-def _draw_hand(canvas: Canvas, centre, *, angle: float, spread: float) -> None:
+def draw_hand(canvas: Canvas, centre, *, angle: float, spread: float, size: float = 1.0) -> None:
     """A forearm, a palm and four fingers and a thumb (`spread` radians apart; 0 is a fist), in scene coordinates."""
     skin = canvas.head.identity.skin
     centre = np.asarray(centre, dtype=float)
-    up = np.array((np.sin(angle), -np.cos(angle)))
-    across = np.array((np.cos(angle), np.sin(angle)))
+    up = size * np.array((np.sin(angle), -np.cos(angle)))
+    across = size * np.array((np.cos(angle), np.sin(angle)))
     elbow = centre - up * 2.4 + (np.sign(centre[0]) * 0.35, 0)
-    canvas.line([centre - up * 0.25, elbow], shade(canvas.head.identity.clothes, 0.82), 0.44, scene=True)
-    canvas.fill(ellipse(centre, (0.3, 0.32)), shade(skin, 0.96), scene=True)
+    canvas.line([centre - up * 0.25, elbow], shade(canvas.head.identity.clothes, 0.82), 0.44 * size, scene=True)
+    canvas.fill(ellipse(centre, (0.3 * size, 0.32 * size)), shade(skin, 0.96), scene=True)
     for finger in range(4):
         root = centre + across * (0.14 * (finger - 1.5)) + up * 0.18
         if spread == 0.0:
-            canvas.fill(ellipse(root, (0.09, 0.13), 10), shade(skin, 0.86), scene=True)
+            canvas.fill(ellipse(root, (0.09 * size, 0.13 * size), 10), shade(skin, 0.86), scene=True)
             continue
         tilt = angle + spread * (finger - 1.5)
-        tip = root + np.array((np.sin(tilt), -np.cos(tilt))) * 0.46
-        canvas.line([root, tip], shade(skin, 0.7), 0.15, scene=True)
-        canvas.line([root, tip], shade(skin, 1), 0.11, scene=True)
+        tip = root + size * np.array((np.sin(tilt), -np.cos(tilt))) * 0.46
+        canvas.line([root, tip], shade(skin, 0.7), 0.15 * size, scene=True)
+        canvas.line([root, tip], shade(skin, 1), 0.11 * size, scene=True)
     thumb = centre - across * np.sign(centre[0]) * 0.24
-    canvas.line([thumb, thumb + up * 0.22 - across * np.sign(centre[0]) * 0.12], shade(skin, 0.9), 0.13, scene=True)
+    canvas.line(
+        [thumb, thumb + up * 0.22 - across * np.sign(centre[0]) * 0.12], shade(skin, 0.9), 0.13 * size, scene=True
+    )

@@ -1,4 +1,4 @@
-"""Who a drawn face is (`Identity`) and what it does in a frame (`Look`)."""
+"""Who a drawn face is (`Identity`), what it does in a frame (`Look`), and what spoils that frame (`Spoil`)."""
 
 from __future__ import annotations
 
@@ -58,6 +58,18 @@ class Identity:
 
 
 @dataclass(frozen=True)
+class Spoil:
+    """What spoils a single picture and is in no label; by default nothing does."""
+
+    motion_px: float = 0.0  # standard deviation of the path along which the picture is smeared
+    motion_angle: float = 0.0  # radians
+    lids: float = 0.0  # 0 as the action units have them .. 1 closed
+    hand: tuple[float, float] | None = None  # where a hand passes before the face, in scene coordinates
+    hand_angle: float = 0.0
+    exposure: float = 1.0  # factor of the brightness
+
+
+@dataclass(frozen=True)
 class Look:
     """What changes from frame to frame. Angles in radians; `aus` maps an AU's number to its intensity in [0, 1]."""
 
@@ -75,6 +87,7 @@ class Look:
     light_strength: float = 0.0
     crop_shift: tuple[float, float] = (0.0, 0.0)  # the detector's error, in face units
     blur_px: float = 0.0  # of motion and focus, in both views
+    spoil: Spoil = Spoil()
 
 
 def make_identity(rng: np.random.Generator) -> Identity:

@@ -1,9 +1,10 @@
 """Plan a drawn data set: who does what in which frame, and its labels. Everything but the pixels.
 
-A video is one person who passes through a few *episodes*, each with one expression: its action units come from the
-prototypes of EMFACS (Friesen and Ekman 1983), valence and arousal from its place on the circumplex (Russell 1980). What
-is not labelled, how often and for which whole videos, follows the real set; so do duplicate rows and the gaps between
-frames.
+A video is one person who passes through a few *episodes*, each with one expression (`episodes.py`). What is not
+labelled, how often and for which whole videos, follows the real set; so do duplicate rows and the gaps between frames.
+
+`plan_static_video` plans a video whose frames tell nothing of each other that one frame does not show;
+`dynamics.plan_dynamic_video` one that has time in it.
 
 The two views complement each other by design: part of the expression and of the arousal is told by posture and hands,
 which only `cropped` shows; its small face has lost the fine lines that `cropped_aligned` tells the action units by.
@@ -14,16 +15,16 @@ Every random number is keyed by (seed, split, video[, frame]).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
 from mtl_dist.shards.annotations import HEADER
-from mtl_dist.synthetic.person import ALL_AUS, HANDS, Identity, Look, make_identity
+from mtl_dist.synthetic.episodes import AU_THRESHOLD, Episode, place, plan_episode
+from mtl_dist.synthetic.person import ALL_AUS, Identity, Look, make_identity
 from mtl_dist.tasks import AUS, EXPRESSIONS, MISSING_AU, MISSING_EXPR, MISSING_VA, SPLITS
 
-AU_THRESHOLD = 0.4  # an AU is labelled 1 above this intensity; few frames come near it
 DUPLICATE_SHARE = 0.007
 NO_LABEL_SHARE = 0.003  # of train rows
 SINGLE_AU_MISSING_SHARE = 0.005
@@ -52,48 +53,6 @@ EXPRESSION_SHARES = {
     "Surprise": 0.11,
     "Other": 0.16,
 }
-
-
-class Prototype(NamedTuple):
-    """How an expression looks: what face and body do, and where it lies on the circumplex."""
-
-    aus: dict[int, float]  # probability of each AU
-    va: tuple[float, float]
-    shoulders: float  # -1 slumped .. 1 raised
-    lean: float  # -1 back .. 1 forward
-    roll: float  # tilt of the head to either side, radians
-    hand: str
-
-
-PROTOTYPES = {
-    "Neutral": Prototype({}, (0.0, 0.0), 0.0, 0.0, 0.0, ""),
-    "Anger": Prototype({4: 0.97, 7: 0.85, 23: 0.65, 24: 0.6, 10: 0.1}, (-0.6, 0.6), 0.25, 0.8, 0.0, "fist"),
-    "Disgust": Prototype({10: 0.97, 4: 0.6, 7: 0.45, 25: 0.4, 9: 0.8}, (-0.6, 0.25), 0.1, -0.9, 0.14, "palm"),
-    "Fear": Prototype(
-        {1: 0.97, 2: 0.85, 4: 0.8, 7: 0.35, 25: 0.85, 26: 0.4, 20: 0.9, 5: 0.7}, (-0.6, 0.75), 0.9, -0.4, 0.0, "chest"
-    ),
-    "Happiness": Prototype({6: 0.9, 12: 0.98, 25: 0.65, 26: 0.15}, (0.75, 0.4), 0.1, 0.2, 0.08, "wave"),
-    "Sadness": Prototype({1: 0.92, 4: 0.7, 15: 0.95}, (-0.65, -0.4), -0.9, 0.1, 0.20, "chin"),
-    "Surprise": Prototype({1: 0.95, 2: 0.97, 25: 0.97, 26: 0.9, 5: 0.75}, (0.15, 0.75), 0.35, -0.2, 0.0, "head"),
-}
-# "Other" is whatever is none of the prototypes: talk, doubt, a knowing smile, pain, a yawn.
-OTHER_COMBINATIONS = (
-    (25,),
-    (25, 26),
-    (12, 24),
-    (2, 15),
-    (12, 15),
-    (1, 2, 12),
-    (6, 7, 10),
-    (2, 10),
-    (7, 12),
-    (2, 24),
-    (15, 23),
-    (6, 7, 23),
-    (23, 24),
-)
-OTHER_VALENCE = {12: 0.35, 6: 0.1, 15: -0.3, 10: -0.25, 24: -0.15, 23: -0.15, 4: -0.2}
-OTHER_AROUSAL = {26: 0.2, 25: 0.15, 2: 0.15, 7: 0.1, 1: 0.1, 15: -0.15}
 
 
 @dataclass(frozen=True)
@@ -126,11 +85,22 @@ class Video:
     duplicates: dict[int, Row]  # a second row right after the first, by position in `frames`
 
 
-def plan_splits(*, num_train: int, num_val: int, seed: int, frames_per_video: int) -> dict[str, list[Video]]:
-    """Decide everything but the pixels. No video, and so no person, is in both splits."""
+Pattern = tuple[bool, bool, bool]  # which tasks a video is labelled for: VA, EXPR, AU
+PlanVideo = Callable[..., Video]  # called as `plan_static_video` is
+
+
+def plan_splits(
+    *, num_train: int, num_val: int, seed: int, frames_per_video: int, plan_video: PlanVideo | None = None
+) -> dict[str, list[Video]]:
+    """Decide everything but the pixels, of each video by `plan_video` (None: `plan_static_video`).
+
+    No video, and so no person, is in both splits.
+    """
+    if plan_video is None:
+        plan_video = plan_static_video
     taken: set[str] = set()
     return {
-        split: _plan_split(split, num_frames=num_frames, seed=seed, frames_per_video=frames_per_video, taken=taken)
+        split: _plan_split(split, plan_video, num_frames, seed=seed, frames_per_video=frames_per_video, taken=taken)
         for split, num_frames in zip(SPLITS, (num_train, num_val), strict=True)
     }
 
@@ -154,12 +124,14 @@ def _annotation_line(image: str, row: Row) -> str:
     return ",".join([image, *va, str(expr), *map(str, aus)])
 
 
-def _plan_split(split: str, *, num_frames: int, seed: int, frames_per_video: int, taken: set[str]) -> list[Video]:
+def _plan_split(
+    split: str, plan_video: PlanVideo, num_frames: int, *, seed: int, frames_per_video: int, taken: set[str]
+) -> list[Video]:
     split_key = SPLITS.index(split)
     rng = keyed_rng(seed, split_key)
-    patterns = _Quota(TASK_PATTERNS[split])
+    patterns = Quota(TASK_PATTERNS[split])
     # Frames with an expression label fill their shares apart from those without: a small set has every class labelled.
-    expressions = {has_expr: _Quota(EXPRESSION_SHARES) for has_expr in (True, False)}
+    expressions = {has_expr: Quota(EXPRESSION_SHARES) for has_expr in (True, False)}
     videos = []
     for index, length in enumerate(_plan_lengths(rng, num_frames, frames_per_video)):
         pattern = patterns.pick(rng, length)
@@ -167,14 +139,14 @@ def _plan_split(split: str, *, num_frames: int, seed: int, frames_per_video: int
         key = (seed, split_key, index)
         name = _plan_name(keyed_rng(*key, 0), taken)
         videos.append(
-            _plan_video(
+            plan_video(
                 name, key, length=length, pattern=pattern, expressions=expressions[has_expr], is_train=split == "train"
             )
         )
     return _add_duplicates(videos, rng, int(DUPLICATE_SHARE * num_frames))
 
 
-class _Quota:
+class Quota:
     """Picks among weighted choices so that the shares hold after few picks, where independent draws would wander."""
 
     def __init__(self, shares: dict):
@@ -221,21 +193,10 @@ def _plan_name(rng: np.random.Generator, taken: set[str]) -> str:
             return name
 
 
-class _Episode(NamedTuple):
-    """The targets of a stretch of frames."""
-
-    expression: str
-    strength: float  # 0.6..1
-    aus: np.ndarray  # (num ALL_AUS,) intensities
-    energy: float  # arousal beyond the expression's own; posture and surroundings show it, the face does not
-    shoulders: float
-    lean: float
-    roll: float
-    hand: str
-    hand_side: int
-
-
-def _plan_video(name: str, key, *, length: int, pattern, expressions: _Quota, is_train: bool) -> Video:
+def plan_static_video(
+    name: str, key: tuple[int, ...], *, length: int, pattern: Pattern, expressions: Quota, is_train: bool
+) -> Video:
+    """Plan a video of sparse frames and short episodes: each frame shows what its labels say."""
     rng = keyed_rng(*key, 1)
     identity = make_identity(rng)
     episodes = _plan_episodes(rng, length, expressions)
@@ -252,21 +213,20 @@ def _plan_video(name: str, key, *, length: int, pattern, expressions: _Quota, is
         look = _plan_look(
             frame_rng, before, now, blend, motion, facing=facing, light_angle=light_angle, light_strength=light_strength
         )
-        row = _plan_row(frame_rng, before, now, blend, look, pattern=pattern, is_train=is_train)
+        va = (1 - blend) * place(before) + blend * place(now)
+        row = plan_row(frame_rng, va, now.expression, look, pattern=pattern, is_train=is_train)
         frames.append(Frame(number=int(numbers[position]), look=look, jpeg_quality=quality, row=row))
     return Video(name=name, key=key, identity=identity, frames=tuple(frames), duplicates={})
 
 
-def _plan_episodes(
-    rng: np.random.Generator, length: int, expressions: _Quota
-) -> list[tuple[_Episode, _Episode, float]]:
+def _plan_episodes(rng: np.random.Generator, length: int, expressions: Quota) -> list[tuple[Episode, Episode, float]]:
     """For each frame the episode before, the current one, and how far (0..1) the change has come."""
-    plan: list[tuple[_Episode, _Episode, float]] = []
+    plan: list[tuple[Episode, Episode, float]] = []
     previous = None
     while len(plan) < length:
         duration = min(int(rng.integers(4, 9)), length - len(plan))
         expression = expressions.pick(rng, duration, without=previous.expression if previous else None)
-        episode = _plan_episode(rng, expression)
+        episode = plan_episode(rng, expression)
         before = previous or episode
         # Frames are sparse: a change takes about one of them.
         ramp = [float(rng.uniform(0.55, 0.8))] + [1.0] * (duration - 1)
@@ -275,50 +235,14 @@ def _plan_episodes(
     return plan
 
 
-def _plan_episode(rng: np.random.Generator, expression: str) -> _Episode:
-    strength = float(rng.uniform(0.6, 1.0))
-    if expression == "Other":
-        combination = OTHER_COMBINATIONS[rng.integers(len(OTHER_COMBINATIONS))]
-        body = PROTOTYPES[str(rng.choice(("Neutral", *PROTOTYPES)))]
-        prototype = body._replace(aus=dict.fromkeys(combination, 1.0), hand=str(rng.choice(("", "", *HANDS))))
-    else:
-        prototype = PROTOTYPES[expression]
-    # One face in three gives little away: then posture and hands are the better witnesses.
-    readiness = 0.3 if rng.random() < 0.35 else 1.0
-    chance = np.array([max(0.02, readiness * prototype.aus.get(au, 0.0)) for au in ALL_AUS])
-    is_on = rng.random(len(ALL_AUS)) < chance
-    if is_on[ALL_AUS.index(26)]:
-        is_on[ALL_AUS.index(25)] = True  # a jaw drops with the lips apart
-    if is_on[ALL_AUS.index(25)]:
-        is_on[ALL_AUS.index(24)] = False  # lips that part do not press
-    if is_on[ALL_AUS.index(5)]:
-        is_on[ALL_AUS.index(7)] = False
-    intensities = np.where(
-        is_on, rng.uniform(0.55, 0.75, len(ALL_AUS)) + 0.25 * strength, rng.uniform(0, 0.16, len(ALL_AUS))
-    )
-    energy = float(rng.uniform(-1, 1))
-    shows_body = rng.random() < 0.92  # the rest of the time the posture says nothing
-    return _Episode(
-        expression=expression,
-        strength=strength,
-        aus=intensities,
-        energy=energy,
-        shoulders=prototype.shoulders * shows_body + 0.3 * energy,
-        lean=prototype.lean * shows_body + 0.2 * energy,
-        roll=prototype.roll * shows_body * float(rng.choice((-1, 1))),
-        hand=prototype.hand if shows_body and rng.random() < 0.9 else "",
-        hand_side=int(rng.choice((-1, 1))),
-    )
-
-
-def _blend(before: _Episode, now: _Episode, name: str, blend: float):
+def _blend(before: Episode, now: Episode, name: str, blend: float):
     return (1 - blend) * getattr(before, name) + blend * getattr(now, name)
 
 
 def _plan_look(
     rng: np.random.Generator,
-    before: _Episode,
-    now: _Episode,
+    before: Episode,
+    now: Episode,
     blend: float,
     motion,
     *,
@@ -327,15 +251,18 @@ def _plan_look(
     light_strength: float,
 ) -> Look:
     aus = np.clip(_blend(before, now, "aus", blend) + rng.normal(0, 0.035, len(ALL_AUS)), 0, 1)
-    tint = 0.55 * _place(now)[1] + 0.3 * now.energy + rng.normal(0, 0.3)
+    # Energy shows in posture and surroundings.
+    shoulders = (1 - blend) * (before.shoulders + 0.3 * before.energy) + blend * (now.shoulders + 0.3 * now.energy)
+    lean = (1 - blend) * (before.lean + 0.2 * before.energy) + blend * (now.lean + 0.2 * now.energy)
+    tint = 0.55 * place(now)[1] + 0.3 * now.energy + rng.normal(0, 0.3)
     return Look(
         aus=dict(zip(ALL_AUS, aus.tolist(), strict=True)),
         yaw=float(np.clip(facing[0] + 0.09 * motion[0], -0.35, 0.35)),
         pitch=float(np.clip(facing[1] + 0.05 * motion[1], -0.2, 0.2)),
         roll=float(_blend(before, now, "roll", blend) + 0.05 * motion[2]),
         gaze=(float(np.clip(0.25 * motion[3], -0.6, 0.6)), float(np.clip(0.12 * motion[4], -0.3, 0.3))),
-        shoulders=float(np.clip(_blend(before, now, "shoulders", blend) + rng.normal(0, 0.12), -1, 1)),
-        lean=float(np.clip(_blend(before, now, "lean", blend) + rng.normal(0, 0.2), -1, 1)),
+        shoulders=float(np.clip(shoulders + rng.normal(0, 0.12), -1, 1)),
+        lean=float(np.clip(lean + rng.normal(0, 0.2), -1, 1)),
         hand=now.hand,
         hand_side=now.hand_side,
         tint=float(np.clip(tint, -1, 1)),
@@ -346,23 +273,11 @@ def _plan_look(
     )
 
 
-def _place(episode: _Episode) -> np.ndarray:
-    """The episode's valence and arousal on the circumplex: the expression's place, further out when it is stronger."""
-    if episode.expression == "Other":
-        on = {au for au, intensity in zip(ALL_AUS, episode.aus, strict=True) if intensity > AU_THRESHOLD}
-        valence, arousal = (
-            sum(effect for au, effect in table.items() if au in on) for table in (OTHER_VALENCE, OTHER_AROUSAL)
-        )
-    else:
-        valence, arousal = PROTOTYPES[episode.expression].va
-    return np.array((valence, arousal)) * (0.35 + 0.75 * episode.strength) + (0, 0.25 * episode.energy)
-
-
-def _plan_row(
-    rng: np.random.Generator, before: _Episode, now: _Episode, blend: float, look: Look, *, pattern, is_train: bool
+def plan_row(
+    rng: np.random.Generator, va: np.ndarray, expression: str, look: Look, *, pattern: Pattern, is_train: bool
 ) -> Row:
+    """The labels of a frame: `va` with an annotator's noise, the expression, and the AUs that `look` shows."""
     has_va, has_expr, has_aus = pattern
-    va = (1 - blend) * _place(before) + blend * _place(now)
     va = np.clip(va + rng.normal(0, 0.04, 2), -1, 1)
     aus: list[int | None] = [int(look.aus[au] > AU_THRESHOLD) if has_aus else None for au in AUS]
     if is_train and rng.random() < NO_LABEL_SHARE:
@@ -371,7 +286,7 @@ def _plan_row(
         aus[rng.integers(len(AUS))] = None
     return Row(
         va=(float(va[0]), float(va[1])) if has_va else None,
-        expr=EXPRESSIONS.index(now.expression) if has_expr else None,
+        expr=EXPRESSIONS.index(expression) if has_expr else None,
         aus=tuple(aus),
     )
 

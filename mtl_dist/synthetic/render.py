@@ -6,8 +6,8 @@
     DEST/cropped_aligned/<video>/<frame>.jpg  112 x 112, the eyes on a fixed template
     DEST/training_set_annotations.txt, DEST/validation_set_annotations.txt
 
-What is in them is decided by `synthetic_plan.py`. Every random number is keyed by (seed, split, video[, frame]), so the
-files do not depend on the number of processes.
+What is in them is decided by `plan.py`, or by `dynamics.py` for videos that have time in them. Every random number is
+keyed by (seed, split, video[, frame]), so the files do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ from mtl_dist.errors import Damaged, InputError
 from mtl_dist.parsing import parse_object
 from mtl_dist.processes import process_pool
 from mtl_dist.shards.annotations import FILES
+from mtl_dist.synthetic.dynamics import DYNAMICS_VERSION, plan_dynamic_video
+from mtl_dist.synthetic.dynamics import FRAMES_PER_VIDEO as DYNAMIC_FRAMES_PER_VIDEO
 from mtl_dist.synthetic.faces import encode_jpeg, render_views
-from mtl_dist.synthetic.plan import Video, annotation_text, count_labels, keyed_rng, plan_splits
+from mtl_dist.synthetic.plan import Video, annotation_text, count_labels, keyed_rng, plan_splits, plan_static_video
 from mtl_dist.tasks import VIEWS
 
 PARAMETERS_FILE = "synthetic.json"
+FRAMES_PER_VIDEO = 24
 RENDERER_VERSION = 3  # raise it when the pictures change, so that an old directory is not taken for a new one
 
 
@@ -37,15 +40,20 @@ def write_synthetic(
     num_train: int,
     num_val: int,
     seed: int = 0,
-    frames_per_video: int = 24,
+    frames_per_video: int | None = None,
+    dynamics: bool = False,
     jobs: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> dict:
     """Write `num_train` + `num_val` frames (two images each) and their annotations below `dest`; return counts.
 
+    With `dynamics`, videos have time in them; they are then of about 96 frames where `frames_per_video` does not say,
+    else of 24.
     `progress` is called with the number of images finished since its last call. A finished directory is left as it is,
     an interrupted one is completed. Raises `InputError` where `dest` holds something else.
     """
+    if frames_per_video is None:
+        frames_per_video = DYNAMIC_FRAMES_PER_VIDEO if dynamics else FRAMES_PER_VIDEO
     for name, value in (
         ("num_train", num_train),
         ("num_val", num_val),
@@ -62,8 +70,16 @@ def write_synthetic(
         "num_val": num_val,
         "frames_per_video": frames_per_video,
     }
+    if dynamics:  # else as it always was, so that a set made before is known again
+        parameters["dynamics"] = DYNAMICS_VERSION
     is_complete = check_destination(dest, parameters)
-    splits = plan_splits(num_train=num_train, num_val=num_val, seed=seed, frames_per_video=frames_per_video)
+    splits = plan_splits(
+        num_train=num_train,
+        num_val=num_val,
+        seed=seed,
+        frames_per_video=frames_per_video,
+        plan_video=plan_dynamic_video if dynamics else plan_static_video,
+    )
     num_written = 0
     if not is_complete:
         dest.mkdir(parents=True, exist_ok=True)

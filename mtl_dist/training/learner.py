@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mtl_dist.config import Config
+from mtl_dist.data.index import Sets
 from mtl_dist.device import check_device
 from mtl_dist.models import build_model
 from mtl_dist.objective.module import ObjectiveModule, build_module, build_objective
@@ -39,7 +40,7 @@ from mtl_dist.training.step import check_finite
 from mtl_dist.training.tracking import NoTracker, Tracker
 from mtl_dist.training.watchdog import Phase
 
-LOADED = "weights_loaded"  # in state.json
+LOADED, EXTRACTORS = "weights_loaded", "extractors"  # in state.json
 MODULE, OPTIMIZER, BATCHNORM = "module/", "optimizer/", "batchnorm"  # of a checkpoint's train.safetensors
 BEGUN_BEFORE = (
     "note: an earlier version began this run. It goes on in the order that it has; from here on biases, positions and "
@@ -94,7 +95,7 @@ def restore(setup: Setup) -> tuple[Setup, Learner, int, dict[str, Any]]:
     step, scores = (restored.state["step"], restored.state["scores"]) if restored else (0, {})
     if restored:
         setup = setup._replace(order=setup.order.of_version(restored.state.get("order", 1)))
-    model = _build_model(config, begins=restored is None, start=start)
+    model = _build_model(config, begins=restored is None, start=start, train=setup.data.train)
     began = BEGUN_BEFORE if restored and "order" not in restored.state else ""
     loaded = model.backbone.loaded
     what_loaded = f"weights {loaded}" if loaded else ""
@@ -119,10 +120,12 @@ def restore(setup: Setup) -> tuple[Setup, Learner, int, dict[str, Any]]:
     return setup, Learner(engine, average, began_from, loaded), step, scores
 
 
-def _build_model(config: Config, *, begins: bool, start: Start | None) -> nn.Module:
+def _build_model(config: Config, *, begins: bool, start: Start | None, train: Sets | None = None) -> nn.Module:
     """Build the model, with what a run begins with unless a checkpoint's weights replace it."""
     if begins:
         model = build_started(config, start) if start else build_pretrained(config)
+        if train and train.statistics and not start:
+            model.backbone.learn_inputs(*map(torch.from_numpy, train.statistics))
     else:
         settings = config.model.model_copy(update={"weights": "none"})
         model = build_model(settings, seed=config.run.seed, input_size=config.input_size)
@@ -172,6 +175,7 @@ def save_checkpoint(
         "identity": setup.data.identity(),
         "order": setup.order.version,
         "view": setup.data.train.view,
+        EXTRACTORS: [extractor.model_dump() for extractor in setup.data.train.extractors],
         "total_steps": setup.total_steps,
         **({BEGAN_FROM: learner.began_from} if learner.began_from else {}),
         **({LOADED: learner.loaded} if learner.loaded else {}),

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mtl_dist import storage
 from mtl_dist.config import Config
+from mtl_dist.data.cache import GIB, Cache
 from mtl_dist.data.index import Sets, check_pair, check_stored, read_sets
 from mtl_dist.data.order import Order
-from mtl_dist.data.samples import Samples
+from mtl_dist.data.samples import Samples, noun_of, open_samples
 from mtl_dist.data.task_orders import TaskOrders, build_task_orders
 from mtl_dist.errors import Damaged, InputError
-from mtl_dist.families import objective_of
+from mtl_dist.families import FEATURES, objective_of
 from mtl_dist.objective.scores import find_score
 from mtl_dist.shards.overlap import check_shared, find_shared
 from mtl_dist.tasks import AUS, TASKS, LabelCounts
@@ -27,6 +28,8 @@ class Data(NamedTuple):
 
     train: Sets
     val: Sets
+    num_samples: int  # of training: rows, or windows of rows
+    noun: str  # what they are called
     steps_per_epoch: int
     tasks: tuple[str, ...]  # that a step reads a batch of each; none: one batch with the labels of all
 
@@ -46,9 +49,13 @@ def open_data(config: Config) -> Data:
             raise InputError(f"--{flag} is not given; expected the directory or s3:// prefix that holds an index.json")
     train, val = read_sets(config.data.train), read_sets(config.data.val)
     check_pair(train, val)
+    _check_inputs(config, train)
     if objective_of(config.model.name).reads_labels:
         _check_labels(config, train, val)
-    batch, share, rows, tasks = config.train.global_batch, config.data.epoch_fraction, {"": train.rows}, ()
+    batch, share, tasks = config.train.global_batch, config.data.epoch_fraction, ()
+    noun, cache = noun_of(train, config), Cache(config.data.cache_dir, max_bytes=int(config.data.cache_gib * GIB))
+    num_samples = int(open_samples(train, config, cache).group_sizes.sum())
+    rows = {"": num_samples}
     if config.data.sampling == "per_task":
         counts = (train.labels.va, train.labels.expr, max(train.labels.au))
         rows = {f" with labels of {task}": count for task, count in zip(TASKS, counts) if count}
@@ -57,11 +64,35 @@ def open_data(config: Config) -> Data:
         if _share_of(count, share) < batch:
             part = f", of which an epoch reads {share:g} (data.epoch_fraction)" if share < 1 else ""
             raise InputError(
-                f"train.global_batch is {batch}, but {train} has {count} rows{which}{part}; use a smaller batch"
+                f"train.global_batch is {batch}, but {train} has {count} {noun}{which}{part}; use a smaller batch"
             )
     if not rows:
         raise InputError(f"data.sampling is per_task, but {train} has no labels of any task")
-    return Data(train, val, _share_of(min(rows.values()), share) // batch, tasks)
+    return Data(train, val, num_samples, noun, _share_of(min(rows.values()), share) // batch, tasks)
+
+
+def _check_inputs(config: Config, train: Sets) -> None:
+    """Raise where the model does not read what the sets hold."""
+    widths, own = [extractor.width for extractor in train.extractors], config.model
+    if bool(widths) != (own.backbone == FEATURES):
+        holds, other = ("features", "pictures") if widths else ("pictures", "features")
+        raise InputError(
+            f"{train} holds {holds}, and model.backbone {own.backbone} reads {other}; give a set of {other}, or "
+            + ("a model of features: --preset small-c" if widths else "another model.backbone")
+        )
+    if not widths:
+        return
+    if list(own.sequence.dims) != widths:
+        raise InputError(
+            f"model.sequence.dims is {list(own.sequence.dims)}, and {train} has rows of {widths} numbers; leave it "
+            "out: it is filled in from data.train"
+        )
+    longest = max(int(index.video_rows.max()) for index in train.indexes)
+    if own.sequence.window > longest:
+        raise InputError(
+            f"model.sequence.window is {own.sequence.window} rows, and the longest video of {train} has {longest}; "
+            "give a shorter window"
+        )
 
 
 def _trained(config: Config, train: Sets) -> list[str]:
@@ -93,7 +124,14 @@ def _check_labels(config: Config, train: Sets, val: Sets) -> None:
 
 
 def note_labels(config: Config, data: Data) -> list[str]:
-    """Say what is trained and not scored, scored and not trained, or neither though it has a loss."""
+    """Say what is trained and not scored, scored and not trained, or neither though it has a loss; and of what video
+    nothing of time can be learnt."""
+    alone = sum(int((index.video_rows == 1).sum()) for index in data.train.firsts if data.train.extractors)
+    about = f"{alone} training video(s) have one row: nothing comes before or after it" if alone else ""
+    return [*_note_labels(config, data), *filter(None, [about])]
+
+
+def _note_labels(config: Config, data: Data) -> list[str]:
     if not objective_of(config.model.name).reads_labels:
         return []
     trained = _trained(config, data.train)
@@ -133,7 +171,7 @@ def build_order(
         "block_shards": config.data.block_shards,
         "seed": config.run.seed,
     }
-    group_sizes, steps = data.train.shard_rows, data.steps_per_epoch
+    group_sizes, steps = train.group_sizes, data.steps_per_epoch
     if data.tasks:
         labelled = train.labelled(progress)
         chosen = {task: labelled[task] for task in data.tasks}
@@ -217,10 +255,15 @@ def _describe(
     frozen = " (frozen)" if config.model.freeze_backbone else ""
     batch = config.train.global_batch
     size_mb = sum(shard.tar_bytes for shard in train.shards) / 1e6
-    pixels_mb = batch * max(len(data.tasks), 1) * 3 * config.input_size**2 * 4 / 1e6
+    inputs, numbers = f"input {config.input_size} x {config.input_size}", 3 * config.input_size**2
+    if widths := [extractor.width for extractor in train.extractors]:
+        window = config.model.sequence.window
+        inputs, numbers = f"windows of {window} rows of {' + '.join(map(str, widths))}", window * sum(widths)
+    inputs_mb = batch * max(len(data.tasks), 1) * numbers * 4 / 1e6
     ranks = (f"{high}" if low == high else f"{low} to {high}") + " rank" + "s" * (high > 1)
-    num_left = train.rows - steps * batch
-    left_out = f"{num_left} rows an epoch are left out, others each time" if num_left else "every row once an epoch"
+    num_left = data.num_samples - steps * batch
+    left_out = f"{num_left} {data.noun} an epoch are left out, others each time"
+    left_out = left_out if num_left else f"every {data.noun.removesuffix('s')} once an epoch"
     if data.tasks:
         left_out = f"each of {len(data.tasks)} batches, of rows with labels of {', '.join(data.tasks)}"
     lines = [
@@ -229,9 +272,8 @@ def _describe(
         f"{len(train.shards)} shards, {size_mb:.1f} MB",
         f"val     {val}: {val.rows} rows, {_labelled(val.labels)}, {len(val.shards)} shards",
         f"steps   {steps} an epoch, {total} in all; {left_out}",
-        f"batch   {batch} over {ranks}, {config.num_streams} streams, {pixels_mb:.0f} MB of pixels",
-        f"model   {config.model.name}, backbone {config.model.backbone}{frozen}, weights {weights}, "
-        f"input {config.input_size} x {config.input_size}",
+        f"batch   {batch} over {ranks}, {config.num_streams} streams, {inputs_mb:.0f} MB of inputs",
+        f"model   {config.model.name}, backbone {config.model.backbone}{frozen}, weights {weights}, {inputs}",
     ]
     return "\n".join([*lines, *(f"note    {note}" for note in notes)])
 

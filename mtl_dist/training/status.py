@@ -15,7 +15,7 @@ from mtl_dist import storage
 from mtl_dist.config import Config, build_config
 from mtl_dist.data.index import read_sets
 from mtl_dist.errors import Damaged, InputError, plain
-from mtl_dist.families import objective_of
+from mtl_dist.families import FEATURES, objective_of
 from mtl_dist.objective.scores import FIRST, constant_scores, label_sums
 from mtl_dist.presets import read_config_file
 from mtl_dist.progress import progress_bar
@@ -102,8 +102,9 @@ def _next_commands(config: Config) -> str:
             "--data.train ... --data.val ..."
         )
     ensemble = shlex.quote(storage.join(config.run.storage, "ensemble"))
+    what = "--extractors EXTRACTOR --input VIDEO" if config.model.backbone == FEATURES else "--input PICTURES"
     return (
-        f"next    python -m mtl_dist.predict --runs {run} --input PICTURES --out predictions.csv\n"
+        f"next    python -m mtl_dist.predict --runs {run} {what} --out predictions.csv\n"
         f"        python -m mtl_dist.report {run} --out {report}\n"
         f"        python -m mtl_dist.ensemble --runs {run} OTHER_RUN --out {ensemble}"
     )

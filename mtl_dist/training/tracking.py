@@ -83,7 +83,7 @@ class Tracker:
         left = (total - step) * self._window.seconds / max(self._window.steps, 1)
         shown = "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
         line = (
-            f"epoch {epoch + 1}  step {step}/{total}  loss {shown}  {speed:.0f} images/s  "
+            f"epoch {epoch + 1}  step {step}/{total}  loss {shown}  {speed:.0f} frames/s  "
             f"waiting for data {waiting:.0%}  checkpoint {self._saved_step or 'none yet'}  "
             f"{self.num_ranks} rank{'s' * (self.num_ranks > 1)}  {left:.0f} s left"
         )

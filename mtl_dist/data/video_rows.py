@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from mtl_dist.data.reader import ShardReader, names_of
-from mtl_dist.data.sidecar import FeatureSidecar, Sidecar
-from mtl_dist.objective.smoothing import make_timeline, video_names
+from mtl_dist.data.sidecar import Sidecar
 from mtl_dist.tasks import PERSON
+from mtl_dist.timeline import make_timeline, video_names
 
 # What a row keeps of its picture's.
 KEPT = ("row", "image", "length", "crc32", "va", "expr", "au", "va_mask", "expr_mask", "au_mask")
@@ -58,13 +58,6 @@ def read_rows(reader: ShardReader) -> VideoRows:
     kept = {name: _concatenate(sidecars, name)[samples] for name in KEPT}
     return VideoRows(
         samples, timeline.frame[order], kept, list(dict.fromkeys(videos)), np.bincount(timeline.video).astype(np.int64)
-    )
-
-
-def feature_sidecar(rows: VideoRows, *, videos: np.ndarray, begin: np.ndarray, checksum: np.ndarray) -> FeatureSidecar:
-    """Return the sidecar of a shard that holds the features of these rows; `videos` are their packed names."""
-    return FeatureSidecar(
-        **rows.kept, frame=rows.frame, video=videos, num_rows=rows.num_rows, begin=begin, checksum=checksum
     )
 
 
