@@ -20,12 +20,13 @@ import webdataset as wds
 from safetensors.numpy import load, save
 from safetensors.torch import save_file
 
+from mtl_dist import storage
 from mtl_dist.data.augment import normalise
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.index import FEATURES, INDEX_NAME, FeatureIndex, dump_index, read_index, read_sets
 from mtl_dist.data.reader import ShardReader
 from mtl_dist.data.sidecar import FeatureSidecar, dump_sidecar, parse_feature_sidecar, parse_sidecar, read_about
-from mtl_dist.data.video_rows import read_rows
+from mtl_dist.data.video_rows import VideoRows, read_rows
 from mtl_dist.errors import InputError
 from mtl_dist.features.folds import deal_folds
 from mtl_dist.features.layout import Video, cut
@@ -62,7 +63,7 @@ def weights(tmp_path_factory) -> Path:
     return save_backbone(tmp_path_factory.mktemp("weights") / "vgg.safetensors")
 
 
-def create(dest: Path, data: list[Path], *runs: Path, **options) -> subprocess.CompletedProcess[str]:
+def create(dest: Path | str, data: list[Path | str], *runs: Path | str, **options) -> subprocess.CompletedProcess[str]:
     """Run `create` on this machine with one process, unless `options` say otherwise."""
     options = {"backbone": "vgg_small", "image_size": SIZE, "batch": 4, "jobs": 1} | options
     flags = [
@@ -92,13 +93,13 @@ def features(shards, weights, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def many_shards(tmp_path_factory, weights) -> tuple[Path, Path]:
-    """Pictures and features in several shards: 30 rows of 3 videos, of a network that is wide."""
-    root = tmp_path_factory.mktemp("many")
+def other_shards(tmp_path_factory) -> Path:
+    """Shards of 30 training rows: several batches, the last of which is not full."""
+    root = tmp_path_factory.mktemp("other")
     from mtl_dist.shards.__main__ import create as create_shards
 
     create_shards(str(write_dataset(root / "source", num_train=30, num_val=9)), str(root / "shards"), jobs=1)
-    return root / "shards", root
+    return root / "shards"
 
 
 @pytest.fixture
@@ -195,6 +196,26 @@ def test_frames_are_sorted_by_their_number_whatever_the_order_of_rows(tmp_path, 
     assert sidecar.frame[8:].tolist() == list(range(8))
 
 
+def test_pictures_of_persons_are_videos_of_one_row_each(dataset, tmp_path, weights):
+    from mtl_dist.shards.__main__ import create as create_shards
+    from mtl_dist.shards.columns import TableOptions
+
+    names = [f"t0/{number:05d}.jpg" for number in range(6)] + [f"v0/{number:05d}.jpg" for number in range(3)]
+    people = ["ann", "bob", "ann", "bob", "ann", "", "eve", "eve", "eve"]  # t0 is no film: it has two persons
+    lines = [f"{name},{person},{'val' if name[0] == 'v' else 'train'}" for name, person in zip(names, people)]
+    (tmp_path / "t.csv").write_text(
+        "\n".join(["image,person,split,expression", *(f"{line},1" for line in lines)]) + "\n"
+    )
+    table = TableOptions(images=dataset / "cropped")
+    create_shards(str(tmp_path / "t.csv"), str(tmp_path / "shards"), views=("cropped",), jobs=1, table=table)
+    created(tmp_path / "out", sets_of(tmp_path / "shards"), weights)
+    index, (sidecar,), _ = read_set(tmp_path / "out" / "cropped" / "train")
+    assert (sidecar.video_names(), index.video_rows.tolist()) == (names[:6], [1] * 6)
+    assert sidecar.frame.tolist() == [0] * 6
+    index, (sidecar,), _ = read_set(tmp_path / "out" / "cropped" / "val")
+    assert (sidecar.video_names(), index.video_rows.tolist()) == (["v0"], [3])
+
+
 def test_labels_and_names_are_those_of_the_pictures(shards, features):
     for split in ("train", "val"):
         _, sidecars, _ = read_set(features / split)
@@ -236,15 +257,15 @@ def test_made_twice_every_byte_is_the_same(shards, weights, features, tmp_path):
 
 
 @pytest.mark.whole
-def test_the_number_of_processes_and_threads_changes_no_byte(many_shards, tmp_path):
-    shards, _ = many_shards
+def test_the_number_of_processes_and_threads_changes_no_byte(other_shards, tmp_path, monkeypatch):
     wide = save_backbone(tmp_path / "iresnet.safetensors", "iresnet18")
     options = {"backbone": "iresnet18", "batch": 8}
-    created(tmp_path / "one", sets_of(shards), wide, **options)
-    created(tmp_path / "two", sets_of(shards), wide, jobs=2, **options)  # a shard a set: two processes
-    created(tmp_path / "train", sets_of(shards, "train"), wide, jobs=3, workers=2, **options)  # one, of three threads
-    assert read_tree(tmp_path / "one") == read_tree(tmp_path / "two")
-    assert read_tree(tmp_path / "one" / "cropped/train") == read_tree(tmp_path / "train" / "cropped/train")
+    created(tmp_path / "one", sets_of(other_shards), wide, **options)
+    created(tmp_path / "threads", sets_of(other_shards), wide, jobs=3, workers=2, **options)
+    monkeypatch.setattr("mtl_dist.features.job.CPUS_OF_A_PROCESS", 1)
+    created(tmp_path / "processes", sets_of(other_shards), wide, jobs=2, **options)  # one for each set's one shard
+    for name in ("threads", "processes"):
+        assert read_tree(tmp_path / name) == read_tree(tmp_path / "one")
 
 
 def test_a_picture_has_the_same_features_in_any_batch(shards, weights, features, tmp_path):
@@ -609,6 +630,25 @@ def test_verify_finds_a_set_whose_checksums_are_right_and_whose_content_is_wrong
     assert_one_message(done, words)
 
 
+def test_sets_on_s3_are_those_on_disk_and_can_be_verified_and_repaired(shards, weights, features, s3, tmp_path):
+    for name, data in read_tree(shards / "cropped").items():
+        storage.write_bytes(f"s3://mtl/pictures/{name}", data)
+    storage.upload(weights, "s3://mtl/weights/vgg.safetensors")
+    data = [f"s3://mtl/pictures/{split}" for split in ("train", "val")]
+    net = "s3://mtl/weights/vgg.safetensors"
+    created("s3://mtl/features", data, net, cache_dir=tmp_path)
+    stored = {
+        name: storage.read_bytes(f"s3://mtl/features/{name}") for name, _ in storage.list_objects("s3://mtl/features")
+    }
+    assert stored == {f"cropped/{name}": content for name, content in read_tree(features).items()}
+    storage.delete("s3://mtl/features/cropped/train/shard-000000.tar")
+    done = run_here("mtl_dist.features", "verify", "s3://mtl/features/cropped/train", "--jobs", "1")
+    assert_one_message(done, "shard-000000.tar is gone")
+    created("s3://mtl/features", data, net, cache_dir=tmp_path)
+    done = run_here("mtl_dist.features", "verify", "s3://mtl/features/cropped/train", "--jobs", "1")
+    assert done.returncode == 0, done.stderr
+
+
 # ------------------------------------------------------------------------------------------------------------- folds
 
 
@@ -628,6 +668,18 @@ def test_a_training_row_has_the_features_of_the_network_that_has_not_seen_its_vi
     np.testing.assert_allclose(read_set(tmp_path / "folds" / "cropped" / "val")[2][0], mean, rtol=3e-3, atol=1e-3)
     assert index.extractor.folds == 3
     assert index.extractor == read_index(str(tmp_path / "folds" / "cropped" / "val"), formats=(FEATURES,)).extractor
+
+
+def test_halves_of_a_video_are_in_one_fold_and_folds_have_about_as_many_rows():
+    videos = ["a_left", "a_right", "b", "c_right", "c_left", "d"]
+    num_rows = np.array([5, 5, 10, 5, 5, 10])
+    empty = np.zeros(40, np.int64)
+    folds = deal_folds(VideoRows(empty, empty, {}, videos, num_rows), 2, source="")
+    assert folds[0] == folds[1]
+    assert folds[3] == folds[4]
+    assert [num_rows[folds == fold].sum() for fold in (0, 1)] == [20, 20]
+    with pytest.raises(InputError, match=r"has 4 video\(s\), too few for 5 folds"):
+        deal_folds(VideoRows(empty, empty, {}, videos, num_rows), 5, source="")
 
 
 def test_a_table_of_folds_decides_who_describes_which_video(shards, weights, tmp_path):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from mtl_dist import storage
 from mtl_dist.data.index import Extractor
 from mtl_dist.errors import InputError
-from mtl_dist.families import FAMILIES, min_input_size, patch_size
+from mtl_dist.families import FAMILIES, min_input_size, objective_of, patch_size
 from mtl_dist.features.options import CreateOptions, Pool
 from mtl_dist.features.pooling import Pooled
 from mtl_dist.models import non_finite
@@ -27,7 +27,7 @@ from mtl_dist.predicting.members import unique_names
 from mtl_dist.runs.checkpoint import MODEL
 from mtl_dist.runs.weights import EXPORTED_CONFIG, FILE_SUFFIXES, Weights, is_local_file, load_weights, open_weights
 
-EMBEDDED_SIZE = 112  # pixels a side of what ArcFace embeds
+EMBEDDED_SIZE = 112  # pixels a side of what ArcFace embeds, and of files of weights that say no other
 
 
 class Network(NamedTuple):
@@ -43,7 +43,7 @@ class Network(NamedTuple):
     image_size: int  # pixels a side, that pictures are decoded to
     input_size: int  # and that it reads
     pool: Pool
-    train_sha256: str  # of the set it was trained on; empty where that is not known
+    train_sha256: str  # of the set whose labels it has seen; empty where it saw none, or that is not known
 
 
 class FeatureNet(NamedTuple):
@@ -79,8 +79,9 @@ class FeatureNet(NamedTuple):
 def find_feature_nets(options: CreateOptions) -> list[FeatureNet]:
     """Find, build and check what `--runs` names. Raises `InputError` for what is not there or does not fit."""
     networks = [_find(uri, options) for uri in options.runs]
-    if options.backbone is not None and not any(network.is_file for network in networks):
-        raise InputError("--backbone is for files of weights, and --runs has none: a run knows its own; leave it out")
+    for flag, value in (("--backbone", options.backbone), ("--image-size", options.image_size)):
+        if value is not None and not any(network.is_file for network in networks):
+            raise InputError(f"{flag} is for files of weights, and --runs has none: a run knows its own; leave it out")
     widths = [_width(network) for network in networks]
     if options.folds is None:
         names = options.names or unique_names([network.directory for network in networks])
@@ -158,7 +159,7 @@ def _network_of(given: str, weights: Weights, pool: Pool) -> Network:
         image_size=config.data.image_size,
         input_size=config.input_size,
         pool=pool,
-        train_sha256=weights.train_sha256,
+        train_sha256=weights.train_sha256 if objective_of(config.model.name).reads_labels else "",
     )
 
 
@@ -167,7 +168,7 @@ def _find_file(given: str, uri: str, options: CreateOptions) -> Network:
         raise InputError(
             f"--runs {given} does not exist; give a run, a checkpoint, an exported directory or a file of weights"
         )
-    file_name, backbone, size = uri.rpartition("/")[2], options.backbone, options.image_size
+    file_name, backbone, size = uri.rpartition("/")[2], options.backbone, options.image_size or EMBEDDED_SIZE
     if backbone is None:
         raise InputError(
             f"--runs {given} is a file of weights; say with --backbone which network they are of, such as iresnet100"

@@ -32,7 +32,7 @@ from mtl_dist.predicting.cluster import TaskFailed, map_over_cluster
 from mtl_dist.processes import process_pool, spawn
 from mtl_dist.progress import progress_bar
 
-CPUS_OF_A_WORKER = 8  # which one loader thread decodes for
+CPUS_OF_A_PROCESS = 8  # threads of it compute, and another decodes for them; more would wait for the interpreter
 GPU_WORKERS = 4
 LOOK_EVERY_S = 0.5
 TRAIN = "train"  # the split whose rows statistics are of
@@ -194,18 +194,18 @@ def _place(options: CreateOptions, on_cluster: bool) -> _Place:
         device = named_device(options.device).type
         jobs = options.jobs or (torch.cuda.device_count() if device == "cuda" else num_cpus())
         threads = 1
-    workers = options.workers or (GPU_WORKERS if device == "cuda" else -(-threads // CPUS_OF_A_WORKER))
+    workers = options.workers or (GPU_WORKERS if device == "cuda" else -(-threads // CPUS_OF_A_PROCESS))
     return _Place(How(device, options.batch, options.bf16, threads, workers), jobs)
 
 
 def _on_this_machine(
     todo: dict[tuple[int, str], ShardTask], place: _Place, progress: Callable[[int], None]
 ) -> Iterator[tuple[tuple[int, str], Finished]]:
-    processes = min(place.jobs, len(todo))
-    how = place.how
-    if how.device == "cpu" and processes:  # fewer shards than CPUs: the others compute batches of them
-        threads = max(1, place.jobs // processes)
-        how = how._replace(threads=threads, workers=max(how.workers, -(-threads // CPUS_OF_A_WORKER)))
+    how, processes = place.how, min(place.jobs, len(todo))
+    if how.device == "cpu" and todo:
+        processes = min(-(-place.jobs // CPUS_OF_A_PROCESS), len(todo))
+        threads = place.jobs // processes
+        how = how._replace(threads=threads, workers=max(how.workers, -(-threads // CPUS_OF_A_PROCESS)))
     todo = {key: task._replace(how=how) for key, task in todo.items()}
     if processes <= 1:
         for key, task in todo.items():

@@ -31,8 +31,8 @@ class CreateOptions:
     """Directories of several sets of features, below DEST; none: the runs' own names."""
     backbone: str | None = None
     """The network that files of weights are of: iresnet100, densenet121, denseface, vit_base, timm:NAME ..."""
-    image_size: int = 112
-    """Side in pixels of the pictures that files of weights read; runs have their own."""
+    image_size: int | None = None
+    """Side in pixels of the pictures that files of weights read; None: 112. Runs have their own."""
     pool: Pool = "mean"
     """What becomes of a picture's cells: their mean, their maximum, both (mean_max); a ViT's class token (cls); or
     what insightface's IResNet has behind them (embedding)."""

@@ -52,7 +52,7 @@ def find_faults(uri: str, index: FeatureIndex, *, jobs: int, progress: Callable[
         tasks.append(ShardToCheck(index_dir(uri), shard.model_dump(), first_video, index.extractor.width))
         first_video += len(shard.videos)
     with contextlib.ExitStack() as stack:
-        run = map if jobs == 1 else stack.enter_context(process_pool(jobs)).map
+        run = map if min(jobs, len(tasks)) == 1 else stack.enter_context(process_pool(jobs)).map
         for shard, found in zip(index.shards, run(verify_shard, tasks)):
             shards.append(found)
             progress(shard.rows)
