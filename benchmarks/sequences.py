@@ -143,10 +143,8 @@ def make_sets(root: Path) -> None:
         (f"create-{name}", [*create, str(root / "faces" / name), str(root / "shards" / name), "--views", VIEW])
         for name in (*FACES, "permuted")
     ]
-    unlabelled = root / "unlabelled"
-    commands.append(
-        ("create-unlabelled", [*create, str(root / "faces" / "others" / VIEW), str(unlabelled), "--unlabelled"])
-    )
+    pictures = [str(root / "faces" / "others" / VIEW), str(root / "unlabelled"), "--views", VIEW, "--unlabelled"]
+    commands.append(("create-unlabelled", [*create, *pictures]))
     run_all("shards", commands, logs)
 
 
