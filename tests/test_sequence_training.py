@@ -45,6 +45,18 @@ FEEDBACK = {
         },
     }
 }
+PICTURES = {
+    "model": {
+        "name": "c",
+        "backbone": "vgg_small",
+        "weights": "none",
+        "dropout": 0.0,
+        "sequence": {"encoder": "gru", "bidirectional": True, "hidden": 8, "layers": 1, "window": 4},
+    },
+    "data": {"image_size": 32},
+    "train": {"global_batch": 4, "epochs": 1, "eval_batch": 4},
+    "engine": {"batchnorm": "frozen"},
+}
 DROPOUT = {"model": {"dropout": 0.3}}
 
 
@@ -75,7 +87,7 @@ def config_of(
 
 
 @pytest.fixture(scope="module")
-def runs(features, tmp_path_factory) -> Path:
+def runs(features, shards, tmp_path_factory) -> Path:
     """All runs of this file; returns their storage."""
     storage = tmp_path_factory.mktemp("sequences")
     both = ("one", "two")
@@ -89,10 +101,12 @@ def runs(features, tmp_path_factory) -> Path:
             job("gru-1", SGD, PLAIN, sets=both),
             job("feedback-1", SGD, FEEDBACK),
             job("parts", SGD, PLAIN, {"train": {"accumulation": 3}}, sets=both),
+            (pictures_config(shards, storage, "pictures-1", PICTURES, SGD), None),
         ],
         2: [
             job("gru-2", SGD, PLAIN, sets=both),
             job("feedback-2", SGD, FEEDBACK),
+            (pictures_config(shards, storage, "pictures-2", PICTURES, SGD), None),
             job("whole", DROPOUT, EVERY_STEP),
             job("whole", DROPOUT, EVERY_STEP, cut_at=3),
         ],
@@ -112,6 +126,7 @@ def runs(features, tmp_path_factory) -> Path:
         ("parts", "gru-1"),
         ("feedback-2", "feedback-1"),
         ("feedback-3", "feedback-1"),
+        ("pictures-2", "pictures-1"),
     ],
 )
 def test_losses_and_scores_are_those_of_one_rank(runs, name, alone):
@@ -175,27 +190,11 @@ def test_weights_of_sequences_are_exported_and_a_graph_is_refused(runs, tmp_path
 
 
 @pytest.mark.whole
-def test_a_backbone_is_trained_with_its_encoder_on_windows_of_pictures(shards, tmp_path):
-    """Two ranks have the losses of one, and every row is in one window."""
-    model = {
-        "model": {
-            "name": "c",
-            "backbone": "vgg_small",
-            "weights": "none",
-            "dropout": 0.0,
-            "sequence": {"encoder": "gru", "bidirectional": True, "hidden": 8, "layers": 1, "window": 4},
-        },
-        "data": {"image_size": 32},
-        "train": {"global_batch": 4, "epochs": 1, "eval_batch": 4},
-        "engine": {"batchnorm": "frozen"},
-    }
-    for num_ranks in (1, 2):
-        run_ranks(num_ranks, [(pictures_config(shards, tmp_path, f"of-{num_ranks}", model, SGD), None)], tmp_path)
-    assert_close_losses(losses(tmp_path, "of-2"), losses(tmp_path, "of-1"))
-    data = open_data(pictures_config(shards, tmp_path, "of-1", model, SGD))
+def test_a_backbone_is_trained_with_its_encoder_on_windows_of_pictures(runs, shards):
+    config = pictures_config(shards, runs, "pictures-1", PICTURES, SGD)
+    data = open_data(config)
     assert data.noun == "windows"
-    member = open_member(f"{tmp_path}/of-2")
-    told = predict_member(member, device=torch.device("cpu"), batch=2, workers=0)
+    told = predict_member(open_member(f"{runs}/pictures-2"), device=torch.device("cpu"), batch=2, workers=0)
     assert told.rows.tolist() == list(range(data.val.rows))
 
 
