@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.features import FeatureReader, FeatureRows
-from mtl_dist.data.index import check_pair, read_sets
+from mtl_dist.data.index import FEATURES, check_pair, dump_index, read_index, read_sets
 from mtl_dist.data.loader import eval_batches, train_batches
 from mtl_dist.data.order import Order, eval_videos
 from mtl_dist.data.samples import Mixture
@@ -209,16 +209,23 @@ def test_train_and_val_are_of_the_same_extractors(features, tmp_path):
         check_pair(read_sets([str(features)]), read_sets([str(val)]))
 
 
+def test_the_same_network_pooled_otherwise_is_another_extractor(features, tmp_path):
+    val = write_features(tmp_path / "val", [9], split="val")
+    index = read_index(str(val), formats=(FEATURES,))
+    other = index.model_copy(update={"extractor": index.extractor.model_copy(update={"pool": "max"})})
+    (val / "index.json").write_bytes(dump_index(other))
+    with pytest.raises(InputError, match=r"random 6 \(mean, .*random 6 \(max, .*expected the same of both"):
+        check_pair(read_sets([str(features)]), read_sets([str(val)]))
+
+
 def test_pictures_and_features_are_not_one_set(features, shards):
     with pytest.raises(InputError, match="are sets of pictures and of features"):
         read_sets([str(features), str(shards / "cropped_aligned" / "train")])
 
 
 def test_statistics_of_several_sources_are_those_of_all_rows(features, tmp_path):
-    from mtl_dist.data.index import dump_index, read_index
-
     other = write_features(tmp_path / "other", [30, 2], source="e" * 64)
-    index = read_index(str(other), formats=("mtl_dist-features-1",))
+    index = read_index(str(other), formats=(FEATURES,))
     moved = index.model_copy(update={"mean": [2.0] * 6, "std": [3.0] * 6})
     (other / "index.json").write_bytes(dump_index(moved))
     mean, std = read_sets([str(features), str(other)]).statistics

@@ -98,7 +98,7 @@ class FeatureShard(ShardEntry):
 
 
 class Extractor(_Strict):
-    """What made features of pictures. The same network on the same pictures has the same `sha256`."""
+    """What made features of pictures."""
 
     name: str = Field(min_length=1, max_length=1000)  # of its backbone, with what tells it from others of that name
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")  # of its weights, or of those of all folds
@@ -106,6 +106,11 @@ class Extractor(_Strict):
     pool: str  # how the cells of a picture become one row
     width: int = Field(gt=0, le=MAX_WIDTH)  # numbers of a row: D
     folds: int = 1  # extractors that were fitted without the videos they describe; 1: one for all
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for numbers to mean the same; the name is for people."""
+        return self.model_dump(exclude={"name"})
 
 
 class FeatureIndex(Index):
@@ -341,7 +346,7 @@ def _check_features(sets: Sets) -> None:
                     f"{first.rows}; make one of them again"
                 )
         made_by, as_first = ([index.extractor for _, index in each] for each in (part, parts[0]))
-        if [extractor.sha256 for extractor in made_by] != [extractor.sha256 for extractor in as_first]:
+        if [extractor.identity for extractor in made_by] != [extractor.identity for extractor in as_first]:
             raise InputError(
                 f"{' and '.join(uri for uri, _ in part)} have features of "
                 f"{', '.join(extractor.name for extractor in made_by)}, and "
@@ -351,7 +356,7 @@ def _check_features(sets: Sets) -> None:
 
 
 def _describe_extractors(extractors: Sequence[Extractor]) -> str:
-    made_by = ", ".join(f"{extractor.name} ({extractor.sha256[:8]})" for extractor in extractors)
+    made_by = ", ".join(f"{e.name} ({e.pool}, sha256 {e.sha256[:8]})" for e in extractors)
     return f"features of {made_by}" if extractors else "pictures"
 
 
@@ -372,7 +377,7 @@ def check_pair(train: Sets, val: Sets) -> None:
         if sets.split != split:
             raise InputError(f"{flag} is an index of split '{sets.split}'; expected '{split}'")
     mine, theirs = train.extractors, val.extractors
-    if [extractor.sha256 for extractor in mine] != [extractor.sha256 for extractor in theirs]:
+    if [extractor.identity for extractor in mine] != [extractor.identity for extractor in theirs]:
         raise InputError(
             f"data.train has {_describe_extractors(mine)}, and data.val {_describe_extractors(theirs)}; expected the "
             "same of both, in the same order"

@@ -51,8 +51,8 @@ def find_extractors(runs: Sequence[str], models: Sequence[Weights], given: Seque
     """Return what makes the features that the models were trained on. Raises `InputError` where `given` is not that."""
     wanted = [Extractor.model_validate(about) for about in models[0].state.get("extractors", [])]
     for run, weights in zip(runs, models):
-        others = [about["sha256"] for about in weights.state.get("extractors", [])]
-        if others != [extractor.sha256 for extractor in wanted]:
+        others = [Extractor.model_validate(about) for about in weights.state.get("extractors", [])]
+        if [other.identity for other in others] != [extractor.identity for extractor in wanted]:
             raise InputError(f"{runs[0]} and {run} were trained on other features; predict with each apart")
     if not wanted:
         raise InputError(f"{runs[0]} does not say what made its features: an export does not; name the run")
@@ -71,7 +71,7 @@ def find_extractors(runs: Sequence[str], models: Sequence[Weights], given: Seque
             **({"backbone": extractor.name.partition(" ")[0], "image_size": extractor.input_size} if is_file else {}),
         )
         (net,) = find_feature_nets(options)
-        if net.extractor.sha256 != extractor.sha256:
+        if net.extractor.identity != extractor.identity:
             raise InputError(
                 f"--extractors has {' '.join(own)}, with weights of sha256 {net.extractor.sha256[:8]}; {runs[0]} was "
                 f"trained on features of {extractor.name}, sha256 {extractor.sha256[:8]}; give that one"
