@@ -18,3 +18,12 @@ def test_no_failure_loses_a_row_or_reads_one_twice(tmp_path):
         assert (outcome.rows_lost, outcome.rows_twice) == (0, 0), outcome
         assert outcome.loss_difference < 0.05, outcome
         assert outcome.seconds < SECONDS.get(outcome.failure, 240), outcome
+
+
+def test_features_made_over_the_hosts_and_trained_on_lose_no_window_either(tmp_path):
+    """A rank is killed, a host is cut off: every window of videos once, and the loss of the undisturbed run."""
+    names = ["rank 1 killed", "host cut off the network, returns"]
+    for outcome in survive(tmp_path, names, of="features"):
+        assert (outcome.rows_lost, outcome.rows_twice) == (0, 0), outcome
+        assert outcome.loss_difference < 0.05, outcome
+        assert outcome.seconds < SECONDS[outcome.failure], outcome
