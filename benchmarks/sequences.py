@@ -91,6 +91,7 @@ LEADS = [
     ("transformer", "frame"),
     ("tcn", "frame"),
     ("permuted", "frame"),
+    ("gru both ways", "permuted"),
     ("cnn + mae", "gru both ways"),
     ("mae", "gru both ways"),
     ("share bottom", "gru both ways"),

@@ -733,6 +733,31 @@ def test_a_run_that_has_seen_its_fold_is_refused(runs, run, tmp_path):
     assert_one_message(done, "was trained on all of", "features folds")
 
 
+def test_runs_that_are_not_in_the_order_of_their_folds_are_refused(runs, run, dataset, tmp_path):
+    """Their training set is another one than the described, and has the videos of the fold in it."""
+    from mtl_dist.shards.__main__ import create as create_shards
+
+    data = tmp_path / "source"
+    data.mkdir()
+    (data / "cropped").symlink_to(dataset / "cropped")
+    for name in ("training_set_annotations.txt", "validation_set_annotations.txt"):
+        lines = (dataset / name).read_text().splitlines()
+        (data / name).write_text("\n".join(line for line in lines if not line.startswith("t4/")) + "\n")
+    create_shards(str(data), str(tmp_path / "part"), views=("cropped",), jobs=1)
+    sets, other = sets_of(tmp_path / "part"), run.parent / "cropped_aligned"
+    done = create(tmp_path / "out", sets, run, other, backbone=None, image_size=None, folds=2)
+    assert_one_message(done, "is in the place of fold 0", "videos, such as t", "in the order of their folds")
+
+
+def test_weights_under_another_name_leave_a_set_what_it_is(shards, weights, tmp_path):
+    made = created(tmp_path / "out", sets_of(shards), weights)
+    before = (made / "cropped" / "train" / "index.json").read_bytes()
+    renamed = tmp_path / "renamed.safetensors"
+    renamed.write_bytes(Path(weights).read_bytes())
+    created(tmp_path / "out", sets_of(shards), renamed)
+    assert (made / "cropped" / "train" / "index.json").read_bytes() == before
+
+
 # --------------------------------------------------------------------------------------------------------- bad input
 
 

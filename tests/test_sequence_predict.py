@@ -106,6 +106,22 @@ def test_a_film_is_predicted_frame_by_frame_with_its_times(runs, trained, tmp_pa
     assert csv.read_csv(thinned)["valence"].to_pylist() != table["valence"].to_pylist()[::3]
 
 
+def test_pictures_without_a_directory_are_the_frames_of_one_video(runs, trained, tmp_path):
+    for place in (tmp_path / "flat", tmp_path / "film" / "v"):
+        place.mkdir(parents=True)
+        for number in range(6):
+            (place / f"{number:05d}.png").write_bytes(encode_png(np.full((80, 80, 3), 40 * number, np.uint8)))
+    told = []
+    for place in ("flat", "film"):
+        out = tmp_path / f"{place}.parquet"
+        done = predict(
+            "--runs", trained / "c", "--extractors", runs / "cropped", "--input", tmp_path / place, "--out", out
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        told.append(pq.read_table(out)["valence"].to_pylist())
+    assert told[0] == told[1]
+
+
 def test_other_extractors_than_the_runs_are_one_message(runs, trained, tmp_path):
     film = tmp_path / "pictures"
     film.mkdir()

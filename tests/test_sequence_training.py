@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from mtl_dist.config import Config, build_config
+from mtl_dist.data.index import FEATURES, dump_index, read_index
 from mtl_dist.data.widths import fill_in_widths
 from mtl_dist.ensemble.__main__ import main as ensemble
 from mtl_dist.errors import InputError
@@ -179,14 +181,15 @@ def test_runs_of_features_are_reported_and_ensembled(runs, tmp_path):
 
 
 @pytest.mark.whole
-def test_weights_of_sequences_are_exported_and_a_graph_is_refused(runs, tmp_path):
-    done = run_here("mtl_dist.export", runs / "gru-1", "--out", tmp_path / "out")
-    assert_one_message(done, "--formats has onnx", "reads whole videos", "--formats safetensors")
+def test_a_model_of_videos_is_not_exported_and_a_test_list_of_pictures_not_predicted(runs, tmp_path):
     done = run_here("mtl_dist.export", runs / "gru-1", "--out", tmp_path / "out", "--formats", "safetensors")
-    assert done.returncode == 0, done.stderr
-    saved, exported = (load_weights(open_weights(str(uri))) for uri in (runs / "gru-1", tmp_path / "out"))
-    for name, tensor in saved.state_dict().items():
-        assert torch.equal(exported.state_dict()[name], tensor), name
+    assert_one_message(done, "reads whole videos", "mtl_dist.predict --runs")
+    (tmp_path / "list.txt").write_text("image\nv0/00001.jpg\n")
+    test = ["--test-list", tmp_path / "list.txt", "--test-root", tmp_path]
+    done = run_here("mtl_dist.ensemble", "--runs", runs / "gru-1", "--out", tmp_path / "out", "--local", *test)
+    assert_one_message(done, "--test-list names pictures", "reads whole videos")
+    done = run_here("mtl_dist.predict", "--runs", runs / "pictures-2", "--input", tmp_path, "--out", tmp_path / "o.csv")
+    assert_one_message(done, "reads windows of pictures")
 
 
 @pytest.mark.whole
@@ -198,6 +201,29 @@ def test_a_backbone_is_trained_with_its_encoder_on_windows_of_pictures(runs, sha
     assert told.rows.tolist() == list(range(data.val.rows))
 
 
+@pytest.mark.whole
+def test_a_run_begins_with_another_of_the_same_features_only(runs, features, tmp_path):
+    start = {"run": {"start": f"{runs}/gru-1", "start_with": "model"}}
+    plan_run(config_of(features, tmp_path, "same", PLAIN, start, sets=("one", "two")))
+    other = features.parent / f"{features.name}-pooled"
+    shutil.copytree(features, other, dirs_exist_ok=True)
+    for split in ("train", "val"):
+        place = other / "one" / split
+        index = read_index(str(place), formats=(FEATURES,))
+        pooled = index.model_copy(update={"extractor": index.extractor.model_copy(update={"pool": "max"})})
+        (place / "index.json").write_bytes(dump_index(pooled))
+    with pytest.raises(InputError, match=r"was trained on features of .*give features of the same"):
+        plan_run(config_of(other, tmp_path, "other", PLAIN, start, sets=("one", "two")))
+
+
+def test_windows_of_pictures_are_checked_before_anything_starts(shards, tmp_path):
+    long = {"model": {**PICTURES["model"], "sequence": {**PICTURES["model"]["sequence"], "window": 64}}}
+    with pytest.raises(InputError, match=r"window is 64 rows, and the longest video of"):
+        open_data(pictures_config(shards, tmp_path, "run", PICTURES, long))
+    with pytest.raises(InputError, match=r"data\.sampling is per_task, and which window"):
+        open_data(pictures_config(shards, tmp_path, "run", PICTURES, {"data": {"sampling": "per_task"}}))
+
+
 def test_the_plan_counts_windows(features, tmp_path):
     config = config_of(features, tmp_path, "run", sets=("one", "two"))
     assert config.model.sequence.dims == (6, 4)
@@ -205,7 +231,7 @@ def test_the_plan_counts_windows(features, tmp_path):
     assert open_data(config).num_samples == windows
     text = str(plan_run(config))
     assert f"{sum(TRAIN)} rows of cropped_aligned" in text
-    assert "windows of 16 rows of 6 + 4" in text
+    assert "windows of 16, rows of 6 + 4" in text
     assert f"{windows % 6} windows an epoch are left out" in text
 
 

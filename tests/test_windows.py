@@ -8,6 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mtl_dist.config import AugmentConfig
+from mtl_dist.data.augment import ImagePreparation
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.features import FeatureReader, FeatureRows
 from mtl_dist.data.index import FEATURES, check_pair, dump_index, read_index, read_sets
@@ -233,6 +235,27 @@ def test_statistics_of_several_sources_are_those_of_all_rows(features, tmp_path)
     expected = 2 * m / (n + m)
     assert mean == pytest.approx(np.full(6, expected))
     assert std == pytest.approx(np.full(6, np.sqrt((n * 1 + m * (9 + 4)) / (n + m) - expected**2)))
+
+
+def test_what_is_constant_in_all_sources_stays_exactly_that(features, tmp_path):
+    other = write_features(tmp_path / "other", [31, 2], source="e" * 64)
+    for place in (features, other):
+        index = read_index(str(place), formats=(FEATURES,))
+        copy = tmp_path / place.name
+        copy.mkdir(exist_ok=True)
+        still = index.model_copy(update={"mean": [0.1] * 6, "std": [0.0] * 5 + [1.0]})
+        (copy / "index.json").write_bytes(dump_index(still))
+    _, std = read_sets([str(tmp_path / features.name), str(tmp_path / "other")]).statistics
+    assert std.tolist() == [0.0] * 5 + [1.0]
+
+
+def test_frames_of_a_window_are_augmented_alike():
+    rows = torch.tensor([[-1, -1, 5, 6], [7, 8, -1, -1]])
+    alone, alike = (ImagePreparation(AugmentConfig(), 32, alike=alike) for alike in (False, True))
+    draws = alike.draw(rows, seed=3, epoch=1)
+    expected = alone.draw(torch.tensor([[5], [7]]), seed=3, epoch=1)
+    assert torch.equal(draws, expected.expand_as(draws))
+    assert alike.draw(rows[:0], seed=3, epoch=1).shape[:2] == (0, 4)
 
 
 def test_a_batch_of_windows_moves_and_is_taken_from(features):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtl_dist.config import AugmentConfig, Config
-from mtl_dist.families import preparation_of
+from mtl_dist.families import preparation_of, reads_videos
 from mtl_dist.tasks import GREY, IMAGENET_MEAN, IMAGENET_STD, Batch
 
 NUM_FIRST_DRAWS = 12
@@ -43,8 +43,12 @@ class ImagePreparation:
 
     config: AugmentConfig
     size: int  # side of the model's input in pixels
+    alike: bool = False  # all frames of a sample, which is a window of a video
 
     def draw(self, rows: Tensor, *, seed: int, epoch: int) -> Tensor:
+        if self.alike and rows.numel():
+            first = (rows >= 0).long().argmax(1, keepdim=True)  # that counts
+            rows = rows.gather(1, first).expand_as(rows)
         return make_draws(rows, seed=seed, epoch=epoch)
 
     def __call__(self, batch: Batch, draws: Tensor | None) -> Tensor:
@@ -61,7 +65,7 @@ def build_preparation(config: Config) -> Preparation:
 
 def build_image_preparation(config: Config) -> ImagePreparation:
     """Build what images are prepared by."""
-    return ImagePreparation(config.augment, config.input_size)
+    return ImagePreparation(config.augment, config.input_size, alike=reads_videos(config.model.name))
 
 
 def normalise(inputs: Tensor, size: int) -> Tensor:

@@ -174,7 +174,8 @@ def read_index(uri: str, *, formats: Sequence[str] = (FORMAT,)) -> Index:
         raise InputError(f"{where} has format '{index.format}'; this version reads {', '.join(map(repr, KINDS))}")
     if index.format not in formats:
         given, wanted = CONTENTS[index.format], " or ".join(CONTENTS[name] for name in formats)
-        raise InputError(f"{index_dir(uri)} is a set of {given}; expected one of {wanted}")
+        hint = "; python -m mtl_dist.features reads it" if index.format == FEATURES else ""
+        raise InputError(f"{index_dir(uri)} is a set of {given}; expected one of {wanted}{hint}")
     if index.sha256 != claimed:
         raise InputError(
             f"{where} is damaged: its checksum does not match its content; make the set again, or restore it"
@@ -269,7 +270,8 @@ class Sets:
             for name in ("mean", "std")
         )
         mean = rows @ means
-        return mean, np.sqrt(np.maximum(rows @ (means**2 + stds**2) - mean**2, 0))
+        std = np.sqrt(np.maximum(rows @ (means**2 + stds**2) - mean**2, 0))
+        return mean, np.where((stds == 0).all(0) & (means == means[0]).all(0), 0.0, std)  # constant is exactly that
 
     @property
     def rows(self) -> int:
@@ -285,11 +287,6 @@ class Sets:
     def shards(self) -> list[ShardEntry]:
         """The shards of all sets, in the order of the sets."""
         return [shard for index in self.indexes for shard in index.shards]
-
-    @property
-    def shard_rows(self) -> np.ndarray:
-        """(S,) int64 rows of every shard."""
-        return np.concatenate([index.shard_rows for index in self.firsts])
 
     @property
     def sha256(self) -> str:
@@ -386,21 +383,22 @@ def check_pair(train: Sets, val: Sets) -> None:
 
 def check_stored(uri: str, index: Index) -> None:
     """Raise unless every shard of the index is in the store with the size the index says: one listing, no download."""
-    sizes = dict(storage.list_objects(index_dir(uri)))
+    sizes, hint = dict(storage.list_objects(index_dir(uri))), repair_hint(uri, features=index.format == FEATURES)
     for shard in index.shards:
         for name, size in ((f"{shard.name}.tar", shard.tar_bytes), (f"{shard.name}.safetensors", shard.sidecar_bytes)):
             what = f"{storage.join(index_dir(uri), name)}"
             if name not in sizes:
-                raise InputError(f"{what} is gone, but the index lists it; {repair_hint(uri)}")
+                raise InputError(f"{what} is gone, but the index lists it; {hint}")
             if sizes[name] != size:
-                raise InputError(f"{what} has {sizes[name]} bytes; the index says {size}; {repair_hint(uri)}")
+                raise InputError(f"{what} has {sizes[name]} bytes; the index says {size}; {hint}")
 
 
-def repair_hint(uri: str) -> str:
+def repair_hint(uri: str, *, features: bool = False) -> str:
     """Say how to find the damaged files of a set and write them again."""
+    command = f"python -m mtl_dist.{'features' if features else 'shards'}"
     return (
-        f"`python -m mtl_dist.shards verify {index_dir(uri)}` lists all that is damaged; delete that, and `python -m "
-        "mtl_dist.shards create` with the original arguments writes it again"
+        f"`{command} verify {index_dir(uri)}` lists all that is damaged; delete that, and `{command} create` with the "
+        "original arguments writes it again"
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 
 from mtl_dist import storage
 from mtl_dist.data.cache import Cache
-from mtl_dist.data.index import Index, ShardEntry, index_dir, repair_hint
+from mtl_dist.data.index import FEATURES, Index, ShardEntry, index_dir, repair_hint
 from mtl_dist.errors import Damaged, InputError
 from mtl_dist.threads import DaemonThreads
 
@@ -35,6 +35,10 @@ class MappedShards(Generic[Opened]):
         self.max_open = min(OPEN_SHARDS, len(index.shards))
         self._open: OrderedDict[int, Opened] = OrderedDict()
         self._lock = threading.Lock()
+
+    @property
+    def _hint(self) -> str:
+        return repair_hint(self.uri, features=self.index.format == FEATURES)
 
     def parse(self, data: bytes, entry: ShardEntry) -> Any:
         """Parse and check a sidecar. Raises `Damaged`."""
@@ -82,7 +86,7 @@ class MappedShards(Generic[Opened]):
         try:
             return self.parse(data, entry)
         except Damaged as error:
-            raise InputError(f"{sidecar_uri}: {error}; {repair_hint(self.uri)}") from None
+            raise InputError(f"{sidecar_uri}: {error}; {self._hint}") from None
 
     def _open_shard(self, entry: ShardEntry) -> Opened:
         sidecar = self._read_sidecar(entry)
@@ -104,4 +108,4 @@ class MappedShards(Generic[Opened]):
                 f"{uri}{where}: {what} in this node's cache (the disk or memory changed it); the copy "
                 "is removed: start again"
             )
-        return InputError(f"{uri}{where}: {what}; {repair_hint(self.uri)}")
+        return InputError(f"{uri}{where}: {what}; {self._hint}")

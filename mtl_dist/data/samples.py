@@ -246,6 +246,12 @@ def noun_of(sets: Sets, config: Config) -> str:
     return _kind_of(sets, config).noun
 
 
+def open_pictures(sets: Sets, size: int, cache: Cache) -> Samples:
+    """Open sets of pictures as single ones of `size` pixels a side, whatever a model makes of them."""
+    parts = [ImageSamples(ShardReader(uri, index, cache), size) for uri, index in sets.pairs()]
+    return parts[0] if len(parts) == 1 else Mixture(parts, sets.sha256)
+
+
 def open_samples(sets: Sets, config: Config, cache: Cache) -> Samples:
     """Open one or several sets as one, each as what its index says it is."""
     parts = [_kind_of(sets, config).open(part, config, cache) for part in sets.parts()]

@@ -17,7 +17,6 @@ from torch import Tensor
 from mtl_dist.data.labels import NO_ROW, split_table
 from mtl_dist.data.reader import Names
 from mtl_dist.data.windows import Windows
-from mtl_dist.errors import InputError
 from mtl_dist.tasks import Batch, LabelCounts
 
 
@@ -90,10 +89,7 @@ class _OfVideos:
         self.source.keep_open(count)
 
     def labelled(self, progress: Callable[[int], None] = lambda count: None) -> dict[str, np.ndarray]:
-        raise InputError(
-            "data.sampling is per_task, and which window has a label of a task is another in every epoch; "
-            "give data.sampling masked"
-        )
+        raise AssertionError("which window has a label of a task is another in every epoch: masked sampling alone")
 
     def names(self) -> Names:
         return self.source.names()

@@ -1,7 +1,8 @@
 """Each task from the checkpoint that is best at it: what a run's best checkpoints of single tasks bring together.
 
-The highest of many scores on a set is not to be expected elsewhere. So which checkpoint a task is taken from is chosen
-on the videos of all other folds, and scored on those of its own: no row is scored by a choice that saw it.
+The highest of many scores on a set is not to be expected elsewhere. So which of the candidates a task is taken from is
+chosen on the videos of all other folds, and scored on those of its own. The candidates themselves are the best of their
+runs on all rows, as every run's best checkpoint is: expect less elsewhere.
 """
 
 from __future__ import annotations

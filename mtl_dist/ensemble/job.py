@@ -12,6 +12,7 @@ from mtl_dist.ensemble.calibrated import about_calibration, calibrate
 from mtl_dist.ensemble.options import RECORDED, EnsembleCommand
 from mtl_dist.ensemble.outputs import render_tables, render_test, write_files
 from mtl_dist.errors import InputError
+from mtl_dist.families import reads_videos
 from mtl_dist.objective.affect import PredictedRows
 from mtl_dist.objective.metrics import metric_sums
 from mtl_dist.objective.scores import constant_scores, scores
@@ -99,7 +100,13 @@ def check_members(members: list[Member]) -> None:
 
 
 def _find_test_images(command: EnsembleCommand, members: dict[str, Member], names: list[str]) -> dict[str, TestImages]:
-    """Find the images of the test list in every view that a member reads."""
+    """Find the images of the test list in every view that a member reads. Raises `InputError`."""
+    for member in members.values():
+        if reads_videos(member.weights.config.model.name):
+            raise InputError(
+                f"--test-list names pictures, and {member.run_uri} reads whole videos; predict these with python -m "
+                "mtl_dist.predict, or leave the run out"
+            )
     views = sorted({member.val.view for member in members.values()})
     skip = command.skip_bad_images
     return {view: find_images(command.test_root, view, names, skip_missing=skip) for view in views}

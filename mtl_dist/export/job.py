@@ -45,10 +45,10 @@ def export(command: ExportCommand) -> None:
     if "onnx" in command.formats:
         check_onnx_installed()
     weights = open_weights(command.run)
-    if "onnx" in command.formats and reads_videos(weights.config.model.name):
+    if reads_videos(weights.config.model.name):
         raise InputError(
-            f"--formats has onnx, and {command.run} reads whole videos: a graph is of single pictures; give --formats "
-            "safetensors"
+            f"{command.run} reads whole videos, and an export is of models of single pictures; use the run itself: "
+            f"python -m mtl_dist.predict --runs {command.run} --extractors ..."
         )
     if not weights.state:
         raise InputError(f"{command.run} is an export already; name the run that it came from")

@@ -14,7 +14,16 @@ import torch
 
 from mtl_dist import storage
 from mtl_dist.data.cache import Cache
-from mtl_dist.data.index import FEATURES, INDEX_NAME, FeatureIndex, check_stored, dump_index, index_dir, read_index
+from mtl_dist.data.index import (
+    FEATURES,
+    INDEX_NAME,
+    Extractor,
+    FeatureIndex,
+    check_stored,
+    dump_index,
+    index_dir,
+    read_index,
+)
 from mtl_dist.data.reader import ShardReader
 from mtl_dist.data.video_rows import read_rows
 from mtl_dist.device import named_device
@@ -22,6 +31,7 @@ from mtl_dist.errors import InputError
 from mtl_dist.features.describing import How, Source
 from mtl_dist.features.extractors import FeatureNet, find_feature_nets
 from mtl_dist.features.folds import find_folds
+from mtl_dist.features.leaks import say_leaks
 from mtl_dist.features.moments import add_up
 from mtl_dist.features.options import CreateOptions
 from mtl_dist.features.plan import PictureSet, SetPlan, plan_set
@@ -55,7 +65,7 @@ def create_features(dest: str, options: CreateOptions) -> None:
     on_cluster = has_cluster() and not options.local
     pictures = _open_pictures(options)
     nets = find_feature_nets(options)
-    _say_leaks(pictures, nets)
+    say_leaks(pictures, nets)
     place = _place(options, on_cluster)
     wanted = [_Wanted(part, net, _dest_of(dest, net, nets, part)) for net in nets for part in pictures]
     statistics = [_find_statistics(one, wanted, nets, options) for one in wanted]
@@ -126,12 +136,13 @@ def _find_statistics(
     index = read_index(uri, formats=(FEATURES,))
     if index.split != TRAIN:
         raise InputError(f"--statistics {uri} are features of split '{index.split}'; expected those of '{TRAIN}'")
-    if (theirs := _identity(index.extractor)) != (mine := _identity(one.net.extractor)):
+    if index.extractor.identity != one.net.extractor.identity:
+        theirs, mine = map(_describe, (index.extractor, one.net.extractor))
         raise InputError(f"--statistics {uri} are features of {theirs}; expected {mine}, as this set's")
     return index
 
 
-def _identity(extractor: Any) -> str:
+def _describe(extractor: Extractor) -> str:
     return (
         f"{extractor.name} (weights {extractor.sha256[:12]}, {extractor.input_size} pixels, pool {extractor.pool}, "
         f"{extractor.width} numbers, {extractor.folds} fold(s))"
@@ -286,25 +297,6 @@ def _over_cluster(
 
 
 # ------------------------------------------------------------------------------------------------------- what is said
-
-
-def _say_leaks(pictures: list[PictureSet], nets: list[FeatureNet]) -> None:
-    """Say where a network describes what it was trained on; refuse it where folds were to prevent just that."""
-    trained = {part.index.sha256: part.source.uri for part in pictures if part.index.split == TRAIN}
-    for net in nets:
-        for network in net.networks:
-            if network.train_sha256 not in trained:
-                continue
-            where = trained[network.train_sha256]
-            if net.num_folds > 1:
-                raise InputError(
-                    f"--folds: {network.given} was trained on all of {where}, its own fold with it; train it without "
-                    "(python -m mtl_dist.features folds)"
-                )
-            print(
-                f"note: {network.given} was trained on {where}: it knows these rows by heart, and their features are "
-                "better than any others will be; see --folds"
-            )
 
 
 def _say(plans: list[SetPlan], finished: list[dict[str, Finished]], *, num_made: int, begun: float) -> None:

@@ -65,7 +65,7 @@ class SetPlan(NamedTuple):
             aus=pictures.aus,
             labels=pictures.labels,
             shards=[finished[task.name].entry for task in self.tasks],
-            extractor=self.net.extractor,
+            extractor=self.indexed.extractor if self.indexed else self.net.extractor,  # a name may be another by now
             source_index_sha256=pictures.sha256,
             mean=mean,
             std=std,

@@ -26,7 +26,7 @@ from mtl_dist.tasks import NUM_AUS, NUM_EXPRESSIONS, Outputs
 
 OUT_WIDTHS = {"v": 1, "a": 1, "expr": NUM_EXPRESSIONS, "au": NUM_AUS}
 INIT_STD = 0.02  # of the weights of linear layers
-# What evaluation passes through at once, so that its memory does not grow with the length of a video.
+# What evaluation passes through at once: beside inputs and outputs its memory does not grow with a video's length.
 WINDOWS_AT_ONCE, IMAGES_AT_ONCE = 64, 64
 
 

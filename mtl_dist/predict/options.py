@@ -27,7 +27,8 @@ class PredictCommand:
     """File to write, local or s3://: .csv, .parquet, or .txt for the challenge's format."""
     extractors: tuple[str, ...] = ()
     """Of models of features (preset c): what made the features that they were trained on, in that order: runs,
-    checkpoints or files of weights. Every frame is described by them, and every video predicted as a whole."""
+    checkpoints or files of weights. Every frame is described by them, in one process, and every video predicted as a
+    whole: one of --input, or a directory of its pictures."""
     images: str | None = None
     """Where the paths of a list start; None: beside the list."""
     every_frames: int = 1

@@ -12,7 +12,7 @@ from mtl_dist.data.augment import build_preparation, normalise
 from mtl_dist.data.frames import Seen, no_labels
 from mtl_dist.data.index import Extractor
 from mtl_dist.errors import InputError
-from mtl_dist.families import FEATURES
+from mtl_dist.families import FEATURES, reads_videos
 from mtl_dist.features.extractors import FeatureNet, build, find_feature_nets
 from mtl_dist.features.options import CreateOptions
 from mtl_dist.objective.affect import PredictedRows
@@ -20,7 +20,7 @@ from mtl_dist.objective.metrics import Predictions, Targets
 from mtl_dist.predicting.evaluate import predict
 from mtl_dist.predicting.inputs import Frames, ShardSet
 from mtl_dist.predicting.spread import Outcome
-from mtl_dist.runs.weights import FILE_SUFFIXES, Weights, load_weights
+from mtl_dist.runs.weights import FILE_SUFFIXES, Weights, is_local_file, load_weights
 from mtl_dist.tasks import Batch
 from mtl_dist.timeline import make_timeline
 
@@ -35,7 +35,14 @@ class Rows(NamedTuple):
 
 
 def check_models(runs: Sequence[str], models: Sequence[Weights], extractors: Sequence[str]) -> bool:
-    """Return whether the models read features. Raises `InputError` where some do and some do not."""
+    """Return whether the models read features. Raises `InputError` where some do and some do not, and for models of
+    videos that read pictures."""
+    for run, weights in zip(runs, models):
+        if reads_videos(weights.config.model.name) and weights.config.model.backbone != FEATURES:
+            raise InputError(
+                f"{run} reads windows of pictures, and predict reads pictures one by one: what it would say is none of "
+                "what was scored; python -m mtl_dist.ensemble and report read its validation set"
+            )
     reads = [weights.config.model.backbone == FEATURES for weights in models]
     if any(reads) and not all(reads):
         raise InputError(
@@ -63,7 +70,7 @@ def find_extractors(runs: Sequence[str], models: Sequence[Weights], given: Seque
     left, found = list(given), []
     for extractor in wanted:
         own, left = left[: extractor.folds], left[extractor.folds :]
-        is_file = own[0].endswith(FILE_SUFFIXES)
+        is_file = own[0].endswith(FILE_SUFFIXES) or is_local_file(own[0])
         options = CreateOptions(
             runs=tuple(own),
             pool=extractor.pool,
@@ -105,7 +112,9 @@ def predict_videos(
             "with python -m mtl_dist.ensemble or python -m mtl_dist.report"
         )
     described, seen = describe_frames(nets, frames, device=device, batch=batch, workers=workers, progress=progress)
-    timeline = make_timeline(frames.names(described.rows))
+    images = frames.names(described.rows)
+    # Frames that lie in no directory of the input are those of one video.
+    timeline = make_timeline(images, [image.rpartition("/")[0] or "." for image in images])
     order = np.lexsort((timeline.frame, timeline.video))
     ends = np.flatnonzero(np.diff(timeline.video[order])) + 1
     videos = [_as_batch(described, places) for places in np.split(order, ends) if len(places)]

@@ -90,6 +90,8 @@ def predict_member(
     config = member.weights.config
     cache = Cache(cache_dir, max_bytes=int(config.data.cache_gib * GIB))
     val = open_samples(member.val, config, cache)
+    if val.whole().frames is not None:  # a batch is of whole videos, as many as the run was evaluated with
+        batch = min(batch, config.train.eval_batch)
     batches = eval_batches(
         val, batch=batch, rank=0, num_ranks=1, workers=workers, prefetch=config.data.prefetch)  # fmt: skip
     predicted = predict(

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from mtl_dist.data.cache import GIB, Cache
-from mtl_dist.data.samples import Samples, open_samples
+from mtl_dist.data.samples import Samples, open_pictures
 from mtl_dist.predicting.members import Member
 from mtl_dist.tasks import Batch
 
@@ -29,8 +29,7 @@ class Pictures:
         return self._open(side).read(np.array([self._sample[int(row)] for row in rows]))
 
     def _open(self, side: int) -> Samples:
-        data = self._config.data.model_copy(update={"image_size": side})
-        return open_samples(self._val, self._config.model_copy(update={"data": data}), self._cache)
+        return open_pictures(self._val, side, self._cache)
 
     def pixels(self, rows: np.ndarray, side: int) -> np.ndarray:
         """(n, side, side, 3) uint8."""

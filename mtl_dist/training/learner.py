@@ -124,7 +124,7 @@ def _build_model(config: Config, *, begins: bool, start: Start | None, train: Se
     """Build the model, with what a run begins with unless a checkpoint's weights replace it."""
     if begins:
         model = build_started(config, start) if start else build_pretrained(config)
-        if train and train.statistics and not start:
+        if train and train.statistics and not (start and start.checkpoint):  # whose own go with its weights
             model.backbone.learn_inputs(*map(torch.from_numpy, train.statistics))
     else:
         settings = config.model.model_copy(update={"weights": "none"})

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from mtl_dist import storage
 from mtl_dist.config import Config
 from mtl_dist.data.cache import GIB, Cache
-from mtl_dist.data.index import Sets, check_pair, check_stored, read_sets
+from mtl_dist.data.index import Extractor, Sets, check_pair, check_stored, read_sets
 from mtl_dist.data.order import Order
 from mtl_dist.data.samples import Samples, noun_of, open_samples
 from mtl_dist.data.task_orders import TaskOrders, build_task_orders
@@ -54,7 +54,10 @@ def open_data(config: Config) -> Data:
         _check_labels(config, train, val)
     batch, share, tasks = config.train.global_batch, config.data.epoch_fraction, ()
     noun, cache = noun_of(train, config), Cache(config.data.cache_dir, max_bytes=int(config.data.cache_gib * GIB))
-    num_samples = int(open_samples(train, config, cache).group_sizes.sum())
+    samples = open_samples(train, config, cache)
+    if noun == "windows":
+        _check_windows(config, train, samples)
+    num_samples = int(samples.group_sizes.sum())
     rows = {"": num_samples}
     if config.data.sampling == "per_task":
         counts = (train.labels.va, train.labels.expr, max(train.labels.au))
@@ -87,11 +90,20 @@ def _check_inputs(config: Config, train: Sets) -> None:
             f"model.sequence.dims is {list(own.sequence.dims)}, and {train} has rows of {widths} numbers; leave it "
             "out: it is filled in from data.train"
         )
-    longest = max(int(index.video_rows.max()) for index in train.indexes)
-    if own.sequence.window > longest:
+
+
+def _check_windows(config: Config, train: Sets, samples: Samples) -> None:
+    """Raise where windows cannot be had as they are asked for."""
+    window, longest = config.model.sequence.window, int(samples.whole().frames.max())
+    if window > longest:
         raise InputError(
-            f"model.sequence.window is {own.sequence.window} rows, and the longest video of {train} has {longest}; "
-            "give a shorter window"
+            f"model.sequence.window is {window} rows, and the longest video of {train} has {longest}; give a shorter "
+            "window"
+        )
+    if config.data.sampling != "masked":
+        raise InputError(
+            f"data.sampling is {config.data.sampling}, and which window has a label of a task is another in every "
+            "epoch; give data.sampling masked"
         )
 
 
@@ -219,6 +231,7 @@ def plan_run(config: Config, *, num_ranks: tuple[int, int] | None = None, compar
     else:
         check_pretrained(config)
         start, begins = find_start(config, data.identity()), True
+        _check_extractors(start, data.train)
         done = _steps_before(config, data, start)
     if config.run.audit_dir:
         storage.check_writable(str(config.run.audit_dir), flag="--run.audit-dir")
@@ -229,6 +242,17 @@ def plan_run(config: Config, *, num_ranks: tuple[int, int] | None = None, compar
         notes += filter(None, [shared.note()])
     text = _describe(config, data, notes, done=done, num_ranks=num_ranks or config.ray.num_ranks, begins=begins)
     return Plan(text, begins=not done)
+
+
+def _check_extractors(start: Start | None, train: Sets) -> None:
+    """Raise `InputError` where a model would go on with features that mean something else."""
+    known = (start.state if start else {}).get("extractors") or []
+    theirs = [Extractor.model_validate(about) for about in known]
+    if theirs and [each.identity for each in theirs] != [each.identity for each in train.extractors]:
+        raise InputError(
+            f"run.start {start.uri} was trained on features of {', '.join(each.name for each in theirs)}, and {train} "
+            f"has those of {', '.join(each.name for each in train.extractors) or 'none'}; give features of the same"
+        )
 
 
 def _steps_before(config: Config, data: Data, start: Start | None) -> int:
@@ -257,8 +281,10 @@ def _describe(
     size_mb = sum(shard.tar_bytes for shard in train.shards) / 1e6
     inputs, numbers = f"input {config.input_size} x {config.input_size}", 3 * config.input_size**2
     if widths := [extractor.width for extractor in train.extractors]:
+        inputs, numbers = f"rows of {' + '.join(map(str, widths))}", sum(widths)
+    if data.noun == "windows":
         window = config.model.sequence.window
-        inputs, numbers = f"windows of {window} rows of {' + '.join(map(str, widths))}", window * sum(widths)
+        inputs, numbers = f"windows of {window}, {inputs}", numbers * window
     inputs_mb = batch * max(len(data.tasks), 1) * numbers * 4 / 1e6
     ranks = (f"{high}" if low == high else f"{low} to {high}") + " rank" + "s" * (high > 1)
     num_left = data.num_samples - steps * batch
