@@ -2,16 +2,17 @@
 
     python -m benchmarks.sequences [--dir sequences] [--seeds 3] [--out FILE]
 
-Rendered faces: videos that have dynamics (`shards synth --dynamics`), and those without. Features are of two networks
-that were trained on other people: a small CNN with labels, and a masked autoencoder's encoder without. On these, preset
-small-c:
+Rendered faces: videos that have dynamics (`shards synth --dynamics`), and those without. Features are of networks that
+were trained on other people: two CNNs with labels, and a masked autoencoder's encoder without. On these, small-c:
 
-frame           no row knows of another: what the others are compared with
+frame           no row knows of another, of about as many parameters: what the others are compared with
 frame, smoothed the same, with every task's predictions smoothed over the rows of a video; how far is chosen for every
                 fold of videos on the others
 gru both ways, gru, transformer, tcn
-permuted        gru both ways on videos whose rows were permuted within each 48, in training and validation
-mae, cnn + mae  gru both ways on the other network's features, and on both
+permuted        gru both ways on videos whose rows were permuted within each 48, in training and validation: what it
+                has over frame is context (who it is, what else the video shows), and what it lacks is time
+vgg, mae, cnn + vgg, cnn + mae
+                gru both ways on the other networks' features, and on two side by side
 share bottom ... frameworks of tasks, of equal width and of about equal parameters
 
 Scores are of validation videos, by the checkpoint with the highest P on them, of as many in every arm. Intervals are of
@@ -46,9 +47,12 @@ from mtl_dist.timeline import Timeline, make_timeline
 VIEW, SIZE, WINDOW = "cropped_aligned", 64, 48
 # Rows of training and validation, and the seed of the people.
 FACES = {"dynamic": (5760, 2880, 1), "static": (3000, 1200, 1), "others": (4800, 480, 100)}
+PERMUTED = {"dynamic": "permuted", "static": "static-permuted"}
 HALF_WINDOWS = (0, 1, 2, 3, 5, 8, 12)  # rows either way that smoothing chooses from
 NUM_FOLDS = 5
-EPOCHS = {"cnn": 8, "mae": 15}  # of the networks that make features
+EPOCHS = {"cnn": 8, "vgg": 8, "mae": 15}  # of the networks that make features
+NETS = tuple(EPOCHS)
+TRAIN_EPOCHS = 30
 SHORT = ["--model.sequence.window", "16"]  # a video without dynamics has 24 rows
 GRU = ["--model.sequence.no-bidirectional"]
 
@@ -65,23 +69,27 @@ def encoder(name: str) -> list[str]:
     return ["--model.sequence.encoder", name, "--model.sequence.no-bidirectional"]
 
 
+FRAME = [*encoder("frame"), "--model.sequence.hidden", "256"]
 BOTTOM = ["--model.sequence.framework", "share_bottom"]
 FEEDBACK = ["--model.sequence.feed-source", "v", "au", "--model.sequence.feed-target", "a"]
 ARMS = {
-    "frame": Arm(encoder("frame")),
+    "frame": Arm(FRAME),
     "gru both ways": Arm([]),
     "gru": Arm(GRU),
     "transformer": Arm(encoder("transformer")),
     "tcn": Arm(encoder("tcn")),
     "permuted": Arm([], faces="permuted"),
+    "vgg": Arm([], ("vgg",)),
     "mae": Arm([], ("mae",)),
+    "cnn + vgg": Arm([], ("cnn", "vgg")),
     "cnn + mae": Arm([], ("cnn", "mae")),
     "share bottom": Arm(BOTTOM),
     "share bottom, narrow": Arm([*BOTTOM, "--model.sequence.hidden", "36"]),
     "feedback": Arm([*BOTTOM, *FEEDBACK]),
     "feedback, narrow": Arm([*BOTTOM, *FEEDBACK, "--model.sequence.hidden", "34"]),
-    "static, frame": Arm([*encoder("frame"), *SHORT], faces="static"),
+    "static, frame": Arm([*FRAME, *SHORT], faces="static"),
     "static, gru both ways": Arm(SHORT, faces="static"),
+    "static, permuted": Arm(SHORT, faces="static-permuted"),
 }
 LEADS = [
     ("gru both ways", "frame"),
@@ -92,12 +100,22 @@ LEADS = [
     ("tcn", "frame"),
     ("permuted", "frame"),
     ("gru both ways", "permuted"),
+    ("cnn + vgg", "gru both ways"),
     ("cnn + mae", "gru both ways"),
+    ("vgg", "gru both ways"),
     ("mae", "gru both ways"),
     ("share bottom", "gru both ways"),
     ("share bottom, narrow", "gru both ways"),
     ("feedback", "share bottom"),
     ("feedback, narrow", "share bottom, narrow"),
+]
+
+
+STATIC_LEADS = [
+    ("gru both ways", "frame"),
+    ("permuted", "frame"),
+    ("gru both ways", "permuted"),
+    ("frame, smoothed", "frame"),
 ]
 
 
@@ -118,7 +136,12 @@ def main() -> None:
     spent = read_spent(args.dir / "spent.json")
     print(f"\nin {spent['seconds'] / 60:.0f} min; pages: {args.dir}/report-*/report.html")
     if args.out:
-        about = {"faces": FACES, "epochs": EPOCHS, "window": WINDOW, "seconds": round(spent["seconds"])}
+        about = {
+            "faces": FACES,
+            "epochs": EPOCHS | {"sequences": TRAIN_EPOCHS},
+            "window": WINDOW,
+            "seconds": round(spent["seconds"]),
+        }
         write_results(args.out, about | {"parameters": count_parameters(args)} | found)
 
 
@@ -133,16 +156,17 @@ def make_sets(root: Path) -> None:
         synth += ["--num-train", str(num_train), "--num-val", str(num_val)]
         dynamics = [] if name == "static" else ["--dynamics"]
         run_all(f"rendering {name}", [(f"render-{name}", [*synth, *dynamics])], logs)
-    permuted = root / "faces" / "permuted"
-    if not permuted.exists():
-        unfinished = permuted.with_name("permuted.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        permute_rows(root / "faces" / "dynamic", unfinished)
-        unfinished.rename(permuted)
+    for source, name in PERMUTED.items():
+        permuted = root / "faces" / name
+        if not permuted.exists():
+            unfinished = permuted.with_name(f"{name}.unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            permute_rows(root / "faces" / source, unfinished)
+            unfinished.rename(permuted)
     create = ["mtl_dist.shards", "create"]
     commands = [
         (f"create-{name}", [*create, str(root / "faces" / name), str(root / "shards" / name), "--views", VIEW])
-        for name in (*FACES, "permuted")
+        for name in (*FACES, *PERMUTED.values())
     ]
     pictures = [str(root / "faces" / "others" / VIEW), str(root / "unlabelled"), "--views", VIEW, "--unlabelled"]
     commands.append(("create-unlabelled", [*create, *pictures]))
@@ -181,19 +205,22 @@ def make_features(root: Path) -> None:
     runs, logs, others = root / "runs", root / "logs", root / "shards" / "others" / VIEW
     size = ["--data.image-size", str(SIZE), "--engine.threads", "1"]
     commands = []
-    for name, preset, data in (("cnn", "small", others), ("mae", "small-mae", root / "unlabelled" / VIEW)):
+    for name, preset, data in (
+        ("cnn", "small", others),
+        ("vgg", "small", others),
+        ("mae", "small-mae", root / "unlabelled" / VIEW),
+    ):
         own = ["mtl_dist.train", "--local", "--preset", preset, "--run.storage", str(runs), "--run.name", name, *size]
         own += ["--data.train", str(data / "train"), "--data.val", str(data / "val")]
-        if name == "cnn":
-            own += ["--model.image-size", "80"]  # the least that preset small reads
+        own += {"cnn": ["--model.image-size", "80"], "vgg": ["--model.backbone", "vgg_small"], "mae": []}[name]
         commands.append((name, [*own, "--train.epochs", str(EPOCHS[name])]))
     run_all("training what makes features", commands, logs)
     create = ["mtl_dist.features", "create"]
     commands = []
-    for name in ("dynamic", "static", "permuted"):
+    for name in ("dynamic", "static", *PERMUTED.values()):
         data = [str(root / "shards" / name / VIEW / split) for split in ("train", "val")]
-        made = [*create, str(root / "features" / name), "--data", *data, "--runs", str(runs / "cnn"), str(runs / "mae")]
-        commands.append((f"features-{name}", [*made, "--names", "cnn", "mae", "--local", "--jobs", "1"]))
+        made = [*create, str(root / "features" / name), "--data", *data, "--runs", *(str(runs / net) for net in NETS)]
+        commands.append((f"features-{name}", [*made, "--names", *NETS, "--local", "--jobs", "1"]))
     run_all("features", commands, logs)
 
 
@@ -215,6 +242,7 @@ def train(args: argparse.Namespace) -> None:
             run = run_name(name, seed)
             command = ["mtl_dist.train", "--local", "--preset", "small-c", "--run.storage", str(args.dir / "runs")]
             command += ["--run.name", run, "--run.seed", str(seed), "--engine.threads", "1", *arm.flags]
+            command += ["--train.epochs", str(TRAIN_EPOCHS), "--train.eval-every", "2"]
             commands.append((run, [*command, "--data.train", *sets["train"], "--data.val", *sets["val"]]))
     run_all("training", commands, args.dir / "logs")
 
@@ -244,15 +272,21 @@ def predicted(table: PredictionTable) -> Predicted:
 
 
 def compare_dynamic(args: argparse.Namespace) -> dict[str, Any]:
-    found = {name: list(map(predicted, read_arm(args, name))) for name, arm in ARMS.items() if arm.faces != "static"}
+    found = {
+        name: list(map(predicted, read_arm(args, name)))
+        for name, arm in ARMS.items()
+        if not arm.faces.startswith("static")
+    }
     found["frame, smoothed"] = list(map(smooth_best, read_arm(args, "frame")))
     return compare(found, LEADS, ("p", *TASKS))
 
 
 def compare_static(args: argparse.Namespace) -> dict[str, Any]:
-    found = {name: list(map(predicted, read_arm(args, name))) for name, arm in ARMS.items() if arm.faces == "static"}
+    found = {
+        name: list(map(predicted, read_arm(args, name))) for name, arm in ARMS.items() if arm.faces.startswith("static")
+    }
     found["static, frame, smoothed"] = list(map(smooth_best, read_arm(args, "static, frame")))
-    pairs = [("static, gru both ways", "static, frame"), ("static, frame, smoothed", "static, frame")]
+    pairs = [(f"static, {name}", f"static, {reference}") for name, reference in STATIC_LEADS]
     return compare(found, pairs, ("p", *TASKS))
 
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 from mtl_dist import storage
 from mtl_dist.config import Config
 from mtl_dist.data.cache import Cache
-from mtl_dist.data.index import INDEX_NAME, read_index
+from mtl_dist.data.index import INDEX_NAME, read_index, read_sets
 from mtl_dist.data.reader import ShardReader
 from mtl_dist.data.sidecar import parse_sidecar
 from mtl_dist.errors import InputError
@@ -515,14 +516,16 @@ def test_what_is_trained_and_not_scored_or_the_other_way_is_said(tmp_path, capsy
 
 
 def test_an_action_unit_that_only_one_set_has_labels_of_is_said(shards):
-    train, val = (read_index(str(shards / "cropped" / split)) for split in ("train", "val"))
+    train, val = (read_sets([str(shards / "cropped" / split)]) for split in ("train", "val"))
 
-    def without(index, unit: int):
+    def without(sets, unit: int):
+        index = sets.indexes[0]
         au, on = (list(counts) for counts in (index.labels.au, index.labels.au_positives))
         au[unit], on[unit] = 0, 0
-        return index.model_copy(update={"labels": index.labels.model_copy(update={"au": au, "au_positives": on})})
+        labels = index.labels.model_copy(update={"au": au, "au_positives": on})
+        return replace(sets, indexes=(index.model_copy(update={"labels": labels}),))
 
-    data = Data(without(train, 0), without(val, 2), 5, ())
+    data = Data(without(train, 0), without(val, 2), num_samples=40, noun="rows", steps_per_epoch=5, tasks=())
     assert note_labels(Config(), data) == [
         "AU4: trained and not scored, for want of labels", "AU1: scored and not trained, for want of labels"
     ]  # fmt: skip

@@ -25,7 +25,7 @@ from mtl_dist.models.per_frame import channels_last, laid_out, of_no_samples
 from mtl_dist.tasks import NUM_AUS, NUM_EXPRESSIONS, Outputs
 
 OUT_WIDTHS = {"v": 1, "a": 1, "expr": NUM_EXPRESSIONS, "au": NUM_AUS}
-INIT_STD = 0.02  # of the weights of linear layers
+INIT_STD, INIT_WIDTH = 0.02, 1024  # of the weights of linear layers, of encoders of the width that was published
 # What evaluation passes through at once: beside inputs and outputs its memory does not grow with a video's length.
 WINDOWS_AT_ONCE, IMAGES_AT_ONCE = 64, 64
 
@@ -61,7 +61,8 @@ class SequenceNet(nn.Module):
                 self.own[part] = build_layers(sequence, width, layers=private, dropout=dropout)
                 width = self.own[part].width
             self.heads[part] = Head(width, sequence.head_widths, OUT_WIDTHS[part], dropout)
-        _draw(self.trunk, self.own, self.heads)
+        # Narrower ones in proportion: with weights that small they would learn nothing for many epochs.
+        _draw(self.trunk, self.own, self.heads, std=INIT_STD * (INIT_WIDTH / sequence.hidden) ** 0.5)
 
     def forward(self, inputs: Tensor, valid: Tensor) -> Outputs:
         """Predict the valid rows of (B, T, D) features or (B, T, 3, H, W) images; `valid` (B, T) bool, padding last.
@@ -136,9 +137,9 @@ def window_begins(length: int, size: int) -> list[int]:
     return [*range(0, length - size, size // 2), length - size]
 
 
-def _draw(*modules: nn.Module) -> None:
-    """Draw the weights of linear layers as they were published; those of attention and of RNNs are torch's."""
+def _draw(*modules: nn.Module, std: float) -> None:
+    """Draw the weights of linear layers from a normal; those of attention and of RNNs are torch's."""
     for module in itertools.chain.from_iterable(module.modules() for module in modules):
         if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=INIT_STD)
+            nn.init.normal_(module.weight, std=std)
             nn.init.zeros_(module.bias)
