@@ -82,7 +82,7 @@ def test_shards_in_hand_are_kept_open_however_many_they_are(dataset, tmp_path, p
     create(str(dataset), str(tmp_path), views=("cropped",), frames_per_shard=1, jobs=1)
     uri = str(tmp_path / "cropped" / "train")
     index, cache = read_index(uri), CountingCache()
-    monkeypatch.setattr("mtl_dist.data.reader.OPEN_SHARDS", 4)
+    monkeypatch.setattr("mtl_dist.data.mapped.OPEN_SHARDS", 4)
     reader = ShardReader(uri, index, cache)
     order = Order(index.shard_rows, 8, 8, 2, seed=0)
     if per_task:

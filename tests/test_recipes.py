@@ -372,12 +372,15 @@ def test_micro_batches_hold_every_row_once_and_each_task_in_its_part(rows, parts
 
 def test_the_order_of_a_whole_epoch_is_that_without_the_setting(shards, tmp_path):
     """epoch_fraction 1 and masked sampling are the defaults."""
+    from mtl_dist.data.cache import Cache
     from mtl_dist.data.order import Order
+    from mtl_dist.data.samples import open_samples
     from mtl_dist.training.plan import build_order
 
     config = config_of(shards, tmp_path, "run")
     data = open_data(config)
-    order = build_order(config, data, None)
+    samples = open_samples(data.train, config, Cache())
+    order = build_order(config, data, samples)
     mine = order.plan(epoch=2, rank=0, num_ranks=1).samples_of(0, data.steps_per_epoch)
-    plain = Order(data.train.shard_rows, 8, 8, 4, 0).plan(epoch=2, rank=0, num_ranks=1)
+    plain = Order(data.train.indexes[0].shard_rows, 8, 8, 4, 0).plan(epoch=2, rank=0, num_ranks=1)
     np.testing.assert_array_equal(mine, plain.samples_of(0, data.steps_per_epoch))

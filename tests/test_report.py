@@ -346,7 +346,8 @@ def make_member(
     config = build_config(
         {"run": {"name": name, "seed": seed}, "model": {"name": model}, "optim": {"lr": lr}, "data": {"val": view}}
     )
-    index = SimpleNamespace(view=view, **{"sha256": f"{view}-set", "source_sha256": "source", **val})
+    about = {"sha256": f"{view}-set", "source_sha256": "source", **val}
+    index = SimpleNamespace(view=view, origin=about["sha256"], **about)
     weights = Weights(Checkpoint("", 1, {}, 0.0, {}), config, {}, view, 1)
     return Member(f"runs/{name}", weights, index)
 

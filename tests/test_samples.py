@@ -51,7 +51,7 @@ def test_a_single_set_keeps_its_identity_and_its_order(shards):
     uri = f"{shards}/cropped/train"
     index, sets = read_index(uri), read_sets([uri])
     assert (sets.sha256, sets.source_sha256, sets.labels) == (index.sha256, index.source_sha256, index.labels)
-    np.testing.assert_array_equal(sets.shard_rows, index.shard_rows)
+    np.testing.assert_array_equal(open_one(uri).group_sizes, index.shard_rows)
     samples = open_one(f"{uri}/index.json")
     assert samples.sha256 == index.sha256
     assert samples.read(np.array([3])).samples.tolist() == [3]
@@ -97,7 +97,7 @@ def test_labels_and_names_of_a_mixture_are_those_of_its_sets_told_apart(both):
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_an_epoch_over_several_sets_reads_every_sample_once_whatever_the_number_of_ranks(both, num_ranks):
     mixture = open_samples(both, CONFIG, Cache())
-    order = Order(both.shard_rows, 8, 4, 2, seed=3)
+    order = Order(mixture.group_sizes, 8, 4, 2, seed=3)
     which = {"num_ranks": num_ranks, "workers": 1, "prefetch": 2}
     ranks = [train_batches(mixture, order, epoch=0, start_step=0, rank=rank, **which) for rank in range(num_ranks)]
     steps = [sorted(n for batch in step for n in batch.samples.tolist()) for step in zip(*ranks, strict=True)]
