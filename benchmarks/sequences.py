@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from benchmarks.comparators import read_spent, run_all, timed
 from benchmarks.leads import Predicted, compare, print_comparison
@@ -39,6 +40,7 @@ from mtl_dist.objective.metrics import Predictions, Targets, metric_sums
 from mtl_dist.objective.scores import scores
 from mtl_dist.objective.smoothing import smooth
 from mtl_dist.predicting.predictions import PredictionTable, read_predictions
+from mtl_dist.report.drawing import COLOURS, INK, canvas, save_png
 from mtl_dist.report.intervals import number_videos
 from mtl_dist.shards.annotations import FILES
 from mtl_dist.tasks import TASKS
@@ -50,6 +52,7 @@ FACES = {"dynamic": (5760, 2880, 1), "static": (3000, 1200, 1), "others": (4800,
 PERMUTED = {"dynamic": "permuted", "static": "static-permuted"}
 HALF_WINDOWS = (0, 1, 2, 3, 5, 8, 12)  # rows either way that smoothing chooses from
 NUM_FOLDS = 5
+NUM_FACES = 8  # in the picture of a video
 EPOCHS = {"cnn": 8, "vgg": 8, "mae": 15}  # of the networks that make features
 NETS = tuple(EPOCHS)
 TRAIN_EPOCHS = 30
@@ -133,8 +136,9 @@ def main() -> None:
     found = {"dynamic": compare_dynamic(args), "static": compare_static(args)}
     for what, comparison in found.items():
         print_comparison(what, comparison)
+    draw_video(args)
     spent = read_spent(args.dir / "spent.json")
-    print(f"\nin {spent['seconds'] / 60:.0f} min; pages: {args.dir}/report-*/report.html")
+    print(f"\nin {spent['seconds'] / 60:.0f} min; pages: {args.dir}/report-*/report.html, {args.dir}/video.png")
     if args.out:
         about = {
             "faces": FACES,
@@ -314,6 +318,33 @@ def smooth_best(table: PredictionTable) -> Predicted:
 
 def score_rows(told: Predictions, targets: Targets, rows: np.ndarray) -> dict[str, Any]:
     return scores(metric_sums(Predictions(*(v[rows] for v in told)), Targets(*(v[rows] for v in targets))))
+
+
+def draw_video(args: argparse.Namespace) -> None:
+    """Draw what two arms say of valence and arousal over one video, beside the labels, with some of its faces."""
+    tables = {name: read_arm(args, name)[0] for name in ("frame", "gru both ways")}
+    first, *_ = tables.values()
+    videos, labelled = np.array(first.videos), first.predicted.targets.va_mask
+    video = max(sorted(set(first.videos)), key=lambda name: labelled[videos == name].sum())
+    rows = np.flatnonzero(videos == video)
+    rows = rows[np.argsort([first.images[row] for row in rows])]
+    with canvas(9.6, 5.2) as figure:
+        grid = figure.add_gridspec(3, NUM_FACES, height_ratios=[1, 1.4, 1.4])
+        for column, place in enumerate(np.linspace(0, len(rows) - 1, NUM_FACES).astype(int)):
+            axes = figure.add_subplot(grid[0, column])
+            axes.imshow(Image.open(args.dir / "faces" / "dynamic" / VIEW / first.images[rows[place]]))
+            axes.set_title(f"row {place}", fontsize=8, fontweight="normal")
+            axes.axis("off")
+        for line, what in enumerate(("valence", "arousal")):
+            axes = figure.add_subplot(grid[line + 1, :])
+            axes.plot(first.predicted.targets.va[rows, line], color=INK, linewidth=2.2, label="label")
+            for (name, table), colour in zip(tables.items(), COLOURS):
+                axes.plot(table.predicted.predictions.va[rows, line], color=colour, linewidth=1.2, label=name)
+            axes.set_ylabel(what)
+            axes.set_ylim(-1.05, 1.05)
+        axes.set_xlabel(f"row of validation video {video}")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        (args.dir / "video.png").write_bytes(save_png(figure, dpi=110))
 
 
 def count_parameters(args: argparse.Namespace) -> dict[str, int]:
