@@ -15,7 +15,7 @@ from av.stream import Disposition
 
 from mtl_dist.data.decode import resize
 from mtl_dist.data.frames import Seen
-from mtl_dist.data.videos import count_frames, video_batches
+from mtl_dist.data.videos import count_frames, video_batches, whole_frames
 from mtl_dist.errors import InputError
 
 ONE = 1 << 16  # of a display matrix
@@ -135,6 +135,33 @@ def test_a_frame_is_turned_and_mirrored_as_its_display_matrix_says(tmp_path, nam
     path = write(tmp_path / f"a.{suffix}", codec=codec, fmt=fmt, matrix=matrix, options={"qscale": "1"})
     assert count_frames(path) == 1
     assert_same(read(path)[0], square(turned(picture(96, 80))), mean=4)
+
+
+@pytest.mark.parametrize("sar", [Fraction(1), Fraction(2), Fraction(1, 2)])
+@pytest.mark.parametrize("name", TURNS)
+def test_a_whole_frame_is_shown_as_its_middle_square_is(tmp_path, name, sar):
+    matrix, turned = TURNS[name]
+    stored = picture(96, 80)
+    wide = np.repeat(np.repeat(stored, sar.numerator, axis=1), sar.denominator, axis=0)
+    path = write(
+        tmp_path / "a.mp4", *[stored] * 5, codec="mpeg4", fmt="yuv420p", matrix=matrix, sar=sar,
+        options={"qscale": "1"}, times=[0, 1, 3, 7, 20])  # fmt: skip
+    whole = list(whole_frames(path, every=2))
+    assert [(frame.number, round(frame.seconds * 25)) for frame in whole] == [(0, 0), (2, 3), (4, 20)]
+    for frame in whole:
+        assert_same(frame.pixels, turned(wide), mean=6)
+        assert frame.pixels.flags.c_contiguous
+
+
+def test_a_damaged_video_yields_its_whole_frames_up_to_the_damage(tmp_path):
+    path = write(tmp_path / "a.mkv", *[picture(96, 80)] * 9)
+    data = path.read_bytes()
+    path.write_bytes(data[: 3 * len(data) // 4])
+    announced, seen = 9, []
+    with pytest.raises(InputError, match=r"a\.mkv"):
+        seen.extend(frame.number for frame in whole_frames(path, announced=announced))
+    assert seen == list(range(len(seen)))
+    assert len(seen) > 3
 
 
 def test_a_display_matrix_that_is_no_quarter_turn_is_refused(tmp_path):

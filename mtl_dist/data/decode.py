@@ -184,13 +184,14 @@ def check(data: bytes, scratch: np.ndarray) -> None:
     decode(data)
 
 
-def resize(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Resize (H, W, 3) uint8 to (size, size), bilinear with antialiasing."""
+def resize(pixels: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
+    """Resize (H, W, 3) uint8 to (size, size), or to a given height and width, bilinear with antialiasing."""
     from torch import from_numpy
     from torch.nn.functional import interpolate
 
     image = from_numpy(pixels).permute(2, 0, 1)[None]  # a channels_last view: no copy
-    scaled = interpolate(image, size=(size, size), mode="bilinear", antialias=True)
+    sides = (size, size) if isinstance(size, int) else size
+    scaled = interpolate(image, size=sides, mode="bilinear", antialias=True)
     return scaled[0].permute(1, 2, 0).numpy()
 
 

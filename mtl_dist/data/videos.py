@@ -1,4 +1,4 @@
-"""Videos as batches without labels: which stream is the moving picture, and how a container says to show its frames.
+"""Videos as batches without labels, and as whole frames: which stream is the moving picture, and how to show it.
 
 A frame is shown as a player shows it: cropped, stretched by its sample aspect ratio, mirrored and turned, and on black
 where it is transparent. Its colours follow the matrix and range that it names; without a name BT.601, limited, as in
@@ -51,6 +51,14 @@ class Crop(NamedTuple):
     bottom: int
 
 
+class ShownFrame(NamedTuple):
+    """A whole frame as a player shows it."""
+
+    number: int  # from 0: its place among all frames
+    seconds: float  # from where the container starts; NaN: not told
+    pixels: np.ndarray  # (H, W, 3) uint8 RGB
+
+
 class _Opened(NamedTuple):
     container: InputContainer
     stream: VideoStream
@@ -97,6 +105,17 @@ def video_batches(
     yield from batched(pictures(), batch=batch)
 
 
+def whole_frames(path: Path, *, every: int = 1, announced: int = 0, seen: Seen | None = None) -> Iterator[ShownFrame]:
+    """Yield every so many frames of a local video as a player shows them, one after the other.
+
+    Raises `InputError` as `video_batches` does; the frames before a damage were yielded by then.
+    """
+    seen = Seen() if seen is None else seen
+    for number, (frame, shape, seconds) in enumerate(_frames(path, announced, seen)):
+        if number % every == 0:
+            yield ShownFrame(number, seconds, show_whole(frame, crop=shape.crop, aspect=shape.aspect, path=path))
+
+
 def count_frames(path: Path) -> int:
     """Count the frames of a video by its packets, without decoding it.
 
@@ -131,14 +150,9 @@ def show(frame: VideoFrame, size: int, *, crop: Crop, aspect: float, path: Path)
     `aspect` is the width of a stored pixel by its height.
     """
     turned = _turn_of(frame, path)
-    if any(component.is_alpha for component in frame.format.components) or frame.format.name == "pal8":
-        pixels = flatten(frame.to_ndarray(format="rgba"))
-    else:
-        pixels = frame.to_ndarray(format="rgb24")
-    if crop.top + crop.bottom < frame.height and crop.left + crop.right < frame.width:
-        pixels = pixels[crop.top : frame.height - crop.bottom, crop.left : frame.width - crop.right]
+    pixels = _cropped(frame, crop)
     height, width = pixels.shape[:2]
-    wide, high = (width * aspect, height) if aspect >= 1 else (width, height / aspect)  # in pixels of the screen
+    wide, high = _on_screen(width, height, aspect)
     side = min(wide, high)
     sides = max(1, round(height * side / high)), max(1, round(width * side / wide))
     top, left = (height - sides[0]) // 2, (width - sides[1]) // 2
@@ -147,6 +161,32 @@ def show(frame: VideoFrame, size: int, *, crop: Crop, aspect: float, path: Path)
         wide, high = high, wide
     middle = f"{wide:.0f} x {high:.0f}" if sides != (height, width) else ""
     return (square if square.shape[:2] == (size, size) else resize(square, size)), middle
+
+
+def show_whole(frame: VideoFrame, *, crop: Crop, aspect: float, path: Path) -> np.ndarray:
+    """Return a frame as a player shows it, (H, W, 3) RGB, at most `MAX_SIDE` a side; `aspect` is that of `show`."""
+    turned = _turn_of(frame, path)
+    pixels = _cropped(frame, crop)
+    wide, high = _on_screen(pixels.shape[1], pixels.shape[0], aspect)
+    less = min(1.0, MAX_SIDE / max(wide, high))
+    sides = max(1, round(high * less)), max(1, round(wide * less))
+    return np.ascontiguousarray(turn(pixels if pixels.shape[:2] == sides else resize(pixels, sides), *turned))
+
+
+def _cropped(frame: VideoFrame, crop: Crop) -> np.ndarray:
+    """Return the stored pixels of a frame, (H, W, 3) RGB, without what the container takes off."""
+    if any(component.is_alpha for component in frame.format.components) or frame.format.name == "pal8":
+        pixels = flatten(frame.to_ndarray(format="rgba"))
+    else:
+        pixels = frame.to_ndarray(format="rgb24")
+    if crop.top + crop.bottom < frame.height and crop.left + crop.right < frame.width:
+        pixels = pixels[crop.top : frame.height - crop.bottom, crop.left : frame.width - crop.right]
+    return pixels
+
+
+def _on_screen(width: int, height: int, aspect: float) -> tuple[float, float]:
+    """Return how wide and high stored pixels are shown: stretched, never shrunk."""
+    return (width * aspect, height) if aspect >= 1 else (width, height / aspect)
 
 
 class _Shape(NamedTuple):
