@@ -26,6 +26,7 @@ LAYERS = [
     {"mtl_dist.unread"},
     {"mtl_dist.presets", "mtl_dist.device"},
     {"mtl_dist.data", "mtl_dist.models", "mtl_dist.objective"},
+    {"mtl_dist.faces"},
     {"mtl_dist.shards"},
     {"mtl_dist.synthetic"},
     {"mtl_dist.runs"},

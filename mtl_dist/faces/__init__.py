@@ -1,0 +1,1 @@
+"""Faces in whole pictures: find them, follow them through a video, cut them out."""
