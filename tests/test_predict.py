@@ -24,12 +24,13 @@ from mtl_dist import storage
 from mtl_dist.data.decode import MAX_IMAGE_BYTES, decode
 from mtl_dist.data.frames import BadImage, _ahead, image_batches, read_image
 from mtl_dist.data.videos import count_frames, video_batches
+from mtl_dist.ensemble.job import combine
 from mtl_dist.errors import InputError, StorageError
 from mtl_dist.predict import __main__ as predict
 from mtl_dist.predict import job
 from mtl_dist.predicting import inputs
 from mtl_dist.predicting.inputs import open_frames
-from mtl_dist.predicting.members import open_member, predict_member
+from mtl_dist.predicting.members import open_member, predict_member, row_names
 from mtl_dist.predicting.predictions import read_predictions
 from mtl_dist.predicting.spread import Task, _results, predict_frames
 from mtl_dist.predicting.submission import find_images, read_test_list
@@ -38,7 +39,7 @@ from mtl_dist.runs.weights import load_weights, open_weights
 from mtl_dist.shards.__main__ import create
 from mtl_dist.shards.columns import TableOptions
 from mtl_dist.synthetic.render import write_synthetic
-from mtl_dist.tasks import AUS, EXPRESSIONS
+from mtl_dist.tasks import AUS, EXPRESSIONS, VIEWS
 from mtl_dist.threads import DaemonThreads
 from tests.conftest import assert_one_message, run_here
 from tests.fatal_frames import FatalFrames
@@ -189,13 +190,53 @@ def test_several_models_give_the_mean_of_their_probabilities(run, faces, tmp_pat
     np.testing.assert_allclose(mean, (one + two) / 2, atol=1e-6)
 
 
-def test_models_of_two_views_are_refused(run, runs, faces, tmp_path, monkeypatch):
+def test_models_of_two_views_are_refused_with_pictures_of_one(run, runs, faces, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "predict_frames", lambda *args, **options: pytest.fail("predicted"))
     aligned = runs / "cropped_aligned"
-    pattern = rf"^--runs names {run}, of view 'cropped', and {aligned}, of view 'cropped_aligned'; .*mtl_dist\.ensemble"
+    pattern = rf"^--runs names {run}, of view 'cropped', and {aligned}, of view 'cropped_aligned'; .*--faces"
     with pytest.raises(InputError, match=pattern):
         predict.main(["--runs", *map(str, (run, aligned)), "--input", str(faces), "--out", str(tmp_path / "out.csv")])
     assert not (tmp_path / "out.csv").exists()
+
+
+def both(runs: Path, *more: Path | str) -> list[str]:
+    return ["--runs", *(str(runs / view) for view in VIEWS), *map(str, more)]
+
+
+@pytest.mark.parametrize("processes", ["1", pytest.param("2", marks=pytest.mark.slow)])
+def test_both_views_of_a_laid_out_directory_are_the_plain_mean_of_the_ensemble(runs, dataset, tmp_path, processes):
+    predict.main(
+        both(runs, "--input", dataset, "--out", tmp_path / "out.csv", "--batch", "8", "--processes", processes)
+    )
+    rows = {row["image"]: row for row in read_rows(tmp_path / "out.csv")}
+    assert len(rows) == len(list((dataset / "cropped").rglob("*.jpg")))
+    members = [open_member(str(runs / view)) for view in VIEWS]
+    mean = combine([predict_member(member, device=torch.device("cpu")) for member in members])
+    images = row_names(members[0]).images
+    expected = np.concatenate(mean.predictions, axis=1)
+    np.testing.assert_allclose(numbers([rows[image] for image in images]), expected, atol=1e-6)
+
+
+def test_what_lacks_a_view_is_told_and_the_other_views_models_decide_on_request(runs, dataset, tmp_path, capsys):
+    root = tmp_path / "data"
+    for view in VIEWS:
+        shutil.copytree(dataset / view / "v0", root / view / "v0")
+    names = sorted(path.name for path in (root / "cropped/v0").iterdir())
+    (root / "cropped/v0" / names[0]).unlink()
+    (root / "cropped_aligned/v0" / names[1]).write_bytes(b"no picture")
+    (tmp_path / "list.txt").write_text("image\n" + "".join(f"v0/{name}\n" for name in names[:3]))
+    args = both(runs, "--input", tmp_path / "list.txt", "--images", root, "--out", tmp_path / "out.csv")
+    with pytest.raises(InputError, match=rf"^1 of 3 pictures are not in each of .*v0/{names[0]}; .*--skip-bad-images"):
+        predict.main(args)
+    predict.main([*args, "--skip-bad-images"])
+    assert "note: 2 frame(s), such as v0/00000.jpg, have no picture in some view" in capsys.readouterr().out
+    own = []
+    for view, name in (("cropped_aligned", names[0]), ("cropped", names[1])):
+        run_predict(runs / view, root / view / "v0" / name, tmp_path / "one.csv")
+        own.append(numbers(read_rows(tmp_path / "one.csv"))[0])
+    found = numbers(read_rows(tmp_path / "out.csv"))
+    np.testing.assert_allclose(found[:2], own, atol=1e-6)
+    assert len(found) == 3
 
 
 def test_a_shard_set_of_another_view_is_refused(run, runs, tmp_path):

@@ -71,6 +71,7 @@ NOTES = {
     "large": "{n} picture(s) or frame(s), such as {first}, are much larger than what the models read; they "
     "expect pictures cut to one face, and find none in a scene",
     "middle": "of {n} frame(s), such as {first}, the middle square was taken; the models expect that one face fills it",
+    "one view": "{n} frame(s), such as {first}, have no picture in some view; the models of the others decide",
     "streams": "{n} video(s), such as {first}, hold several pictures; one was read",
     "interlaced": "{n} video(s), such as {first}, are interlaced, and what moves is combed; part the fields first: "
     "ffmpeg -i OLD -vf bwdif NEW",

@@ -11,9 +11,10 @@ images (.txt, a path a line, with or without a header), a video file, or a shard
 are JPEG, PNG, WEBP, BMP, GIF or TIFF; what is transparent is seen on black, and what is not stored upright is
 turned as its EXIF says (--exif ignore: not). Frames of videos are as a player shows them.
 
-The models expect faces: pictures cut to one face as those they were trained on, so several are of one view, and a
-shard set is of theirs (mtl_dist.ensemble combines views). No face detector is included. Of a video every frame's
-middle square is taken, so give one that follows a face, or cut the faces out first.
+The models expect faces: pictures cut to one face as those they were trained on. Models of both views read a directory
+with cropped/ and cropped_aligned/ below it, or a list with --images: a frame has one name in both. A shard set is of
+the models' one view (mtl_dist.ensemble combines views of shard sets). No face detector is included. Of a video every
+frame's middle square is taken, so give one that follows a face, or cut the faces out first.
 
 --out is written whole or not at all: .csv and .parquet have a row a frame (row, image, valence, arousal, expression,
 p_<class>, p_AU<number>, of a video the frame's seconds from where it starts, and labels where there are some), .txt is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -18,10 +19,12 @@ from mtl_dist.objective.metrics import AU_THRESHOLD, metric_sums
 from mtl_dist.objective.scores import constant_scores, scores
 from mtl_dist.predict.options import PredictCommand
 from mtl_dist.predict.sequences import check_models, count_passes, find_extractors, predict_videos
-from mtl_dist.predicting.inputs import ImageFiles, ShardSet, VideoFile, VideoFiles, open_frames, parent_uri
+from mtl_dist.predicting.averaging import find_views
+from mtl_dist.predicting.inputs import Frames, ImageFiles, ShardSet, VideoFile, VideoFiles, open_frames, parent_uri
 from mtl_dist.predicting.predictions import check_finite, fill_missing, prediction_table, write_parquet
 from mtl_dist.predicting.spread import Task, predict_frames
 from mtl_dist.predicting.submission import submission_text
+from mtl_dist.predicting.views import Views, open_views
 from mtl_dist.progress import progress_bar
 from mtl_dist.runs.weights import Weights, open_weights
 from mtl_dist.training.tracking import print_scores
@@ -32,26 +35,15 @@ MAX_REASONS = 100  # images that are read again, to say what is wrong with them
 def predict_input(command: PredictCommand) -> None:
     """Predict --input and write --out, whole or not at all. Raises `InputError`."""
     models = tuple(open_weights(run) for run in command.runs)
-    view = _common_view(command.runs, models)
     is_sequence = check_models(command.runs, models, command.extractors)
+    views = find_views(command.runs, models)
+    if is_sequence and len(views) > 1:
+        raise InputError(f"--runs read features of {' and of '.join(views)}; predict with each view's apart")
     nets = find_extractors(command.runs, models, command.extractors) if is_sequence else []
     device = named_device(command.device).type
     with storage.scratch_directory("predict") as scratch:
-        frames = open_frames(
-            command.input,
-            images=command.images,
-            every=command.every_frames,
-            skip_bad=command.skip_bad_images,
-            exif=command.exif,
-            scratch=scratch,
-            cache_dir=command.cache_dir,
-        )
-        if isinstance(frames, ShardSet) and view not in (None, frames.view):
-            raise InputError(
-                f"--input is {command.input}, of view '{frames.view}'; expected '{view}', that of --runs; give the "
-                "shard set of that view, or runs of this one"
-            )
-        if isinstance(frames, ImageFiles):  # names of shards are read at the end
+        frames = _open_input(command, models, views, scratch)
+        if isinstance(frames, (ImageFiles, Views)):  # names of shards are read at the end
             _check_names(command.out, frames.listed)
         elif not isinstance(frames, ShardSet):
             videos = frames.videos if isinstance(frames, VideoFiles) else [frames]
@@ -89,7 +81,7 @@ def _seconds(seen: Seen, rows: np.ndarray) -> np.ndarray:
     return np.array([seen.seconds[row] for row in rows.tolist()], np.float64)
 
 
-def _skipped(command: PredictCommand, frames: ImageFiles, predicted: PredictedRows) -> list[str]:
+def _skipped(command: PredictCommand, frames: ImageFiles | Views, predicted: PredictedRows) -> list[str]:
     """Return a line for every image that was left out, with reasons for the first; raises where that is every one."""
     bad = frames.skipped(predicted.rows)
     if len(bad) == frames.num_frames:
@@ -100,16 +92,22 @@ def _skipped(command: PredictCommand, frames: ImageFiles, predicted: PredictedRo
     return lines + [f"image {frames.listed[row]}" for row in bad[MAX_REASONS:]]
 
 
-def _common_view(runs: Sequence[str], models: Sequence[Weights]) -> str | None:
-    """Return the view that the models were trained on, None where none tells. Raises where there are two."""
-    known = {model.view: run for run, model in zip(runs, models) if model.view}
-    if len(known) > 1:
-        (one, first), (other, second), *_ = known.items()
+def _open_input(
+    command: PredictCommand, models: Sequence[Weights], views: Sequence[str], scratch: Path
+) -> Frames | Views:
+    how = {"images": command.images, "skip_bad": command.skip_bad_images, "exif": command.exif, "scratch": scratch}
+    if len(views) > 1:
+        if command.every_frames != 1:
+            raise InputError("--every-frames is for videos, of which --faces cuts every view; give it too, or neither")
+        first = {view: next(run for run, m in zip(command.runs, models) if m.view == view) for view in views}
+        return open_views(command.input, first, **how)
+    frames = open_frames(command.input, every=command.every_frames, cache_dir=command.cache_dir, **how)
+    if isinstance(frames, ShardSet) and frames.view not in (views or (frames.view,)):
         raise InputError(
-            f"--runs names {first}, of view '{one}', and {second}, of view '{other}'; expected runs of one view, as "
-            "the pictures are; predict with each view's apart (python -m mtl_dist.ensemble combines views)"
+            f"--input is {command.input}, of view '{frames.view}'; expected '{views[0]}', that of --runs; give the "
+            "shard set of that view, or runs of this one"
         )
-    return next(iter(known), None)
+    return frames
 
 
 def _num_processes(command: PredictCommand, device: str, *, num_batches: int) -> int:

@@ -1,6 +1,7 @@
 """Predict frames with one or several models, in this process or in several, each with a GPU and a part of the frames.
 
-The models of a process share what it decodes. Their probabilities and VA are averaged, as the ensemble's are.
+The models of a process share what it decodes. Their probabilities and VA are averaged (`averaging`), as the
+ensemble's are.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from mtl_dist.data.augment import build_preparation
 from mtl_dist.data.frames import Seen
 from mtl_dist.errors import InputError, StorageError
 from mtl_dist.machine import num_cpus
 from mtl_dist.objective.affect import PredictedRows
 from mtl_dist.objective.metrics import Predictions, Targets
-from mtl_dist.predicting.evaluate import predict
+from mtl_dist.predicting.averaging import Cut, Summed, group_by_cut, load_all, mean_rows, sum_predictions
 from mtl_dist.predicting.inputs import Frames
+from mtl_dist.predicting.views import Views
 from mtl_dist.processes import end_with_parent, spawn
-from mtl_dist.runs.weights import Weights, load_weights
+from mtl_dist.runs.weights import Weights
 
 _STOP_S = 5.0  # given to a process that is done, or told to end
 
@@ -35,15 +36,15 @@ class Task(NamedTuple):
     """What all processes work on."""
 
     models: tuple[Weights, ...]
-    frames: Frames
+    frames: Frames | Views
     device: str  # cpu or cuda
     batch: int  # images of a forward pass
     workers: int  # decoding threads of a process
 
     @property
     def num_passes(self) -> int:
-        """How often every frame is decoded: once for every size that models were evaluated at."""
-        return len(_sizes(self.models))
+        """How often every frame is decoded: once for every view, and every size that models were evaluated at."""
+        return len(group_by_cut(self.models))
 
 
 class Outcome(NamedTuple):
@@ -87,40 +88,30 @@ def predict_part(task: Task, *, part: int, num_parts: int, progress: Progress) -
     if task.device == "cuda":
         device = torch.device("cuda", part % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    total, seen = None, Seen()
-    for size in _sizes(task.models):
-        models = [weights for weights in task.models if weights.config.data.image_size == size]
-        this_pass = seen if total is None else Seen()  # every pass sees the same
+    groups = group_by_cut(task.models)
+    parts, seen = [], Seen()
+    for cut, models in groups.items():
+        # Every pass through the same files sees the same.
+        this_pass = Seen() if cut.view in {other.view for other in list(groups)[: len(parts)]} else seen
         which = {"part": part, "num_parts": num_parts, "seen": this_pass}
-        predicted = _predict_pass(models, task, size, device, which, progress)
-        total = predicted if total is None else _add(total, predicted)
-    mean = Predictions(*(array / len(task.models) for array in total.predictions))
-    return Outcome(total._replace(predictions=mean), seen)
+        parts.append(Summed(_predict_pass(models, task, cut, device, which, progress), len(models)))
+    predicted, counts = mean_rows(parts)
+    if (partial := predicted.rows[counts < len(task.models)]).size:
+        for name in task.frames.names(partial):
+            seen.note("one view", name)
+    return Outcome(predicted, seen)
 
 
 def _predict_pass(
-    models: list[Weights], task: Task, size: int, device: torch.device, which: dict[str, Any], progress: Progress
+    models: list[Weights], task: Task, cut: Cut, device: torch.device, which: dict[str, Any], progress: Progress
 ) -> PredictedRows:
-    """Sum the predictions of models of one size over one pass through the frames."""
-    loaded = [(load_weights(weights).to(device), weights.config) for weights in models]
-
-    def predict_all(batches) -> PredictedRows:
-        of_models = [
-            predict(
-                model, batches, prepare=build_preparation(config), device=device, bf16=config.engine.autocast == "bf16"
-            )
-            for model, config in loaded
-        ]
-        total = of_models[0]
-        for other in of_models[1:]:
-            total = _add(total, other)
-        return total
-
-    summed = []
-    for batch in task.frames.batches(size, batch=task.batch, workers=task.workers, **which):
-        summed.append(predict_all([batch]))
+    """Sum the predictions of models of one cut over one pass through the frames."""
+    loaded, summed = load_all(models, device), []
+    frames = task.frames.of[cut.view] if isinstance(task.frames, Views) else task.frames
+    for batch in frames.batches(cut.size, batch=task.batch, workers=task.workers, **which):
+        summed.append(sum_predictions(loaded, [batch], device))
         progress(int(batch.valid.sum()))
-    return _concatenate(summed or [predict_all([])])
+    return _concatenate(summed or [sum_predictions(loaded, [], device)])
 
 
 def _part_main(sender: Connection, task: Task, part: int, num_parts: int) -> None:
@@ -173,16 +164,6 @@ def _failed(kind: str, value: Any, part: int, processes: int) -> Exception:
     if kind == "crash":
         return RuntimeError(f"process {part + 1} of {processes} failed:\n{value}")
     return {"InputError": InputError, "StorageError": StorageError}[kind](value)
-
-
-def _sizes(models: tuple[Weights, ...]) -> list[int]:
-    return list(dict.fromkeys(weights.config.data.image_size for weights in models))
-
-
-def _add(mine: PredictedRows, other: PredictedRows) -> PredictedRows:
-    assert np.array_equal(mine.rows, other.rows)
-    sums = (a + b for a, b in zip(mine.predictions, other.predictions))
-    return mine._replace(predictions=Predictions(*sums))
 
 
 def _concatenate(parts: list[PredictedRows]) -> PredictedRows:
