@@ -173,6 +173,22 @@ def flatten(pixels: np.ndarray) -> np.ndarray:
     return ((colours * alpha + background * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
+def from_pillow(image: Image.Image, size: int | None = None) -> np.ndarray:
+    """Return what `decode_picture` would make of the file of an image of Pillow's, of one of `MODES`."""
+    image.load()  # which turns a TIFF
+    pixels = as_pixels(image)
+    if size and pixels.shape[:2] != (size, size):
+        pixels = resize(pixels, size)
+    return np.ascontiguousarray(turn(pixels, *_TURNS[_orientation(image)]))
+
+
+def as_pixels(image: Image.Image) -> np.ndarray:
+    """Return a picture of Pillow's, of one of `MODES`, as (H, W, 3) uint8 RGB: as it is stored, on `BACKGROUND`."""
+    if image.has_transparency_data:
+        return flatten(np.asarray(image.convert("RGBA")))
+    return np.array(image.convert("RGB"))
+
+
 def check(data: bytes, scratch: np.ndarray) -> None:
     """Raise `DecodeError` unless `decode` would decode this. Pixels go to `scratch`, (n,) uint8, where they fit."""
     try:
@@ -266,10 +282,7 @@ def _decode_by_pillow(data: bytes) -> tuple[np.ndarray, int]:
             if (frames := getattr(image, "n_frames", 1)) > 1:
                 raise ForeignPicture(f"{kind} of {frames} moving pictures; expected one that stands still")
             orientation = _orientation(image)
-            if image.has_transparency_data:
-                pixels = flatten(np.asarray(image.convert("RGBA")))
-            else:
-                pixels = np.array(image.convert("RGB"))
+            pixels = as_pixels(image)
             if kind == "TIFF" and orientation != 1:  # which Pillow turns itself
                 pixels = np.ascontiguousarray(_turn_back(pixels, *_TURNS[orientation]))
             return pixels, orientation

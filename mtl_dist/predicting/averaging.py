@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import nn
 
 from mtl_dist.config import Config
 from mtl_dist.data.augment import build_preparation
+from mtl_dist.data.frames import unlabelled
 from mtl_dist.errors import InputError
 from mtl_dist.objective.affect import PredictedRows
 from mtl_dist.objective.metrics import Predictions, Targets
@@ -63,6 +64,27 @@ def group_by_cut(models: Sequence[Weights]) -> dict[Cut, list[Weights]]:
     for model in models:
         groups.setdefault(Cut(model.view or only, model.config.data.image_size), []).append(model)
     return groups
+
+
+class Mean:
+    """The plain mean of models that stay on a device, of pictures in memory."""
+
+    def __init__(self, models: Sequence[Weights], device: torch.device):
+        self.device = device
+        self._groups = {cut: load_all(own, device) for cut, own in group_by_cut(models).items()}
+
+    @property
+    def cuts(self) -> tuple[Cut, ...]:
+        """What the models want to see of a frame."""
+        return tuple(self._groups)
+
+    def __call__(self, pictures: Mapping[Cut, np.ndarray]) -> Predictions:
+        """Predict n frames, of each the pictures (n, size, size, 3) uint8 of every cut, in the order of frames."""
+        parts = []
+        for cut, loaded in self._groups.items():
+            batch = unlabelled(pictures[cut], range(len(pictures[cut])))
+            parts.append(Summed(sum_predictions(loaded, [batch], self.device), len(loaded)))
+        return mean_rows(parts)[0].predictions
 
 
 def load_all(models: Iterable[Weights], device: torch.device) -> list[Loaded]:

@@ -97,16 +97,21 @@ def prediction_table(
         columns["video"] = pa.array(videos, pa.string())
     if seconds is not None:
         columns["seconds"] = pa.array(seconds, pa.float64(), mask=np.isnan(seconds))
-    columns |= _floats(_VA, predictions.va.clip(-1, 1))
-    columns["expression"] = pa.array([EXPRESSIONS[number] for number in predictions.expr.argmax(-1)], pa.string())
-    columns |= _floats([f"p_{name}" for name in EXPRESSIONS], predictions.expr)
-    columns |= _floats([f"p_{name}" for name in _AU_NAMES], predictions.au)
+    columns |= predicted_columns(predictions)
     if labels:
         va_missing = np.repeat(~targets.va_mask.astype(bool)[:, None], 2, axis=1)
         columns |= _floats([f"label_{name}" for name in _VA], targets.va, va_missing)
         columns["label_expression"] = pa.array(targets.expr, pa.int8(), mask=~targets.expr_mask.astype(bool))
         columns |= _floats([f"label_{name}" for name in _AU_NAMES], targets.au, ~targets.au_mask.astype(bool))
     return pa.table(columns)
+
+
+def predicted_columns(predictions: Predictions) -> dict[str, pa.Array]:
+    """Return what is predicted of n frames as columns of a table."""
+    columns = _floats(_VA, predictions.va.clip(-1, 1))
+    columns["expression"] = pa.array([EXPRESSIONS[number] for number in predictions.expr.argmax(-1)], pa.string())
+    columns |= _floats([f"p_{name}" for name in EXPRESSIONS], predictions.expr)
+    return columns | _floats([f"p_{name}" for name in _AU_NAMES], predictions.au)
 
 
 def write_parquet(uri: str, table: pa.Table, *, key: str = "") -> None:
