@@ -7,6 +7,7 @@ from pathlib import Path
 from mtl_dist.errors import InputError
 from mtl_dist.faces.face import Detector, Face
 from mtl_dist.faces.libfacedetection import LibFaceDetection
+from mtl_dist.faces.onnx_nets import OnnxDetector
 
 __all__ = ["Detector", "Face", "open_detector"]
 
@@ -29,4 +30,6 @@ def open_detector(
         raise InputError(f"the longest side to search is {max_side} pixels; expected {LEAST_SIDE} to {MOST_SIDE}")
     if str(which) == DEFAULT:
         return LibFaceDetection(min_confidence=min_confidence, max_side=max_side, threads=threads)
-    raise InputError(f"no detector is called '{which}'; expected {DEFAULT}, or the path of an ONNX file")
+    if not str(which).endswith(".onnx"):
+        raise InputError(f"no detector is called '{which}'; expected {DEFAULT}, or the path of an ONNX file")
+    return OnnxDetector(Path(which), min_confidence=min_confidence, max_side=max_side, threads=threads)
