@@ -38,10 +38,17 @@ def similarity(points: np.ndarray) -> np.ndarray:
 
 def align(picture: np.ndarray, points: np.ndarray, size: int = SIZE) -> np.ndarray:
     """Cut a face out of (h, w, 3) uint8, its points on `TEMPLATE`: (size, size, 3), black beyond the edges."""
-    matrix = np.vstack([similarity(points), [0, 0, 1]])
-    to_size = np.diag([size / SIZE, size / SIZE, 1.0])
-    to_size[:2, 2] = (size / SIZE - 1) / 2  # edges stay on edges, not middles of pixels
-    back = np.linalg.inv(to_size @ matrix)
+    by = size / SIZE
+    enlarge = np.array([[by, 0, (by - 1) / 2], [0, by, (by - 1) / 2]])  # edges stay on edges, not middles of pixels
+    return warp(picture, enlarge @ np.vstack([similarity(points), [0, 0, 1]]), size)
+
+
+def warp(picture: np.ndarray, matrix: np.ndarray, size: int) -> np.ndarray:
+    """Return (size, size, 3) of a (h, w, 3) uint8 picture after a (2, 3) turn, scale and shift; black beyond its edges.
+
+    What becomes smaller is shrunk by all of its pixels, not by some.
+    """
+    back = np.linalg.inv(np.vstack([matrix, [0, 0, 1]]))
     # What is read, with two pixels around it for the filter.
     corners = back[:2] @ np.array([[-0.5, size - 0.5, -0.5, size - 0.5], [-0.5, -0.5, size - 0.5, size - 0.5], [1] * 4])
     left, top = (int(low) for low in np.floor(corners.min(1)) - 2)
@@ -49,11 +56,11 @@ def align(picture: np.ndarray, points: np.ndarray, size: int = SIZE) -> np.ndarr
     image = Image.fromarray(_window(picture, left, top, right, bottom))
     back[:2, 2] -= left, top
     by = math.hypot(back[0, 0], back[1, 0])
-    if by > 1:  # shrunk before it is turned, by all of its pixels
+    if by > 1:
         shape = max(1, round(image.width / by)), max(1, round(image.height / by))
         factors = image.width / shape[0], image.height / shape[1]
         image = image.resize(shape, Image.Resampling.HAMMING)
-        back = _pixels(1 / factors[0], 1 / factors[1]) @ back
+        back = _resized(1 / factors[0], 1 / factors[1]) @ back
     # Pillow's coordinates begin at the edge of the first pixel.
     edges = _shift(0.5) @ back @ _shift(-0.5)
     cut = image.transform(
@@ -108,6 +115,6 @@ def _shift(by: float) -> np.ndarray:
     return np.array([[1, 0, by], [0, 1, by], [0, 0, 1]])
 
 
-def _pixels(x: float, y: float) -> np.ndarray:
+def _resized(x: float, y: float) -> np.ndarray:
     """Return the matrix of a resize: coordinates of middles of pixels, by what widths and heights are multiplied."""
     return np.array([[x, 0, (x - 1) / 2], [0, y, (y - 1) / 2], [0, 0, 1]])

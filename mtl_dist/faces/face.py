@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -48,7 +48,7 @@ def fit(picture: np.ndarray, max_side: int) -> tuple[np.ndarray, tuple[float, fl
     return np.asarray(small), (width / size[0], height / size[1])
 
 
-def scaled(faces: Sequence[Face], by: tuple[float, float]) -> list[Face]:
+def scaled(faces: Iterable[Face], by: tuple[float, float]) -> list[Face]:
     """Return the faces with every x and y multiplied by two factors."""
     factors = np.array(by, np.float32)
     return [Face(face.box * np.tile(factors, 2), face.points * factors, face.confidence) for face in faces]

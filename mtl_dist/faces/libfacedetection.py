@@ -21,8 +21,10 @@ import numpy as np
 
 from mtl_dist.errors import InputError
 from mtl_dist.faces.face import Face, check_picture, fit, scaled
+from mtl_dist.faces.looks import look_again
 
-MIN_CONFIDENCE = 0.6
+MIN_CONFIDENCE = 0.75  # of a face that was looked at again
+MAYBE = 0.3  # to be looked at
 _SYMBOL = "_Z14facedetect_cnnPhS_iii"  # int* facedetect_cnn(unsigned char*, unsigned char*, int, int, int)
 _STRIDE = 32  # of the coarsest of its three maps; other sizes it pads or refuses, by size
 # int32 count, at most 1,024 (what the library writes stops there), then 16 int16 a face: confidence x 100, left, top,
@@ -47,10 +49,11 @@ class LibFaceDetection:
         """Find the faces of a (h, w, 3) uint8 RGB picture, the most confident first."""
         check_picture(picture)
         small, back = fit(picture, self._max_side)
-        found = [face for face in self._detect(small) if face.confidence >= self._min_confidence]
-        return scaled(found, back)
+        candidates = scaled((face for face in self.search(small) if face.confidence >= MAYBE), back)
+        return look_again(self.search, picture, candidates, self._min_confidence)
 
-    def _detect(self, pixels: np.ndarray) -> list[Face]:
+    def search(self, pixels: np.ndarray) -> list[Face]:
+        """Find what may be faces at one scale, in whole pixels, the most confident first."""
         height, width = pixels.shape[:2]
         padded = np.zeros((-(-height // _STRIDE) * _STRIDE, -(-width // _STRIDE) * _STRIDE, 3), np.uint8)
         padded[:height, :width] = pixels[..., ::-1]  # BGR
