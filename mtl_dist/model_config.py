@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from mtl_dist.families import FAMILIES, check_backbone_name, describe_backbones, describe_families
+from mtl_dist.families import FAMILIES, check_backbone_name, describe_backbones, describe_families, families_of
 from mtl_dist.settings import Section, Varies
 
 MAX_SIDE = 2048  # of an image, in pixels
@@ -144,3 +144,15 @@ class ModelConfig(Section):
     masked: MaskedConfig = MaskedConfig()
     two_level: TwoLevelConfig = TwoLevelConfig()
     sequence: SequenceConfig = SequenceConfig()
+
+    @model_validator(mode="after")
+    def _takes_the_backbone(self):
+        only, takers = FAMILIES[self.name].backbones, families_of(self.backbone)
+        if only and self.backbone not in only:
+            raise ValueError(f"name {self.name} takes no model.backbone {self.backbone}; expected {' or '.join(only)}")
+        if self.name not in takers:
+            raise ValueError(
+                f"backbone {self.backbone} is for model.name {' or '.join(takers)}, not {self.name}; give a backbone "
+                "of images, or that model"
+            )
+        return self

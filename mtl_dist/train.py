@@ -30,13 +30,9 @@ class TrainCommand(CommandConfig):
     """Print where the run at this <run.storage>/<run.name> is, from its storage alone, and start nothing."""
 
 
+@ending_restarts()
 def main(args: list[str] | None = None) -> None:
     """Read the command line, then train, or tell what would be done. Raises `InputError` for what the user can mend."""
-    with ending_restarts():
-        _main(args)
-
-
-def _main(args: list[str] | None) -> None:
     command = parse_command(TrainCommand, args, prog="python -m mtl_dist.train", description=__doc__)
     if command.status:
         from mtl_dist.training.status import print_status

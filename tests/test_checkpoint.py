@@ -22,14 +22,15 @@ from mtl_dist.objective.scores import constant_scores, label_sums
 from mtl_dist.runs import CONFIG_NAME
 from mtl_dist.runs.checkpoint import (
     FORMAT,
+    MODEL,
     Checkpoint,
-    _choose,
     best,
+    choose_newest,
     committed,
     find_damage,
     newness,
-    read_model,
     read_state,
+    read_tensors,
 )
 from mtl_dist.runs.lives import read_lives
 from mtl_dist.runs.same_run import check_same_run
@@ -193,7 +194,7 @@ def test_weights_that_are_a_pickle_are_not_loaded(tmp_path):
     (directory / "COMMIT.json").write_text(json.dumps(commit))
     (checkpoint,), _ = committed(str(tmp_path))
     with pytest.raises(Damaged, match=r"model\.safetensors"):
-        read_model(checkpoint)
+        read_tensors(checkpoint, MODEL)
     assert not Path("/tmp/owned").exists()
 
 
@@ -290,7 +291,7 @@ def test_a_checkpoint_fits_its_own_configuration_and_free_settings_may_change():
 def test_a_whole_checkpoint_whose_state_is_none_is_passed_over_for_the_one_before(tmp_path, capsys):
     write_checkpoint(tmp_path, 5, state=STATE)
     write_checkpoint(tmp_path, 10, state=STATE | {"scores": []})
-    chosen, _ = _choose(str(tmp_path), Config(), IDENTITY)
+    chosen, _ = choose_newest(str(tmp_path))
     assert chosen.step == 5
     assert "passed over" in capsys.readouterr().out
 

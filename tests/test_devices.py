@@ -22,7 +22,7 @@ from mtl_dist.config import LossConfig, build_config
 from mtl_dist.data.augment import build_preparation, normalise
 from mtl_dist.ensemble import __main__ as ensemble
 from mtl_dist.models import build_model
-from mtl_dist.objective.module import build_module, build_objective
+from mtl_dist.objective.module import ObjectiveModule, build_objective
 from mtl_dist.predict import __main__ as predict
 from mtl_dist.predicting import spread as parts
 from mtl_dist.presets import PRESETS
@@ -64,7 +64,7 @@ def make_config(system, **changes):
 def make_module(config):
     passes = 3 if config.data.sampling == "per_task" else 1
     model, objective = build_model(config.model, input_size=config.input_size), build_objective(config, COUNTS)
-    return build_module(model, objective, balancing=config.loss.balancing, passes=passes)
+    return ObjectiveModule(model, objective, balancing=config.loss.balancing, passes=passes)
 
 
 class Engine:
@@ -92,8 +92,8 @@ def no_autocast(monkeypatch):
 def test_a_step_computes_on_the_device_alone(system, changes, no_autocast):
     config = make_config(system, **changes)
     module = make_module(config).to("meta")
-    how = {"prepare": build_preparation(config), "device": torch.device("meta")}
-    loss = train_step(Engine(module, config), make_batch(), config, epoch=0, step=0, rank=0, **how)
+    how = {"prepare": build_preparation(config), "epoch": 0, "step": 0, "rank": 0}
+    loss = train_step(Engine(module, config), make_batch(), config, **how)
     for tensor in (loss.total, *loss.weights.values(), *loss.terms.values(), *loss.present.values()):
         assert tensor.device.type == "meta"
 

@@ -18,7 +18,7 @@ from mtl_dist.errors import InputError
 from mtl_dist.models import build_model
 from mtl_dist.models.heads import AUHead
 from mtl_dist.models.regions import GatedConv, RegionLinear
-from mtl_dist.objective.module import build_module, build_objective
+from mtl_dist.objective.module import ObjectiveModule, build_objective
 from mtl_dist.presets import PRESETS, load_preset
 from mtl_dist.runs.checkpoint import MODEL, TRAIN, committed, read_state, read_tensors
 from mtl_dist.runs.lives import begin_life, read_lives
@@ -79,7 +79,7 @@ def test_weights_of_layers_are_decayed_and_nothing_else(model):
     }
     config = build_config(load_preset(model if model in PRESETS else "a"), changes)
     network, objective = build_model(config.model, input_size=config.input_size), build_objective(config, COUNTS)
-    module = build_module(network, objective, balancing=config.loss.balancing)
+    module = ObjectiveModule(network, objective, balancing=config.loss.balancing)
     layers = dict(module.named_modules())
     names = {id(p): name for name, p in module.named_parameters()}
     decayed, others = (

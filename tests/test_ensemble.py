@@ -33,7 +33,7 @@ from mtl_dist.predicting.members import open_member, predict_member
 from mtl_dist.predicting.predictions import PredictionTable, read_predictions
 from mtl_dist.predicting.submission import TestImages, find_images, submission_text
 from mtl_dist.runs import weights
-from mtl_dist.runs.checkpoint import best, committed, read_model
+from mtl_dist.runs.checkpoint import best, committed, read_tensors
 from mtl_dist.runs.weights import load_weights
 from mtl_dist.sealed import seal, unseal
 from mtl_dist.shards.__main__ import create
@@ -146,7 +146,7 @@ def test_the_job_writes_everything_twice_the_same_and_reads_each_checkpoint_once
         assert [int(au) for au in aus] == [tested[image][f"p_{name}"] > t for name, t in thresholds.items()]
 
     read = []
-    monkeypatch.setattr(weights, "read_model", lambda of: read.append(of.uri) or read_model(of))
+    monkeypatch.setattr(weights, "read_tensors", lambda of, name: read.append(of.uri) or read_tensors(of, name))
     main([*map(str, args), str(tmp_path / "second")])
     assert read == [member["checkpoint"] for member in report["members"]]
     assert files_below(tmp_path / "first") == files_below(tmp_path / "second")

@@ -17,7 +17,7 @@ from mtl_dist.models import build_model, num_parameters
 from mtl_dist.models.mae import cut_patches
 from mtl_dist.models.vit import sine_positions
 from mtl_dist.objective.masked import Masked, join_patches, wanted_pixels
-from mtl_dist.objective.module import build_module, build_objective
+from mtl_dist.objective.module import ObjectiveModule, build_objective
 from mtl_dist.presets import load_preset
 from mtl_dist.tasks import Batch, Labels, Reconstruction
 
@@ -181,7 +181,7 @@ def test_five_rows_on_two_unequal_ranks_have_the_losses_and_gradients_of_one(mon
     model = build_model(config.model, input_size=SIZE).double()
     whole = prepared(config, make_batch([3, 1, 4, 15, 9]))
     whole = whole._replace(inputs=whole.inputs.double())
-    module = build_module(model, build_objective(config, None))
+    module = ObjectiveModule(model, build_objective(config, None))
     loss = module(whole)
     loss.total.backward()
     expected = [p.grad.clone() for p in model.parameters() if p.requires_grad]

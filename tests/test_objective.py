@@ -14,9 +14,8 @@ from torch import nn
 
 from mtl_dist.config import LossConfig
 from mtl_dist.objective.affect import Affect, concordance
-from mtl_dist.objective.balancing import build_balancer
 from mtl_dist.objective.losses import add_sums, global_losses, total_sums
-from mtl_dist.objective.module import ObjectiveModule, build_module
+from mtl_dist.objective.module import ObjectiveModule
 from mtl_dist.tasks import Batch, LabelCounts, Labels, Outputs
 from mtl_dist.training.step import split_batch
 from tests.windows import all_valid
@@ -118,7 +117,7 @@ def test_gradients_of_many_ranks_are_those_of_one(num_ranks, parts, balancing, t
     """Unequal batches, ranks that lack a task's labels, class weights, and micro-batches: to float64 tolerance."""
     config = LossConfig(va=0.7, expr=1.3, au=2.0, balancing=balancing, expr_weights="balanced", au_weights="balanced")
     torch.manual_seed(0)
-    module = build_module(TinyModel(), Affect(config, COUNTS), balancing=config.balancing).double()
+    module = ObjectiveModule(TinyModel(), Affect(config, COUNTS), balancing=config.balancing).double()
     if balancing in ("dwa", "famo"):  # in the midst of training
         getattr(module.balancer, {"dwa": "found", "famo": "logits"}[balancing]).copy_(torch.tensor([0.9, 1.4, 0.7]))
     batch = sorted_so_that_ranks_lack_tasks(make_batch(24))
@@ -193,7 +192,7 @@ def test_the_gradient_of_ccc_is_that_of_the_direct_formula():
 
 @pytest.mark.parametrize("present", [p for n in range(4) for p in itertools.combinations(("va", "expr", "au"), n)])
 def test_a_task_nobody_labelled_is_exactly_zero_with_zero_gradient(present):
-    module = build_module(TinyModel(), Affect(LossConfig(), COUNTS), balancing="uncertainty")
+    module = ObjectiveModule(TinyModel(), Affect(LossConfig(), COUNTS), balancing="uncertainty")
     loss = module(make_batch(20, tasks=present))
     loss.total.backward()
     assert torch.isfinite(loss.total)
@@ -228,7 +227,7 @@ def test_constant_predictions_have_a_finite_loss_and_gradient():
 
 
 def test_a_weight_of_zero_switches_a_task_off():
-    module = build_module(TinyModel(), Affect(LossConfig(va=0.0), COUNTS), balancing="uncertainty")
+    module = ObjectiveModule(TinyModel(), Affect(LossConfig(va=0.0), COUNTS), balancing="uncertainty")
     module(make_batch(20)).total.backward()
     assert module.model.va.weight.grad is None or (module.model.va.weight.grad == 0).all()
     assert module.model.au.weight.grad.abs().sum() > 0
@@ -239,6 +238,9 @@ class Spread:
     how far they are from the inputs. The first is there where somebody's VA is labelled."""
 
     terms = ("spread", "distance")
+
+    def __init__(self):
+        self.fixed = {"spread": 0.5, "distance": 2.0}
 
     def sums(self, outputs, batch):
         x, there = outputs.va.double()[..., 0], batch.labels.va_mask
@@ -257,8 +259,7 @@ class Spread:
 
 def make_other(balancing: str) -> ObjectiveModule:
     torch.manual_seed(0)
-    balancer = build_balancer(balancing, {"spread": 0.5, "distance": 2.0})
-    return ObjectiveModule(TinyModel(), Spread(), balancer).double()
+    return ObjectiveModule(TinyModel(), Spread(), balancing=balancing).double()
 
 
 @pytest.mark.parametrize("balancing", ["fixed", "uncertainty", "dwa", "famo"])

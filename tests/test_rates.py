@@ -12,7 +12,7 @@ from mtl_dist.config import Config, build_config
 from mtl_dist.errors import InputError
 from mtl_dist.models import build_model
 from mtl_dist.models.backbones import build_backbone
-from mtl_dist.objective.module import build_module, build_objective
+from mtl_dist.objective.module import ObjectiveModule, build_objective
 from mtl_dist.presets import CommandConfig, parse_command
 from mtl_dist.tasks import LabelCounts
 from mtl_dist.training.engine import build_optimizer, set_learning_rate
@@ -29,7 +29,7 @@ def make(**optim):
         }
     )
     model = build_model(config.model, input_size=32)
-    return config, build_module(model, build_objective(config, COUNTS))
+    return config, ObjectiveModule(model, build_objective(config, COUNTS))
 
 
 def rates(config: Config, module: torch.nn.Module, *, step: int, total: int = 10) -> dict[str, float]:
@@ -73,7 +73,7 @@ def test_layers_of_what_has_none_are_refused():
     config = build_config(
         {"model": {"backbone": "timm:resnet10t", "weights": "none", "image_size": 64}, "optim": {"layer_decay": 0.7}}
     )
-    module = build_module(build_model(config.model, input_size=64), build_objective(config, COUNTS))
+    module = ObjectiveModule(build_model(config.model, input_size=64), build_objective(config, COUNTS))
     for call in (build_optimizer, describe_rates):
         with pytest.raises(InputError, match=r"optim.layer_decay is 0.7, and model.backbone timm:resnet10t is no ViT"):
             call(module, config)

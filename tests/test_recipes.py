@@ -25,7 +25,7 @@ from mtl_dist.data.augment import build_preparation, make_draws
 from mtl_dist.data.index import read_index
 from mtl_dist.data.loader import train_batches
 from mtl_dist.errors import InputError
-from mtl_dist.objective.module import build_module, build_objective
+from mtl_dist.objective.module import ObjectiveModule, build_objective
 from mtl_dist.presets import load_preset
 from mtl_dist.runs.lives import read_lives
 from mtl_dist.shards.__main__ import create
@@ -331,7 +331,7 @@ def test_dropout_differs_between_ranks_steps_and_micro_batches_and_repeats_for_e
     batch = Batch(inputs, torch.ones(4, 1, dtype=torch.bool), labels, numbers[:, None], numbers)
 
     def masks(step: int, rank: int) -> list[bytes]:
-        module = build_module(DropModel(), build_objective(config, counts), balancing=config.loss.balancing)
+        module = ObjectiveModule(DropModel(), build_objective(config, counts), balancing=config.loss.balancing)
         train_step(
             PlainEngine(module),
             batch,
@@ -339,7 +339,6 @@ def test_dropout_differs_between_ranks_steps_and_micro_batches_and_repeats_for_e
             prepare=build_preparation(config),
             epoch=0,
             step=step,
-            device=torch.device("cpu"),
             rank=rank,
         )
         return [kept.numpy().tobytes() for kept in module.model.kept]

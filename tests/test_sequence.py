@@ -19,7 +19,7 @@ from mtl_dist.models.encoders import Convolutional, Recurrent, Transformer, sinu
 from mtl_dist.models.sequence import window_begins
 from mtl_dist.objective.affect import Affect
 from mtl_dist.objective.losses import add_sums
-from mtl_dist.objective.module import build_module
+from mtl_dist.objective.module import ObjectiveModule
 from mtl_dist.presets import load_preset
 from tests.test_objective import COUNTS
 from tests.test_recipes import assert_close_losses, config_of, run_ranks
@@ -419,7 +419,7 @@ def test_gradients_of_one_two_three_and_eight_ranks_are_the_same(encoder, framew
     model = make(encoder, framework).double()
     batch, expected = make_windows((D,), lengths=LENGTHS, dtype=torch.float64), None
     for ranks in (1, 2, 3, 8):
-        module = build_module(copy.deepcopy(model), Affect(config, COUNTS))
+        module = ObjectiveModule(copy.deepcopy(model), Affect(config, COUNTS))
         places = torch.arange(len(LENGTHS)).tensor_split(ranks)
         found = gradients_of(module, [batch.take(part) for part in places], ranks)
         expected = expected or found

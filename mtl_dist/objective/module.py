@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mtl_dist.config import Config
 from mtl_dist.families import objective_of
-from mtl_dist.objective.balancing import Balancer, build_balancer
+from mtl_dist.objective.balancing import build_balancer
 from mtl_dist.objective.losses import Objective, Sums, find_present, global_losses, total_sums
 from mtl_dist.tasks import Batch, LabelCounts, Outputs
 
@@ -26,17 +26,17 @@ class StepLoss(NamedTuple):
 
 
 class ObjectiveModule(nn.Module):
-    """`model` with the objective of the whole global batch.
+    """`model` with the objective of the whole global batch, and the balancer of the name `balancing`.
 
     `passes`: a batch is cut into so many equal parts, each a forward pass with BatchNorm statistics of its own.
     """
 
-    def __init__(self, model: nn.Module, objective: Objective, balancer: Balancer, *, passes: int = 1):
+    def __init__(self, model: nn.Module, objective: Objective, *, balancing: str = "fixed", passes: int = 1):
         super().__init__()
         self.passes = passes
         self.model = model
         self.objective = objective
-        self.balancer = balancer
+        self.balancer = build_balancer(balancing, objective.fixed)
 
     def forward(self, batch: Batch, total: Sums | None = None, *, parts: int = 1) -> StepLoss:
         """Return the loss of a global step of which this is one of `parts` micro-batches of this rank.
@@ -78,10 +78,3 @@ def build_objective(config: Config, counts: LabelCounts) -> Objective:
     """Build what the configured model is trained for; `counts` are of the training set."""
     kind = resolve_name(f"mtl_dist.objective.{objective_of(config.model.name).built_by}")
     return kind.build(config, counts)
-
-
-def build_module(
-    model: nn.Module, objective: Objective, *, balancing: str = "fixed", passes: int = 1
-) -> ObjectiveModule:
-    """Put a model together with its objective and the balancer of this name."""
-    return ObjectiveModule(model, objective, build_balancer(balancing, objective.fixed), passes=passes)

@@ -104,7 +104,15 @@ def load_checkpoint(run_uri: str, config: Config, identity: dict[str, str]) -> R
     Rank 0 chooses and says which it skipped and why. Raises `InputError` naming the field where the checkpoint belongs
     to another configuration or other data.
     """
-    chosen = on_rank_0(lambda: _choose(run_uri, config, identity))
+
+    def choose() -> tuple[Checkpoint, dict[str, Any]] | None:
+        chosen = choose_newest(run_uri)
+        if chosen:
+            check_same_run(chosen[1], config, identity, chosen[0].uri)
+            print(f"continuing from {chosen[0].uri}", flush=True)
+        return chosen
+
+    chosen = on_rank_0(choose)
     if chosen is None:
         return None
     checkpoint, state = chosen
@@ -181,11 +189,6 @@ def find_damage(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def read_model(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Read and verify the weights. Raises `Damaged` where they are damaged."""
-    return read_tensors(checkpoint, MODEL)
-
-
 def read_tensors(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
     """Read and verify a safetensors file. Raises `Damaged` where it is damaged."""
     from safetensors import SafetensorError
@@ -226,15 +229,6 @@ def choose_newest(run_uri: str, *, verifies: bool = True) -> tuple[Checkpoint, d
             skipped.append(f"{checkpoint.uri}: {error}")
     for reason in skipped:
         print(f"passed over {reason}", flush=True)
-    return chosen
-
-
-def _choose(run_uri: str, config: Config, identity: dict[str, str]) -> tuple[Checkpoint, dict[str, Any]] | None:
-    """Return (checkpoint, state) of the newest that verifies. Raises `InputError` where it is of another run."""
-    chosen = choose_newest(run_uri)
-    if chosen:
-        check_same_run(chosen[1], config, identity, chosen[0].uri)
-        print(f"continuing from {chosen[0].uri}", flush=True)
     return chosen
 
 

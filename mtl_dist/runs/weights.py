@@ -25,8 +25,8 @@ from mtl_dist.runs.checkpoint import (
     best,
     committed,
     read_commit,
-    read_model,
     read_state,
+    read_tensors,
 )
 from mtl_dist.runs.same_run import find_lack
 from mtl_dist.sealed import unseal
@@ -153,7 +153,7 @@ def load_weights(weights: Weights, *, objective: str = "affect") -> nn.Module:
     if not weights.state:
         _check_exported(checkpoint)
     try:
-        tensors = read_model(checkpoint)
+        tensors = read_tensors(checkpoint, MODEL)
         # A stranger's configuration may ask for any network. Libraries' are built with classifiers that are cut off.
         with at_most(2 * sum(tensor.numel() for tensor in tensors.values()) + MAX_CUT_OFF):
             model = build_model(config.model.model_copy(update={"weights": "none"}), input_size=config.input_size)

@@ -20,10 +20,12 @@ from mtl_dist.errors import InputError
 
 
 class Audit:
-    """Writes one process's file. Lines are not buffered: what a killed process finished is there."""
+    """Writes one process's file, or none without a directory. Lines are not buffered: a killed process's are there."""
 
-    def __init__(self, directory: Path, run_name: str, *, life: str, rank: int):
-        self.life, self.rank = life, rank
+    def __init__(self, directory: Path | None, run_name: str, *, life: str, rank: int):
+        self.life, self.rank, self._file = life, rank, None
+        if directory is None:
+            return
         try:
             (directory / run_name).mkdir(parents=True, exist_ok=True)
             path = directory / run_name / f"{life}-{rank:05d}-{socket.gethostname()}-{os.getpid()}.jsonl"
@@ -33,6 +35,8 @@ class Audit:
 
     def finished(self, step: int, epoch: int, samples: np.ndarray, tasks: tuple[str, ...] = ()) -> None:
         """Note that the optimizer took step `step` with this rank's samples (n,), as many of each task one by one."""
+        if self._file is None:
+            return
         batches = np.split(samples, max(len(tasks), 1))
         line = {
             "life": self.life,
@@ -44,9 +48,12 @@ class Audit:
         }
         self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
 
-    def close(self) -> None:
-        """Close the file. What was written is kept."""
-        self._file.close()
+    def __enter__(self) -> Audit:
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self._file:
+            self._file.close()
 
 
 class Report(NamedTuple):

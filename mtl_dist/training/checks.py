@@ -1,4 +1,4 @@
-"""Whether ranks can train what is asked for: their number, their settings, the size of what they save."""
+"""Whether ranks can train what is asked for: their number, their settings, what they save."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch.distributed as dist
 from torch import nn
 
 from mtl_dist.config import Config
-from mtl_dist.errors import InputError
-from mtl_dist.models import num_parameters
+from mtl_dist.errors import InputError, NonFiniteLoss
+from mtl_dist.models import non_finite, num_parameters
+from mtl_dist.ranks import gather_lists
 from mtl_dist.runs.checkpoint import MAX_TENSOR_BYTES
 from mtl_dist.runs.same_run import READ_AT_THE_START, weights_name
 from mtl_dist.settings import Varies, flatten, varying
@@ -73,6 +74,15 @@ def check_size(model: nn.Module, config: Config) -> None:
             f"{MAX_TENSOR_BYTES:,}: {describe_size(model)} by {config.optim.name}, train.ema {config.train.ema:g}; "
             "choose a smaller model.backbone, or --model.freeze-backbone"
         )
+
+
+def check_finite(module: nn.Module, step: int) -> None:
+    """Raise before weights are saved that are no numbers: a finite loss can have gradients that are not.
+
+    Every rank calls it: BatchNorm's statistics are each rank's own.
+    """
+    if wrong := list(dict.fromkeys(gather_lists(non_finite(module)))):
+        raise NonFiniteLoss(f"step {step}: weights are not finite ({', '.join(wrong[:3])})")
 
 
 def describe_size(model: nn.Module) -> str:

@@ -12,7 +12,7 @@ from mtl_dist.config import Config
 from mtl_dist.data.index import Sets
 from mtl_dist.device import check_device
 from mtl_dist.models import build_model
-from mtl_dist.objective.module import ObjectiveModule, build_module, build_objective
+from mtl_dist.objective.module import ObjectiveModule, build_objective
 from mtl_dist.runs.checkpoint import Restored, load_checkpoint
 from mtl_dist.runs.start import (
     BEGAN_FROM,
@@ -31,12 +31,11 @@ from mtl_dist.training.averaging import (
     sync_batchnorm,
     write_batchnorm,
 )
-from mtl_dist.training.checks import check_num_ranks, check_size, describe_size, note_batchnorm
+from mtl_dist.training.checks import check_finite, check_num_ranks, check_size, describe_size, note_batchnorm
 from mtl_dist.training.engine import build_engine, read_optimizer, restore_optimizer
 from mtl_dist.training.rates import describe_rates
 from mtl_dist.training.saving import Saver
 from mtl_dist.training.setup import Setup
-from mtl_dist.training.step import check_finite
 from mtl_dist.training.tracking import NoTracker, Tracker
 from mtl_dist.training.watchdog import Phase
 
@@ -99,12 +98,12 @@ def restore(setup: Setup) -> tuple[Setup, Learner, int, dict[str, Any]]:
     began = BEGUN_BEFORE if restored and "order" not in restored.state else ""
     loaded = model.backbone.loaded
     what_loaded = f"weights {loaded}" if loaded else ""
-    for note in (began, what_loaded, note_batchnorm(model, config, num_ranks)):
+    for note in (began, what_loaded, note_batchnorm(model, config, num_ranks), _describe_start(setup, model)):
         if note and setup.context.rank == 0:
             print(note, flush=True)
     objective = build_objective(config, setup.data.train.labels)
     passes = max(len(setup.data.tasks), 1)
-    module = build_module(model, objective, balancing=config.loss.balancing, passes=passes)
+    module = ObjectiveModule(model, objective, balancing=config.loss.balancing, passes=passes)
     average = WeightAverage(module.model, config.train.ema) if config.train.ema else None
     if restored:
         _restore_weights(module, average, restored)
@@ -118,6 +117,14 @@ def restore(setup: Setup) -> tuple[Setup, Learner, int, dict[str, Any]]:
     restore_optimizer(engine, config, _part(restored.train, OPTIMIZER) if restored else {}, steps=step)
     loaded = restored.state.get(LOADED) if restored else loaded and loaded.note()
     return setup, Learner(engine, average, began_from, loaded), step, scores
+
+
+def _describe_start(setup: Setup, model: nn.Module) -> str:
+    """Say what trains on what; the plan has said the rest."""
+    device, num_ranks, num_threads = setup.device, setup.context.num_ranks, torch.get_num_threads()
+    what = f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else "cpu"
+    parts = f"{num_ranks} rank{'s' * (num_ranks > 1)} on {what}", f"{num_threads} thread{'s' * (num_threads > 1)} each"
+    return f"start   {', '.join(parts)}; {describe_size(model)}"
 
 
 def _build_model(config: Config, *, begins: bool, start: Start | None, train: Sets | None = None) -> nn.Module:

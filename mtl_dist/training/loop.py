@@ -6,14 +6,10 @@ Ray Train.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
-
-import torch
 
 from mtl_dist import storage
 from mtl_dist.config import Config
@@ -26,13 +22,11 @@ from mtl_dist.ranks import gather_lists, on_rank_0
 from mtl_dist.runs import CONFIG_NAME
 from mtl_dist.runs.lives import Life, begin_life
 from mtl_dist.settings import dump_yaml
-from mtl_dist.tasks import Batch
 from mtl_dist.training.audit import Audit
 from mtl_dist.training.averaging import average_batchnorm, freeze_batchnorm
-from mtl_dist.training.checks import describe_size
 from mtl_dist.training.engine import set_learning_rate
 from mtl_dist.training.learner import Learner, restore, save_checkpoint
-from mtl_dist.training.requests import AskedFor, ask_ranks, is_due, is_late
+from mtl_dist.training.requests import ask_ranks, is_due, is_late
 from mtl_dist.training.saving import Saver
 from mtl_dist.training.setup import RunContext, Setup, set_up
 from mtl_dist.training.step import train_step
@@ -47,11 +41,12 @@ class _Run:
     setup: Setup
     learner: Learner
     tracker: Tracker | NoTracker
-    audit: Audit | None
+    audit: Audit
     saver: Saver
     step: int  # completed
     scores: dict[str, Any]  # of the last evaluation
     saved_at: float  # monotonic
+    under_way: _Taken | None = None  # the last step, until its loss is looked at
 
 
 class _Taken(NamedTuple):
@@ -72,71 +67,54 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
     Raises `InputError` for what the user can mend and `NonFiniteLoss` where training diverged.
     """
     with Watchdog(limit_s=config.engine.hang_s) as watchdog:
-        return _fit(config, context, watchdog)
-
-
-def _fit(config: Config, context: RunContext, watchdog: Watchdog) -> dict[str, Any]:
-    setup = set_up(config, context, watchdog)
-    # The life first: from here on no earlier one commits, or deletes what is being read.
-    started_by = {"launcher": context.launcher, "command_line": context.command_line}
-    life = begin_life(config.run.uri, **started_by, num_ranks=context.num_ranks)
-    setup, learner, step, last_scores = restore(setup)
-    say_start(setup, learner)
-    with contextlib.ExitStack() as records:
-        tracker, audit = _open_records(setup, records, life=life, step=step, scores=last_scores)
-        with Saver(config.run.uri, config.checkpoint, life=life) as saver:
+        setup = set_up(config, context, watchdog)
+        # The life first: from here on no earlier one commits, or deletes what is being read.
+        started_by = {"launcher": context.launcher, "command_line": context.command_line}
+        life = begin_life(config.run.uri, **started_by, num_ranks=context.num_ranks)
+        setup, learner, step, scores = restore(setup)
+        tracker = _open_tracker(setup, life=life, step=step, scores=scores)
+        with (
+            Audit(config.run.audit_dir, config.run.name, life=life.name, rank=context.rank) as audit,
+            Saver(config.run.uri, config.checkpoint, life=life) as saver,
+        ):
             try:
-                return _train(_Run(setup, learner, tracker, audit, saver, step, last_scores, time.monotonic()))
+                return _train(_Run(setup, learner, tracker, audit, saver, step, scores, time.monotonic()))
             except NonFiniteLoss as error:
                 raise NonFiniteLoss(f"{error}. {_what_is_left(saver, begun_at=step)}") from None
 
 
-def say_start(setup: Setup, learner: Learner) -> None:
-    """Say, once for all ranks, what trains on what; the plan has said the rest."""
-    if setup.context.rank:
-        return
-    device, num_ranks, num_threads = setup.device, setup.context.num_ranks, torch.get_num_threads()
-    what = f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else "cpu"
-    parts = f"{num_ranks} rank{'s' * (num_ranks > 1)} on {what}", f"{num_threads} thread{'s' * (num_threads > 1)} each"
-    print(f"start   {', '.join(parts)}; {describe_size(learner.engine.module.model)}", flush=True)
-
-
 def _train(run: _Run) -> dict[str, Any]:
     """Train from after `run.step` on; return the last scores."""
-    config, watchdog, saver = run.setup.config, run.setup.watchdog, run.saver
-    saver.on_wait = lambda: watchdog.moved(Phase.STORING, run.step)
-    for epoch in range(run.step // run.setup.data.steps_per_epoch, config.train.epochs):
+    setup, num_epochs = run.setup, run.setup.config.train.epochs
+    run.saver.on_wait = lambda: setup.watchdog.moved(Phase.STORING, run.step)
+    for epoch in range(run.step // setup.data.steps_per_epoch, num_epochs):
         if not _train_epoch(run, epoch):
             break
         run.learner.engine.module.balancer.finished_epoch()
 
         # ------------------------------------------------------- once in a while: evaluate, publish, save, stop
-        is_last = epoch + 1 == config.train.epochs
-        asked_for = _ask(run)
-        if is_last or is_due(epoch + 1, config.train.eval_every):
+        is_evaluated = epoch + 1 == num_epochs or is_due(epoch + 1, setup.config.train.eval_every)
+        if is_evaluated:
             run.scores, constant, pictures = _evaluate(run)
             run.tracker.evaluated(run.step, epoch, run.scores, constant, pictures)
             _save(run, run.scores)
-            run.setup.context.publish({"step": run.step, "epoch": epoch + 1, **flat_scores(run.scores)})
-        elif asked_for.any or is_due(run.step, config.checkpoint.every_steps):
-            _save(run, {})
-        if asked_for.stop or asked_for.now:
-            saver.wait()
-        if asked_for.stop and not is_last:
-            _say_stopped(run)
+            setup.context.publish({"step": run.step, "epoch": epoch + 1, **flat_scores(run.scores)})
+        if _heed_requests(run, is_saved=is_evaluated):
             break
     return run.scores
 
 
 def _train_epoch(run: _Run, epoch: int) -> bool:
     """Take the steps of an epoch that are left; return False where it was asked to stop in its midst, and saved."""
-    setup, saver = run.setup, run.saver
-    config, context, watchdog = setup.config, setup.context, setup.watchdog
-    _set_training(run.learner, config)
-    module = run.learner.engine.module
+    setup, engine, average = run.setup, run.learner.engine, run.learner.average
+    config, context, watchdog, module = setup.config, setup.context, setup.watchdog, engine.module
+    module.train()
+    if config.engine.batchnorm == "frozen":
+        freeze_batchnorm(module)
     module.balancer.begin_epoch(epoch, module.objective.after)
-    batches = _open_batches(setup, epoch, start_step=run.step % setup.data.steps_per_epoch)
-    last: _Taken | None = None
+    start_step = run.step % setup.data.steps_per_epoch
+    batches = train_batches(setup.train, setup.order, epoch=epoch, start_step=start_step, **setup.reading)
+    batches = lend(setup.train, batches)
     asked = ended = time.monotonic()
     watchdog.moved(Phase.DATA, run.step + 1)
     for batch in batches:
@@ -144,60 +122,48 @@ def _train_epoch(run: _Run, epoch: int) -> bool:
 
         # ------------------------------------------------------------------------------------------- step
         watchdog.moved(Phase.STEP, run.step + 1)
-        lr, loss = _take_step(run, batch, epoch)
-        rows = batch.valid_rows()
-        if run.audit:
-            run.audit.finished(run.step, epoch, batch.samples.numpy(), setup.data.tasks)
+        lr = set_learning_rate(engine, config, run.step, setup.total_steps)
+        loss = train_step(engine, batch, config, prepare=setup.prepare, epoch=epoch, step=run.step, rank=context.rank)
+        run.step += 1
+        if average:
+            average.update(module.model, run.step)
+        run.audit.finished(run.step, epoch, batch.samples.numpy(), setup.data.tasks)
 
         # -------------------------------------------------------------------------------------------- log
-        took_s, ended = time.monotonic() - ended, time.monotonic()
+        rows, took_s, ended = batch.valid_rows(), time.monotonic() - ended, time.monotonic()
         context.observe(step_s=took_s, data_wait_s=waited_s, images_per_s=len(rows) / took_s)
-        if saver.saved:
-            context.observe(checkpoint_step=saver.saved.step)
-        if last:  # the step before, whose loss is there by now: this one is under way meanwhile
-            _look_at(last, run)
-        last = _Taken(run.step, epoch, lr, loss, rows, took_s, waited_s)
+        if run.saver.saved:
+            context.observe(checkpoint_step=run.saver.saved.step)
+        _look_at_loss(run)  # of the step before, which is there by now: this one is under way meanwhile
+        run.under_way = _Taken(run.step, epoch, lr, loss, rows, took_s, waited_s)
 
         # ------------------------------------------------------------ once in a while: save in mid-epoch, stop
-        if run.step % setup.data.steps_per_epoch:  # what is due at an epoch's end comes after its evaluation
-            asked_for = _ask(run, step=run.step)
-            if asked_for.any or is_due(run.step, config.checkpoint.every_steps):
-                _look_at(last, run)
-                last = None
-                _save(run, {})
-            if asked_for.stop or asked_for.now:
-                saver.wait()
-            if asked_for.stop:
-                batches.close()
-                _say_stopped(run)
-                return False
+        is_amidst = run.step % setup.data.steps_per_epoch > 0  # what is due at its end comes after the evaluation
+        if is_amidst and _heed_requests(run, step=run.step):
+            batches.close()
+            return False
         asked = time.monotonic()
         watchdog.moved(Phase.DATA, run.step + 1)
-    if last:
-        _look_at(last, run)
+    _look_at_loss(run)
     return True
 
 
-def _set_training(learner: Learner, config: Config) -> None:
-    learner.engine.module.train()
-    if config.engine.batchnorm == "frozen":
-        freeze_batchnorm(learner.engine.module)
-
-
-def _take_step(run: _Run, batch: Batch, epoch: int) -> tuple[float, StepLoss]:
-    """Take one optimizer step, and note it; return its learning rate and its loss."""
-    setup, engine, average = run.setup, run.learner.engine, run.learner.average
-    lr = set_learning_rate(engine, setup.config, run.step, setup.total_steps)
-    where = {"epoch": epoch, "step": run.step, "device": setup.device, "rank": setup.context.rank}
-    loss = train_step(engine, batch, setup.config, prepare=setup.prepare, **where)
-    run.step += 1
-    if average:
-        average.update(engine.module.model, run.step)
-    return lr, loss
+def _heed_requests(run: _Run, *, step: int | None = None, is_saved: bool = False) -> bool:
+    """Save, unless that is done, where it is due or any rank was asked to; return whether all are to stop here."""
+    setup, checkpoint = run.setup, run.setup.config.checkpoint
+    asked_for = ask_ranks(setup.context, late=is_late(run.saved_at, checkpoint.every_minutes), step=step)
+    if not is_saved and (asked_for.any or is_due(run.step, checkpoint.every_steps)):
+        _save(run, {})
+    if asked_for.stop or asked_for.now:
+        run.saver.wait()
+    if asked_for.stop and run.step < setup.total_steps:
+        run.tracker.say(f"stopped at step {run.step} of {setup.total_steps}, saved; the same command continues")
+    return asked_for.stop
 
 
 def _save(run: _Run, scored: dict[str, Any]) -> None:
     """Save a checkpoint; `scored` are the scores of these very weights, where they have some."""
+    _look_at_loss(run)
     state = {"step": run.step, "scores": run.scores, "num_ranks": run.setup.context.num_ranks}
     save_checkpoint(run.setup, run.learner, run.saver, run.tracker, state=state, scored=scored)
     run.saved_at = time.monotonic()
@@ -220,12 +186,9 @@ def _what_is_left(saver: Saver, *, begun_at: int) -> str:
     return on_rank_0(look)
 
 
-def _open_records(
-    setup: Setup, records: contextlib.ExitStack, *, life: Life, step: int, scores: dict[str, Any]
-) -> tuple[Tracker | NoTracker, Audit | None]:
-    """Open what this rank writes of the run, closed with `records`, and say where the run stands."""
-    config, context = setup.config, setup.context
-    tracker, audit = NoTracker(), None
+def _open_tracker(setup: Setup, *, life: Life, step: int, scores: dict[str, Any]) -> Tracker | NoTracker:
+    """Open what rank 0 writes of the run, and say where the run stands."""
+    config, context, tracker = setup.config, setup.context, NoTracker()
 
     def open_tracker() -> None:
         nonlocal tracker
@@ -239,42 +202,16 @@ def _open_records(
         context.publish({"step": step, "epoch": config.train.epochs, **flat_scores(scores)})
         where = f"step {step} of {setup.total_steps}"
         tracker.say(f"run '{config.run.name}' is finished ({where}); nothing is left to do")
-    if config.run.audit_dir:
-        audit = Audit(config.run.audit_dir, config.run.name, life=life.name, rank=context.rank)
-        records.callback(audit.close)
-    return tracker, audit
-
-
-def _open_batches(setup: Setup, epoch: int, *, start_step: int) -> Generator[Batch]:
-    config = setup.config
-    batches = train_batches(
-        setup.train,
-        setup.order,
-        epoch=epoch,
-        start_step=start_step,
-        rank=setup.context.rank,
-        num_ranks=setup.context.num_ranks,
-        workers=config.data.workers,
-        prefetch=config.data.prefetch,
-    )
-    return lend(setup.train, batches)
+    return tracker
 
 
 def _evaluate(run: _Run) -> Scored:
     """Score the validation set, and the best constant predictor on it."""
-    setup, learner = run.setup, run.learner
-    config, context = setup.config, setup.context
+    setup, learner, config = run.setup, run.learner, run.setup.config
     average_batchnorm(learner.engine.module.model, config)
     if learner.average:
         learner.average.copy_buffers(learner.engine.module.model)
-    batches = eval_batches(
-        setup.val,
-        batch=config.train.eval_batch,
-        rank=context.rank,
-        num_ranks=context.num_ranks,
-        workers=config.data.workers,
-        prefetch=config.data.prefetch,
-    )
+    batches = eval_batches(setup.val, batch=config.train.eval_batch, **setup.reading)
     return evaluate(
         learner.evaluated,
         learner.engine.module.objective,
@@ -287,8 +224,11 @@ def _evaluate(run: _Run) -> Scored:
     )
 
 
-def _look_at(taken: _Taken, run: _Run) -> None:
-    """Record a step's losses; stop the run where they are not finite. All ranks hold the same values."""
+def _look_at_loss(run: _Run) -> None:
+    """Record the loss of the step under way; stop the run where it is not finite. All ranks hold the same values."""
+    taken, run.under_way = run.under_way, None
+    if not taken:
+        return
     setup, loss = run.setup, taken.loss
     losses = {term: float(value) for term, value in loss.terms.items()} | {"total": float(loss.total)}
     weights = {term: float(weight) for term, weight in loss.weights.items()}
@@ -311,12 +251,3 @@ def _look_at(taken: _Taken, run: _Run) -> None:
         waited_s=taken.waited_s,
         saved_step=run.saver.saved.step if run.saver.saved else None,
     )
-
-
-def _ask(run: _Run, *, step: int | None = None) -> AskedFor:
-    late = is_late(run.saved_at, run.setup.config.checkpoint.every_minutes)
-    return ask_ranks(run.setup.context, late=late, step=step)
-
-
-def _say_stopped(run: _Run) -> None:
-    run.tracker.say(f"stopped at step {run.step} of {run.setup.total_steps}, saved; the same command continues")

@@ -40,7 +40,7 @@ def learning_rate(config: Config, step: int, total_steps: int) -> float:
 
 
 def share_of(name: str, module: nn.Module, config: Config) -> Share:
-    """Return what of the learning rate the parameter of this name has, in a module as `build_module` makes it."""
+    """Return what of the learning rate the parameter of this name has, in a module as `ObjectiveModule` makes it."""
     if not name.startswith(BACKBONE):
         return Share(1.0, False)
     depth = count_blocks(module.get_submodule(BACKBONE.rstrip(".")))

@@ -63,6 +63,12 @@ class Setup(NamedTuple):
         """Steps of the whole run, all epochs."""
         return self.data.steps_per_epoch * self.config.train.epochs
 
+    @property
+    def reading(self) -> dict[str, int]:
+        """What this rank reads of every set, and how far ahead."""
+        ranks = {"rank": self.context.rank, "num_ranks": self.context.num_ranks}
+        return ranks | {"workers": self.config.data.workers, "prefetch": self.config.data.prefetch}
+
 
 def set_up(config: Config, context: RunContext, watchdog: Watchdog) -> Setup:
     """Choose the device, check the data, and plan its order."""

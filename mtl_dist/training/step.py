@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mtl_dist.config import Config
 from mtl_dist.data.augment import Preparation
-from mtl_dist.errors import NonFiniteLoss
-from mtl_dist.models import non_finite
 from mtl_dist.objective.losses import Sums, add_sums, global_losses, total_sums
 from mtl_dist.objective.module import ObjectiveModule, StepLoss
-from mtl_dist.ranks import gather_lists
 from mtl_dist.tasks import Batch
 
 
 def train_step(
-    engine,
-    batch: Batch,
-    config: Config,
-    *,
-    prepare: Preparation,
-    epoch: int,
-    step: int,
-    device: torch.device,
-    rank: int,
+    engine, batch: Batch, config: Config, *, prepare: Preparation, epoch: int, step: int, rank: int
 ) -> StepLoss:
     """Take one optimizer step on this rank's part of the global batch, in `train.accumulation` micro-batches."""
     module: ObjectiveModule = engine.module
     draws = draw_passes(prepare, batch.rows, seed=config.run.seed, epoch=epoch, passes=module.passes)
+    device = next(module.parameters()).device
     batch = batch.to(device)
     batch = batch._replace(inputs=prepare(batch, draws.to(device)))
     parts = split_batch(batch, parts=config.train.accumulation, passes=module.passes)
@@ -81,12 +71,3 @@ def seed_dropout(seed: int, step: int, rank: int, part: int) -> None:
     """Key torch's generator, which only dropout draws from, by (seed, step, rank, part): there is no state to save."""
     (key,) = np.random.SeedSequence([seed, step, rank, part]).generate_state(1, np.uint64)
     torch.manual_seed(int(key >> np.uint64(1)))
-
-
-def check_finite(module: nn.Module, step: int) -> None:
-    """Raise before weights are saved that are no numbers: a finite loss can have gradients that are not.
-
-    Every rank calls it: BatchNorm's statistics are each rank's own.
-    """
-    if wrong := list(dict.fromkeys(gather_lists(non_finite(module)))):
-        raise NonFiniteLoss(f"step {step}: weights are not finite ({', '.join(wrong[:3])})")
