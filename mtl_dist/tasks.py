@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 TASKS = ("va", "expr", "au")
@@ -45,6 +46,12 @@ class Labels(NamedTuple):
     def to(self, device, non_blocking: bool = True) -> Labels:
         """Copy all tensors to a device."""
         return Labels(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
+
+    def keep_own(self, task: str, places: np.ndarray) -> None:
+        """Mask the labels of all other tasks in some of the samples, in place."""
+        for other in TASKS:
+            if other != task:
+                getattr(self, f"{other}_mask")[places] = False
 
 
 class Batch(NamedTuple):
@@ -111,6 +118,10 @@ class LabelCounts(BaseModel):
         }
         return LabelCounts(**added)
 
+    def of_tasks(self) -> dict[str, int]:
+        """Rows with labels of each task; of AU as many as the unit has that most have, which is at most too few."""
+        return {"va": self.va, "expr": self.expr, "au": max(self.au)}
+
     def missing_tasks(self) -> list[str]:
         """Tasks without a single label."""
-        return [task for task, count in (("va", self.va), ("expr", self.expr), ("au", sum(self.au))) if not count]
+        return [task for task, count in self.of_tasks().items() if not count]

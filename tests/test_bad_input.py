@@ -6,7 +6,6 @@ import contextlib
 import io
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,19 +14,19 @@ import simplejpeg
 from PIL import Image
 
 from mtl_dist import storage
-from mtl_dist.config import Config
+from mtl_dist.config import LossConfig
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.index import INDEX_NAME, read_index, read_sets
 from mtl_dist.data.reader import ShardReader
 from mtl_dist.data.sidecar import parse_sidecar
 from mtl_dist.errors import InputError
+from mtl_dist.objective.labelled import note_labels
 from mtl_dist.predicting.inputs import open_frames
 from mtl_dist.shards.__main__ import create, inspect, synth, verify
 from mtl_dist.shards.annotations import FILES, read_annotations
 from mtl_dist.shards.columns import Columns, TableOptions
 from mtl_dist.train import main as train_main
 from mtl_dist.training import launch, same_disk
-from mtl_dist.training.plan import Data, note_labels
 from tests.conftest import assert_one_message, run_here, run_module
 from tests.s3_server import free_port
 from tune.trial import check_seen
@@ -519,14 +518,9 @@ def test_an_action_unit_that_only_one_set_has_labels_of_is_said(shards):
     train, val = (read_sets([str(shards / "cropped" / split)]) for split in ("train", "val"))
 
     def without(sets, unit: int):
-        index = sets.indexes[0]
-        au, on = (list(counts) for counts in (index.labels.au, index.labels.au_positives))
-        au[unit], on[unit] = 0, 0
-        labels = index.labels.model_copy(update={"au": au, "au_positives": on})
-        return replace(sets, indexes=(index.model_copy(update={"labels": labels}),))
+        return sets.labels.model_copy(update={"au": [n * (place != unit) for place, n in enumerate(sets.labels.au)]})
 
-    data = Data(without(train, 0), without(val, 2), num_samples=40, noun="rows", steps_per_epoch=5, tasks=())
-    assert note_labels(Config(), data) == [
+    assert note_labels(LossConfig(), without(train, 0), without(val, 2)) == [
         "AU4: trained and not scored, for want of labels", "AU1: scored and not trained, for want of labels"
     ]  # fmt: skip
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,14 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mtl_dist.errors import InputError
+from mtl_dist.objective.labelled import check_labels
 from mtl_dist.report.__main__ import main as report
 from mtl_dist.runs.checkpoint import MODEL, committed
 from mtl_dist.runs.start import build_started, find_start
 from mtl_dist.runs.weights import load_weights, open_weights
 from mtl_dist.shards.__main__ import create
 from mtl_dist.shards.columns import TableOptions
-from mtl_dist.training.plan import _check_labels, open_data, plan_run
+from mtl_dist.training.plan import open_data, plan_run
 from mtl_dist.training.status import print_ending
 from mtl_dist.training.tracking import read_records
 from tests.test_recipes import EVERY_STEP, assert_close_losses, assert_same_run, config_of, run_ranks
@@ -129,10 +129,9 @@ def test_what_predicts_no_labels_is_refused_where_labels_are_predicted(runs):
 def test_a_first_stage_with_nothing_to_learn_is_refused(shards, tmp_path):
     config = config_of(shards, tmp_path, "run", {"loss": {"va_after": 1, "expr": 0.0}})
     data = open_data(config)
-    units = data.train.indexes[0].labels.model_copy(update={"au": [0] * 12})
-    train = replace(data.train, indexes=(data.train.indexes[0].model_copy(update={"labels": units}),))
+    train = data.train.labels.model_copy(update={"au": [0] * 12})
     with pytest.raises(InputError, match=r"loss.va_after is 1, and .* has labels of va alone that are trained"):
-        _check_labels(config, train, data.val)
+        check_labels(config.loss, train, data.val.labels, names=("train", "val"))
 
 
 def test_a_model_of_labels_is_not_trained_on_a_set_without(pictures, tmp_path):

@@ -19,7 +19,7 @@ import numpy as np
 from mtl_dist.data.order import Order, eval_range, eval_videos
 from mtl_dist.data.samples import Samples
 from mtl_dist.data.task_orders import TaskOrders
-from mtl_dist.tasks import TASKS, Batch
+from mtl_dist.tasks import Batch
 from mtl_dist.threads import DaemonThreads
 
 PLAN_STEPS = 16  # whose samples are found at once
@@ -71,12 +71,8 @@ def keep_own_labels(batch: Batch, tasks: tuple[str, ...]) -> Batch:
 
     Without tasks the batch stays as it is.
     """
-    if not tasks:
-        return batch
-    for own, rows in zip(tasks, np.split(np.arange(len(batch.rows)), len(tasks))):
-        for task in TASKS:
-            if task != own:
-                getattr(batch.labels, f"{task}_mask")[rows] = False
+    for task, places in zip(tasks, np.split(np.arange(len(batch.rows)), max(len(tasks), 1))):
+        batch.labels.keep_own(task, places)
     return batch
 
 

@@ -20,10 +20,9 @@ from mtl_dist.features.describing import How, Source
 from mtl_dist.features.extractors import FeatureNet
 from mtl_dist.features.layout import Video, cut
 from mtl_dist.features.shard import Finished, Part, ShardTask, read_finished
-from mtl_dist.shards.claims import CLAIM_PREFIX, claimed
-from mtl_dist.threads import DaemonThreads
+from mtl_dist.shards.claims import claimed
+from mtl_dist.shards.finished import list_sidecars, read_sidecars
 
-READ_THREADS = 16
 MIB = 1 << 20
 # What an index says of itself too; the rest is in the sidecars alone.
 INDEXED = ("format", "view", "split", "rows", "shard_bytes", "source_index_sha256")
@@ -148,32 +147,21 @@ def _find_done(
         found |= {f"extractor_{key}": value for key, value in index.extractor.model_dump().items()}
         _check_same(dest, INDEX_NAME, found, {key: fingerprint[key] for key in found})
         indexed = {shard.name: shard for shard in index.shards}
-    sidecars = []
-    for name in sizes:
-        stem, _, suffix = name.rpartition(".")
-        if name == INDEX_NAME or name.startswith(CLAIM_PREFIX) or (suffix == "tar" and stem in expected):
-            continue
-        if suffix != "safetensors" or not stem.startswith("shard-") or "/" in stem:
-            raise InputError(f"{dest} holds '{name}', which is not of this set; choose an empty destination")
-        sidecars.append(stem)
+    sidecars = list_sidecars(dest, sizes, expected, is_shard=lambda stem: stem.startswith("shard-") and "/" not in stem)
     done = {}
-    with DaemonThreads(READ_THREADS, "sidecar") as pool:
-        found = pool.map(lambda stem: storage.read_bytes(storage.join(dest, f"{stem}.safetensors")), sidecars)
-        for stem, data in zip(sidecars, found):
-            try:
-                about = read_about(data)
-                _check_same(
-                    dest, f"{stem}.safetensors", about, expected[stem].about if stem in expected else fingerprint
-                )
-                if stem not in expected:
-                    raise InputError(f"{dest} holds '{stem}', which is not of this set; choose an empty destination")
-                finished = read_finished(expected[stem], data)
-            except Damaged:
-                continue  # torn, changed or foreign: made again
-            # A sidecar that changed since the index was written must not get a new checksum: it is made again.
-            is_indexed = indexed is None or indexed.get(stem) == finished.entry
-            if sizes.get(f"{stem}.tar") == finished.entry.tar_bytes and is_indexed:
-                done[stem] = finished
+    for stem, data in read_sidecars(dest, sidecars):
+        try:
+            about = read_about(data)
+            _check_same(dest, f"{stem}.safetensors", about, expected[stem].about if stem in expected else fingerprint)
+            if stem not in expected:
+                raise InputError(f"{dest} holds '{stem}', which is not of this set; choose an empty destination")
+            finished = read_finished(expected[stem], data)
+        except Damaged:
+            continue  # torn, changed or foreign: made again
+        # A sidecar that changed since the index was written must not get a new checksum: it is made again.
+        is_indexed = indexed is None or indexed.get(stem) == finished.entry
+        if sizes.get(f"{stem}.tar") == finished.entry.tar_bytes and is_indexed:
+            done[stem] = finished
     return done, index
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from mtl_dist import storage
 from mtl_dist.config import Config, build_config
+from mtl_dist.data.index import Extractor
 from mtl_dist.errors import Damaged, InputError
 from mtl_dist.families import FAMILIES
 from mtl_dist.models import TooLarge, at_most, build_model
@@ -34,12 +35,18 @@ from mtl_dist.settings import explain_validation, flatten, unflatten
 from mtl_dist.tasks import AUS, EXPRESSIONS, IMAGENET_MEAN, IMAGENET_STD
 
 FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")  # a run's name may hold dots too
+EXTRACTORS = "extractors"  # in state.json
 EXPORT_FORMAT = "mtl_dist-export-1"
 EXPORTED_CONFIG = "config.json"
 # What a model needs of the configuration to predict as it was evaluated; the rest is how it was trained.
 KEPT = ("data.image_size", "model.", "engine.autocast")
 MAX_CONFIG_BYTES = 1 << 20
 MAX_CUT_OFF = 200_000_000  # parameters: VGG's are 124 million
+
+
+def extractors_of(state: dict[str, Any]) -> list[Extractor]:
+    """Return what made the features that a checkpoint was trained on, by its state; none where that is not known."""
+    return [Extractor.model_validate(about) for about in state.get(EXTRACTORS) or []]
 
 
 class Weights(NamedTuple):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,37 +52,54 @@ def find_done(dest: str, fingerprint: dict, jobs: list[ShardJob], exif: Exif) ->
         index = read_index(dest)
         _check_same(dest, "its index", {key: getattr(index, key) for key in fingerprint}, fingerprint)
         indexed = {shard.name: shard for shard in index.shards}
-    sidecars = []
-    for name in sizes:
-        stem, _, suffix = name.rpartition(".")
-        if name == INDEX_NAME or name.startswith(CLAIM_PREFIX) or (suffix == "tar" and stem in expected):
-            continue
-        if suffix != "safetensors" or stem not in expected:
-            raise InputError(f"{dest} holds '{name}', which is not of this set; choose an empty destination")
-        sidecars.append(stem)
+    sidecars = list_sidecars(dest, sizes, expected, is_shard=lambda stem: stem in expected)
     done, lying, by_name, silent = {}, 0, {job.name: job for job in jobs}, []
     compared = set(sidecars[:: -(-len(sidecars) // MAX_COMPARED) or 1])
-    with DaemonThreads(READ_THREADS, "sidecar") as pool:
-        found = pool.map(lambda stem: storage.read_bytes(storage.join(dest, f"{stem}.safetensors")), sidecars)
-        for stem, data in zip(sidecars, found):
-            try:
-                about = read_about(data)
-                wanted = expected[stem] | ({"exif": exif} if "lying" in about else {})
-                _check_same(dest, f"{stem}.safetensors", about, wanted)  # of another set: never written over
-                entry = entry_of(stem, data)
-            except Damaged:
-                continue  # torn, changed or foreign: made again
-            # A sidecar that changed since the index was written must not get a new checksum: it is made again.
-            if sizes.get(f"{stem}.tar") == entry.tar_bytes and (indexed is None or indexed[stem] == entry):
-                done[stem] = entry
-                lying += about.get("lying", 0)
-                if "lying" not in about:
-                    silent.append(by_name[stem])
-                if stem in compared:
-                    _check_picture(dest, by_name[stem], data)
+    for stem, data in read_sidecars(dest, sidecars):
+        try:
+            about = read_about(data)
+            wanted = expected[stem] | ({"exif": exif} if "lying" in about else {})
+            _check_same(dest, f"{stem}.safetensors", about, wanted)  # of another set: never written over
+            entry = entry_of(stem, data)
+        except Damaged:
+            continue  # torn, changed or foreign: made again
+        # A sidecar that changed since the index was written must not get a new checksum: it is made again.
+        if sizes.get(f"{stem}.tar") == entry.tar_bytes and (indexed is None or indexed[stem] == entry):
+            done[stem] = entry
+            lying += about.get("lying", 0)
+            if "lying" not in about:
+                silent.append(by_name[stem])
+            if stem in compared:
+                _check_picture(dest, by_name[stem], data)
     if exif == "apply" and len(done) < len(jobs):
         _check_turned(dest, silent)
     return done, lying
+
+
+def list_sidecars(
+    dest: str, names: Iterable[str], expected: Container[str], *, is_shard: Callable[[str], bool]
+) -> list[str]:
+    """Return the shards of which `dest` holds a sidecar, by the names of its files.
+
+    `expected` are the shards of this set. Raises `InputError` for a file that is neither of these nor a sidecar of what
+    `is_shard`.
+    """
+    sidecars = []
+    for name in names:
+        stem, _, suffix = name.rpartition(".")
+        if name == INDEX_NAME or name.startswith(CLAIM_PREFIX) or (suffix == "tar" and stem in expected):
+            continue
+        if suffix != "safetensors" or not is_shard(stem):
+            raise InputError(f"{dest} holds '{name}', which is not of this set; choose an empty destination")
+        sidecars.append(stem)
+    return sidecars
+
+
+def read_sidecars(dest: str, shards: list[str]) -> Iterator[tuple[str, bytes]]:
+    """Yield the name and the sidecar of every shard, several read at once."""
+    with DaemonThreads(READ_THREADS, "sidecar") as pool:
+        found = pool.map(lambda stem: storage.read_bytes(storage.join(dest, f"{stem}.safetensors")), shards)
+        yield from zip(shards, found)
 
 
 def _check_turned(dest: str, silent: list[ShardJob]) -> None:

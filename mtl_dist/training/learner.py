@@ -23,6 +23,7 @@ from mtl_dist.runs.start import (
     load_everything,
     start_on_ranks,
 )
+from mtl_dist.runs.weights import EXTRACTORS
 from mtl_dist.settings import flatten
 from mtl_dist.training.averaging import (
     WeightAverage,
@@ -39,7 +40,7 @@ from mtl_dist.training.setup import Setup
 from mtl_dist.training.tracking import NoTracker, Tracker
 from mtl_dist.training.watchdog import Phase
 
-LOADED, EXTRACTORS = "weights_loaded", "extractors"  # in state.json
+LOADED = "weights_loaded"  # in state.json
 MODULE, OPTIMIZER, BATCHNORM = "module/", "optimizer/", "batchnorm"  # of a checkpoint's train.safetensors
 BEGUN_BEFORE = (
     "note: an earlier version began this run. It goes on in the order that it has; from here on biases, positions and "

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, NamedTuple
 from mtl_dist import storage
 from mtl_dist.config import Config
 from mtl_dist.data.cache import GIB, Cache
-from mtl_dist.data.index import Extractor, Sets, check_pair, check_stored, read_sets
+from mtl_dist.data.index import Sets, check_pair, check_stored, read_sets
 from mtl_dist.data.order import Order
 from mtl_dist.data.samples import Samples, noun_of, open_samples
 from mtl_dist.data.task_orders import TaskOrders, build_task_orders
 from mtl_dist.errors import Damaged, InputError
 from mtl_dist.families import FEATURES, objective_of
+from mtl_dist.objective.labelled import check_labels, note_labels
 from mtl_dist.objective.scores import find_score
 from mtl_dist.shards.overlap import check_shared, find_shared
-from mtl_dist.tasks import AUS, TASKS, LabelCounts
+from mtl_dist.tasks import LabelCounts
 
 if TYPE_CHECKING:
     from mtl_dist.runs.start import Start
@@ -41,8 +42,7 @@ class Data(NamedTuple):
 def open_data(config: Config) -> Data:
     """Read both indexes and check that they fit each other and the configuration. Raises `InputError`.
 
-    Everything is found out from the indexes: how many rows carry a label of any AU is taken to be how many carry the AU
-    that most carry, which is at most too few.
+    Everything is found out from the indexes.
     """
     for flag, uris in (("data.train", config.data.train), ("data.val", config.data.val)):
         if not all(uris) or not uris:
@@ -51,7 +51,7 @@ def open_data(config: Config) -> Data:
     check_pair(train, val)
     _check_inputs(config, train)
     if objective_of(config.model.name).reads_labels:
-        _check_labels(config, train, val)
+        check_labels(config.loss, train.labels, val.labels, names=(str(train), str(val)))
     batch, share, tasks = config.train.global_batch, config.data.epoch_fraction, ()
     noun, cache = noun_of(train, config), Cache(config.data.cache_dir, max_bytes=int(config.data.cache_gib * GIB))
     samples = open_samples(train, config, cache)
@@ -60,9 +60,8 @@ def open_data(config: Config) -> Data:
     num_samples = int(samples.group_sizes.sum())
     rows = {"": num_samples}
     if config.data.sampling == "per_task":
-        counts = (train.labels.va, train.labels.expr, max(train.labels.au))
-        rows = {f" with labels of {task}": count for task, count in zip(TASKS, counts) if count}
-        tasks = tuple(task for task, count in zip(TASKS, counts) if count)
+        counts = {task: count for task, count in train.labels.of_tasks().items() if count}
+        rows, tasks = {f" with labels of {task}": count for task, count in counts.items()}, tuple(counts)
     for which, count in rows.items():
         if _share_of(count, share) < batch:
             part = f", of which an epoch reads {share:g} (data.epoch_fraction)" if share < 1 else ""
@@ -107,66 +106,13 @@ def _check_windows(config: Config, train: Sets, samples: Samples) -> None:
         )
 
 
-def _trained(config: Config, train: Sets) -> list[str]:
-    """Tasks with a loss and labels."""
-    return [task for task in TASKS if config.loss.weight(task) and task not in train.labels.missing_tasks()]
-
-
-def _check_labels(config: Config, train: Sets, val: Sets) -> None:
-    """Raise where nothing would be learnt, or nothing of it scored."""
-    weighted = ", ".join(f"loss.{task} {config.loss.weight(task):g}" for task in TASKS)
-    labels = {name: index.labels.missing_tasks() for name, index in (("train", train), ("val", val))}
-    labelled = {name: ", ".join(t for t in TASKS if t not in missing) or "no task" for name, missing in labels.items()}
-    trained = _trained(config, train)
-    if not trained:
-        raise InputError(
-            f"{train} has labels of {labelled['train']}, and the weights of losses are {weighted}: nothing "
-            "would be trained; give a set with labels, or a weight to a task that has some"
-        )
-    if config.loss.va_after and trained == ["va"]:
-        raise InputError(
-            f"loss.va_after is {config.loss.va_after}, and {train} has labels of va alone that are trained: its first "
-            "epochs would train nothing; set it to 0"
-        )
-    if not set(trained) - set(labels["val"]):
-        raise InputError(
-            f"{val} has labels of {labelled['val']}, and trained are {', '.join(trained)}: nothing of it "
-            "would be scored, and no checkpoint could be chosen; give a validation set with labels of these"
-        )
-
-
-def note_labels(config: Config, data: Data) -> list[str]:
-    """Say what is trained and not scored, scored and not trained, or neither though it has a loss; and of what video
-    nothing of time can be learnt."""
+def note_data(config: Config, data: Data) -> list[str]:
+    """Say what of the data is not trained, or not scored; and of what video nothing of time can be learnt."""
     alone = sum(int((index.video_rows == 1).sum()) for index in data.train.firsts if data.train.extractors)
     about = f"{alone} training video(s) have one row: nothing comes before or after it" if alone else ""
-    return [*_note_labels(config, data), *filter(None, [about])]
-
-
-def _note_labels(config: Config, data: Data) -> list[str]:
-    if not objective_of(config.model.name).reads_labels:
-        return []
-    trained = _trained(config, data.train)
-    unscored = data.val.labels.missing_tasks()
-    notes = [
-        f"{task} is trained and not scored: the validation set has no labels of it"
-        for task in trained
-        if task in unscored
-    ]
-    for task in TASKS:
-        if task in trained:
-            continue
-        why = "its loss has weight 0" if not config.loss.weight(task) else "the training set has no labels of it"
-        notes.append(f"{task} is {'not' if task in unscored else 'scored and not'} trained: {why}")
-    if "au" in trained and "au" not in unscored:
-        pairs = list(zip(AUS, data.train.labels.au, data.val.labels.au))
-        for what, units in (
-            ("trained and not scored", [number for number, train, val in pairs if train and not val]),
-            ("scored and not trained", [number for number, train, val in pairs if val and not train]),
-        ):
-            if units:
-                notes.append(f"{', '.join(f'AU{number}' for number in units)}: {what}, for want of labels")
-    return notes
+    is_read = objective_of(config.model.name).reads_labels
+    notes = note_labels(config.loss, data.train.labels, data.val.labels) if is_read else []
+    return [*notes, *filter(None, [about])]
 
 
 def _share_of(count: int, share: float) -> int:
@@ -235,7 +181,7 @@ def plan_run(config: Config, *, num_ranks: tuple[int, int] | None = None, compar
         done = _steps_before(config, data, start)
     if config.run.audit_dir:
         storage.check_writable(str(config.run.audit_dir), flag="--run.audit-dir")
-    notes = note_labels(config, data) + ([f"it begins with {describe_start(start.note)}"] if start else [])
+    notes = note_data(config, data) + ([f"it begins with {describe_start(start.note)}"] if start else [])
     if compares:
         shared = find_shared(data.train, data.val)
         check_shared(shared, data.train, data.val)
@@ -246,8 +192,9 @@ def plan_run(config: Config, *, num_ranks: tuple[int, int] | None = None, compar
 
 def _check_extractors(start: Start | None, train: Sets) -> None:
     """Raise `InputError` where a model would go on with features that mean something else."""
-    known = (start.state if start else {}).get("extractors") or []
-    theirs = [Extractor.model_validate(about) for about in known]
+    from mtl_dist.runs.weights import extractors_of
+
+    theirs = extractors_of(start.state) if start else []
     if theirs and [each.identity for each in theirs] != [each.identity for each in train.extractors]:
         raise InputError(
             f"run.start {start.uri} was trained on features of {', '.join(each.name for each in theirs)}, and {train} "
@@ -305,4 +252,4 @@ def _describe(
 
 
 def _labelled(counts: LabelCounts) -> str:
-    return f"labelled va {counts.va}, expr {counts.expr}, au {max(counts.au)}"
+    return f"labelled {', '.join(f'{task} {count}' for task, count in counts.of_tasks().items())}"

@@ -1,0 +1,58 @@
+"""Whether the labels of both sets and the weights of losses go together: what is trained, and what is scored."""
+
+from __future__ import annotations
+
+from mtl_dist.config import LossConfig
+from mtl_dist.errors import InputError
+from mtl_dist.tasks import AUS, TASKS, LabelCounts
+
+
+def check_labels(config: LossConfig, train: LabelCounts, val: LabelCounts, *, names: tuple[str, str]) -> None:
+    """Raise `InputError` where nothing would be learnt, or nothing of it scored; `names` are of the two sets."""
+    weighted = ", ".join(f"loss.{task} {config.weight(task):g}" for task in TASKS)
+    in_train, in_val = (", ".join(t for t, count in c.of_tasks().items() if count) or "no task" for c in (train, val))
+    trained = _trained(config, train)
+    if not trained:
+        raise InputError(
+            f"{names[0]} has labels of {in_train}, and the weights of losses are {weighted}: nothing would be trained; "
+            "give a set with labels, or a weight to a task that has some"
+        )
+    if config.va_after and trained == ["va"]:
+        raise InputError(
+            f"loss.va_after is {config.va_after}, and {names[0]} has labels of va alone that are trained: its first "
+            "epochs would train nothing; set it to 0"
+        )
+    if not set(trained) - set(val.missing_tasks()):
+        raise InputError(
+            f"{names[1]} has labels of {in_val}, and trained are {', '.join(trained)}: nothing of it would be scored, "
+            "and no checkpoint could be chosen; give a validation set with labels of these"
+        )
+
+
+def note_labels(config: LossConfig, train: LabelCounts, val: LabelCounts) -> list[str]:
+    """Say what is trained and not scored, scored and not trained, or neither though it has a loss."""
+    trained, unscored = _trained(config, train), val.missing_tasks()
+    notes = [
+        f"{task} is trained and not scored: the validation set has no labels of it"
+        for task in trained
+        if task in unscored
+    ]
+    for task in TASKS:
+        if task in trained:
+            continue
+        why = "its loss has weight 0" if not config.weight(task) else "the training set has no labels of it"
+        notes.append(f"{task} is {'not' if task in unscored else 'scored and not'} trained: {why}")
+    if "au" in trained and "au" not in unscored:
+        units = list(zip(AUS, train.au, val.au))
+        for what, numbers in (
+            ("trained and not scored", [number for number, in_train, in_val in units if in_train and not in_val]),
+            ("scored and not trained", [number for number, in_train, in_val in units if in_val and not in_train]),
+        ):
+            if numbers:
+                notes.append(f"{', '.join(f'AU{number}' for number in numbers)}: {what}, for want of labels")
+    return notes
+
+
+def _trained(config: LossConfig, train: LabelCounts) -> list[str]:
+    """Tasks with a loss and labels."""
+    return [task for task in TASKS if config.weight(task) and task not in train.missing_tasks()]
