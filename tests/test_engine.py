@@ -140,3 +140,22 @@ def test_a_run_begun_with_the_old_order_continues_with_it_and_a_new_one_has_the_
         for line in map(json.loads, audit.read_text().splitlines()):
             expected = plan.samples_of(line["step"] - 1, 1)[0]
             assert [number for batch in line["samples"].values() for number in batch] == expected.tolist()
+
+
+class StoppedMeanwhile(Context):
+    """A rank that is asked to stop while it evaluates."""
+
+    is_asked = False
+
+    def publish(self, metrics) -> None:
+        self.is_asked = True
+
+    def should_stop(self) -> bool:
+        return self.is_asked
+
+
+def test_who_asks_to_stop_during_an_evaluation_is_heard_when_it_ends(shards, tmp_path, group, capsys):
+    config = config_of(shards, tmp_path, "run")
+    fit(config, StoppedMeanwhile(0, 1, "first"))
+    assert [checkpoint.step for checkpoint in committed(config.run.uri)[0]] == [5]
+    assert "stopped at step 5 of 10, saved; the same command continues" in capsys.readouterr().out
