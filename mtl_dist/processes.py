@@ -5,22 +5,66 @@ What they wait for, a queue that they share with each other, never ends by itsel
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import queue
 import shutil
 import threading
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor
+from concurrent.futures import wait as wait_for
 from multiprocessing.connection import wait
-from typing import Any
+from typing import Any, TypeVar
 
 # A forked copy of a process that holds connections, threads or CUDA is not safe to use.
 spawn = multiprocessing.get_context("spawn")
+LOOK_EVERY_S = 0.5  # whether what is told has ended, and for Ctrl-C
+
+Key, Item, Result = TypeVar("Key"), TypeVar("Item"), TypeVar("Result")
 
 
 def process_pool(processes: int, *, begin: Callable[..., Any] | None = None, args: tuple = ()) -> ProcessPoolExecutor:
     """Return a pool whose processes end with this one; each calls `begin(*args)` first."""
     return ProcessPoolExecutor(processes, mp_context=spawn, initializer=_begin, initargs=(begin, args))
+
+
+def as_done(
+    pool: ProcessPoolExecutor, call: Callable[[Item], Result], items: dict[Key, Item]
+) -> Iterator[tuple[Key, Result]]:
+    """Yield the key of every item with `call` of it, as they are done. What has not begun is dropped at an error."""
+    futures = {pool.submit(call, item): key for key, item in items.items()}
+    waiting = set(futures)
+    try:
+        while waiting:
+            done, waiting = wait_for(waiting, timeout=LOOK_EVERY_S, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield futures[future], future.result()
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        raise
+
+
+@contextlib.contextmanager
+def telling(progress: Callable[[int], None]) -> Iterator[Any]:
+    """Give a queue for processes to tell numbers of; `progress` is called with each meanwhile."""
+    told, is_over = spawn.Queue(), threading.Event()
+
+    def listen() -> None:
+        while True:
+            try:
+                progress(told.get(timeout=LOOK_EVERY_S))
+            except queue.Empty:
+                if is_over.is_set():
+                    return
+
+    listener = threading.Thread(target=listen, name="progress", daemon=True)
+    listener.start()
+    try:
+        yield told
+    finally:
+        is_over.set()
+        listener.join()
 
 
 def end_with_parent() -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 MAX_IMAGE_BYTES = 32 << 20
 MAX_SIDE = 4096  # pixels; a header that claims more is a picture bomb (decoded: over 48 MB)
+MAX_SCENE_SIDE = 12288  # of a photograph that faces are cut out of: telephones write 108 megapixels (decoded: 324 MB)
 # Every scan of a progressive JPEG passes over all pixels, at 0.5 ns each, and needs 30 bytes only: some megabytes could
 # take hours. Usual are 10 scans. Counting takes a tenth of the decoding, so only what could take seconds is counted.
 MAX_SCANS = 100
@@ -58,15 +59,15 @@ class ForeignPicture(DecodeError):
     """A picture that may well be whole, of a kind or size that is not decoded."""
 
 
-def decode(data: bytes | memoryview, size: int | None = None) -> np.ndarray:
+def decode(data: bytes | memoryview, size: int | None = None, *, max_side: int = MAX_SIDE) -> np.ndarray:
     """Decode a JPEG to (H, W, 3) uint8 RGB, resized to (size, size) where a size is given.
 
-    Raises `DecodeError` for bytes that are no JPEG, are truncated or damaged, claim more than 4096 pixels a side, or
-    are more than 32 MiB or 100 scans.
+    Raises `DecodeError` for bytes that are no JPEG, are truncated or damaged, claim more than `max_side` pixels a side,
+    or are more than 32 MiB or 100 scans.
     """
     if len(data) > MAX_IMAGE_BYTES:
         raise ForeignPicture(f"{len(data)} bytes; at most {MAX_IMAGE_BYTES} are decoded")
-    height, width = _read_header(data)
+    height, width = _read_header(data, max_side)
     _check_scans(data, height * width)
     size = size or 0
     pixels = _decode(data, out=None, least=size)
@@ -98,16 +99,16 @@ class Picture(NamedTuple):
     orientation: int  # EXIF's, 1 (stored upright, or nothing said) to 8
 
 
-def decode_picture(data: bytes, size: int | None = None, *, exif: Exif = "apply") -> Picture:
+def decode_picture(data: bytes, size: int | None = None, *, exif: Exif = "apply", max_side: int = MAX_SIDE) -> Picture:
     """Decode a picture of `KINDS` as `decode` does, upright by its EXIF: for `create` and `predict`.
 
     Raises `ForeignPicture` for other kinds and for more pixels or bytes than are decoded, else `DecodeError`.
     """
     if _is_jpeg(data):
-        pixels, orientation = decode(data, size), _jpeg_orientation(data)
-        height, width = _read_header(data)
+        pixels, orientation = decode(data, size, max_side=max_side), _jpeg_orientation(data)
+        height, width = _read_header(data, max_side)
     else:
-        pixels, orientation = _decode_by_pillow(data)
+        pixels, orientation = _decode_by_pillow(data, max_side)
         height, width = pixels.shape[:2]
         if size and (height, width) != (size, size):
             pixels = resize(pixels, size)
@@ -211,13 +212,13 @@ def resize(pixels: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
     return scaled[0].permute(1, 2, 0).numpy()
 
 
-def _read_header(data: bytes | memoryview) -> tuple[int, int]:
+def _read_header(data: bytes | memoryview, max_side: int) -> tuple[int, int]:
     try:
         height, width, *_ = simplejpeg.decode_jpeg_header(data)
     except ValueError as error:
         raise DecodeError(f"not a JPEG image ({str(error).strip() or 'no header'})") from None
-    if max(height, width) > MAX_SIDE:
-        raise ForeignPicture(f"{width} x {height} pixels; at most {MAX_SIDE} a side are decoded")
+    if max(height, width) > max_side:
+        raise ForeignPicture(f"{width} x {height} pixels; at most {max_side} a side are decoded")
     return height, width
 
 
@@ -262,7 +263,7 @@ def _orientation(image: Image.Image) -> int:
     return found if found in _TURNS else 1
 
 
-def _decode_by_pillow(data: bytes) -> tuple[np.ndarray, int]:
+def _decode_by_pillow(data: bytes, max_side: int) -> tuple[np.ndarray, int]:
     """Decode a picture that is no JPEG to (H, W, 3) uint8 RGB as it is stored; and its EXIF orientation."""
     from PIL import Image, UnidentifiedImageError
 
@@ -275,8 +276,8 @@ def _decode_by_pillow(data: bytes) -> tuple[np.ndarray, int]:
         raise ForeignPicture(f"{len(data)} bytes; at most {MAX_IMAGE_BYTES} are decoded")
     try:
         with Image.open(io.BytesIO(data), formats=[kind]) as image:
-            if max(image.size) > MAX_SIDE:
-                raise ForeignPicture(f"{image.width} x {image.height} pixels; at most {MAX_SIDE} a side are decoded")
+            if max(image.size) > max_side:
+                raise ForeignPicture(f"{image.width} x {image.height} pixels; at most {max_side} a side are decoded")
             if image.mode not in MODES:
                 raise ForeignPicture(f"{kind} of mode {image.mode}; expected 8 bits a channel")
             if (frames := getattr(image, "n_frames", 1)) > 1:

@@ -14,7 +14,16 @@ import numpy as np
 import torch
 
 from mtl_dist import storage
-from mtl_dist.data.decode import KINDS, MAX_IMAGE_BYTES, DecodeError, Exif, ForeignPicture, Picture, decode_picture
+from mtl_dist.data.decode import (
+    KINDS,
+    MAX_IMAGE_BYTES,
+    MAX_SIDE,
+    DecodeError,
+    Exif,
+    ForeignPicture,
+    Picture,
+    decode_picture,
+)
 from mtl_dist.errors import InputError
 from mtl_dist.tasks import NUM_AUS, Batch, Labels
 from mtl_dist.threads import DaemonThreads
@@ -121,7 +130,9 @@ def read_image(path: Path | str, size: int | None = None, *, exif: Exif = "apply
     return read_picture(path, size, exif=exif).pixels
 
 
-def read_picture(path: Path | str, size: int | None = None, *, exif: Exif = "apply") -> Picture:
+def read_picture(
+    path: Path | str, size: int | None = None, *, exif: Exif = "apply", max_side: int = MAX_SIDE
+) -> Picture:
     """Read a picture file, local or s3://, as `decode_picture` does.
 
     Raises `BadImage` naming a file that is not there or cannot be decoded, `InputError` naming one that may not be
@@ -132,7 +143,7 @@ def read_picture(path: Path | str, size: int | None = None, *, exif: Exif = "app
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise BadImage(f"image {path} does not exist; correct its path, or take it out of the list") from None
     try:
-        return decode_picture(data, size, exif=exif)
+        return decode_picture(data, size, exif=exif, max_side=max_side)
     except ForeignPicture as error:  # not left out as bad: it may well be whole
         raise InputError(f"image {path} is not read: {error}; expected a {KINDS}") from None
     except DecodeError as error:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, wait
 from typing import Any, NamedTuple
 
 import torch
@@ -39,12 +36,11 @@ from mtl_dist.features.shard import Finished, ShardTask, make_shard
 from mtl_dist.joining import has_cluster
 from mtl_dist.machine import num_cpus
 from mtl_dist.predicting.cluster import TaskFailed, map_over_cluster
-from mtl_dist.processes import process_pool, spawn
+from mtl_dist.processes import as_done, process_pool, spawn, telling
 from mtl_dist.progress import progress_bar
 
 CPUS_OF_A_PROCESS = 8  # threads of it compute, and another decodes for them; more would wait for the interpreter
 GPU_WORKERS = 4
-LOOK_EVERY_S = 0.5
 TRAIN = "train"  # the split whose rows statistics are of
 
 
@@ -222,42 +218,14 @@ def _on_this_machine(
         for key, task in todo.items():
             yield key, make_shard(task, progress)
         return
-    told, devices = spawn.Queue(), spawn.SimpleQueue()
+    devices = spawn.SimpleQueue()
     for number in range(processes):
         devices.put(number)
-    with process_pool(processes, begin=_begin, args=(told, devices, how.device)) as pool, _telling(told, progress):
-        futures = {pool.submit(_make_told, task): key for key, task in todo.items()}
-        waiting = set(futures)
-        try:
-            while waiting:
-                done, waiting = wait(waiting, timeout=LOOK_EVERY_S, return_when=FIRST_COMPLETED)
-                for future in done:
-                    yield futures[future], future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-@contextlib.contextmanager
-def _telling(told: Any, progress: Callable[[int], None]) -> Iterator[None]:
-    """Pass on what the processes tell of rows, meanwhile."""
-    is_over = threading.Event()
-
-    def listen() -> None:
-        while True:
-            try:
-                progress(told.get(timeout=LOOK_EVERY_S))
-            except queue.Empty:
-                if is_over.is_set():
-                    return
-
-    listener = threading.Thread(target=listen, name="progress", daemon=True)
-    listener.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        listener.join()
+    with (
+        telling(progress) as told,
+        process_pool(processes, begin=_begin, args=(told, devices, how.device)) as pool,
+    ):
+        yield from as_done(pool, _make_told, todo)
 
 
 _told: Any = None  # in a process of the pool: the queue that it tells of rows
