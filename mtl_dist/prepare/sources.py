@@ -112,8 +112,9 @@ def _check_names(parts: list[Part]) -> None:
                 raise InputError(f"{name!a} has a name that is not printable or too long; rename it")
     videos = {part.video: part for part in reversed(parts)}
     for part in parts:
-        if part.is_video and videos[part.video].sources != part.sources:
-            raise _same(part, videos[part.video], part.video)
+        other = videos[part.video]
+        if other is not part and (other.is_video or part.is_video):
+            raise _same(other, part, part.video)
         base = re.fullmatch(r"(.+)_([1-9]\d*)", part.video)
         if base and base[1] in videos:
             raise _same(videos[base[1]], part, part.video)

@@ -49,7 +49,7 @@ def write_tables(
                     continue
                 show(row)
                 found = annotations.find(row_of(row, is_alone), own_s) if annotations else []
-                num_labelled += any(found)
+                num_labelled += any(value for name, value in zip(labels, found) if name.lower() != "split")
                 own = [directory_of(part.video, row["person"]), part.sources[0]] if part.is_video else ["", ""]
                 faces.writerow([row["image"], *own, *found])
     return num_labelled
