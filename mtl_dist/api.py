@@ -26,14 +26,15 @@ from mtl_dist.device import named_device
 from mtl_dist.errors import InputError
 from mtl_dist.faces.detector import open_detector
 from mtl_dist.faces.face import Detector, Face
+from mtl_dist.faces.finding import find_in_photograph
 from mtl_dist.families import FEATURES
 from mtl_dist.objective.metrics import Predictions
-from mtl_dist.predicting.averaging import Cut, Mean, find_views
+from mtl_dist.predicting.averaging import Cut, Mean, find_views, no_predictions
 from mtl_dist.predicting.faces import check_cuts, cut_face, stack_cuts
 from mtl_dist.predicting.pictures import Picture, Pictures, list_pictures, read_pixels
 from mtl_dist.predicting.predictions import check_finite, predicted_columns
 from mtl_dist.runs.weights import open_weights
-from mtl_dist.tasks import AUS, EXPRESSIONS, NUM_AUS, NUM_EXPRESSIONS, VIEWS
+from mtl_dist.tasks import AUS, EXPRESSIONS, VIEWS
 
 BATCH = 64  # as of the command: on some processors the last bits depend on it
 
@@ -85,7 +86,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class FacePrediction(Prediction):
-    """What is predicted of n faces that were found in whole pictures: picture by picture, the surest face first.
+    """What is predicted of n faces that were found in whole pictures: picture by picture, the largest face first.
 
     A picture without a face has no row.
     """
@@ -204,8 +205,7 @@ class Model:
         raise InputError(f"{', '.join(self.runs)} read {views}, and {what} was given; expected {expected}")
 
     def _fields(self, parts: Iterable[Predictions]) -> tuple[np.ndarray, ...]:
-        none = Predictions(*(np.zeros((0, width), np.float32) for width in (2, NUM_EXPRESSIONS, NUM_AUS)))
-        va, expression, au = (np.concatenate(column) for column in zip(none, *parts))
+        va, expression, au = (np.concatenate(column) for column in zip(no_predictions(), *parts))
         names = [f"number {number}" for number in range(len(va))]
         check_finite(Predictions(va, expression, au), names, source=" or ".join(self.runs))
         return va[:, 0].clip(-1, 1), va[:, 1].clip(-1, 1), expression, au
@@ -232,6 +232,6 @@ def _cut_faces(
     """Yield the number of a picture, a face of it, and that as every cut has it."""
     for number, picture in enumerate(listed):
         pixels = read_pixels(picture)
-        for face in detector(pixels):
-            if face.confidence >= min_confidence:
-                yield number, face, cut_face(pixels, face, cuts)
+        for found in find_in_photograph(pixels, detector).faces:
+            if found.face.confidence >= min_confidence:
+                yield number, found.face, cut_face(pixels, found, cuts)

@@ -22,7 +22,7 @@ from PIL import Image
 
 from mtl_dist import storage
 from mtl_dist.data.decode import MAX_IMAGE_BYTES, decode
-from mtl_dist.data.frames import BadImage, _ahead, image_batches, read_image
+from mtl_dist.data.frames import BadImage, image_batches, read_image, read_in_order
 from mtl_dist.data.videos import count_frames, video_batches
 from mtl_dist.ensemble.job import combine
 from mtl_dist.errors import InputError, StorageError
@@ -514,7 +514,7 @@ def test_ctrl_c_does_not_wait_for_what_threads_are_reading():
             raise KeyboardInterrupt
 
     def closed() -> None:
-        reading = _ahead(lambda path: is_free.wait() if path else None, ["", "slow"], workers=2, ahead=1)
+        reading = read_in_order(lambda path: is_free.wait() if path else None, ["", "slow"], workers=2, ahead=1)
         assert next(reading) is None
         reading.close()  # as Python does where Ctrl-C comes while a batch is predicted
 

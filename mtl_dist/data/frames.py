@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ from mtl_dist.data.decode import (
 from mtl_dist.errors import InputError
 from mtl_dist.tasks import NUM_AUS, Batch, Labels
 from mtl_dist.threads import DaemonThreads
+
+Read = TypeVar("Read")
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # A picture of other proportions, or of so many times more pixels a side than a model reads, is hardly one face.
@@ -76,10 +79,11 @@ NOTES = {
     "ignore takes them as they are stored",
     "lying": "{n} picture(s), such as {first}, are not stored upright, says their EXIF, and were taken as they are",
     "shape": "{n} picture(s), such as {first}, are far from square and were squashed; the models expect pictures cut "
-    "to one face",
+    "to one face (mtl_dist.predict --faces finds them)",
     "large": "{n} picture(s) or frame(s), such as {first}, are much larger than what the models read; they "
-    "expect pictures cut to one face, and find none in a scene",
-    "middle": "of {n} frame(s), such as {first}, the middle square was taken; the models expect that one face fills it",
+    "expect pictures cut to one face (mtl_dist.predict --faces finds them)",
+    "middle": "of {n} frame(s), such as {first}, the middle square was taken; the models expect that one face fills it "
+    "(mtl_dist.predict --faces finds them)",
     "one view": "{n} frame(s), such as {first}, have no picture in some view; the models of the others decide",
     "streams": "{n} video(s), such as {first}, hold several pictures; one was read",
     "interlaced": "{n} video(s), such as {first}, are interlaced, and what moves is combed; part the fields first: "
@@ -114,7 +118,7 @@ def image_batches(
     seen = Seen() if seen is None else seen
     rows = [row for row in range(len(paths)) if row // batch % num_parts == part]
     read = partial(_read_if_good if skip_bad else read_picture, size=size, exif=exif)
-    pictures = _ahead(read, (paths[row] for row in rows), workers=workers, ahead=2 * batch)
+    pictures = read_in_order(read, (paths[row] for row in rows), workers=workers, ahead=2 * batch)
 
     def noted() -> Iterator[tuple[int, np.ndarray]]:
         for row, picture in zip(rows, pictures):
@@ -169,14 +173,14 @@ def _note(picture: Picture, path: str, size: int, exif: Exif, seen: Seen) -> Non
         seen.note("large", about)
 
 
-def _ahead(
-    read: Callable[[Path | str], Picture | None], paths: Iterable[Path | str], *, workers: int, ahead: int
-) -> Iterator[Picture | None]:
-    """Read in order, at most `ahead` images before they are taken."""
+def read_in_order(
+    read: Callable[[Path | str], Read], paths: Iterable[Path | str], *, workers: int, ahead: int
+) -> Iterator[Read]:
+    """Yield what is read of paths, in their order; threads read at most `ahead` of them before they are taken."""
     if workers == 0:
         yield from map(read, paths)
         return
-    pending: deque[Future[Picture | None]] = deque()
+    pending: deque[Future[Read]] = deque()
     pool = DaemonThreads(workers, "images")
     try:
         for path in paths:

@@ -13,8 +13,11 @@ turned as its EXIF says (--exif ignore: not). Frames of videos are as a player s
 
 The models expect faces: pictures cut to one face as those they were trained on. Models of both views read a directory
 with cropped/ and cropped_aligned/ below it, or a list with --images: a frame has one name in both. A shard set is of
-the models' one view (mtl_dist.ensemble combines views of shard sets). No face detector is included. Of a video every
-frame's middle square is taken, so give one that follows a face, or cut the faces out first.
+the models' one view (mtl_dist.ensemble combines views of shard sets). Of a video every frame's middle square is taken.
+
+With --faces pictures and videos are whole: faces are found in them, followed through a video, and cut out for every
+view. --out has a row a face and frame, with the person, the box and the detector's confidence; a frame without a face
+has one row, without predictions.
 
 --out is written whole or not at all: .csv and .parquet have a row a frame (row, image, valence, arousal, expression,
 p_<class>, p_AU<number>, of a video the frame's seconds from where it starts, and labels where there are some), .txt is

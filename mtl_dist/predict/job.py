@@ -17,9 +17,12 @@ from mtl_dist.errors import InputError
 from mtl_dist.objective.affect import PredictedRows
 from mtl_dist.objective.metrics import AU_THRESHOLD, metric_sums
 from mtl_dist.objective.scores import constant_scores, scores
-from mtl_dist.predict.options import PredictCommand
+from mtl_dist.predict.annotate import check_drawing, draw_all
+from mtl_dist.predict.faces import WholePictures, predict_faces
+from mtl_dist.predict.options import CUT_FIRST, PredictCommand
 from mtl_dist.predict.sequences import check_models, count_passes, find_extractors, predict_videos
-from mtl_dist.predicting.averaging import find_views
+from mtl_dist.predicting.averaging import Mean, find_views
+from mtl_dist.predicting.faces import check_cuts
 from mtl_dist.predicting.inputs import Frames, ImageFiles, ShardSet, VideoFile, VideoFiles, open_frames, parent_uri
 from mtl_dist.predicting.predictions import check_finite, fill_missing, prediction_table, write_parquet
 from mtl_dist.predicting.spread import Task, predict_frames
@@ -36,6 +39,11 @@ def predict_input(command: PredictCommand) -> None:
     """Predict --input and write --out, whole or not at all. Raises `InputError`."""
     models = tuple(open_weights(run) for run in command.runs)
     is_sequence = check_models(command.runs, models, command.extractors)
+    if command.faces:
+        if is_sequence:
+            raise InputError(f"--runs has {command.runs[0]}, which reads features, and --faces is given; {CUT_FIRST}")
+        _predict_faces(command, models)
+        return
     views = find_views(command.runs, models)
     if is_sequence and len(views) > 1:
         raise InputError(f"--runs read features of {' and of '.join(views)}; predict with each view's apart")
@@ -62,7 +70,7 @@ def predict_input(command: PredictCommand) -> None:
             if command.skip_bad_images:
                 advance((frames.num_frames - len(predicted.rows)) * passes)
         names = frames.names(predicted.rows)
-    skipped = _skipped(command, frames, predicted) if command.skip_bad_images else []
+    skipped = _skipped(command, frames, predicted.rows) if command.skip_bad_images else []
     check_finite(predicted.predictions, names, source=" or ".join(command.runs))
     seconds = _seconds(seen, predicted.rows) if isinstance(frames, (VideoFile, VideoFiles)) else None
     if isinstance(frames, VideoFiles):
@@ -77,13 +85,43 @@ def predict_input(command: PredictCommand) -> None:
         print(f"note: {filled}")
 
 
+def _predict_faces(command: PredictCommand, models: Sequence[Weights]) -> None:
+    """Find and predict the faces of whole pictures, write them, and draw them where that is asked for."""
+    find_views(command.runs, models)
+    mean = Mean(models, named_device(command.device))
+    check_cuts(command.runs, mean.cuts)
+    with storage.scratch_directory("predict") as scratch:
+        frames = open_frames(
+            command.input, images=command.images, every=command.every_frames, skip_bad=command.skip_bad_images,
+            exif=command.exif, scratch=scratch)  # fmt: skip
+        if not isinstance(frames, WholePictures):
+            raise InputError(f"--input is {command.input}, a shard set: its pictures are faces; leave out --faces")
+        if command.draw:
+            check_drawing(command.draw, frames)
+        storage.check_writable(parent_uri(command.out))
+        with progress_bar("predicting", frames.num_frames) as advance:
+            found = predict_faces(command, frames, mean, advance)
+        rows = np.unique(found.table["row"].to_numpy())
+        skipped = _skipped(command, frames, rows) if command.skip_bad_images else []
+        _write_table(command.out, found.table)
+        if command.draw:
+            with progress_bar("drawing", len(rows)) as advance:
+                draw_all(command.draw, frames, found.table, advance)
+    for line in (*found.lines(), *(f"left out: {line}" for line in skipped)):
+        print(line)
+    if left_out := getattr(frames, "left_out", ()):
+        print(f"note: of {command.input} other files were left out: {', '.join(left_out)}")
+    drawn = f"; drew {command.draw}" if command.draw else ""
+    print(f"wrote {command.out}: {found.summary()}, mean of {len(command.runs)} model(s){drawn}")
+
+
 def _seconds(seen: Seen, rows: np.ndarray) -> np.ndarray:
     return np.array([seen.seconds[row] for row in rows.tolist()], np.float64)
 
 
-def _skipped(command: PredictCommand, frames: ImageFiles | Views, predicted: PredictedRows) -> list[str]:
+def _skipped(command: PredictCommand, frames: ImageFiles | Views, rows: np.ndarray) -> list[str]:
     """Return a line for every image that was left out, with reasons for the first; raises where that is every one."""
-    bad = frames.skipped(predicted.rows)
+    bad = frames.skipped(rows)
     if len(bad) == frames.num_frames:
         raise InputError(
             f"none of the {len(bad)} images of {command.input} can be read; the first: {frames.why_bad(0)}"
@@ -134,11 +172,14 @@ def _write(
         storage.write_bytes(out, submission_text(listed or names, *filled.values).encode())
         return filled.note
     table = prediction_table(predicted, names, labels=_has_labels(predicted), seconds=seconds)
-    (_write_csv if out.lower().endswith(".csv") else write_parquet)(out, table)
+    _write_table(out, table)
     return ""
 
 
-def _write_csv(out: str, table: pa.Table) -> None:
+def _write_table(out: str, table: pa.Table) -> None:
+    if not out.lower().endswith(".csv"):
+        write_parquet(out, table)
+        return
     sink = pa.BufferOutputStream()
     csv.write_csv(table, sink)
     storage.write_bytes(out, sink.getvalue().to_pybytes())

@@ -9,8 +9,10 @@ from typing import Literal
 from mtl_dist import storage
 from mtl_dist.data.decode import Exif
 from mtl_dist.errors import OPTION_BOUNDS, InputError, check_numbers
+from mtl_dist.faces.detector import DEFAULT
 
 SUFFIXES = (".csv", ".parquet", ".txt")
+CUT_FIRST = "cut the faces out first (python -m mtl_dist.prepare INPUT DEST), and give --input DEST/cropped"
 BOUNDS = OPTION_BOUNDS | {"every_frames": (1, 10**9), "processes": (1, 1024)}
 
 
@@ -31,6 +33,14 @@ class PredictCommand:
     whole: one of --input, or a directory of its pictures."""
     images: str | None = None
     """Where the paths of a list start; None: beside the list."""
+    faces: bool = False
+    """Find the faces of whole pictures and videos first, as mtl_dist.prepare does: a row a face and frame."""
+    detector: str = DEFAULT
+    """Of --faces: what finds them: yunet, or an ONNX file (YuNet, SCRFD, RetinaFace)."""
+    min_confidence: float | None = None
+    """Of --faces: leave out what the detector is less sure of, 0 to 1. None: as the detector has it."""
+    draw: str | None = None
+    """Of --faces: draw what was found and predicted. A file (.mp4) for a video, else a directory; local or s3://."""
     every_frames: int = 1
     """Of a video take the first of every so many frames."""
     skip_bad_images: bool = False
@@ -62,3 +72,29 @@ def check_command(command: PredictCommand) -> None:
     if Path(command.out).is_dir():
         raise InputError(f"--out is {command.out}, a directory; give a file's name, such as {command.out}/out.csv")
     check_numbers(BOUNDS, **vars(command))
+    _check_faces(command)
+
+
+def _check_faces(command: PredictCommand) -> None:
+    given = {"--detector": command.detector != DEFAULT, "--min-confidence": command.min_confidence is not None,
+             "--draw": command.draw is not None}  # fmt: skip
+    for flag, is_set in given.items():
+        if is_set and not command.faces:
+            raise InputError(f"{flag} is of --faces, which is not given; give both, or neither")
+    if not command.faces:
+        return
+    if command.out.lower().endswith(".txt"):
+        raise InputError(
+            f"--out is {command.out}, the challenge's file, which has one face a frame; with --faces give a .csv or "
+            ".parquet"
+        )
+    if command.extractors:
+        raise InputError(f"--extractors reads pictures of one face, and --faces whole ones; {CUT_FIRST}")
+    if command.processes not in (None, 1):
+        raise InputError(f"--processes is {command.processes}; with --faces one process finds and predicts them")
+    if command.draw is None:
+        return
+    storage.check_lasting(command.draw, flag="--draw")
+    draw, source = (storage.join(storage.absolute(uri), "") for uri in (command.draw, command.input))
+    if draw.startswith(source) or storage.absolute(command.draw) == storage.absolute(command.out):
+        raise InputError(f"--draw is {command.draw}, among the files of --input or --out; give another name")

@@ -17,7 +17,7 @@ from mtl_dist.objective.affect import PredictedRows
 from mtl_dist.objective.metrics import Predictions, Targets
 from mtl_dist.predicting.evaluate import predict
 from mtl_dist.runs.weights import Weights, load_weights
-from mtl_dist.tasks import Batch
+from mtl_dist.tasks import NUM_AUS, NUM_EXPRESSIONS, Batch
 
 
 class Cut(NamedTuple):
@@ -123,6 +123,11 @@ def mean_rows(parts: Sequence[Summed]) -> tuple[PredictedRows, np.ndarray]:
             known[places] = own
     mean = Predictions(*(total / counts[:, None].astype(total.dtype) for total in sums))
     return PredictedRows(rows, mean, Targets(*targets)), counts
+
+
+def no_predictions() -> Predictions:
+    """Return what is predicted of no frame."""
+    return Predictions(*(np.zeros((0, width), np.float32) for width in (2, NUM_EXPRESSIONS, NUM_AUS)))
 
 
 def _add(mine: Predictions, other: Predictions) -> Predictions:

@@ -8,13 +8,13 @@ import numpy as np
 
 from mtl_dist.data.decode import resize
 from mtl_dist.errors import InputError
-from mtl_dist.faces.align import align, crop
-from mtl_dist.faces.face import Face
+from mtl_dist.faces.align import crop
+from mtl_dist.faces.finding import FoundFace
 from mtl_dist.predicting.averaging import Cut
 
-CUTTERS: dict[str, Callable[[np.ndarray, Face], np.ndarray]] = {
-    "cropped": lambda picture, face: crop(picture, face.box),
-    "cropped_aligned": lambda picture, face: align(picture, face.points),
+CUTTERS: dict[str, Callable[[np.ndarray, FoundFace], np.ndarray]] = {
+    "cropped": lambda picture, found: crop(picture, found.face.box),
+    "cropped_aligned": lambda picture, found: found.aligned,
 }
 
 
@@ -30,7 +30,7 @@ def check_cuts(runs: Sequence[str], cuts: Iterable[Cut]) -> None:
             raise InputError(f"faces can be cut out as {' and '.join(CUTTERS)}, not as '{cut.view}'")
 
 
-def cut_face(picture: np.ndarray, face: Face, cuts: Iterable[Cut]) -> dict[Cut, np.ndarray]:
+def cut_face(picture: np.ndarray, face: FoundFace, cuts: Iterable[Cut]) -> dict[Cut, np.ndarray]:
     """Return a face of a (h, w, 3) uint8 picture as every cut has it, (size, size, 3)."""
     views: dict[str, np.ndarray] = {}
     found = {}

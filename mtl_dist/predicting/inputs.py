@@ -66,12 +66,16 @@ class ImageFiles:
     def batches(
         self, size: int, *, batch: int, workers: int, part: int, num_parts: int, seen: Seen | None = None
     ) -> Iterator[Batch]:
-        paths = [_image_uri(self.root, name) for name in self.listed]
+        paths = self.uris()
         which = {"part": part, "num_parts": num_parts, "skip_bad": self.skip_bad, "exif": self.exif, "seen": seen}
         return image_batches(paths, batch=batch, size=size, workers=workers, **which)
 
     def names(self, rows: np.ndarray) -> list[str]:
         return [self.listed[row] for row in rows]
+
+    def uris(self) -> list[str]:
+        """Return where each image is."""
+        return [_image_uri(self.root, name) for name in self.listed]
 
     def skipped(self, rows: np.ndarray) -> list[int]:
         """Return the rows that are not among those that were read."""
