@@ -21,12 +21,12 @@ NOSE_DEPTH = 0.5  # how far the tip of the nose is before the line of the eyes, 
 _LUMA = np.array([0.299, 0.587, 0.114])
 
 
-def similarity(points: np.ndarray) -> np.ndarray:
-    """Return the (2, 3) matrix of turn, scale and shift that brings (5, 2) points nearest to `TEMPLATE`.
+def similarity(points: np.ndarray, template: np.ndarray = TEMPLATE) -> np.ndarray:
+    """Return the (2, 3) matrix of turn, scale and shift that brings (n, 2) points nearest to those of a template.
 
     Nearest by squared distances (S. Umeyama, 1991): never mirrored. Raises `ValueError` where all points are one.
     """
-    source, target = points[:, 0] + 1j * points[:, 1], TEMPLATE[:, 0] + 1j * TEMPLATE[:, 1]
+    source, target = points[:, 0] + 1j * points[:, 1], template[:, 0] + 1j * template[:, 1]
     middle = source.mean()
     spread = float((abs(source - middle) ** 2).sum())
     if not spread > 0:

@@ -23,7 +23,7 @@ from mtl_dist.errors import InputError
 from mtl_dist.faces.face import Face, check_picture, fit, scaled
 from mtl_dist.faces.looks import look_again
 
-MIN_CONFIDENCE = 0.75  # of a face that was looked at again
+MIN_CONFIDENCE = 0.6  # of a face that was looked at again
 MAYBE = 0.3  # to be looked at
 _SYMBOL = "_Z14facedetect_cnnPhS_iii"  # int* facedetect_cnn(unsigned char*, unsigned char*, int, int, int)
 _STRIDE = 32  # of the coarsest of its three maps; other sizes it pads or refuses, by size
