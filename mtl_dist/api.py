@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from mtl_dist.data.decode import MAX_SCENE_SIDE
 from mtl_dist.device import named_device
 from mtl_dist.errors import InputError
 from mtl_dist.faces.detector import open_detector
@@ -30,7 +31,7 @@ from mtl_dist.faces.finding import find_in_photograph
 from mtl_dist.families import FEATURES
 from mtl_dist.objective.metrics import Predictions
 from mtl_dist.predicting.averaging import Cut, Mean, find_views, no_predictions
-from mtl_dist.predicting.faces import check_cuts, cut_face, stack_cuts
+from mtl_dist.predicting.faces import check_cuts, cut_face, large_enough, stack_cuts
 from mtl_dist.predicting.pictures import Picture, Pictures, list_pictures, read_pixels
 from mtl_dist.predicting.predictions import check_finite, predicted_columns
 from mtl_dist.runs.weights import open_weights
@@ -231,7 +232,7 @@ def _cut_faces(
 ) -> Iterator[tuple[int, Face, dict[Cut, np.ndarray]]]:
     """Yield the number of a picture, a face of it, and that as every cut has it."""
     for number, picture in enumerate(listed):
-        pixels = read_pixels(picture)
-        for found in find_in_photograph(pixels, detector).faces:
+        pixels = read_pixels(picture, max_side=MAX_SCENE_SIDE)
+        for found in large_enough(find_in_photograph(pixels, detector)):
             if found.face.confidence >= min_confidence:
                 yield number, found.face, cut_face(pixels, found, cuts)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
@@ -15,6 +16,7 @@ import mtl_dist
 from mtl_dist.errors import InputError
 from mtl_dist.predict import __main__ as predict
 from mtl_dist.predict.drawing import COLOURS, DrawnFace, draw_faces
+from mtl_dist.prepare import __main__ as prepare
 from mtl_dist.tasks import AUS, EXPRESSIONS, VIEWS
 from tests.clips import Place, background, draw_frames, paste, person, write_clip
 
@@ -82,7 +84,7 @@ def test_a_film_has_a_row_for_every_face_and_frame_and_is_drawn_at_its_times(run
     empty = [row for row in rows if row["person"] is None]
     assert all(row[name] is None for row in empty for name in table.column_names if name not in [*FIRST[:2], "seconds"])
     assert all(row[name] is not None for row in rows if row["person"] for name in table.column_names)
-    assert "1 face(s) that were seen for a moment" in said
+    assert "1 face(s), there for a moment only, have no row" in said
     assert "of 2 person(s) in 24 frames" in said
 
     with av.open(str(party)) as container:
@@ -161,6 +163,36 @@ def test_photographs_have_rows_for_their_faces_and_one_where_none_is(runs, tmp_p
     assert sure["person"].null_count == 3
 
 
+@pytest.mark.parametrize("kind", ["film", "photographs"])
+def test_what_prepare_cuts_out_is_what_is_seen_here(runs, party, tmp_path, kind):
+    """The same faces, and what is predicted of them, but for what JPEG loses."""
+    source = party
+    if kind == "photographs":
+        source = tmp_path / "photos"
+        source.mkdir()
+        scene((3, Place(80, 100, 90)), (12, Place(230, 120, 150)), (5, Place(300, 20, 24))).save(source / "a.png")
+        background(2).save(source / "b.png")
+        scene((3, Place(330, 330, 600)), size=(640, 480)).save(source / "c.png")  # larger than what is written of it
+    table = run_faces(runs, source, tmp_path / "out.parquet")
+    prepare.main([str(source), str(tmp_path / "made"), "--local", "--jobs", "1"])
+    args = ["--runs", *(str(runs / view) for view in VIEWS), "--input", str(tmp_path / "made")]
+    predict.main([*args, "--out", str(tmp_path / "made.parquet")])
+    made = pq.read_table(tmp_path / "made.parquet")
+    stem = "party" if kind == "film" else "photos"
+    rows = [row for row in table.to_pylist() if row["person"]]
+    names = [
+        f"{stem}{'' if row['person'] == 1 else '_' + str(row['person'])}/{Path(row['image']).stem}.jpg" for row in rows
+    ]
+    assert sorted(names) == made["image"].to_pylist()
+    order = [names.index(name) for name in made["image"].to_pylist()]
+    mine, theirs = (matrix(told) for told in (pa.Table.from_pylist(rows).take(order), made))
+    np.testing.assert_allclose(mine, theirs, atol=0.01)
+    assert np.abs(mine - mine.mean(0)).max() > 0.02  # faces are told apart by more
+    found = pq.read_table(tmp_path / "made" / "frames.parquet").to_pylist()
+    boxes = {row["image"]: row["box"] for row in found if row["image"]}
+    assert all(boxes[name] == [row[edge] for edge in FIRST[3:7]] for name, row in zip(names, rows))
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -170,7 +202,7 @@ def test_photographs_have_rows_for_their_faces_and_one_where_none_is(runs, tmp_p
         (["--draw", "in/drawn"], "--draw is in/drawn, among the files of --input"),
         (["--draw", "film.mp4"], r"--draw is film\.mp4; expected a directory"),
         (["--detector", "none"], "none"),
-        (["--min-confidence", "2"], "2"),
+        (["--min-confidence", "2"], r"--min-confidence is 2\.0; expected 1 or less"),
     ],
 )
 def test_what_goes_with_no_faces_is_refused(runs, tmp_path, monkeypatch, args, words):
@@ -180,7 +212,7 @@ def test_what_goes_with_no_faces_is_refused(runs, tmp_path, monkeypatch, args, w
     base = ["--runs", str(runs / "cropped"), "--input", "in", *(["--out", "out.csv"] if "--out" not in args else [])]
     with pytest.raises(InputError, match=words):
         predict.main([*base, "--faces", *args])
-    if args[0] in ("--draw", "--detector", "--min-confidence"):
+    if args[0] in ("--draw", "--detector"):
         with pytest.raises(InputError, match=f"{args[0]} is of --faces, which is not given"):
             predict.main([*base, *args])
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 import simplejpeg
 
 from mtl_dist import storage
+from mtl_dist.data.decode import MAX_SCENE_SIDE
 from mtl_dist.data.frames import read_picture
 from mtl_dist.data.videos import VIDEO_SUFFIXES, whole_frames
 from mtl_dist.errors import InputError
@@ -38,7 +39,9 @@ def draw_all(draw: str, frames: WholePictures, table: pa.Table, progress: Progre
     told = _by_frame(table, rows)
     if isinstance(frames, ImageFiles):
         for row, faces in zip(dict.fromkeys(rows.tolist()), told):
-            picture = draw_faces(read_picture(frames.uris()[row], exif=frames.exif).pixels, faces)
+            picture = draw_faces(
+                read_picture(frames.uris()[row], exif=frames.exif, max_side=MAX_SCENE_SIDE).pixels, faces
+            )
             jpeg = simplejpeg.encode_jpeg(np.ascontiguousarray(picture), quality=JPEG_QUALITY, colorspace="RGB")
             storage.write_bytes(storage.join(draw, _file_name(frames.listed[row])), jpeg)
             progress(1)

@@ -6,21 +6,22 @@ Frames pass by and are not kept; what stays is their rows. Who is who in a video
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mtl_dist.data.decode import MAX_SCENE_SIDE
 from mtl_dist.data.frames import BadImage, Seen, read_in_order, read_picture
 from mtl_dist.faces.detector import open_detector
 from mtl_dist.faces.face import Detector
 from mtl_dist.faces.finding import AHEAD, FoundFace, FoundFrame, find_in_photograph, find_in_video, read_ahead
-from mtl_dist.faces.tracking import Tracker
+from mtl_dist.faces.tracking import MIN_FRAMES, Tracker
+from mtl_dist.faces.views import LEAST_FACE
 from mtl_dist.predict.options import PredictCommand
 from mtl_dist.predicting.averaging import Cut, Mean, no_predictions
-from mtl_dist.predicting.faces import cut_face, stack_cuts
+from mtl_dist.predicting.faces import cut_face, large_enough, stack_cuts
 from mtl_dist.predicting.inputs import ImageFiles, VideoFile, VideoFiles
 from mtl_dist.predicting.predictions import check_finite, predicted_columns
 
@@ -35,54 +36,71 @@ class FaceRows(NamedTuple):
     """What was found and predicted."""
 
     table: pa.Table  # a row a face and frame, in the order of frames and persons
-    num_brief: int  # faces that were seen too shortly to be a person's
-    seen: Seen
+    num_small: int  # faces that were too small to be cut out
+    num_brief: int  # and too shortly there to be a person's
     num_persons: int | None  # of videos
 
     def lines(self) -> list[str]:
-        """Return what is to be said of the frames, in words."""
-        brief = f"note: {self.num_brief} face(s) that were seen for a moment are no person's and have no row"
-        return [*self.seen.lines(), *([brief] if self.num_brief else [])]
+        """Return what is to be said of faces without a row."""
+        left_out = {f"smaller than {LEAST_FACE} pixels": self.num_small, "there for a moment only": self.num_brief}
+        return [f"note: {count} face(s), {what}, have no row" for what, count in left_out.items() if count]
 
     def summary(self) -> str:
         """Say how many there are, in words."""
-        rows, person = self.table["row"], self.table["person"]
+        person = self.table["person"]
+        frames, faces = len(pc.unique(self.table["row"])), len(person) - person.null_count
         persons = "" if self.num_persons is None else f" of {self.num_persons} person(s)"
-        frames = len(pc.unique(rows))
-        return (
-            f"{len(person) - person.null_count} faces{persons} in {frames} frames, {person.null_count} without a face"
-        )
+        return f"{faces} faces{persons} in {frames} frames, {person.null_count} without a face"
 
 
-def predict_faces(command: PredictCommand, frames: WholePictures, mean: Mean, progress: Progress) -> FaceRows:
-    """Predict the faces of all frames. `progress` is told of frames. Raises `InputError`."""
-    seen, source = Seen(), " or ".join(command.runs)
+def predict_faces(
+    command: PredictCommand, frames: WholePictures, mean: Mean, *, seen: Seen, progress: Progress
+) -> FaceRows:
+    """Predict the faces of all frames. `progress` is told of them, `seen` of what was noticed. Raises `InputError`."""
     threads = max(1, command.workers)
-    open_with = partial(open_detector, command.detector, min_confidence=command.min_confidence)
-    if isinstance(frames, ImageFiles):
+    is_files = isinstance(frames, ImageFiles)  # a thread each; a video's frames are searched one after the other
+    detector = open_detector(
+        command.detector, min_confidence=command.min_confidence, max_side=command.max_side,
+        threads=1 if is_files else threads)  # fmt: skip
+    source = " or ".join(command.runs)
+    if is_files:
         rows = _Rows(mean, command.batch, source)
-        for place, found in _find_in_files(frames, open_with(), threads, seen):
+        for place, found in _find_in_files(frames, detector, threads, seen):
             if found is not None:
                 rows.add(place, frames.listed[place], found)
             progress(1)
-        return FaceRows(rows.finished(None), 0, seen, None)
-    detector, tables, num_before, num_brief, num_persons = open_with(threads=threads), [], 0, 0, 0
-    for video in frames.videos if isinstance(frames, VideoFiles) else [frames]:
-        rows, tracker = _Rows(mean, command.batch, source, has_time=True), Tracker()
-        found_frames = find_in_video(
-            video.path, detector, tracker, every=video.every, announced=video.announced, seen=seen
-        )
-        # Of several videos a row is a frame's place among all, as without faces.
-        for place, found in enumerate(read_ahead(found_frames, AHEAD), start=num_before):
-            row = place if isinstance(frames, VideoFiles) else found.number
-            rows.add(row, video.names(np.array([found.number]))[0], found)
-            progress(1)
-            num_before = place + 1
-        persons = tracker.persons()
-        tables.append(rows.finished(persons))
-        num_persons += len(set(persons.values()))
-        num_brief += rows.num_brief
-    return FaceRows(pa.concat_tables(tables), num_brief, seen, num_persons)
+        return FaceRows(rows.all(), rows.num_small, 0, None)
+    videos = frames.videos if isinstance(frames, VideoFiles) else [frames]
+    parts = []
+    for video in videos:
+        rows = _Rows(mean, command.batch, source, is_video=True)
+        parts.append(_predict_video(video, detector, rows, seen, progress))
+    if isinstance(frames, VideoFiles):
+        parts = _numbered_on(parts)
+    tables, *counts = zip(*parts)
+    return FaceRows(pa.concat_tables(tables), *map(sum, counts))
+
+
+def _predict_video(video: VideoFile, detector: Detector, rows: _Rows, seen: Seen, progress: Progress) -> FaceRows:
+    tracker, num_frames = Tracker(), 0
+    found_frames = find_in_video(video.path, detector, tracker, every=video.every, announced=video.announced, seen=seen)
+    for found in read_ahead(found_frames, AHEAD):
+        rows.add(found.number, video.names(np.array([found.number]))[0], found)
+        num_frames += 1
+        progress(1)
+    persons = tracker.persons(min_frames=min(MIN_FRAMES, num_frames))
+    table, num_brief = _with_persons(rows.all(), persons)
+    return FaceRows(table, rows.num_small, num_brief, len(set(persons.values())))
+
+
+def _numbered_on(parts: Sequence[FaceRows]) -> list[FaceRows]:
+    """Number the frames of several videos through, as those without --faces are."""
+    numbered, begin = [], 0
+    for part in parts:
+        frames, rows = np.unique(part.table["row"].to_numpy(), return_inverse=True)
+        numbered.append(part._replace(table=part.table.set_column(0, "row", pa.array(rows + begin, pa.int64()))))
+        begin += len(frames)
+    return numbered
 
 
 def _find_in_files(
@@ -92,7 +110,7 @@ def _find_in_files(
 
     def find(uri: str) -> tuple[FoundFrame, int] | None:
         try:
-            picture = read_picture(uri, exif=frames.exif)
+            picture = read_picture(uri, exif=frames.exif, max_side=MAX_SCENE_SIDE)
         except BadImage:
             if frames.skip_bad:
                 return None
@@ -116,39 +134,42 @@ class _Row(NamedTuple):
 class _Rows:
     """Rows of a table, predicted some faces at a time."""
 
-    def __init__(self, mean: Mean, batch: int, source: str, *, has_time: bool = False):
-        self._mean, self._batch, self._source, self._has_time = mean, batch, source, has_time
+    def __init__(self, mean: Mean, batch: int, source: str, *, is_video: bool = False):
+        self._mean, self._batch, self._source, self._is_video = mean, batch, source, is_video
         self._waiting: list[_Row] = []
         self._num_faces = 0  # that wait
         self._tables: list[pa.Table] = []
-        self.num_brief = 0
+        self.num_small = 0
 
     def add(self, row: int, image: str, found: FoundFrame) -> None:
         """Add the faces of a frame, or that there is none."""
-        for face in found.faces:
+        faces = large_enough(found)
+        self.num_small += len(found.faces) - len(faces)
+        if not self._is_video:  # a photograph's persons are those that have a row
+            faces = [face._replace(track=place) for place, face in enumerate(faces, start=1)]
+        for face in faces:
             cuts = cut_face(found.picture, face, self._mean.cuts)
             self._waiting.append(_Row(row, image, found.seconds, face, cuts))
             self._num_faces += 1
             if self._num_faces == self._batch:
                 self._predict()
-        if not found.faces:
+        if not faces:
             self._waiting.append(_Row(row, image, found.seconds, None, None))
         if len(self._waiting) >= FRAMES_A_CHUNK:
             self._predict()
 
-    def finished(self, persons: dict[int, int] | None) -> pa.Table:
-        """Return all rows, of tracks with a person, by its number; None: tracks are persons."""
+    def all(self) -> pa.Table:
+        """Return all rows."""
         if self._waiting or not self._tables:
             self._predict()
-        table = pa.concat_tables(self._tables)
-        return table if persons is None else self._named(table, persons)
+        return pa.concat_tables(self._tables)
 
     def _predict(self) -> None:
         waiting, self._waiting, self._num_faces = self._waiting, [], 0
         faces = [(row, row.face, row.cuts) for row in waiting if row.face and row.cuts]
         columns = {"row": pa.array([row.row for row in waiting], pa.int64()),
                    "image": pa.array([row.image for row in waiting], pa.string())}  # fmt: skip
-        if self._has_time:
+        if self._is_video:
             seconds = np.array([row.seconds for row in waiting], np.float64)
             columns["seconds"] = pa.array(seconds, mask=np.isnan(seconds))
         box = np.array([found.face.box for _, found, _ in faces], np.float32).reshape(-1, 4)
@@ -161,21 +182,24 @@ class _Rows:
         places = np.cumsum([row.face is not None for row in waiting]) - 1
         self._tables.append(_beside(pa.table(columns), pa.table(told), places, [row.face is None for row in waiting]))
 
-    def _named(self, table: pa.Table, persons: dict[int, int]) -> pa.Table:
-        """Replace tracks by their persons. One of a moment has none: its row goes, or says that no face is there."""
-        tracks = table["person"].fill_null(0).to_numpy()
-        person_of = np.zeros(int(tracks.max(initial=0)) + 1, np.int32)
-        for track, person in persons.items():
-            person_of[track] = person
-        person, rows = person_of[tracks], table["row"].to_numpy()
-        self.num_brief = int(((tracks > 0) & (person == 0)).sum())
-        is_first = np.concatenate([[True], rows[1:] != rows[:-1]])[: len(rows)]
-        has_person = np.isin(rows, rows[person > 0])
-        kept = np.flatnonzero((person > 0) | (is_first & ~has_person))
-        kept = kept[np.lexsort((person[kept], rows[kept]))]
-        first = table.column_names.index("person")
-        told = table.select(table.column_names[first:]).set_column(0, "person", pa.array(person))
-        return _beside(table.select(table.column_names[:first]).take(kept), told, kept, person[kept] == 0)
+
+def _with_persons(table: pa.Table, persons: dict[int, int]) -> tuple[pa.Table, int]:
+    """Replace tracks by their persons. One of a moment has none: its row goes, or says that no face is there.
+
+    Also returns the number of such faces.
+    """
+    tracks, rows = table["person"].fill_null(0).to_numpy(), table["row"].to_numpy()
+    person_of = np.zeros(int(tracks.max(initial=0)) + 1, np.int32)
+    for track, person in persons.items():
+        person_of[track] = person
+    person = person_of[tracks]
+    is_first = np.diff(rows, prepend=-1) > 0
+    kept = np.flatnonzero((person > 0) | (is_first & ~np.isin(rows, rows[person > 0])))
+    kept = kept[np.lexsort((person[kept], rows[kept]))]
+    first = table.column_names.index("person")
+    told = table.select(table.column_names[first:]).set_column(0, "person", pa.array(person))
+    named = _beside(table.select(table.column_names[:first]).take(kept), told, kept, person[kept] == 0)
+    return named, int(((tracks > 0) & (person == 0)).sum())
 
 
 def _beside(frames: pa.Table, told: pa.Table, places: np.ndarray, is_none: Sequence[bool] | np.ndarray) -> pa.Table:

@@ -90,6 +90,7 @@ def _predict_faces(command: PredictCommand, models: Sequence[Weights]) -> None:
     find_views(command.runs, models)
     mean = Mean(models, named_device(command.device))
     check_cuts(command.runs, mean.cuts)
+    seen = Seen()
     with storage.scratch_directory("predict") as scratch:
         frames = open_frames(
             command.input, images=command.images, every=command.every_frames, skip_bad=command.skip_bad_images,
@@ -100,14 +101,14 @@ def _predict_faces(command: PredictCommand, models: Sequence[Weights]) -> None:
             check_drawing(command.draw, frames)
         storage.check_writable(parent_uri(command.out))
         with progress_bar("predicting", frames.num_frames) as advance:
-            found = predict_faces(command, frames, mean, advance)
+            found = predict_faces(command, frames, mean, seen=seen, progress=advance)
         rows = np.unique(found.table["row"].to_numpy())
         skipped = _skipped(command, frames, rows) if command.skip_bad_images else []
         _write_table(command.out, found.table)
         if command.draw:
             with progress_bar("drawing", len(rows)) as advance:
                 draw_all(command.draw, frames, found.table, advance)
-    for line in (*found.lines(), *(f"left out: {line}" for line in skipped)):
+    for line in (*seen.lines(), *found.lines(), *(f"left out: {line}" for line in skipped)):
         print(line)
     if left_out := getattr(frames, "left_out", ()):
         print(f"note: of {command.input} other files were left out: {', '.join(left_out)}")

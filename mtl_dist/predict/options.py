@@ -9,11 +9,16 @@ from typing import Literal
 from mtl_dist import storage
 from mtl_dist.data.decode import Exif
 from mtl_dist.errors import OPTION_BOUNDS, InputError, check_numbers
-from mtl_dist.faces.detector import DEFAULT
+from mtl_dist.faces.detector import DEFAULT, LEAST_SIDE, MAX_SIDE, MOST_SIDE
 
 SUFFIXES = (".csv", ".parquet", ".txt")
 CUT_FIRST = "cut the faces out first (python -m mtl_dist.prepare INPUT DEST), and give --input DEST/cropped"
-BOUNDS = OPTION_BOUNDS | {"every_frames": (1, 10**9), "processes": (1, 1024)}
+BOUNDS = OPTION_BOUNDS | {
+    "every_frames": (1, 10**9),
+    "processes": (1, 1024),
+    "min_confidence": (0, 1),
+    "max_side": (LEAST_SIDE, MOST_SIDE),
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,9 @@ class PredictCommand:
     """Of --faces: what finds them: yunet, or an ONNX file (YuNet, SCRFD, RetinaFace)."""
     min_confidence: float | None = None
     """Of --faces: leave out what the detector is less sure of, 0 to 1. None: as the detector has it."""
+    max_side: int = MAX_SIDE
+    """Of --faces: pictures with a longer side are searched at that size, so faces under a hundredth of it are not
+    found; they are cut out of the whole picture."""
     draw: str | None = None
     """Of --faces: draw what was found and predicted. A file (.mp4) for a video, else a directory; local or s3://."""
     every_frames: int = 1
@@ -77,7 +85,7 @@ def check_command(command: PredictCommand) -> None:
 
 def _check_faces(command: PredictCommand) -> None:
     given = {"--detector": command.detector != DEFAULT, "--min-confidence": command.min_confidence is not None,
-             "--draw": command.draw is not None}  # fmt: skip
+             "--max-side": command.max_side != MAX_SIDE, "--draw": command.draw is not None}  # fmt: skip
     for flag, is_set in given.items():
         if is_set and not command.faces:
             raise InputError(f"{flag} is of --faces, which is not given; give both, or neither")

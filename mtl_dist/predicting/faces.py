@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from mtl_dist.data.decode import resize
 from mtl_dist.errors import InputError
-from mtl_dist.faces.align import crop
-from mtl_dist.faces.finding import FoundFace
+from mtl_dist.faces.finding import FoundFace, FoundFrame
+from mtl_dist.faces.views import LEAST_FACE, cut_view, longer_side
 from mtl_dist.predicting.averaging import Cut
-
-CUTTERS: dict[str, Callable[[np.ndarray, FoundFace], np.ndarray]] = {
-    "cropped": lambda picture, found: crop(picture, found.face.box),
-    "cropped_aligned": lambda picture, found: found.aligned,
-}
 
 
 def check_cuts(runs: Sequence[str], cuts: Iterable[Cut]) -> None:
@@ -26,8 +21,6 @@ def check_cuts(runs: Sequence[str], cuts: Iterable[Cut]) -> None:
                 f"{', '.join(runs)} do not say on which view they were trained, so faces cannot be cut out for them: "
                 "cut them with python -m mtl_dist.prepare, and predict its pictures"
             )
-        if cut.view not in CUTTERS:
-            raise InputError(f"faces can be cut out as {' and '.join(CUTTERS)}, not as '{cut.view}'")
 
 
 def cut_face(picture: np.ndarray, face: FoundFace, cuts: Iterable[Cut]) -> dict[Cut, np.ndarray]:
@@ -37,12 +30,17 @@ def cut_face(picture: np.ndarray, face: FoundFace, cuts: Iterable[Cut]) -> dict[
     for cut in cuts:
         assert cut.view is not None
         if cut.view not in views:
-            views[cut.view] = CUTTERS[cut.view](picture, face)
+            views[cut.view] = cut_view(picture, face, cut.view)
         pixels = views[cut.view]
         found[cut] = (
             pixels if len(pixels) == cut.size else resize(np.require(pixels, requirements=["C", "W"]), cut.size)
         )
     return found
+
+
+def large_enough(found: FoundFrame) -> list[FoundFace]:
+    """Return the faces of a frame that are cut out: not what is a few pixels in the distance."""
+    return [face for face in found.faces if longer_side(face) >= LEAST_FACE]
 
 
 def stack_cuts(faces: Sequence[dict[Cut, np.ndarray]]) -> dict[Cut, np.ndarray]:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from mtl_dist.data.decode import MODES, from_pillow, resize
-from mtl_dist.data.frames import read_image
+from mtl_dist.data.decode import MAX_SIDE, MODES, from_pillow, resize
+from mtl_dist.data.frames import read_picture
 from mtl_dist.errors import InputError
 
 Picture = np.ndarray | Image.Image | str | os.PathLike
@@ -35,7 +35,7 @@ def list_pictures(given: Pictures) -> list[Picture]:
     return [_checked(picture, f"picture {number} of the list") for number, picture in enumerate(given)]
 
 
-def read_pixels(picture: Picture, size: int | None = None) -> np.ndarray:
+def read_pixels(picture: Picture, size: int | None = None, *, max_side: int = MAX_SIDE) -> np.ndarray:
     """Return a picture of `list_pictures` as (H, W, 3) uint8 RGB, upright by its EXIF; resized to a `size`.
 
     A file is decoded as `predict` decodes it, a large JPEG at a smaller scale: an array of its pixels may differ by
@@ -44,7 +44,7 @@ def read_pixels(picture: Picture, size: int | None = None) -> np.ndarray:
     if _is_file(picture):
         if os.path.isdir(picture):
             raise InputError(f"{os.fspath(picture)} is a directory; give the paths of its pictures")
-        return read_image(os.fspath(picture), size)
+        return read_picture(os.fspath(picture), size, max_side=max_side).pixels
     if not isinstance(picture, np.ndarray):
         return from_pillow(picture, size)
     if size is None or picture.shape[:2] == (size, size):

@@ -10,6 +10,9 @@ import tyro
 from mtl_dist import storage
 from mtl_dist.data.decode import JPEG_QUALITY, Exif
 from mtl_dist.errors import OPTION_BOUNDS, InputError, check_numbers
+from mtl_dist.faces.detector import DEFAULT, MAX_SIDE
+from mtl_dist.faces.tracking import MIN_FRAMES
+from mtl_dist.faces.views import LEAST_FACE, MOST_SIDE
 
 BOUNDS = OPTION_BOUNDS | {
     "every_frames": (1, 10**9), "size": (16, 4096), "quality": (1, 100), "min_face": (0, 10**5),
@@ -35,21 +38,21 @@ class PrepareCommand:
     out."""
     every_frames: int = 1
     """Of a video take the first of every so many frames."""
-    size: int = 256
+    size: int = MOST_SIDE
     """Most pixels a side of a picture of `cropped`; no face is enlarged."""
     quality: int = JPEG_QUALITY
     """Of the JPEG files, 1 to 100."""
-    min_face: int = 16
+    min_face: int = LEAST_FACE
     """Leave out faces whose box is smaller, in pixels of its longer side."""
     min_confidence: float | None = None
     """Leave out faces that the detector is less sure of, 0 to 1. None: what it finds."""
     min_sharpness: float = 0.0
     """Leave out faces that are more blurred: the column `sharpness` of frames.parquet, 5 or so is very blurred."""
-    min_frames: int = 3
+    min_frames: int = MIN_FRAMES
     """Leave out persons that a video shows in fewer frames."""
-    detector: str = "yunet"
+    detector: str = DEFAULT
     """`yunet`, which comes with mtl_dist[faces], or the path of an ONNX file: YuNet, SCRFD or RetinaFace."""
-    max_side: int = 1280
+    max_side: int = MAX_SIDE
     """Frames and photographs with a longer side are searched at that size, so faces under a hundredth of it are not
     found; they are cut out of the whole picture."""
     exif: Exif = "apply"

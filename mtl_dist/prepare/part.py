@@ -23,11 +23,12 @@ from mtl_dist.data.decode import MAX_SCENE_SIDE
 from mtl_dist.data.frames import BadImage, Seen, read_picture
 from mtl_dist.data.videos import count_frames
 from mtl_dist.errors import InputError
-from mtl_dist.faces.align import CONTEXT, crop, sharpness, yaw
+from mtl_dist.faces.align import sharpness, yaw
 from mtl_dist.faces.detector import open_detector
 from mtl_dist.faces.face import Detector
 from mtl_dist.faces.finding import FoundFace, FoundFrame, find_in_photograph, find_in_video
 from mtl_dist.faces.tracking import Tracker
+from mtl_dist.faces.views import cut_view, longer_side
 from mtl_dist.prepare import rows
 from mtl_dist.prepare.options import PrepareCommand
 from mtl_dist.prepare.rows import RowWriter, read_about, read_rows
@@ -177,14 +178,12 @@ class _Cutter:
             if why is None:
                 where = row["track" if self.part.is_video else "person"]
                 row["image"] = f"{where}/{image}.jpg"
-                self._write("cropped_aligned", row["image"], one.aligned)
-                side = round(float(max(one.face.box[2:] - one.face.box[:2])) * CONTEXT)
-                size = None if side <= self.command.size else self.command.size
-                self._write("cropped", row["image"], crop(found.picture, one.face.box, size=size))
+                for view in VIEWS:
+                    self._write(view, row["image"], cut_view(found.picture, one, view, most_side=self.command.size))
             out.add(row | {"why": why})
 
     def _why_left_out(self, one: FoundFace, row: dict[str, Any]) -> str | None:
-        if float(max(one.face.box[2:] - one.face.box[:2])) < self.command.min_face:
+        if longer_side(one) < self.command.min_face:
             return rows.TOO_SMALL
         if one.face.confidence < (self.command.min_confidence or 0):
             return rows.UNSURE
