@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
+from mtl_dist import storage
 from mtl_dist.data.frames import read_image
 from mtl_dist.errors import InputError
 from mtl_dist.prepare.__main__ import main
@@ -231,6 +232,21 @@ def test_a_command_that_is_killed_goes_on(made, tmp_path):
     assert any((tmp_path / "out").glob("parts/*.parquet"))
     run(source, tmp_path / "out")
     assert {name: data for name, data in tree(tmp_path / "out").items() if name != ".being-prepared"} == tree(out)
+
+
+def test_videos_and_photographs_of_a_bucket_give_what_those_of_a_disk_do(made, s3, tmp_path):
+    source, out = made
+    for path in source.rglob("*.*"):
+        storage.upload(path, f"s3://mtl/raw/in/{path.relative_to(source).as_posix()}")
+    run("s3://mtl/raw/in", tmp_path / "out")
+    ours, theirs = (
+        {name: data for name, data in tree(root).items() if not name.startswith("parts/")}
+        for root in (tmp_path / "out", out)
+    )
+    assert ours == theirs
+    run("s3://mtl/raw/in", tmp_path / "out")
+    run("s3://mtl/raw/in/alone.mkv", tmp_path / "one")
+    assert images(tmp_path / "one") == [f"alone/{n:05d}.jpg" for n in (1, 2, 3)]
 
 
 def test_a_source_that_has_changed_is_searched_anew_and_one_that_is_gone_is_refused(made, tmp_path, capsys):

@@ -1,9 +1,10 @@
 """Follow faces through a video: which face of a frame is whose of the frames before.
 
 A track goes on with the face that is nearest to where its velocity leads. Where two people cross, looks decide. After
-a second without a face, or at a cut, a track has ended. One that begins later is of the same person if, over several
-frames, it looks very much like one that ended less than half a minute before it began. How a face looks is told by a
-few pixels of it: that is trusted so long and no longer. Who comes back later, or in another light, is somebody new.
+a second without a face, soon after it left the picture, or at a cut, a track has ended. One that begins later is of the
+same person if, over several frames, it looks very much like one that ended less than half a minute before it began. How
+a face looks is told by a few pixels of it: that is trusted so long and no longer. Who comes back later, or in another
+light, is somebody new.
 
 What is remembered does not grow with the length of a video, but for a number a track.
 """
@@ -18,17 +19,19 @@ from scipy.optimize import linear_sum_assignment
 
 from mtl_dist.faces.face import Face
 
-LOST_S = 1.0  # without a face, then a track has ended
+LOST_S, LOST_STEPS = 1.0, 2.5  # without a face, or so many frames of few; then a track has ended
+LEFT_S, LEFT_STEPS = 0.2, 1.5  # and where the face was at the picture's edge: somebody else may enter there
 COAST_S = 0.5  # so long a face that is not seen is taken to move on
 REACH, REACH_PER_S, MOST_REACH = 0.6, 4.0, 2.5  # how far a face may be from where it is expected, in its own sides
 MOST_GROWTH = 2.0  # of a face's sides between two frames
 ALIKE = 0.2  # least likeness of a face and the track that it continues: a face that turns away still is
 LOOKS_WEIGH = 2.0  # what one face's side of distance is worth in likeness
-UNTOLD = 0.8  # likeness of a face whose looks are not told, such as one cut off by the picture's edge
+UNTOLD = 0.8  # likeness of a face that the picture's edge cuts off
 MOVES, CHANGES = 0.5, 0.1  # the share of what is new in a track's velocity and looks
 
 RETURN_S = 30.0  # so long after its end a track may be continued by another of the same person
-KNOWN_AFTER = 5  # frames that show the whole face, and no other over it
+KNOWN_AFTER = 5  # frames that show the whole face, and no other over it; of a track that ends before
+KNOWN_AT_LEAST = 2
 KNOWN_AGAIN = 0.92  # least likeness then: 1% of all pairs of 102 people in one light are so much alike
 REMEMBERED = 64  # tracks that ended
 
@@ -58,6 +61,7 @@ class Tracker:
         self._active: list[_Track] = []
         self._ended: list[_Track] = []  # the last that ended is the last
         self._frames: list[int] = []  # of every track
+        self._last_s: float | None = None  # of the frame before
         self._same: dict[int, int] = {}  # the first track of the person, of tracks that are not it
 
     def update(
@@ -69,7 +73,7 @@ class Tracker:
 
         Args:
             seconds: later than those before.
-            looks: what `look` says of each face; None: not to be told.
+            looks: what `look` says of each face; None: the picture's edge cuts it off.
             is_cut: the picture is of another scene than the one before.
         """
         order = sorted(range(len(faces)), key=lambda place: _rank(faces[place]))
@@ -77,25 +81,27 @@ class Tracker:
         self._end(seconds, is_cut)
         found = _assign(self._active, seen)
         for place, one in enumerate(seen):
-            if any(_meet(one, other) for other in seen if other is not one):
-                one = one.without_look()
+            is_alone = not any(_meet(one, other) for other in seen if other is not one)
             if place in found:
-                found[place].go_on(one)
+                found[place].go_on(one, is_alone)
             else:
                 self._frames.append(0)
-                found[place] = _Track(len(self._frames), one)
+                found[place] = _Track(len(self._frames), one, is_alone)
                 self._active.append(found[place])
-            self._count(found[place])
+            self._frames[found[place].number - 1] += 1
+            self._recognise(found[place], KNOWN_AFTER)
         numbers = [0] * len(faces)
         for place, where in enumerate(order):
             numbers[where] = found[place].number
         return numbers
 
     def persons(self, *, min_frames: int = MIN_FRAMES) -> dict[int, int]:
-        """Return the person of every track so far, from 1 in the order in which they are first seen.
+        """Return, at the end of a video, the person of every track, from 1 in the order in which they are first seen.
 
         Tracks of persons with fewer frames have none.
         """
+        for track in self._active:
+            self._recognise(track, KNOWN_AT_LEAST)
         first = {number: self._same.get(number, number) for number in range(1, len(self._frames) + 1)}
         frames: dict[int, int] = {}
         for number, one in first.items():
@@ -105,15 +111,20 @@ class Tracker:
         return {number: person[one] for number, one in first.items() if one in person}
 
     def _end(self, seconds: float, is_cut: bool) -> None:
-        over = [track for track in self._active if is_cut or seconds - track.seen.seconds > LOST_S]
+        step = 0.0 if self._last_s is None else seconds - self._last_s
+        self._last_s = seconds
+        stays, leaves = max(LOST_S, LOST_STEPS * step), max(LEFT_S, LEFT_STEPS * step)
+        limits = [leaves if track.seen.look is None else stays for track in self._active]
+        over = [track for track, limit in zip(self._active, limits) if is_cut or seconds - track.seen.seconds > limit]
         self._active = [track for track in self._active if track not in over]
+        for track in over:
+            self._recognise(track, KNOWN_AT_LEAST)
         ended = [track for track in [*self._ended, *over] if seconds - track.seen.seconds <= RETURN_S]
         self._ended = ended[-REMEMBERED:]
 
-    def _count(self, track: _Track) -> None:
-        """Count a frame of a track; at one of them, look whether its person was there before."""
-        self._frames[track.number - 1] += 1
-        if track.num_looks != KNOWN_AFTER or track.is_known:
+    def _recognise(self, track: _Track, least: int) -> None:
+        """Look once, where there were enough looks, whether the person of a track was there before."""
+        if track.is_known or track.num_looks < least:
             return
         track.is_known = True
         before = [old for old in self._ended if old.seen.seconds < track.begun and old.num_looks]
@@ -140,24 +151,22 @@ class _Seen:
         side = max((right - left) * (bottom - top), 1.0) ** 0.5
         return cls(seconds, np.array([(left + right) / 2, (top + bottom) / 2]), side, how)
 
-    def without_look(self) -> _Seen:
-        """Return the same face of which another may hide a part, so that it does not tell how the person looks."""
-        return _Seen(self.seconds, self.middle, self.side, None)
-
 
 class _Track:
-    def __init__(self, number: int, seen: _Seen):
+    def __init__(self, number: int, seen: _Seen, is_alone: bool):
         self.number, self.begun, self.seen = number, seen.seconds, seen
         self.velocity = np.zeros(2)  # pixels a second
-        self.look = self.last_look = seen.look  # of all the time, and of the last time it was told
-        self.num_looks = int(seen.look is not None)
+        # Of all the time, and of the last time it was told; not where another face may cover this one in part.
+        self.look = self.last_look = seen.look if is_alone else None
+        self.num_looks = int(self.look is not None)
         self.is_known = False
 
-    def go_on(self, seen: _Seen) -> None:
+    def go_on(self, seen: _Seen, is_alone: bool) -> None:
+        """Continue with a face."""
         moved = (seen.middle - self.seen.middle) / (seen.seconds - self.seen.seconds)
         self.velocity = (1 - MOVES) * self.velocity + MOVES * moved
         self.seen = seen
-        if seen.look is None:
+        if seen.look is None or not is_alone:
             return
         self.last_look, self.num_looks = seen.look, self.num_looks + 1
         share = max(CHANGES, 1 / self.num_looks)

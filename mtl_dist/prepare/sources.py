@@ -36,7 +36,7 @@ class Part(NamedTuple):
 
 def find_parts(uri: str) -> list[Part]:
     """Find what is at a local path or s3:// URI, in the order of names. Raises `InputError` that names it."""
-    root, names = _list(uri)
+    root, names = _list(storage.absolute(uri))
     videos = [name for name in names if _suffix(name) in VIDEO_SUFFIXES]
     photos = [name for name in names if _suffix(name) in IMAGE_SUFFIXES]
     if not videos and not photos:
@@ -88,7 +88,7 @@ def _video_parts(root: str, names: list[str], contents: dict[str, str]) -> Itera
 
 
 def _photo_parts(root: str, names: list[str], contents: dict[str, str]) -> Iterator[Part]:
-    own = storage.absolute(root).rstrip("/").rpartition("/")[2] or "photographs"
+    own = root.rstrip("/").rpartition("/")[2] or "photographs"
     by_directory: dict[str, list[str]] = {}
     for name in names:
         by_directory.setdefault(name.rpartition("/")[0], []).append(name)
