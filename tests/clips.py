@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -69,9 +69,16 @@ def paste(image: Image.Image, picture: Image.Image, place: Place) -> None:
     )
 
 
-def draw_frames(people: Sequence[Sequence[Image.Image]], paths: Sequence[Walk], count: int, *, seed: int = 0):
+def draw_frames(
+    people: Sequence[Sequence[Image.Image]],
+    paths: Sequence[Walk],
+    count: int,
+    *,
+    seed: int = 0,
+    size: tuple[int, int] = (WIDTH, HEIGHT),
+) -> Iterator[tuple[np.ndarray, list[Place | None]]]:
     """Yield (frame, where everybody is): who is later in the list is in front."""
-    behind = background(seed)
+    behind = background(seed, size)
     for number in range(count):
         image, places = behind.copy(), []
         for pictures, path in zip(people, paths):

@@ -76,6 +76,20 @@ def test_who_comes_back_soon_is_known_again_and_later_is_somebody_new():
     assert back_after(10, 5) == {1: 1, 2: 2, 3: 3}
 
 
+@pytest.mark.parametrize("missing", [0, 1, 4])
+def test_who_enters_where_somebody_left_is_somebody_else(missing):
+    tracker, tracks = Tracker(), []
+    xs = [*range(80, 10, -10), *[None] * missing, *range(20, 90, 10)]
+    for number, x in enumerate(xs):
+        who = int(number >= 7 + missing)
+        faces = [] if x is None else [face(x)]
+        looks = [looks_of(who, seed=number) if x > 30 else None] if faces else []  # the edge cuts it off
+        tracks += tracker.update(number * FRAME_S, faces, looks)
+    assert set(tracks[:5]) == {1}
+    assert set(tracks[-5:]) == {2}
+    assert tracker.persons() == {1: 1, 2: 2}
+
+
 def test_a_track_ends_where_the_scene_is_another_one():
     tracker, persons = Tracker(), []
     for number, who in enumerate([0] * 8 + [1] * 8 + [0] * 8):

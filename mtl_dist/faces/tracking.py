@@ -20,11 +20,12 @@ from scipy.optimize import linear_sum_assignment
 from mtl_dist.faces.face import Face
 
 LOST_S, LOST_STEPS = 1.0, 2.5  # without a face, or so many frames of few; then a track has ended
-LEFT_S, LEFT_STEPS = 0.2, 1.5  # and where the face was at the picture's edge: somebody else may enter there
+LEFT_STEPS = 1.5  # and where the face was at the picture's edge: somebody else may enter there
 COAST_S = 0.5  # so long a face that is not seen is taken to move on
 REACH, REACH_PER_S, MOST_REACH = 0.6, 4.0, 2.5  # how far a face may be from where it is expected, in its own sides
 MOST_GROWTH = 2.0  # of a face's sides between two frames
 ALIKE = 0.2  # least likeness of a face and the track that it continues: a face that turns away still is
+ALIKE_AGAIN = 0.75  # and of one that the edge cut off before
 LOOKS_WEIGH = 2.0  # what one face's side of distance is worth in likeness
 UNTOLD = 0.8  # likeness of a face that the picture's edge cuts off
 MOVES, CHANGES = 0.5, 0.1  # the share of what is new in a track's velocity and looks
@@ -61,6 +62,7 @@ class Tracker:
         self._active: list[_Track] = []
         self._ended: list[_Track] = []  # the last that ended is the last
         self._frames: list[int] = []  # of every track
+        self._num_seen = 0  # frames, with faces or without
         self._last_s: float | None = None  # of the frame before
         self._same: dict[int, int] = {}  # the first track of the person, of tracks that are not it
 
@@ -79,6 +81,7 @@ class Tracker:
         order = sorted(range(len(faces)), key=lambda place: _rank(faces[place]))
         seen = [_Seen.of(faces[place], looks[place], seconds) for place in order]
         self._end(seconds, is_cut)
+        self._num_seen += 1
         found = _assign(self._active, seen)
         for place, one in enumerate(seen):
             is_alone = not any(_meet(one, other) for other in seen if other is not one)
@@ -98,7 +101,7 @@ class Tracker:
     def persons(self, *, min_frames: int = MIN_FRAMES) -> dict[int, int]:
         """Return, at the end of a video, the person of every track, from 1 in the order in which they are first seen.
 
-        Tracks of persons with fewer frames have none.
+        Tracks of persons with fewer frames have none; of a video that is shorter they have all of it.
         """
         for track in self._active:
             self._recognise(track, KNOWN_AT_LEAST)
@@ -106,14 +109,15 @@ class Tracker:
         frames: dict[int, int] = {}
         for number, one in first.items():
             frames[one] = frames.get(one, 0) + self._frames[number - 1]
-        kept = [one for one, count in sorted(frames.items()) if count >= min_frames]
+        least = min(min_frames, self._num_seen)
+        kept = [one for one, count in sorted(frames.items()) if count >= least]
         person = {one: place for place, one in enumerate(kept, start=1)}
         return {number: person[one] for number, one in first.items() if one in person}
 
     def _end(self, seconds: float, is_cut: bool) -> None:
         step = 0.0 if self._last_s is None else seconds - self._last_s
         self._last_s = seconds
-        stays, leaves = max(LOST_S, LOST_STEPS * step), max(LEFT_S, LEFT_STEPS * step)
+        stays, leaves = max(LOST_S, LOST_STEPS * step), LEFT_STEPS * step
         limits = [leaves if track.seen.look is None else stays for track in self._active]
         over = [track for track, limit in zip(self._active, limits) if is_cut or seconds - track.seen.seconds > limit]
         self._active = [track for track in self._active if track not in over]
@@ -185,7 +189,8 @@ class _Track:
         distance = float(np.hypot(*(seen.middle - expected))) / (self.seen.side * seen.side) ** 0.5
         growth = max(self.seen.side, seen.side) / min(self.seen.side, seen.side)
         likeness = self.likeness(seen)
-        if distance > min(REACH + REACH_PER_S * passed, MOST_REACH) or growth > MOST_GROWTH or likeness < ALIKE:
+        least = ALIKE_AGAIN if self.seen.look is None and seen.look is not None else ALIKE
+        if distance > min(REACH + REACH_PER_S * passed, MOST_REACH) or growth > MOST_GROWTH or likeness < least:
             return _FORBIDDEN
         return distance + LOOKS_WEIGH * (1 - likeness)
 

@@ -94,7 +94,7 @@ class _Cutter:
         self.place, self.detector, self.progress = place, detector, progress
         self.seen, self.bad = Seen(), []
         self.persons: dict[int, int] = {}
-        self.first = self.last = (0, float("nan"))  # a frame's number and seconds
+        self.first = self.last = None  # a frame's number and seconds
         self.made: set[Path] = set()
 
     def cut(self, scratch: Path) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class _Cutter:
                 if not (self.part.is_video and self.command.skip_bad_images):
                     raise
                 self.bad = [[self.part.sources[0], str(error)]]
-        frames, seconds = (last - first for first, last in zip(self.first, self.last))
+        frames, seconds = (last - first for first, last in zip(self.first or (0, 0.0), self.last or (0, 0.0)))
         return {
             "identity": self.part.identity,
             "plan": self.task.plan,
@@ -129,16 +129,15 @@ class _Cutter:
             announced = count_frames(path)
         except FileNotFoundError:
             raise InputError(f"video {uri} does not exist; correct its path") from None
-        tracker, num_frames = Tracker(), 0
+        tracker = Tracker()
         every = self.command.every_frames
         for found in find_in_video(path, self.detector, tracker, every=every, announced=announced, seen=self.seen):
             self.last = (found.number, found.seconds)
-            self.first = self.first if num_frames else self.last
-            num_frames += 1
+            self.first = self.first or self.last
             told = {"source": name, "frame": found.number + 1}
             self._cut_frame(out, found, f"{found.number + 1:05d}", told | {"seconds": _told(found.seconds)})
             self.progress(1)
-        self.persons = tracker.persons(min_frames=min(self.command.min_frames, max(num_frames, 1)))
+        self.persons = tracker.persons(min_frames=self.command.min_frames)
         if self.command.one_person:
             self.persons = dict.fromkeys(self.persons, 1)
 
