@@ -50,7 +50,7 @@ results-sequences: $(STAMP)
 	@$(BIN)/python -m benchmarks.sequences
 
 # Files side by side on the cores; what starts a cluster has the machine to itself.
-SIDE_BY_SIDE := --numprocesses auto --maxprocesses 8 --dist loadfile
+SIDE_BY_SIDE := --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 quick: $(STAMP) lint
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not whole and not integration and not slow'

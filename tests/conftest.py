@@ -8,6 +8,7 @@ import importlib
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -24,14 +25,17 @@ from mtl_dist.errors import run_command
 from mtl_dist.shards.annotations import HEADER
 
 REPO = Path(__file__).parent.parent
+LONGEST = ("test_golden", "test_training", "test_survival", "test_recipes", "test_features", "test_faults")
 LONDON = REPO.parent / "shared" / "data" / "london_faces"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep what starts from trained runs or the S3 server out of `make quick`."""
+    """Keep what starts from trained runs or the S3 server out of `make quick`, and begin with the longest files."""
     for item in items:
         if {"runs", "s3"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("whole")
+    # At the end one of them would keep a process busy while the others have nothing left.
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 def write_dataset(root: Path, *, num_train: int = 40, num_val: int = 20, size: int = 48, seed: int = 0) -> Path:
@@ -74,12 +78,30 @@ def run_here(module: str, *args: str) -> subprocess.CompletedProcess[str]:
     """
     found, code = importlib.import_module(module), 0
     main = (importlib.import_module(f"{module}.__main__") if hasattr(found, "__path__") else found).main
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+    out, err = io.StringIO(), io.StringIO()
+    with as_it_was(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             run_command(lambda: main([*map(str, args)]))
         except SystemExit as ended:
             code = ended.code or 0
     return subprocess.CompletedProcess([module, *args], code, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def as_it_was():
+    """Take back what a command leaves in its process: handlers of signals, its environment, its group of ranks."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    environment = dict(os.environ)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
+        if (dist := sys.modules.get("torch.distributed")) and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def assert_one_message(done: subprocess.CompletedProcess[str], *words: str) -> None:
@@ -127,7 +149,7 @@ def runs(shards, tmp_path_factory) -> Path:
     shutil.copytree(shards, root / "shards")
     for view, epochs in zip(VIEWS, "21"):
         args = [arg.replace("/cropped/", f"/{view}/") for arg in train_args(root / "shards", root, view)]
-        done = run_module(*args, "--train.epochs", epochs, "--checkpoint.keep-last", "2", env={"OMP_NUM_THREADS": "1"})
+        done = run_here(*args, "--train.epochs", epochs, "--checkpoint.keep-last", "2")
         assert done.returncode == 0, done.stderr
     return root
 

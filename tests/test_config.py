@@ -34,6 +34,7 @@ from mtl_dist.report.options import ReportCommand
 from mtl_dist.runs.same_run import check_same_run
 from mtl_dist.settings import Section, Varies, dump_yaml, flatten, unflatten, varying
 from mtl_dist.shards.__main__ import create, inspect, synth, verify
+from mtl_dist.unread import check_read
 from tests.conftest import REPO, assert_one_message, run_here
 from tune.search import SearchConfig, best_yaml
 from tune.space import read_space
@@ -539,16 +540,16 @@ def test_a_setting_that_is_changed_and_not_read_is_refused_by_flag_and_in_a_file
     )
 
 
-@pytest.mark.whole
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("model", FAMILIES)
 def test_what_a_preset_or_the_default_has_is_not_refused_beside_another_choice(name, model):
     only, of_features = FAMILIES[model].backbones, PRESETS[name]["model"].get("backbone") == FEATURES
     other = only[:1] if only else ("small",) if of_features and model != "c" else ()
-    fits = ["--model.backbone", *other, "--model.image-size", "96"] if other else []
-    resized = [] if of_features and model == "c" else ["--augment.resize", "400"]  # there is nothing to resize
-    for more in ([], ["--optim.name", "adamw"], resized, ["--data.workers", "0"]):
-        assert parse("--preset", name, "--model.name", model, *fits, *more).model.name == model
+    fits = {"backbone": other[0], "image_size": 96} if other else {}
+    resized = {} if of_features and model == "c" else {"augment": {"resize": 400}}  # there is nothing to resize
+    for more in ({}, {"optim": {"name": "adamw"}}, resized, {"data": {"workers": 0}}):
+        chosen = build_config(load_preset(name), {"model": {"name": model, **fits}}, more)
+        check_read(chosen, build_config(load_preset(name)))
 
 
 def test_what_the_default_or_the_preset_has_may_be_said_where_nothing_reads_it():

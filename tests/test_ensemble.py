@@ -39,7 +39,7 @@ from mtl_dist.sealed import seal, unseal
 from mtl_dist.shards.__main__ import create
 from mtl_dist.shards.annotations import FILES, read_annotations
 from mtl_dist.tasks import AUS, EXPRESSIONS, VIEWS
-from tests.conftest import assert_one_message, run_here, run_module, write_dataset
+from tests.conftest import assert_one_message, run_here, write_dataset
 from tests.test_training import train
 
 
@@ -69,7 +69,7 @@ def test_rows_that_do_not_pair_are_an_error_that_names_them():
 
 
 def ensemble(*args) -> subprocess.CompletedProcess[str]:
-    return run_module("mtl_dist.ensemble", *map(str, args), env={"OMP_NUM_THREADS": "1"})
+    return run_here("mtl_dist.ensemble", *map(str, args))
 
 
 def files_below(root: Path) -> dict[str, bytes]:

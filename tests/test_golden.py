@@ -10,7 +10,7 @@ import pytest
 from mtl_dist.data.index import read_index
 from mtl_dist.runs.checkpoint import committed
 from mtl_dist.training.tracking import read_records
-from tests.conftest import run_here, run_module
+from tests.conftest import run_here
 from tests.golden.worlds import HERE, TOLERANCES, VALUES, distances, measure, newest_archive, unpack
 
 pytestmark = pytest.mark.whole
@@ -71,7 +71,7 @@ def test_a_run_of_an_earlier_version_is_continued_to_the_scores_that_it_had(made
     before = [record for record in read_records(run) if record["kind"] == "eval"]
     shutil.rmtree(committed(run)[0][-1].uri)
     data = [f"--data.{split}={root}/shards/cropped/{split}" for split in ("train", "val")]
-    done = run_module(
+    done = run_here(
         "mtl_dist.train", "--local", "--config", f"{run}/config.yaml", f"--run.storage={tmp_path}", *data
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -8,7 +8,6 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 
@@ -18,6 +17,7 @@ from mtl_dist.objective.losses import add_sums, global_losses, total_sums
 from mtl_dist.objective.module import ObjectiveModule
 from mtl_dist.tasks import Batch, LabelCounts, Labels, Outputs
 from mtl_dist.training.step import split_batch
+from tests.ranks import forkserver, start_ranks
 from tests.windows import all_valid
 
 COUNTS = LabelCounts(
@@ -125,10 +125,9 @@ def test_gradients_of_many_ranks_are_those_of_one(num_ranks, parts, balancing, t
     loss = whole(batch)
     loss.total.backward()
 
-    context = mp.get_context("spawn")
-    results = context.Queue()
+    results = forkserver.Queue()
     args = (CUTS[num_ranks], tmp_path / "store", config, module, batch, parts, results)
-    processes = mp.spawn(rank_main, args=args, nprocs=num_ranks, join=False, start_method="spawn")
+    processes = start_ranks(rank_main, args, num_ranks, join=False)
     found = [results.get(timeout=90) for _ in range(num_ranks)]
     processes.join()
     for _, mean, total in found:

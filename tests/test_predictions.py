@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from mtl_dist.errors import InputError, NonFiniteLoss
 from mtl_dist.objective.affect import PredictedRows, finite_rows
@@ -17,6 +16,7 @@ from mtl_dist.objective.metrics import Predictions, Targets
 from mtl_dist.predicting.evaluate import check_predictions
 from mtl_dist.predicting.predictions import prediction_table, read_key, read_predictions, write_parquet
 from mtl_dist.ranks import on_rank_0
+from tests.ranks import start_ranks
 
 
 def make_predicted(num_rows: int, seed: int = 0) -> PredictedRows:
@@ -130,7 +130,7 @@ def rank_main(rank: int, store: str, out: str) -> None:
 
 @pytest.mark.whole
 def test_all_ranks_end_alike_where_one_predicts_what_is_not_finite_or_rank_0_fails_in_any_way(tmp_path):
-    mp.spawn(rank_main, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    start_ranks(rank_main, (str(tmp_path / "store"), str(tmp_path)), 2)
     said = [(tmp_path / name).read_text() for name in "01"]
     assert said == ["evaluation after step 5: predictions of 2 row(s) are not finite: 3, 9"] * 2
     said = [(tmp_path / f"alone-{rank}").read_text() for rank in (0, 1)]

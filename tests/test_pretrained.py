@@ -18,7 +18,8 @@ from mtl_dist.runs.start import _place_of_weights, build_pretrained
 from mtl_dist.training import checks
 from mtl_dist.training.learner import check_start
 from mtl_dist.training.plan import plan_run
-from tests.conftest import assert_one_message, run_here, run_module
+from tests.conftest import assert_one_message, run_here
+from tests.test_training import fork_ranks
 
 pytestmark = pytest.mark.whole
 
@@ -43,7 +44,7 @@ def config_from(weights, **changes):
 def runs(shards, tmp_path_factory):
     """Holds `faces`, a run of the laptop's baseline that trained its convolutions."""
     runs = tmp_path_factory.mktemp("runs")
-    done = run_module(*train_args(shards, runs, "faces", "--local", "--model.no-freeze-backbone"))
+    done = run_here(*train_args(shards, runs, "faces", "--local", "--model.no-freeze-backbone"))
     assert done.returncode == 0, done.stdout + done.stderr
     return runs
 
@@ -55,8 +56,7 @@ def frozen(runs, shards, tmp_path_factory):
     shutil.copy(f"{committed(f'{runs}/faces')[0][-1].uri}/model.safetensors", weights)
     args = train_args(shards, runs, "frozen", "--model.weights", str(weights), "--train.ema", "0.5")
     args += ["--engine.zero-stage", "1"]
-    done = run_module("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", *args)
-    assert done.returncode == 0, done.stdout + done.stderr
+    fork_ranks(2, args)
     weights.unlink()
     return runs / "frozen"
 

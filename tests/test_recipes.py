@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from mtl_dist.config import Config, build_config
@@ -38,6 +38,7 @@ from mtl_dist.training.rates import learning_rate
 from mtl_dist.training.step import draw_passes, seed_dropout, split_batch, train_step
 from mtl_dist.training.tracking import read_records
 from tests.conftest import write_dataset
+from tests.ranks import forkserver, start_ranks
 from tests.test_training import cut_back, final_weights, losses
 
 pytestmark = pytest.mark.whole
@@ -98,7 +99,8 @@ def rank_main(rank: int, num_ranks: int, init_file: str, jobs: list) -> None:
 
 def run_ranks(num_ranks: int, jobs: list, scratch: Path) -> None:
     """Run (configuration, None) one after the other; (configuration, step) continues a copy, cut back to that step."""
-    mp.spawn(rank_main, (num_ranks, str(scratch / f"store-{num_ranks}"), jobs), nprocs=num_ranks)
+    store = scratch / f"store-{secrets.token_hex(4)}"
+    start_ranks(rank_main, (num_ranks, str(store), jobs), num_ranks)
 
 
 def assert_close_losses(found: list[dict], expected: list[dict]) -> None:
@@ -142,8 +144,8 @@ def test_ranks_of_other_settings_or_other_data_are_refused_on_every_rank(shards,
         (config, {"model": {"weights": "/one/faces.pth"}}, {"model": {"weights": "/two/faces.pth"}}),
         (config, {"model": {"weights": "/one/faces.pth"}}, {"model": {"weights": "/one/others.pth"}}),
     ]
-    messages = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(disagreeing_rank, (str(tmp_path / "store"), runs, messages), nprocs=2)
+    messages = forkserver.SimpleQueue()
+    start_ranks(disagreeing_rank, (str(tmp_path / "store"), runs, messages), 2)
     said = [messages.get() for _ in range(2 * len(runs))]
     for rank in (0, 1):
         lr, data, agreed, moved_weights, other_weights = [text for of, text in said if of == rank]

@@ -24,7 +24,7 @@ from mtl_dist.shards.__main__ import create
 from mtl_dist.tasks import SET_BITS
 from mtl_dist.training.plan import open_data
 from mtl_dist.training.tracking import read_records
-from tests.conftest import run_here, run_module, write_dataset
+from tests.conftest import run_here, write_dataset
 
 CONFIG = build_config({"data": {"image_size": 48}, "model": {"backbone": "vgg_small"}})
 
@@ -143,14 +143,14 @@ def test_a_run_on_several_sets_is_trained_continued_predicted_and_ensembled(shar
     command = ["mtl_dist.train", "--local", "--preset", "small", "--run.storage", str(tmp_path), "--run.name", "run"]
     command += ["--data.image-size", "80", "--train.global-batch", "8", "--engine.device", "cpu"]
     data = ["--data.train", *sets["train"], "--data.val", *sets["val"]]
-    done = run_module(*command, *data, "--train.epochs", "1")
+    done = run_here(*command, *data, "--train.epochs", "1")
     assert done.returncode == 0, done.stderr
     assert f"{' and '.join(sets['train'])}: 64 rows of cropped" in done.stdout
     (scored,) = [record["scores"] for record in read_records(f"{tmp_path}/run") if record["kind"] == "eval"]
     expected = read_sets(sets["val"]).labels
     assert (scored["frames"]["va"], scored["frames"]["expr"]) == (expected.va, expected.expr)
     data[1:3] = data[2:0:-1]
-    turned = run_module(*command, *data, "--train.epochs", "1")
+    turned = run_here(*command, *data, "--train.epochs", "1")
     assert (turned.returncode, "trained on another training set" in turned.stderr) == (2, True), turned.stderr
     out = tmp_path / "ensemble"
     done = run_here("mtl_dist.ensemble", "--runs", f"{tmp_path}/run", "--out", str(out), "--local", "--folds", "2")

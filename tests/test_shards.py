@@ -944,7 +944,7 @@ def test_validation_pictures_that_are_training_pictures_by_another_name_are_coun
 def test_a_sheet_is_drawn_of_a_few_shards_the_same_each_time(shards, tmp_path):
     uri, path = str(shards / "cropped" / "train"), tmp_path / "sheet.png"
     index = read_index(uri)
-    done = run_module("mtl_dist.shards", "inspect", uri, "--sheet", str(path), "--num-images", "9")
+    done = run_here("mtl_dist.shards", "inspect", uri, "--sheet", str(path), "--num-images", "9")
     assert done.returncode == 0, done.stderr
     assert path.read_bytes() == draw_sheet(uri, index, num_images=9, seed=0)
     assert path.read_bytes() != draw_sheet(uri, index, num_images=9, seed=1)

@@ -16,10 +16,11 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
 from mtl_dist.config import build_config
+from mtl_dist.presets import CommandConfig, config_of, parse_command
 from mtl_dist.runs.checkpoint import best, committed, find_damage
 from mtl_dist.runs.lives import read_lives
 from mtl_dist.training.tracking import read_records
-from tests.conftest import REPO, assert_one_message, run_module
+from tests.conftest import REPO, assert_one_message, run_here, run_module
 
 pytestmark = pytest.mark.whole
 
@@ -36,7 +37,7 @@ def train_args(shards: Path, storage: Path, name: str, *more: str) -> list[str]:
 
 
 def train(shards: Path, storage: Path, name: str, *more: str) -> subprocess.CompletedProcess[str]:
-    done = run_module(*train_args(shards, storage, name, *more))
+    done = run_here(*train_args(shards, storage, name, *more))
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -46,6 +47,15 @@ def torchrun(num_ranks: int, *args: str) -> subprocess.CompletedProcess[str]:
     done = run_module("torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}", "-m", *args)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def fork_ranks(num_ranks: int, args: list[str]) -> None:
+    """Train what the command line says on so many ranks, without torchrun and its seconds of imports."""
+    from tests.test_recipes import run_ranks
+
+    flags = [arg for arg in args[1:] if arg != "--local"]
+    config = config_of(parse_command(CommandConfig, flags, prog="test", description=""))
+    run_ranks(num_ranks, [(config, None)], Path(config.run.storage))
 
 
 def losses(storage: Path, name: str) -> list[dict[str, float]]:
@@ -64,9 +74,10 @@ def assert_same_losses(found: list[dict[str, float]], expected: list[dict[str, f
 
 @pytest.fixture(scope="module")
 def undisturbed(shards, tmp_path_factory) -> Path:
-    """A run in one process that nothing happened to; returns its storage."""
+    """A run in a process of its own that nothing happened to; returns its storage."""
     storage = tmp_path_factory.mktemp("undisturbed")
-    train(shards, storage, "run", "--checkpoint.every-steps", "2")
+    done = run_module(*train_args(shards, storage, "run", "--checkpoint.every-steps", "2"))
+    assert done.returncode == 0, done.stdout + done.stderr
     return storage
 
 
@@ -153,9 +164,11 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_the_reason(shards, tmp_
 
 def test_two_and_three_ranks_have_the_losses_of_one(frozen, shards, tmp_path):
     """3 ranks do not divide the 8 streams: their batches are unequal."""
-    for num_ranks in (2, 3):
-        torchrun(num_ranks, *train_args(shards, tmp_path, f"r{num_ranks}", "--engine.batchnorm", "frozen"))
-        assert_same_losses(losses(tmp_path, f"r{num_ranks}"), losses(frozen, "run"))
+    two, three = (train_args(shards, tmp_path, name, "--engine.batchnorm", "frozen") for name in ("two", "three"))
+    fork_ranks(2, two)
+    torchrun(3, *three)
+    for name in ("two", "three"):
+        assert_same_losses(losses(tmp_path, name), losses(frozen, "run"))
 
 
 def test_accumulation_has_the_losses_of_one_batch(frozen, shards, tmp_path):
@@ -166,13 +179,13 @@ def test_accumulation_has_the_losses_of_one_batch(frozen, shards, tmp_path):
 def test_zero_2_trains_and_continues_on_two_ranks(frozen, shards, tmp_path):
     """Bit-identically. ZeRO 1 is in the test below."""
     args = train_args(shards, tmp_path, "run", "--engine.batchnorm", "frozen", "--engine.zero-stage", "2")
-    torchrun(2, *args, "--train.eval-every", "1", "--checkpoint.keep-last", "2")
+    args += ["--train.eval-every", "1", "--checkpoint.keep-last", "2"]
+    fork_ranks(2, args)
     assert_same_losses(losses(tmp_path, "run"), losses(frozen, "run"))
     expected = final_weights(tmp_path, "run")
-    # As if the run had been killed before its second checkpoint.
-    (Path(committed(str(tmp_path / "run"))[0][-1].uri) / "COMMIT.json").unlink()
-    again = torchrun(2, *args, "--train.eval-every", "1", "--checkpoint.keep-last", "2")
-    assert "continuing from" in again.stdout
+    cut_back(tmp_path, "run", STEPS_PER_EPOCH)
+    fork_ranks(2, args)
+    assert [life["step"] for life in read_lives(f"{tmp_path}/run")] == [0, STEPS_PER_EPOCH]
     found = final_weights(tmp_path, "run")
     assert all(found[name].tobytes() == expected[name].tobytes() for name in expected)
 
@@ -189,9 +202,7 @@ def test_a_run_goes_on_at_other_numbers_of_ranks_and_zero_stages(frozen, shards,
     args = train_args(shards, tmp_path, "run", "--engine.batchnorm", "frozen")
     args += ["--checkpoint.every-steps", "1", "--checkpoint.keep-last", "99"]
     for num_ranks, stage, step in ((2, 1, 3), (1, 2, 6), (3, 2, 8), (2, 0, 10)):
-        stage_args = [*args, "--engine.zero-stage", str(stage)]
-        done = torchrun(num_ranks, *stage_args) if num_ranks > 1 else run_module(*stage_args)
-        assert done.returncode == 0, done.stderr
+        fork_ranks(num_ranks, [*args, "--engine.zero-stage", str(stage)])
         cut_back(tmp_path, "run", step)
     assert_same_losses(losses(tmp_path, "run"), losses(frozen, "run"))
     mine, theirs = final_weights(tmp_path, "run"), final_weights(frozen, "run")
@@ -229,7 +240,7 @@ def test_backbone_weights_come_from_a_file_in_the_store(s3, shards, tmp_path):
     train(shards, tmp_path, "stored", "--train.epochs", "1", "--model.weights", "s3://mtl/weights/backbone.safetensors")
     train(shards, tmp_path, "random", "--train.epochs", "1")
     assert losses(tmp_path, "stored") == losses(tmp_path, "random")
-    done = run_module(*train_args(shards, tmp_path, "gone", "--model.weights", "s3://mtl/weights/gone.safetensors"))
+    done = run_here(*train_args(shards, tmp_path, "gone", "--model.weights", "s3://mtl/weights/gone.safetensors"))
     assert_one_message(done, "s3://mtl/weights/gone.safetensors", "model.weights")
 
 
@@ -260,7 +271,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkp
         "--checkpoint.every-steps",
         "1",
     )
-    done = run_module(*train_args(shards, tmp_path, "run", *diverging, "--train.epochs", "20"))
+    done = run_here(*train_args(shards, tmp_path, "run", *diverging, "--train.epochs", "20"))
     step = int(re.search(r"error: step (\d+): the loss is not finite", done.stderr)[1])
     found, _ = committed(str(tmp_path / "run"))
     last = f"The last checkpoint is of step {found[-1].step} ({found[-1].uri}): its weights are finite, but may have"
@@ -273,7 +284,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkp
 def test_predictions_that_are_not_finite_end_the_evaluation_and_nothing_is_stored(shards, tmp_path):
     """One step makes weights whose loss nobody has seen yet, and the scores of NaN are those of 'always Neutral'."""
     diverging = ("--optim.lr", "1000", "--optim.warmup-steps", "0", "--train.global-batch", "40")
-    done = run_module(*train_args(shards, tmp_path, "run", *diverging))
+    done = run_here(*train_args(shards, tmp_path, "run", *diverging))
     words = ("evaluation after step 1: predictions of 20 row(s) are not finite: 0, 1, 2, 3,", "has no checkpoint")
     assert_one_message(done, *words, "lower optim.lr")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "lives.json"}
@@ -288,7 +299,7 @@ def test_the_status_of_a_run_is_told_from_its_storage(shards, tmp_path):
     lives = read_lives(f"{tmp_path}/run")
     lives[-1] |= {"typed": "python \x1b]0;a title\x07 [/red]", "host": "[/red]\x1b[2J"}  # a stranger's
     (tmp_path / "run" / "lives.json").write_text(json.dumps(lives))
-    done = run_module("mtl_dist.train", "--status", str(tmp_path / "run"))
+    done = run_here("mtl_dist.train", "--status", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout
     assert "[/red]\\x1b[2J" in done.stdout
@@ -302,23 +313,23 @@ def test_the_status_of_a_run_is_told_from_its_storage(shards, tmp_path):
     ):
         assert words in " ".join(done.stdout.split()), words
     assert list((tmp_path / "run" / "tensorboard").iterdir())
-    done = run_module("mtl_dist.train", "--status", str(tmp_path / "nothing"))
+    done = run_here("mtl_dist.train", "--status", str(tmp_path / "nothing"))
     assert_one_message(done, "no run at", "nothing")
 
 
 def test_a_run_name_that_belongs_to_another_model_is_refused(undisturbed, shards):
-    done = run_module(*train_args(shards, undisturbed, "run", "--model.name", "b"))
+    done = run_here(*train_args(shards, undisturbed, "run", "--model.name", "b"))
     assert_one_message(done, "run 'run' has a checkpoint with model.name 'a'", "'b'", "--run.name")
 
 
 def test_a_run_name_that_belongs_to_other_data_is_refused(undisturbed, shards):
     args = train_args(shards, undisturbed, "run", "--checkpoint.every-steps", "2")
     args = [arg.replace("/cropped/", "/cropped_aligned/") for arg in args]
-    assert_one_message(run_module(*args), "another training set", "sha256")
+    assert_one_message(run_here(*args), "another training set", "sha256")
 
 
 def test_dry_run_prints_the_plan_and_leaves_nothing(shards, tmp_path):
-    done = run_module(*train_args(shards, tmp_path, "run", "--dry-run"))
+    done = run_here(*train_args(shards, tmp_path, "run", "--dry-run"))
     assert done.returncode == 0
     assert "5 an epoch, 10 in all" in done.stdout
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
