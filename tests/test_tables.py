@@ -443,10 +443,10 @@ def test_pictures_of_no_video_belong_to_their_persons_and_are_no_film(tmp_path):
         (tmp_path / row[0]).parent.mkdir(exist_ok=True)
         (tmp_path / row[0]).write_bytes(encode_jpeg(np.full((16, 16, 3), 99, np.uint8)))
     path = write(tmp_path / "t.csv", *rows, header=["image", "expression", "person", "split"])
-    shards.main(["create", str(path), str(tmp_path / "set"), "--views", "cropped"])
+    shards.main(["create", str(path), str(tmp_path / "set"), "--views", "cropped", "--jobs", "1"])
     for part, videos in (("train", ["train"] * 2), ("val", [f"person: p{i // 4}" for i in range(16)] + ["film"] * 4)):
         uri = f"{tmp_path}/set/cropped/{part}"
-        shards.main(["verify", uri])
+        shards.main(["verify", uri, "--jobs", "1"])
         names = row_names(Member("run", SimpleNamespace(config=Config()), read_sets([uri])))
         assert names.videos == videos
     assert number_videos(names.videos).tolist() == [i // 4 for i in range(20)]
@@ -476,10 +476,12 @@ def test_videos_that_a_table_names_are_in_the_shards_and_part_what_is_scored(tmp
     for row in rows:
         (tmp_path / row[0]).write_bytes(encode_jpeg(np.full((16, 16, 3), 99, np.uint8)))
     path = write(tmp_path / "t.csv", *rows, header=["image", "expression", "video", "split"])
-    shards.main(["create", str(path), str(tmp_path / "set"), "--views", "cropped", "--frames-per-shard", "8"])
+    shards.main(
+        ["create", str(path), str(tmp_path / "set"), "--views", "cropped", "--frames-per-shard", "8", "--jobs", "1"]
+    )
     for part, first, count in (("train", 0, 20), ("val", 20, 20)):
         uri = f"{tmp_path}/set/cropped/{part}"
-        shards.main(["verify", uri])
+        shards.main(["verify", uri, "--jobs", "1"])
         names = row_names(Member("run", SimpleNamespace(config=Config()), read_sets([uri])))
         assert names.images == [row[0] for row in rows[first : first + count]]
         assert names.videos == [row[2] or row[0] for row in rows[first : first + count]]
