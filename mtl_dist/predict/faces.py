@@ -26,6 +26,7 @@ from mtl_dist.predicting.inputs import ImageFiles, VideoFile, VideoFiles
 from mtl_dist.predicting.predictions import check_finite, predicted_columns
 
 EDGES = ("left", "top", "right", "bottom")
+RECENT = 64  # tables of rows
 FRAMES_A_CHUNK = 1024  # without a face, before their rows are put away
 
 Progress = Callable[[int], None]
@@ -139,6 +140,7 @@ class _Rows:
         self._waiting: list[_Row] = []
         self._num_faces = 0  # that wait
         self._tables: list[pa.Table] = []
+        self._recent: list[pa.Table] = []
         self.num_small = 0
 
     def add(self, row: int, image: str, found: FoundFrame) -> None:
@@ -160,9 +162,16 @@ class _Rows:
 
     def all(self) -> pa.Table:
         """Return all rows."""
-        if self._waiting or not self._tables:
+        if self._waiting or not (self._tables or self._recent):
             self._predict()
+        self._put_away()
         return pa.concat_tables(self._tables)
+
+    def _put_away(self) -> None:
+        """Make one table of many: a small one has ten times the bytes of its rows, and a film thousands of them."""
+        if self._recent:
+            self._tables.append(pa.concat_tables(self._recent).combine_chunks())
+        self._recent = []
 
     def _predict(self) -> None:
         waiting, self._waiting, self._num_faces = self._waiting, [], 0
@@ -180,7 +189,9 @@ class _Rows:
         check_finite(predictions, [row.image for row, *_ in faces], source=self._source)
         told |= predicted_columns(predictions)
         places = np.cumsum([row.face is not None for row in waiting]) - 1
-        self._tables.append(_beside(pa.table(columns), pa.table(told), places, [row.face is None for row in waiting]))
+        self._recent.append(_beside(pa.table(columns), pa.table(told), places, [row.face is None for row in waiting]))
+        if len(self._recent) == RECENT:
+            self._put_away()
 
 
 def _with_persons(table: pa.Table, persons: dict[int, int]) -> tuple[pa.Table, int]:
