@@ -49,7 +49,8 @@ class LibFaceDetection:
         """Find the faces of a (h, w, 3) uint8 RGB picture, the most confident first."""
         check_picture(picture)
         small, back = fit(picture, self._max_side)
-        candidates = scaled((face for face in self.search(small) if face.confidence >= MAYBE), back)
+        least = min(MAYBE, self._min_confidence)
+        candidates = scaled((face for face in self.search(small) if face.confidence >= least), back)
         return look_again(self.search, picture, candidates, self._min_confidence)
 
     def search(self, pixels: np.ndarray) -> list[Face]:
