@@ -92,7 +92,7 @@ def report(speeds: dict[str, list[float]], out: Path | None) -> None:
 def write_results(out: Path, results: dict) -> None:
     """Write results as JSON with date, command and machine; where they and the data lie is nobody's business."""
     arguments, name = sys.argv[1:], Path(sys.argv[0]).stem
-    for flag in {"--out", "--dir"} & set(arguments):
+    for flag in {"--out", "--dir", "--look"} & set(arguments):
         place = arguments.index(flag)
         del arguments[place : place + 2]
     if "--photographs" in arguments:
