@@ -27,6 +27,7 @@ from mtl_dist.faces.align import sharpness, yaw
 from mtl_dist.faces.detector import open_detector
 from mtl_dist.faces.face import Detector
 from mtl_dist.faces.finding import FoundFace, FoundFrame, find_in_photograph, find_in_video
+from mtl_dist.faces.libfacedetection import MIN_CONFIDENCE
 from mtl_dist.faces.tracking import Tracker
 from mtl_dist.faces.views import cut_view, longer_side
 from mtl_dist.prepare import rows
@@ -58,7 +59,7 @@ def make_part(task: Task, progress: Progress) -> dict[str, Any]:
     place = dest / UNFINISHED / f"{socket.gethostname()}-{os.getpid()}"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
-    detector = _open(task.command.detector, task.command.max_side)
+    detector = _open(task.command)
     try:
         with storage.scratch_directory("prepare") as scratch:
             about = _Cutter(task, place, detector, progress).cut(scratch)
@@ -82,8 +83,11 @@ def _check_dest(dest: Path, plan: str) -> None:
 
 
 @lru_cache(maxsize=1)
-def _open(which: str, max_side: int) -> Detector:
-    return open_detector(which, max_side=max_side)
+def _open(command: PrepareCommand) -> Detector:
+    """Open the detector; what it is less sure of than usual is found where that is asked for, and else not."""
+    least = command.min_confidence
+    floor = None if least is None or least >= MIN_CONFIDENCE else least
+    return open_detector(command.detector, min_confidence=floor, max_side=command.max_side)
 
 
 class _Cutter:
