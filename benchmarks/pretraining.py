@@ -6,15 +6,16 @@
 
 probe        scores of linear models over the frozen encoder's mean tokens, fitted on a tenth of the labelled videos:
              with the pre-trained encoder, a random one, and one pre-trained on pictures whose pixels are shuffled
-tenth, all   preset small with that ViT, trained on that tenth, and on all videos: begun with the pre-trained encoder,
-             and with random weights, as many steps
+tenth, all   preset small with that ViT, trained on such a tenth, and on all videos: begun with the pre-trained
+             encoder, and with random weights, as many steps
 photographs  of a set in the s-Aff-Wild2 layout: trained on its expressions from random weights, from the encoder of
              rendered faces, from one pre-trained on the photographs' own pixels (of training people), and from one
              pre-trained on rendered faces and then on these
 
 Scores are of validation videos; trainings with labels are scored by the checkpoint with the highest P on them, of as
-many in every arm. Intervals are of differences between means over seeds, bootstrapped over these videos. The tenth is
-one draw, the same for all seeds. One run a core; interrupted, it continues.
+many in every arm. Intervals are of differences between means over seeds, bootstrapped over these videos. Every seed
+has a tenth of its own, the same for all arms. The control of shuffled pixels has one seed. One run a core; interrupted,
+it continues.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ SHARE_LABELLED = 0.1  # of the videos
 MASKED = ["--train.global-batch", 64, "--optim.lr", 1.5e-3]  # of the autoencoders, beside small-mae
 STEPS = {"tenth": 400, "all": 1200, "photos": 200}  # of training with labels
 PHOTO_MASKED_STEPS = 600
+NUM_CONTROLS = 1  # seeds that shuffled pixels are pre-trained with
 EVALUATIONS = 6  # of a training with labels
 PHOTO_STARTS = {"random": None, "rendered": "pictures", "own": "own", "rendered, own": "both"}
 Command = tuple[str, list[str]]
@@ -78,12 +80,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path("pretraining"))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=20, help="of pre-training")
+    parser.add_argument("--epochs", type=int, default=40, help="of pre-training")
     parser.add_argument("--photographs", type=Path, help="a set in the s-Aff-Wild2 layout, cropped_aligned")
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
     args = parser.parse_args()
     with timed(args.dir / "spent.json", of=[args.seeds, args.epochs]):
-        make_sets(args.dir)
+        make_sets(args.dir, args.seeds)
         pretrain(args)
         tune(args)
         found = {"masked": masked_losses(args), "probe": probes(args)} | tuned(args)
@@ -108,8 +110,8 @@ def main() -> None:
 # ------------------------------------------------------------------------------------------------------------- the data
 
 
-def make_sets(root: Path) -> None:
-    """Render faces; make the labelled sets, of a tenth of the videos and of all, and the sets without labels."""
+def make_sets(root: Path, seeds: int) -> None:
+    """Render faces; make the labelled sets, a tenth of the videos a seed and all, and the sets without labels."""
     logs, others = root / "logs", {seed: root / f"others-{seed}" for seed in UNLABELLED_SEEDS}
     renders = {root / "faces": (FACES_SEED, NUM_TRAIN, NUM_VAL)}
     renders |= {path: (seed, NUM_UNLABELLED, 24) for seed, path in others.items()}
@@ -119,8 +121,10 @@ def make_sets(root: Path) -> None:
     for seed, path in others.items():
         write_once(root / "pictures" / str(seed), partial(shutil.copytree, path / VIEW))
         write_once(root / "shuffled" / str(seed), partial(shuffle_pixels, path / VIEW))
-    make_part(root)
-    commands = [create(root / "faces", root / "all"), create(root / "part", root / "tenth")]
+    commands = [create(root / "faces", root / "all")]
+    for draw in range(seeds):
+        make_part(root, draw)
+        commands.append(create(root / f"part-{draw}", root / f"tenth-{draw}"))
     for name in ("pictures", "shuffled"):
         commands.append(create(root / name, root / f"{name}-set", "--unlabelled"))
     run_all("shards", commands, logs)
@@ -148,13 +152,13 @@ def shuffle_pixels(source: Path, dest: Path) -> None:
         Image.fromarray(pixels.reshape(-1, 3)[order].reshape(pixels.shape)).save(target)
 
 
-def make_part(root: Path) -> None:
-    """Lay out a tenth of the training videos, and all of validation."""
-    part = root / "part"
+def make_part(root: Path, draw: int) -> None:
+    """Lay out a tenth of the training videos, another one each draw, and all of validation."""
+    part = root / f"part-{draw}"
     shutil.rmtree(part, ignore_errors=True)
     header, *rows = (root / "faces" / FILES["train"]).read_text().splitlines()
     videos = sorted({row.split("/")[0] for row in rows})
-    chosen = set(np.random.default_rng(0).permutation(videos)[: round(SHARE_LABELLED * len(videos))])
+    chosen = set(np.random.default_rng(draw).permutation(videos)[: round(SHARE_LABELLED * len(videos))])
     part.mkdir()
     (part / VIEW).symlink_to((root / "faces" / VIEW).absolute())
     shutil.copy(root / "faces" / FILES["val"], part)
@@ -176,7 +180,7 @@ def train(root: Path, name: str, data: Path, preset: str, seed: int, *flags: obj
 
 
 def pretrain(args: argparse.Namespace) -> None:
-    """Train an autoencoder of each of the sets without labels for every seed."""
+    """Train an autoencoder of the pictures for every seed, and one of the shuffled ones."""
     commands = [
         train(
             args.dir,
@@ -189,7 +193,7 @@ def pretrain(args: argparse.Namespace) -> None:
             args.epochs,
         )
         for seed in range(args.seeds)
-        for name in ("pictures", "shuffled")
+        for name in (("pictures", "shuffled") if seed < NUM_CONTROLS else ("pictures",))
     ]
     run_all("masked pre-training", commands, args.dir / "logs")
 
@@ -207,11 +211,12 @@ def tune(args: argparse.Namespace) -> None:
 
 def with_labels(root: Path, data: str, start: str | None, seed: int, *flags: object) -> Command:
     """Return the command that trains preset small with the ViT; `start` names the autoencoders it begins with."""
-    epochs = epochs_of(root / data, STEPS[data], batch=16)
+    labelled = root / (f"{data}-{seed}" if data == "tenth" else data)
+    epochs = epochs_of(labelled, STEPS[data], batch=16)
     own = ["--model.backbone", VIT, "--train.epochs", epochs, "--train.eval-every", -(-epochs // EVALUATIONS)]
     if start:
         own += ["--run.start", root / "runs" / f"{start}-{seed}", "--run.start-with", "backbone"]
-    return train(root, f"{data}-{start or 'random'}-{seed}", root / data, "small", seed, *own, *flags)
+    return train(root, f"{data}-{start or 'random'}-{seed}", labelled, "small", seed, *own, *flags)
 
 
 def epochs_of(data: Path, steps: int, *, batch: int) -> int:
@@ -241,8 +246,10 @@ def probes(args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, list[Predicted]] = {name: [] for name in ("pictures", "shuffled", "random")}
     for seed in range(args.seeds):
         for name, scored in found.items():
+            if name == "shuffled" and seed >= NUM_CONTROLS:
+                continue
             encoder = random_encoder(seed) if name == "random" else pretrained(args.dir / "runs" / f"{name}-{seed}")
-            scored.append(probe(encoder, args.dir))
+            scored.append(probe(encoder, args.dir / f"tenth-{seed}"))
     return compare(found, [("pictures", "random"), ("shuffled", "random"), ("pictures", "shuffled")])
 
 
@@ -294,9 +301,9 @@ def extract(backbone: Backbone, uri: str) -> Features:
     return Features(np.concatenate(tokens), Targets(*map(np.concatenate, zip(*labels))), number_videos(videos))
 
 
-def probe(backbone: Backbone, root: Path) -> Predicted:
-    """Fit linear models on the training rows of the tenth, and predict the validation rows."""
-    train, val = (extract(backbone, str(root / "tenth" / VIEW / split)) for split in ("train", "val"))
+def probe(backbone: Backbone, data: Path) -> Predicted:
+    """Fit linear models on the training rows of a tenth, and predict the validation rows."""
+    train, val = (extract(backbone, str(data / VIEW / split)) for split in ("train", "val"))
     scaler = StandardScaler().fit(train.tokens)
     x, new, y = scaler.transform(train.tokens), scaler.transform(val.tokens), train.targets
     va = Ridge(alpha=10.0).fit(x[y.va_mask], y.va[y.va_mask]).predict(new).clip(-1, 1)
