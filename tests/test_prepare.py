@@ -169,7 +169,7 @@ def test_what_is_left_out_is_told_with_why(tmp_path):
     assert {row["why"] for row in rows_of(tmp_path / "large")} == {"too small", "no face"}
     assert images(tmp_path / "large") == [] if (tmp_path / "large/cropped").exists() else True
     run(tmp_path / "in", tmp_path / "sure", "--min-confidence", "1")
-    assert {row["why"] for row in rows_of(tmp_path / "sure")} == {"low confidence", "no face"}
+    assert {row["why"] for row in rows_of(tmp_path / "sure")} == {"no face"}
     run(tmp_path / "in", tmp_path / "alone", "--one-person", "--min-frames", "1", "--size", "40")
     assert {name.partition("/")[0] for name in images(tmp_path / "alone")} == {"one", "two"}
     assert [row["why"] for row in rows_of(tmp_path / "alone") if row["source"] == "two.avi"][:2].count(

@@ -45,7 +45,7 @@ class PrepareCommand:
     min_face: int = LEAST_FACE
     """Leave out faces whose box is smaller, in pixels of its longer side."""
     min_confidence: float | None = None
-    """Leave out faces that the detector is less sure of, 0 to 1. None: what it finds."""
+    """Faces that the detector is less sure of, 0 to 1, are none. None: as the detector has it."""
     min_sharpness: float = 0.0
     """Leave out faces that are more blurred: the column `sharpness` of frames.parquet, 5 or so is very blurred."""
     min_frames: int = MIN_FRAMES

@@ -27,7 +27,6 @@ from mtl_dist.faces.align import sharpness, yaw
 from mtl_dist.faces.detector import open_detector
 from mtl_dist.faces.face import Detector
 from mtl_dist.faces.finding import FoundFace, FoundFrame, find_in_photograph, find_in_video
-from mtl_dist.faces.libfacedetection import MIN_CONFIDENCE
 from mtl_dist.faces.tracking import Tracker
 from mtl_dist.faces.views import cut_view, longer_side
 from mtl_dist.prepare import rows
@@ -84,10 +83,7 @@ def _check_dest(dest: Path, plan: str) -> None:
 
 @lru_cache(maxsize=1)
 def _open(command: PrepareCommand) -> Detector:
-    """Open the detector; what it is less sure of than usual is found where that is asked for, and else not."""
-    least = command.min_confidence
-    floor = None if least is None or least >= MIN_CONFIDENCE else least
-    return open_detector(command.detector, min_confidence=floor, max_side=command.max_side)
+    return open_detector(command.detector, min_confidence=command.min_confidence, max_side=command.max_side)
 
 
 class _Cutter:
@@ -188,8 +184,6 @@ class _Cutter:
     def _why_left_out(self, one: FoundFace, row: dict[str, Any]) -> str | None:
         if longer_side(one) < self.command.min_face:
             return rows.TOO_SMALL
-        if one.face.confidence < (self.command.min_confidence or 0):
-            return rows.UNSURE
         return rows.BLURRED if row["sharpness"] < self.command.min_sharpness else None
 
     def _write(self, view: str, name: str, pixels: np.ndarray) -> None:

@@ -32,7 +32,7 @@ SCHEMA = pa.schema(
     ]
 )
 
-NO_FACE, TOO_SMALL, BLURRED, UNSURE = "no face", "too small", "too blurred", "low confidence"
+NO_FACE, TOO_SMALL, BLURRED = "no face", "too small", "too blurred"
 TOO_SHORT, NOT_LARGEST, BAD = "person too short", "not the largest", "cannot be read"
 
 
