@@ -66,7 +66,7 @@ OF_A_MACHINE = {"python", "make", "for", "done", "export", "source"}
 
 
 def test_every_program_that_the_readme_starts_comes_with_make_install():
-    blocks = re.findall(r"^```\n(.*?)^```", (REPO / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^```\w*\n(.*?)^```", (REPO / "README.md").read_text(), re.DOTALL | re.MULTILINE)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     started = {match[1] for line in lines if (match := re.match(r" *([a-z]+) [^ ]", line)) and " -" in line}
     assert PROGRAMS.keys() <= started
