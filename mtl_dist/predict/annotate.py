@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,26 +31,61 @@ def check_drawing(draw: str, frames: WholePictures) -> None:
     is_file = draw.lower().endswith(VIDEO_SUFFIXES)
     if is_file and not (isinstance(frames, VideoFile) and draw.lower().endswith(FILM)):
         raise InputError(f"--draw is {draw}; expected a directory, or for one video a name that ends with {FILM}")
+    _check_replaces_nothing(draw, frames)
     storage.check_writable(draw.rpartition("/")[0] or "." if is_file else draw, flag="--draw")
 
 
 def draw_all(draw: str, frames: WholePictures, table: pa.Table, progress: Progress) -> None:
     """Draw the faces of a table: pictures as JPEG, videos as MP4. `progress` is told of frames. Raises `InputError`."""
     rows = table["row"].to_numpy()
-    told = _by_frame(table, rows)
+    told, targets = _by_frame(table, rows), _targets(draw, frames)
     if isinstance(frames, ImageFiles):
+        sources = frames.uris()
         for row, faces in zip(dict.fromkeys(rows.tolist()), told):
-            picture = draw_faces(
-                read_picture(frames.uris()[row], exif=frames.exif, max_side=MAX_SCENE_SIDE).pixels, faces
-            )
+            picture = draw_faces(read_picture(sources[row], exif=frames.exif, max_side=MAX_SCENE_SIDE).pixels, faces)
             jpeg = simplejpeg.encode_jpeg(np.ascontiguousarray(picture), quality=JPEG_QUALITY, colorspace="RGB")
-            storage.write_bytes(storage.join(draw, _file_name(frames.listed[row])), jpeg)
+            storage.write_bytes(targets[row], jpeg)
             progress(1)
         return
-    for video in frames.videos if isinstance(frames, VideoFiles) else [frames]:
-        film = draw if draw.lower().endswith(FILM) else storage.join(draw, _below(video.title) + FILM)
+    for video, film in zip(_videos(frames), targets, strict=True):
         with storage.staged(film) as path:
             write_film(path, _drawn(video, told, progress))
+
+
+def _targets(draw: str, frames: WholePictures) -> list[str]:
+    """Return the file that each picture, or each video, is drawn to."""
+    if isinstance(frames, ImageFiles):
+        return [storage.join(draw, _file_name(listed)) for listed in frames.listed]
+    if draw.lower().endswith(FILM):
+        return [draw]
+    return [storage.join(draw, _below(video.title) + FILM) for video in _videos(frames)]
+
+
+def _videos(frames: VideoFile | VideoFiles) -> Sequence[VideoFile]:
+    return frames.videos if isinstance(frames, VideoFiles) else [frames]
+
+
+def _check_replaces_nothing(draw: str, frames: WholePictures) -> None:
+    """Raise where a drawing would take the place of what is drawn, or of another drawing."""
+    sources = frames.uris() if isinstance(frames, ImageFiles) else [video.uri for video in _videos(frames)]
+    originals = {_place(source) for source in sources}
+    drawn: dict[str, str] = {}
+    for source, target in zip(sources, _targets(draw, frames), strict=True):
+        place = _place(target)
+        if place in originals:
+            raise InputError(
+                f"--draw is {draw}, where {target}, a file of --input, would be replaced; give another name"
+            )
+        if _place(drawn.setdefault(place, source)) != _place(source):
+            raise InputError(
+                f"--draw is {draw}, where {drawn[place]} and {source} would both be drawn to {target}; rename one, or "
+                "draw them apart"
+            )
+
+
+def _place(uri: str) -> str:
+    """Return one text for a file, whatever links and `..` lead to it."""
+    return uri if storage.is_s3(uri) else os.path.realpath(storage.local_path(uri))
 
 
 def _drawn(video: VideoFile, told: Iterator[list[DrawnFace]], progress: Progress) -> Iterator[tuple[float, np.ndarray]]:

@@ -98,6 +98,7 @@ class VideoFile:
     every: int
     announced: int  # frames of the whole video, as its packets say
     title: str  # of the file the user named
+    uri: str  # of that file: from s3:// `path` is a copy
 
     @property
     def num_frames(self) -> int:
@@ -298,7 +299,7 @@ def _open_video(uri: str, every: int, scratch: Path, title: str | None = None) -
     except FileNotFoundError:
         raise InputError(f"video {uri} does not exist; correct its path") from None
     (title,) = _check_text([title or name.rpartition(".")[0]])
-    return VideoFile(path, every, count_frames(path), title)
+    return VideoFile(path, every, count_frames(path), title, uri)
 
 
 def _open_directory(uri: str, every: int, skip_bad: bool, exif: Exif, scratch: Path) -> ImageFiles | VideoFiles:
