@@ -10,6 +10,8 @@ from PIL import Image
 
 from mtl_dist.errors import InputError
 
+MOST_OVERLAP = 0.4  # of two boxes, else they are of one face: intersection by union
+
 
 class Face(NamedTuple):
     """A face that was found."""
@@ -46,6 +48,17 @@ def fit(picture: np.ndarray, max_side: int) -> tuple[np.ndarray, tuple[float, fl
     size = max(1, round(width * scale)), max(1, round(height * scale))
     small = Image.fromarray(picture).resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
     return np.asarray(small), (width / size[0], height / size[1])
+
+
+def overlapping(boxes: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """Whether each of some boxes (..., 4) is of the same face as one (4,)."""
+    inner = _areas(np.maximum(boxes[..., :2], box[:2]), np.minimum(boxes[..., 2:], box[2:]))
+    union = _areas(boxes[..., :2], boxes[..., 2:]) + _areas(box[:2], box[2:]) - inner
+    return inner > MOST_OVERLAP * union
+
+
+def _areas(first: np.ndarray, last: np.ndarray) -> np.ndarray:
+    return np.maximum(last - first, 0).prod(-1)
 
 
 def scaled(faces: Iterable[Face], by: tuple[float, float]) -> list[Face]:

@@ -15,11 +15,10 @@ import numpy as np
 
 from mtl_dist.faces.align import SIZE as TEMPLATE_SIZE
 from mtl_dist.faces.align import similarity, warp
-from mtl_dist.faces.face import Face
+from mtl_dist.faces.face import Face, overlapping
 
 SIDE = 96  # of the cut, in pixels
 FILLED = 0.75  # of it, by the square of the template
-MOST_OVERLAP = 0.4  # of two boxes, else they are of one face: intersection by union
 _OTHER_SIDE = [1, 0, 2, 4, 3]  # the points of a mirrored face
 
 
@@ -103,9 +102,4 @@ def _middle(box: np.ndarray) -> np.ndarray:
 
 
 def _is_new(face: Face, faces: list[Face]) -> bool:
-    return all(_overlap(face.box, other.box) <= MOST_OVERLAP for other in faces)
-
-
-def _overlap(one: np.ndarray, other: np.ndarray) -> float:
-    inner = np.maximum(np.minimum(one[2:], other[2:]) - np.maximum(one[:2], other[:2]), 0).prod()
-    return float(inner / max((one[2:] - one[:2]).prod() + (other[2:] - other[:2]).prod() - inner, 1e-9))
+    return not any(overlapping(face.box, other.box) for other in faces)

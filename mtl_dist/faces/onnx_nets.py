@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from mtl_dist.errors import InputError
-from mtl_dist.faces.face import Face, check_picture, fit, scaled
+from mtl_dist.faces.face import Face, check_picture, fit, overlapping, scaled
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 STRIDES = (8, 16, 32)
-MOST_OVERLAP = 0.4  # of two boxes, else they are of one face: intersection by union
 MOST_CANDIDATES = 5000  # before boxes that overlap are dropped
 _PROBE = 160, 96  # width and height that a network of any size is tried with
 _KINDS = "YuNet (12 outputs), SCRFD with points (9), RetinaFace (3)"
@@ -224,16 +223,12 @@ def _surest_of_each(rows: Rows) -> list[Face]:
     """Drop what is less sure than another that it overlaps with; the most confident first."""
     order = np.argsort(-rows.scores, kind="stable")[:MOST_CANDIDATES]
     boxes, faces = rows.boxes[order].astype(np.float64), []
-    areas = np.prod(np.maximum(boxes[:, 2:] - boxes[:, :2], 0), 1)
-    free = np.isfinite(boxes).all(1) & np.isfinite(rows.points[order]).all(1) & (areas > 0)
+    free = np.isfinite(boxes).all(1) & np.isfinite(rows.points[order]).all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
     while free.any():
         best = int(np.argmax(free))
         confidence = float(min(rows.scores[order[best]], 1.0))
         points = rows.points[order[best]].reshape(5, 2).astype(np.float32)
         faces.append(Face(boxes[best].astype(np.float32), points, confidence))
-        inner = np.maximum(
-            np.minimum(boxes[:, 2:], boxes[best, 2:]) - np.maximum(boxes[:, :2], boxes[best, :2]), 0
-        ).prod(1)
-        free &= inner <= MOST_OVERLAP * (areas + areas[best] - inner)
+        free &= ~overlapping(boxes, boxes[best])
         free[best] = False
     return faces
