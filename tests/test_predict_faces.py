@@ -124,6 +124,38 @@ def test_every_nth_frame_of_each_video_of_a_directory_is_searched(runs, party, t
             assert len(list(container.decode(video=0))) == 8
 
 
+def test_damaged_videos_of_a_directory_end_the_command_or_are_left_out_and_named(runs, party, tmp_path, capsys):
+    source, whole = tmp_path / "in", party.read_bytes()
+    source.mkdir()
+    for name in ("b", "d"):
+        (source / f"{name}.mp4").write_bytes(whole)
+    (source / "a.mp4").write_bytes(whole[: len(whole) // 2])  # is found when it is opened
+    begin, end = whole.index(b"mdat") + 4, whole.index(b"moov") - 4
+    middle = (begin + end) // 2
+    (source / "c.mp4").write_bytes(whole[:middle] + bytes(end - middle) + whole[end:])  # and this half through
+    args = ["--draw", tmp_path / "drawn", "--batch", "2"]
+    with pytest.raises(InputError, match=r"a\.mp4"):
+        run_faces(runs, source, tmp_path / "out.csv", *args, views=("cropped",))
+    table = run_faces(runs, source, tmp_path / "out.csv", *args, "--skip-bad-images", views=("cropped",))
+    left_out = capsys.readouterr().out.split("left out: ")[1:]
+    assert len(left_out) == 2
+    assert ("a.mp4" in left_out[0], "c.mp4" in left_out[1]) == (True, True)
+    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["b.mp4", "d.mp4"]
+
+    (source / "a.mp4").unlink()
+    (tmp_path / "out.csv").unlink()
+    with pytest.raises(InputError, match=r"c\.mp4"):
+        run_faces(runs, source, tmp_path / "out.csv", views=("cropped",))
+    assert not (tmp_path / "out.csv").exists()
+    (source / "c.mp4").unlink()
+    assert run_faces(runs, source, tmp_path / "out.csv", *args, views=("cropped",)).equals(table)
+
+    for name in ("b", "d"):
+        (source / f"{name}.mp4").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"^none of the 2 videos of .*in can be read; the first: .*b\.mp4"):
+        run_faces(runs, source, tmp_path / "out.csv", "--skip-bad-images", views=("cropped",))
+
+
 def test_photographs_have_rows_for_their_faces_and_one_where_none_is(runs, tmp_path, capsys):
     source = tmp_path / "in"
     (source / "sub").mkdir(parents=True)

@@ -17,7 +17,7 @@ the models' one view (mtl_dist.ensemble combines views of shard sets). Of a vide
 
 With --faces pictures and videos are whole: faces are found in them, followed through a video, and cut out for every
 view. --out has a row a face and frame, with the person, the box and the detector's confidence; a frame without a face
-has one row, without predictions.
+has one row, without predictions. A directory holds photographs or videos, not both.
 
 --out is written whole or not at all: .csv and .parquet have a row a frame (row, image, valence, arousal, expression,
 p_<class>, p_AU<number>, of a video the frame's seconds from where it starts, and labels where there are some), .txt is

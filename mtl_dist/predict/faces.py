@@ -6,6 +6,7 @@ Frames pass by and are not kept; what stays is their rows. Who is who in a video
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ import pyarrow.compute as pc
 
 from mtl_dist.data.decode import MAX_SCENE_SIDE
 from mtl_dist.data.frames import BadImage, Seen, read_in_order, read_picture
+from mtl_dist.errors import InputError
 from mtl_dist.faces.detector import open_detector
 from mtl_dist.faces.face import Detector
 from mtl_dist.faces.finding import AHEAD, FoundFace, FoundFrame, find_in_photograph, find_in_video, read_ahead
@@ -22,7 +24,7 @@ from mtl_dist.faces.views import LEAST_FACE
 from mtl_dist.predict.options import PredictCommand
 from mtl_dist.predicting.averaging import Cut, Mean, no_predictions
 from mtl_dist.predicting.faces import cut_face, large_enough, stack_cuts
-from mtl_dist.predicting.inputs import ImageFiles, VideoFile, VideoFiles
+from mtl_dist.predicting.inputs import ImageFiles, VideoFile, VideoFiles, no_video
 from mtl_dist.predicting.predictions import check_finite, predicted_columns
 
 EDGES = ("left", "top", "right", "bottom")
@@ -31,6 +33,10 @@ FRAMES_A_CHUNK = 1024  # without a face, before their rows are put away
 
 Progress = Callable[[int], None]
 WholePictures = ImageFiles | VideoFile | VideoFiles
+
+
+class BadVideo(InputError):
+    """A video cannot be read, or not to its end."""
 
 
 class FaceRows(NamedTuple):
@@ -56,8 +62,11 @@ class FaceRows(NamedTuple):
 
 def predict_faces(
     command: PredictCommand, frames: WholePictures, mean: Mean, *, seen: Seen, progress: Progress
-) -> FaceRows:
-    """Predict the faces of all frames. `progress` is told of them, `seen` of what was noticed. Raises `InputError`."""
+) -> tuple[FaceRows, WholePictures]:
+    """Predict the faces of all frames. `progress` is told of them, `seen` of what was noticed. Raises `InputError`.
+
+    Also returns the frames, without videos that turned out to be damaged.
+    """
     threads = max(1, command.workers)
     is_files = isinstance(frames, ImageFiles)  # a thread each; a video's frames are searched one after the other
     detector = open_detector(
@@ -70,28 +79,45 @@ def predict_faces(
             if found is not None:
                 rows.add(place, frames.listed[place], found)
             progress(1)
-        return FaceRows(rows.all(), rows.num_small, 0, None)
+        return FaceRows(rows.all(), rows.num_small, 0, None), frames
     videos = frames.videos if isinstance(frames, VideoFiles) else [frames]
-    parts = []
+    parts, whole, bad = [], [], []
     for video in videos:
         rows = _Rows(mean, command.batch, source, is_video=True)
-        parts.append(_predict_video(video, detector, rows, seen, progress))
+        try:
+            parts.append(_predict_video(video, detector, rows, seen, progress))
+            whole.append(video)
+        except BadVideo as error:
+            if not (isinstance(frames, VideoFiles) and frames.skip_bad):
+                raise
+            bad.append(str(error))
     if isinstance(frames, VideoFiles):
+        frames = replace(frames, videos=tuple(whole), bad=(*frames.bad, *bad))
+        if not whole:
+            raise no_video(command.input, frames.bad)
         parts = _numbered_on(parts)
     tables, *counts = zip(*parts)
-    return FaceRows(pa.concat_tables(tables), *map(sum, counts))
+    return FaceRows(pa.concat_tables(tables), *map(sum, counts)), frames
 
 
 def _predict_video(video: VideoFile, detector: Detector, rows: _Rows, seen: Seen, progress: Progress) -> FaceRows:
     tracker, num_frames = Tracker(), 0
     found_frames = find_in_video(video.path, detector, tracker, every=video.every, announced=video.announced, seen=seen)
-    for found in read_ahead(found_frames, AHEAD):
+    for found in _readable(read_ahead(found_frames, AHEAD)):
         rows.add(found.number, video.names(np.array([found.number]))[0], found)
         num_frames += 1
         progress(1)
     persons = tracker.persons(min_frames=min(MIN_FRAMES, num_frames))
     table, num_brief = _with_persons(rows.all(), persons)
     return FaceRows(table, rows.num_small, num_brief, len(set(persons.values())))
+
+
+def _readable(frames: Iterator[FoundFrame]) -> Iterator[FoundFrame]:
+    """Tell what is wrong with a video from what is wrong with the models that predict its frames."""
+    try:
+        yield from frames
+    except InputError as error:
+        raise BadVideo(str(error)) from error
 
 
 def _numbered_on(parts: Sequence[FaceRows]) -> list[FaceRows]:

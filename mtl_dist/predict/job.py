@@ -94,14 +94,14 @@ def _predict_faces(command: PredictCommand, models: Sequence[Weights]) -> None:
     with storage.scratch_directory("predict") as scratch:
         frames = open_frames(
             command.input, images=command.images, every=command.every_frames, skip_bad=command.skip_bad_images,
-            exif=command.exif, scratch=scratch)  # fmt: skip
+            skip_videos=command.skip_bad_images, exif=command.exif, scratch=scratch)  # fmt: skip
         if not isinstance(frames, WholePictures):
             raise InputError(f"--input is {command.input}, a shard set: its pictures are faces; leave out --faces")
         if command.draw:
             check_drawing(command.draw, frames)
         storage.check_writable(parent_uri(command.out))
         with progress_bar("predicting", frames.num_frames) as advance:
-            found = predict_faces(command, frames, mean, seen=seen, progress=advance)
+            found, frames = predict_faces(command, frames, mean, seen=seen, progress=advance)
         rows = np.unique(found.table["row"].to_numpy())
         skipped = _skipped(command, frames, rows) if command.skip_bad_images else []
         _write_table(command.out, found.table)
@@ -120,8 +120,10 @@ def _seconds(seen: Seen, rows: np.ndarray) -> np.ndarray:
     return np.array([seen.seconds[row] for row in rows.tolist()], np.float64)
 
 
-def _skipped(command: PredictCommand, frames: ImageFiles | Views, rows: np.ndarray) -> list[str]:
-    """Return a line for every image that was left out, with reasons for the first; raises where that is every one."""
+def _skipped(command: PredictCommand, frames: ImageFiles | Views | VideoFiles, rows: np.ndarray) -> list[str]:
+    """Return a line for every file that was left out, with reasons for the first; raises where that is every one."""
+    if isinstance(frames, VideoFiles):
+        return list(frames.bad)
     bad = frames.skipped(rows)
     if len(bad) == frames.num_frames:
         raise InputError(

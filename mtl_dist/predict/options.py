@@ -54,7 +54,7 @@ class PredictCommand:
     skip_bad_images: bool = False
     """Leave out image files that are not there or cannot be decoded, and name them; else the first ends the command.
     The challenge's file has a line for them too: the values of the last frame before in the video, else zeros and
-    Neutral."""
+    Neutral. With --faces videos of a directory that are damaged are left out too, each as a whole."""
     exif: Exif = "apply"
     """Turn image files as their EXIF says, as `shards create` does, or `ignore` it."""
     batch: int = 64

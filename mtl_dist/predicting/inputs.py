@@ -127,6 +127,8 @@ class VideoFiles:
 
     videos: tuple[VideoFile, ...]
     left_out: tuple[str, ...] = ()
+    skip_bad: bool = False  # whether a damaged video may be left out
+    bad: tuple[str, ...] = ()  # what is wrong with each that was
 
     @property
     def num_frames(self) -> int:
@@ -177,6 +179,7 @@ def open_frames(
     images: str | None = None,
     every: int = 1,
     skip_bad: bool = False,
+    skip_videos: bool = False,
     exif: Exif = "apply",
     scratch: Path,
     cache_dir: Path | None = None,
@@ -188,6 +191,7 @@ def open_frames(
         images: where the paths of a list start; None: beside the list.
         every: take every so many frames of a video.
         skip_bad: leave out image files that are not there or cannot be decoded.
+        skip_videos: leave out videos of a directory that are damaged, too.
         exif: turn image files as their EXIF says, or take them as stored.
         scratch: where videos from s3:// are downloaded to.
     """
@@ -214,7 +218,7 @@ def open_frames(
         _refuse_skipping(uri, skip_bad, "a shard set, whose images were looked at when it was made")
         _refuse_exif(uri, exif, "a shard set, whose images were turned or not when it was made")
         return ShardSet(index_dir(uri), index.rows, index.view, cache_dir)
-    return _open_directory(uri, every, skip_bad, exif, scratch)
+    return _open_directory(uri, every, skip_bad, skip_videos, exif, scratch)
 
 
 _VIDEO = "a video: what is damaged in one cannot be told frame by frame"
@@ -302,7 +306,9 @@ def _open_video(uri: str, every: int, scratch: Path, title: str | None = None) -
     return VideoFile(path, every, count_frames(path), title, uri)
 
 
-def _open_directory(uri: str, every: int, skip_bad: bool, exif: Exif, scratch: Path) -> ImageFiles | VideoFiles:
+def _open_directory(
+    uri: str, every: int, skip_bad: bool, skip_videos: bool, exif: Exif, scratch: Path
+) -> ImageFiles | VideoFiles:
     if not storage.is_s3(uri) and storage.exists(uri):
         raise InputError(
             f"{uri} is no image, video or list by its name; expected {', '.join((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))}, "
@@ -329,14 +335,16 @@ def _open_directory(uri: str, every: int, skip_bad: bool, exif: Exif, scratch: P
     if images:
         _refuse_every(uri, every)
         return ImageFiles(uri, _check_text(images), skip_bad, exif, others)
-    _refuse_skipping(uri, skip_bad, f"a directory with {_VIDEO}")
+    _refuse_skipping(uri, skip_bad and not skip_videos, f"a directory with {_VIDEO}")
     _refuse_exif(uri, exif, "a directory with videos, whose frames are as a player shows them")
-    return _open_videos(uri, _check_text(videos), every, scratch, others)
+    return _open_videos(uri, _check_text(videos), every, skip_videos, scratch, others)
 
 
-def _open_videos(uri: str, names: tuple[str, ...], every: int, scratch: Path, left_out: tuple[str, ...]) -> VideoFiles:
+def _open_videos(
+    uri: str, names: tuple[str, ...], every: int, skip_bad: bool, scratch: Path, left_out: tuple[str, ...]
+) -> VideoFiles:
     stems = Counter(name.rpartition(".")[0] for name in names)
-    videos = []
+    videos, bad = [], []
     with progress_bar("looking at videos", len(names)) as advance:
         for number, name in enumerate(names):
             stem = name.rpartition(".")[0]
@@ -344,9 +352,21 @@ def _open_videos(uri: str, names: tuple[str, ...], every: int, scratch: Path, le
             if storage.is_s3(uri):
                 own.mkdir()
             title = stem if stems[stem] == 1 else name
-            videos.append(_open_video(_image_uri(uri, name), every, own, title))
+            try:
+                videos.append(_open_video(_image_uri(uri, name), every, own, title))
+            except InputError as error:
+                if not skip_bad:
+                    raise
+                bad.append(str(error))
             advance(1)
-    return VideoFiles(tuple(videos), left_out)
+    if not videos:
+        raise no_video(uri, bad)
+    return VideoFiles(tuple(videos), left_out, skip_bad, tuple(bad))
+
+
+def no_video(uri: str, bad: Sequence[str]) -> InputError:
+    """Return what to raise where every video of a directory is damaged."""
+    return InputError(f"none of the {len(bad)} videos of {uri} can be read; the first: {bad[0]}")
 
 
 def _check_text(names: Sequence[str]) -> tuple[str, ...]:
