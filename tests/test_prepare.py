@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 from pyarrow import parquet
@@ -22,6 +24,7 @@ from mtl_dist.data.frames import read_image
 from mtl_dist.errors import InputError
 from mtl_dist.prepare.__main__ import main
 from mtl_dist.shards.__main__ import create
+from mtl_dist.shards.__main__ import main as shards
 from mtl_dist.shards.columns import TableOptions
 from tests.clips import Place, background, draw_frames, going, paste, person, write_clip
 from tests.conftest import REPO
@@ -106,7 +109,7 @@ def test_a_video_of_two_people_becomes_two_directories_of_both_views(tmp_path, c
     assert (tmp_path / "out/faces.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "out/unfinished").exists()
     said = capsys.readouterr().out
-    assert "6 faces of 2 persons in 1 video(s)" in said
+    assert "6 faces of 2 persons in 1 video\n" in said
     assert "1 of 7 rows of frames.parquet have no picture: no face" in said
 
 
@@ -240,7 +243,7 @@ def test_videos_and_photographs_of_a_bucket_give_what_those_of_a_disk_do(made, s
         storage.upload(path, f"s3://mtl/raw/in/{path.relative_to(source).as_posix()}")
     run("s3://mtl/raw/in", tmp_path / "out")
     ours, theirs = (
-        {name: data for name, data in tree(root).items() if not name.startswith("parts/")}
+        {name: data for name, data in tree(root).items() if not name.startswith(("parts/", "prepare.json"))}
         for root in (tmp_path / "out", out)
     )
     assert ours == theirs
@@ -252,6 +255,10 @@ def test_videos_and_photographs_of_a_bucket_give_what_those_of_a_disk_do(made, s
 def test_a_source_that_has_changed_is_searched_anew_and_one_that_is_gone_is_refused(made, tmp_path, capsys):
     source, out = made
     again, own = shutil.copytree(out, tmp_path / "out"), shutil.copytree(source, tmp_path / "in")
+    of_moved = (again / "prepare.json").read_text().replace(str(source), str(own))
+    (again / "prepare.json").write_text(of_moved)
+    run(own, again)
+    assert "nothing was left to find" in capsys.readouterr().out
     clip(own / "party.mp4", *[ALONE] * 3)
     run(own, again)
     assert "party.mp4 is not what it was" in capsys.readouterr().out
@@ -288,7 +295,7 @@ def test_names_that_would_meet_are_refused(tmp_path):
         run(tmp_path / "in", tmp_path / "out")
     (tmp_path / "in/a_2.mp4").unlink()
     photo(tmp_path / "in/a/1.jpg", ALONE)
-    with pytest.raises(InputError, match=r"would both lie in a,.*rename"):
+    with pytest.raises(InputError, match=r"would both lie in a; rename"):
         run(tmp_path / "in", tmp_path / "out")
     shutil.rmtree(tmp_path / "in/a")
     clip(tmp_path / "in/a.avi", ALONE, ALONE)
@@ -296,7 +303,103 @@ def test_names_that_would_meet_are_refused(tmp_path):
     assert images(tmp_path / "out") == ["a.avi/00001.jpg", "a.avi/00002.jpg", "a.mp4/00001.jpg"]
 
 
+def test_names_that_do_not_meet_are_taken(tmp_path):
+    for name in ("clip", "clip_1", "clip_007"):
+        clip(tmp_path / f"in/{name}.mp4", ALONE)
+    run(tmp_path / "in", tmp_path / "out")
+    before = images(tmp_path / "out")
+    assert before == ["clip/00001.jpg", "clip_007/00001.jpg", "clip_1/00001.jpg"]
+    clip(tmp_path / "in/clip.mp4", scene((3, 80, 64, 90)))
+    run(tmp_path / "in", tmp_path / "out")
+    assert images(tmp_path / "out") == before
+    clip(tmp_path / "in/clip_2.mp4", ALONE)
+    with pytest.raises(InputError, match="would both lie in clip_2"):
+        run(tmp_path / "in", tmp_path / "other")
+    run(tmp_path / "in", tmp_path / "one", "--one-person")
+    clip(tmp_path / "in/clip.mp4", ALONE)
+    run(tmp_path / "in", tmp_path / "one", "--one-person")
+    assert images(tmp_path / "one") == sorted([*before, "clip_2/00001.jpg"])
+
+
+def test_photographs_that_would_meet_are_refused(tmp_path):
+    photo(tmp_path / "photos/a.jpg", ALONE)
+    photo(tmp_path / "photos/photos/b.jpg", ALONE)
+    with pytest.raises(InputError, match=r"faces of a\.jpg and photos/b\.jpg would both lie in photos; rename"):
+        run(tmp_path / "photos", tmp_path / "out")
+    for name in ("a.jpg", "a.png", "a.jpg.png"):
+        photo(tmp_path / "in" / name, ALONE)
+    with pytest.raises(InputError, match=r"faces of a\.jpg and a\.jpg\.png would both lie in in/a\.jpg\.jpg; rename"):
+        run(tmp_path / "in", tmp_path / "out")
+    clip(tmp_path / "both/x.photographs-00000.mp4", ALONE)
+    photo(tmp_path / "both/x/a.jpg", ALONE)
+    with pytest.raises(InputError, match="would both lie in x.photographs-00000.parquet of DEST; rename"):
+        run(tmp_path / "both", tmp_path / "out")
+
+
+def test_every_photograph_keeps_its_faces_when_its_directory_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr("mtl_dist.prepare.sources.PART_PHOTOS", 2)
+
+    def check(*names: str) -> None:
+        run(tmp_path / "in", tmp_path / "out")
+        for view in VIEWS:
+            assert images(tmp_path / "out", view) == [f"in/{name}.jpg" for name in names]
+        assert [row["image"] for row in faces_of(tmp_path / "out")] == [f"in/{name}.jpg" for name in names]
+
+    for name in "abcde":
+        photo(tmp_path / f"in/{name}.png", ALONE)
+    check(*"abcde")
+    (tmp_path / "in/a.png").unlink()
+    check(*"bcde")
+    (tmp_path / "in/b.png").unlink()
+    check(*"cde")
+    photo(tmp_path / "in/b.png", ALONE)
+    check(*"bcde")
+
+
+def test_a_picture_that_is_gone_is_made_again(made, tmp_path, capsys):
+    source, out = made
+    again = shutil.copytree(out, tmp_path / "out")
+    (again / "cropped/alone/00002.jpg").unlink()
+    (again / "cropped_aligned/photos/1.jpg").unlink()
+    run(source, again)
+    assert tree(again) == tree(out)
+    assert "pictures of alone.mkv are gone: its faces are cut out anew" in capsys.readouterr().out
+
+
+def test_a_photograph_that_has_changed_is_seen_at_the_same_size(tmp_path):
+    photo(tmp_path / "in/a.bmp", ALONE)
+    photo(tmp_path / "in/b.bmp", ALONE)
+    run(tmp_path / "in", tmp_path / "out")
+    photo(tmp_path / "in/b.bmp", NOBODY)
+    run(tmp_path / "in", tmp_path / "out")
+    assert images(tmp_path / "out") == ["in/a.jpg"]
+
+
+def test_faces_of_another_source_are_refused(tmp_path):
+    for name in ("day1/a", "day1/b", "day2/a"):
+        photo(tmp_path / f"{name}.jpg", ALONE)
+    run(tmp_path / "day1/a.jpg", tmp_path / "one")
+    run(tmp_path / "day1", tmp_path / "out")
+    before = tree(tmp_path / "out")
+    for source, dest in (("day1/b.jpg", "one"), ("day2", "out")):
+        with pytest.raises(InputError, match=rf"holds faces of .*day1.*, and this command is of .*{source}; choose anot"):
+            run(tmp_path / source, tmp_path / dest)
+    run(f"{tmp_path}/day1/", tmp_path / "out")
+    assert tree(tmp_path / "out") == before
+
+
 # ----------------------------------------------------------------------------------------------------- what is damaged
+
+
+def _end(task) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.whole
+def test_a_process_that_is_killed_ends_in_one_message(made, tmp_path, monkeypatch):
+    monkeypatch.setattr("mtl_dist.prepare.job._make_told", _end)
+    with pytest.raises(InputError, match="processes was killed, .*--jobs 1 needs less.*the same command continues"):
+        main([str(made[0]), str(tmp_path / "out"), "--jobs", "2"])
 
 
 def test_a_damaged_video_or_photograph_ends_the_command_or_is_left_out_and_named(tmp_path, capsys):
@@ -379,6 +482,87 @@ def test_labels_that_do_not_say_whose_they_are_label_nobody_of_several(tmp_path,
     run(tmp_path / "photos", tmp_path / "one", "--annotations", str(tmp_path / "labels.csv"), "--one-person")
     assert {row["image"]: row["expression"] for row in faces_of(tmp_path / "one")} == {
         "photos/a.jpg": "Happiness", "photos/b.jpg": "Sadness"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "photos/a.jpg", "photos/a.png"])
+def test_a_photograph_of_several_labels_nobody_whatever_its_name_is(tmp_path, capsys, name):
+    photo(tmp_path / "photos" / name, TWO)
+    table = tmp_path / "labels.csv"
+    names = {name, name.rpartition(".")[0], "photos/a.jpg"}
+    for number, own in enumerate(sorted(names)):
+        table.write_text(f"image,valence\n{own},0.5\n")
+        run(tmp_path / "photos", tmp_path / f"out{number}", "--annotations", str(table))
+        assert [row["valence"] for row in faces_of(tmp_path / f"out{number}")] == ["", ""]
+        assert "faces have no label, since there are several persons" in capsys.readouterr().out
+    table.write_text("image,valence,person\nphotos/a.jpg,0.5,1\nphotos_2/a.jpg,-0.5,\n")
+    run(tmp_path / "photos", tmp_path / "out0", "--annotations", str(table))
+    assert [row["valence"] for row in faces_of(tmp_path / "out0")] == ["0.5", "-0.5"]
+
+
+def test_labels_that_cannot_be_read_are_refused(tmp_path):
+    clip(tmp_path / "in/one.mp4", ALONE)
+    parquet.write_table(pa.table({"video": ["one"], "frame": [1], "valence": [[0.5, 0.1]]}), tmp_path / "labels.parquet")
+    with pytest.raises(InputError, match=r"column 'valence' is of list<.*double.*>; expected text or numbers"):
+        run(tmp_path / "in", tmp_path / "out", "--annotations", str(tmp_path / "labels.parquet"))
+    with pytest.raises(InputError, match=r"is s3://bucket/labels\.csv; the table is read from a disk: download it"):
+        run(tmp_path / "in", tmp_path / "out", "--annotations", "s3://bucket/labels.csv")
+
+
+def create_as_said(said: str) -> None:
+    for line in said.split("next:\n")[1].splitlines()[:2]:
+        shards([*shlex.split(line)[3:], "--jobs", "1"])
+        shutil.rmtree(shlex.split(line)[5])
+
+
+@pytest.mark.parametrize("labels", ["image,valence,arousal", "image,valence,arousal,split", None])
+@pytest.mark.parametrize("kind", ["video", "photograph", "photographs", "directories"])
+def test_the_next_command_works(tmp_path, capsys, kind, labels):
+    if kind == "video":
+        clip(tmp_path / "in/one.mp4", *[ALONE] * 3)
+        one, other = "one/00001.jpg", "one/00002.jpg"
+    else:
+        one, other = {"photograph": ("in/a.jpg", "in_2/a.jpg"), "photographs": ("a.png", "b.png"),
+                      "directories": ("a.png", "more/b.png")}[kind]  # fmt: skip
+        for name in {"photograph": ["a.png"]}.get(kind, [one, other]):
+            photo(tmp_path / "in" / name, TWO if kind == "photograph" else ALONE)
+    options = []
+    if labels:
+        (tmp_path / "labels.csv").write_text(
+            f"{labels},person\n{one},0,1,train,1\n{other},0,1,val,\n" if "split" in labels else
+            f"{labels},person\n{one},0,1,1\n{other},0,1,\n")  # fmt: skip
+        options = ["--annotations", str(tmp_path / "labels.csv")]
+    run(tmp_path / "in", tmp_path / "out", *options)
+    said = capsys.readouterr().out
+    if labels and "split" in labels and kind in ("video", "photograph"):
+        with pytest.raises(InputError, match="1 (persons|videos) are in train and in val"):
+            create_as_said(said)
+        return
+    create_as_said(said)
+    parted = bool(labels) and "split" not in labels and kind in ("video", "photograph")
+    assert ("learnt by heart" in said) == parted
+
+
+def test_faces_of_one_photograph_are_on_one_side(tmp_path):
+    for number in range(3):
+        photo(tmp_path / f"in/{number}/a.png", TWO)
+    run(tmp_path / "in", tmp_path / "out")
+    assert {(row["image"], row["video"], row["person"]) for row in faces_of(tmp_path / "out")} == {
+        (f"{number}{who}/a.jpg", "", f"{number}/a.png") for number in range(3) for who in ("", "_2")}  # fmt: skip
+
+
+def test_what_there_is_is_counted_and_what_is_passed_over_named(tmp_path, capsys):
+    photo(tmp_path / "in/a.png", TWO)
+    photo(tmp_path / "in/b.png", ALONE)
+    (tmp_path / "in/notes.txt").write_text("")
+    (tmp_path / "in/c.heic").write_text("")
+    (tmp_path / "in/d.heic").write_text("")
+    run(tmp_path / "in", tmp_path / "out")
+    said = capsys.readouterr().out
+    assert f"{tmp_path}/out: 3 faces in 2 photographs\n" in said
+    assert f"of {tmp_path}/in other files were left out: 2 .heic, 1 .txt" in said
+    clip(tmp_path / "in/one.mp4", *[ALONE] * 3)
+    run(tmp_path / "in", tmp_path / "out")
+    assert ": 3 faces of 1 person in 1 video, and 3 faces in 2 photographs\n" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------- odd inputs

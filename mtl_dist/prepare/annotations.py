@@ -55,14 +55,17 @@ class Annotations:
     def find(self, wanted: Wanted, within_s: float | None) -> Sequence[str]:
         """Return the labels of a face, '' where there is none. By seconds: of the row nearest, at most so far away."""
         names = (wanted.image if self.how == "image" else wanted.video, wanted.source, _stem(wanted.source))
-        by_person = next((self._rows[name] for name in names if name in self._rows), None)
+        name = next((name for name in names if name in self._rows), None)
         nothing = [""] * len(self.labels)
-        if by_person is None:
+        if name is None:
             return nothing
+        by_person = self._rows[name]
         row = self._find(by_person.get(str(wanted.person), []), wanted, within_s)
         if row is None:
             row = self._find(by_person.get(None, []), wanted, within_s)
-            if row is not None and not wanted.is_alone and wanted.image not in self._rows:
+            # The picture of a photograph's first person has the name that the photograph may have.
+            is_picture = name == wanted.image and (wanted.frame is not None or wanted.person > 1)
+            if row is not None and not wanted.is_alone and not is_picture:
                 self.num_of_nobody += 1
                 return nothing
         if row is None:
@@ -183,7 +186,12 @@ def _read(path: Path) -> dict[str, list[str | None]]:
         plain = name.strip().lower() if name.strip().lower() in PLACES else name.strip()
         if plain in columns:
             raise InputError(f"--annotations {path} has several columns '{plain}'; expected each name once")
-        text = pc.utf8_trim_whitespace(pc.cast(column, TEXT))
+        try:
+            text = pc.utf8_trim_whitespace(pc.cast(column, TEXT))
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+            raise InputError(
+                f"--annotations {path}: column '{name}' is of {column.type}; expected text or numbers"
+            ) from None
         columns[plain] = [value or None for value in text.to_pylist()]
     return columns
 

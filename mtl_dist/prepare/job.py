@@ -5,11 +5,16 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
+import re
 import shlex
 import shutil
+import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +28,20 @@ from mtl_dist.machine import num_cpus
 from mtl_dist.predicting.cluster import TaskFailed, map_over_cluster
 from mtl_dist.prepare.annotations import Annotations
 from mtl_dist.prepare.options import PrepareCommand
-from mtl_dist.prepare.part import PARTS, PLAN, UNFINISHED, Task, make_part
+from mtl_dist.prepare.part import PARTS, PLAN, UNFINISHED, Task, has_pictures, how_of, make_part, remove_pictures
 from mtl_dist.prepare.rows import read_about
-from mtl_dist.prepare.sheet import Sheet
-from mtl_dist.prepare.sources import Part, find_parts
+from mtl_dist.prepare.sheet import Sheet, counted
+from mtl_dist.prepare.sources import Part, directory_part, find_parts
 from mtl_dist.prepare.tables import FACES, FRAMES, write_tables
 from mtl_dist.processes import as_done, process_pool, telling
 from mtl_dist.progress import progress_bar
 from mtl_dist.tasks import VIEWS
 from mtl_dist.threads import DaemonThreads
 
-FORMAT = 1  # of what is written: another one is another plan
+FORMAT = 2  # of what is written: another one is another plan
 LOCK, SHEET = ".being-prepared", "faces.png"
 COUNTING_THREADS = 8
+LISTED_DIRECTORIES = 64  # whose names are in memory
 MAX_LISTED = 20
 
 About = dict[str, Any]
@@ -44,7 +50,7 @@ About = dict[str, Any]
 def prepare(command: PrepareCommand) -> None:
     """Write faces, frames.parquet, faces.csv and a contact sheet to DEST. Raises `InputError`."""
     dest = Path(storage.absolute(command.dest))
-    parts = find_parts(command.source)
+    parts, passed_over = find_parts(command.source, one_person=command.one_person)
     detector = open_detector(command.detector, max_side=command.max_side)
     annotations = Annotations(storage.local_path(command.annotations)) if command.annotations else None
     others = (
@@ -56,7 +62,10 @@ def prepare(command: PrepareCommand) -> None:
     begun = time.monotonic()
     with _alone(dest):
         _begin(dest, plan)
-        done = _find_done(dest, parts, plan, command)
+        done, gone = _find_done(dest, parts, plan, command)
+        # All of them before any is made: the picture of one may be another's now.
+        for name, part in [*gone.items(), *((part.name, part) for part in parts if part.name not in done)]:
+            remove_pictures(dest, name, part, one_person=command.one_person)
         made = dict(done)
         todo = {part.name: Task(part, command, str(dest), plan) for part in parts if part.name not in done}
         for name, about in _make(todo, command):
@@ -68,14 +77,17 @@ def prepare(command: PrepareCommand) -> None:
         )
         storage.write_bytes(str(dest / SHEET), sheet.draw(dest, Path(command.source).name))
         shutil.rmtree(dest / UNFINISHED, ignore_errors=True)
+    if passed_over:
+        print(f"note: of {command.source} other files were left out: {', '.join(passed_over)}")
     _say(command, dest, parts, abouts, sheet, num_made=len(todo), seconds=time.monotonic() - begun)
     if annotations:
         _say_labels(annotations, others, num_labelled, sheet.num_faces)
-    _say_next(command, dest, sheet)
+    _say_next(command, dest, sheet, has_split=annotations is not None and "split" in annotations.labels)
 
 
 def _plan(command: PrepareCommand, detector: str) -> str:
-    about = {"format": FORMAT, "detector": detector, **command.kept()}
+    source = storage.absolute(command.source).rstrip("/")
+    about = {"format": FORMAT, "source": source, "detector": detector, **command.kept()}
     if Path(command.detector).is_file():
         about["detector_sha256"] = storage.sha256_of(Path(command.detector))
     return json.dumps(about, indent=1) + "\n"
@@ -108,6 +120,11 @@ def _begin(dest: Path, plan: str) -> None:
             found = {}
         wanted = json.loads(plan)
         other = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
+        if other == ["source"]:
+            raise InputError(
+                f"{dest} holds faces of {found['source']}, and this command is of {wanted['source']}; choose another "
+                f"DEST; or, if these are the same files at another place now, write it as source in {path}"
+            )
         if other:
             has, gets = (", ".join(f"{key} {about.get(key)}" for key in other) for about in (found, wanted))
             raise InputError(
@@ -121,23 +138,45 @@ def _begin(dest: Path, plan: str) -> None:
     shutil.rmtree(dest / UNFINISHED, ignore_errors=True)  # of a command that was killed
 
 
-def _find_done(dest: Path, parts: list[Part], plan: str, command: PrepareCommand) -> dict[str, About]:
-    """Return what is said of the parts that are finished. Raises `InputError` for one of a source that is not there."""
+def _find_done(
+    dest: Path, parts: list[Part], plan: str, command: PrepareCommand
+) -> tuple[dict[str, About], dict[str, None]]:
+    """Return what is said of the parts that are finished, and which there were when a directory had more photographs.
+
+    Raises `InputError` for one of a source that is not there.
+    """
     known = {part.name: part for part in parts}
+    directories = {part.video for part in parts if not part.is_video}
+    list_names = lru_cache(maxsize=LISTED_DIRECTORIES)(_list_names)
     done: dict[str, About] = {}
+    gone: dict[str, None] = {}
     for name, _ in storage.list_objects(str(dest / PARTS)):
+        if name not in known and directory_part(name) in directories:
+            gone[name] = None
+            continue
         if name not in known:
-            video = name.removesuffix(".parquet")
+            video = directory_part(name) or name.removesuffix(".parquet")
             raise InputError(
                 f"{dest} holds faces of {video}, and {command.source} no such video or photographs; choose another "
                 f"DEST, or delete {dest}"
             )
         about = read_about(dest / PARTS / name)
-        if about is None or about["plan"] != plan or about["identity"] != known[name].identity:
+        if about is None or about.get("how") != how_of(plan) or about["identity"] != known[name].identity:
             print(f"note: {known[name].sources[0]} is not what it was: its faces are cut out anew", flush=True)
-        elif not about["bad"] or command.skip_bad_images:
+        elif about["bad"] and not command.skip_bad_images:
+            continue
+        elif not has_pictures(dest, name, list_names):
+            print(f"note: pictures of {known[name].sources[0]} are gone: its faces are cut out anew", flush=True)
+        else:
             done[name] = about
-    return done
+    return done, gone
+
+
+def _list_names(directory: Path) -> frozenset[str]:
+    try:
+        return frozenset(os.listdir(directory))
+    except OSError:
+        return frozenset()
 
 
 # ------------------------------------------------------------------------------------------------------------ the work
@@ -155,7 +194,13 @@ def _make(todo: dict[str, Task], command: PrepareCommand) -> Iterator[tuple[str,
             yield from ((name, make_part(task, advance)) for name, task in todo.items())
             return
         with telling(advance) as told, process_pool(jobs, begin=_begin_process, args=(told,)) as pool:
-            yield from as_done(pool, _make_told, todo)
+            try:
+                yield from as_done(pool, _make_told, todo)
+            except BrokenProcessPool:
+                raise InputError(
+                    f"one of {jobs} processes was killed, perhaps since there was no memory left: --jobs {jobs // 2} "
+                    "needs less; what is finished stays, and the same command continues"
+                ) from None
 
 
 _told: Any = None  # in a process of the pool: the queue that it tells of frames
@@ -164,6 +209,7 @@ _told: Any = None  # in a process of the pool: the queue that it tells of frames
 def _begin_process(told: Any) -> None:
     global _told
     _told = told
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # after Ctrl-C the one that started it speaks
 
 
 def _make_told(task: Task) -> About:
@@ -239,8 +285,13 @@ def _say(
     count = sum(about["rows"] for about in abouts)
     videos = sum(part.is_video for part in parts)
     photos = sum(len(part.sources) for part in parts if not part.is_video)
-    what = " and ".join(f"{n:,} {name}" for n, name in ((videos, "video(s)"), (photos, "photograph(s)")) if n)
-    print(f"{dest}: {sheet.num_faces:,} faces of {sheet.num_known:,} persons in {what}")
+    what = []
+    if videos:
+        of = f"{counted(sheet.num_of_videos, 'face')} of {counted(sheet.num_persons, 'person')}"
+        what.append(f"{of} in {counted(videos, 'video')}")
+    if photos:
+        what.append(f"{counted(sheet.num_faces - sheet.num_of_videos, 'face')} in {counted(photos, 'photograph')}")
+    print(f"{dest}: {', and '.join(what)}")
     for why, number in left_out.most_common():
         print(f"  {number:,} of {count:,} rows of {FRAMES} have no picture: {why}")
     if num_made:
@@ -267,16 +318,41 @@ def _say_labels(annotations: Annotations, others: list[str], num_labelled: int, 
         print("note: no label is near enough in time to a frame; --within SECONDS lets it be further away")
 
 
-def _say_next(command: PrepareCommand, dest: Path, sheet: Sheet) -> None:
+def _say_next(command: PrepareCommand, dest: Path, sheet: Sheet, *, has_split: bool) -> None:
     if not sheet.num_faces:
         print("note: no face was kept; faces.png and frames.parquet tell why")
         return
+    if sheet.num_faces == 1 and not has_split:
+        print("note: this is one face; a set needs two or more, one of them for validation")
+        return
     create = ["python", "-m", "mtl_dist.shards", "create"]
     shards = f"{dest}-shards"
+    is_parted_anywhere = False
     print("next:")
     for view in VIEWS:
         if command.annotations:
-            own = [str(dest / FACES), shards, "--views", view, "--images", str(dest / view), "--val-fraction", "0.1"]
+            own = [str(dest / FACES), shards, "--views", view, "--images", str(dest / view)]
+            tell_apart, is_parted_anywhere = _tell_apart(sheet, has_split)
+            own += tell_apart if has_split else ["--val-fraction", "0.1", *tell_apart]
         else:
-            own = [str(dest / view), shards, "--views", view, "--unlabelled"]
+            inside = "" if len(sheet.directories) > 1 else sheet.directories[0]
+            own = [str(dest / view / inside), shards, "--views", view, "--unlabelled"]
         print(f"  {shlex.join([*create, *own])}")
+    if is_parted_anywhere:
+        print(
+            "note: all faces are of one video or photograph, so some of it is on both sides: a score counts what was "
+            "learnt by heart; of several this command keeps each on one side"
+        )
+
+
+def _tell_apart(sheet: Sheet, has_split: bool) -> tuple[list[str], bool]:
+    """Return what `shards create` needs to part the faces, and whether those of one source come on both sides."""
+    by_source = ["--columns.video", "person", "--columns.person", ""]
+    if has_split:  # the user parted them, and a directory of photographs is no video then
+        return ([] if sheet.num_of_videos else by_source), False
+    groups = {re.sub("_(left|right)$", "", video) for video in sheet.videos}  # halves of one, to `shards create`
+    if len(groups) > 1:
+        return [], False
+    if len(sheet.sources) > 1:
+        return by_source, False
+    return ["--columns.video", "image", "--columns.person", ""], True

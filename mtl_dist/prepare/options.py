@@ -89,6 +89,10 @@ def check_command(command: PrepareCommand) -> None:
     storage.check_writable(command.dest, flag="DEST")
     if command.within is not None and command.annotations is None:
         raise InputError("--within is about --annotations, and none are given; leave it out")
+    if command.annotations and storage.is_s3(command.annotations):
+        raise InputError(
+            f"--annotations is {command.annotations}; the table is read from a disk: download it, and give its local path"
+        )
     if command.annotations and not command.annotations.lower().endswith((".csv", ".parquet")):
         raise InputError(f"--annotations is {command.annotations}; expected a .csv or .parquet table")
     source, dest = (storage.absolute(uri).rstrip("/") for uri in (command.source, command.dest))

@@ -6,7 +6,9 @@ person, they are moved to where they belong; then the part's file is written, an
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import socket
 from collections import Counter
@@ -32,7 +34,7 @@ from mtl_dist.faces.views import cut_view, longer_side
 from mtl_dist.prepare import rows
 from mtl_dist.prepare.options import PrepareCommand
 from mtl_dist.prepare.rows import RowWriter, read_about, read_rows
-from mtl_dist.prepare.sources import Part
+from mtl_dist.prepare.sources import FURTHER, Part
 from mtl_dist.tasks import VIEWS
 
 PARTS, UNFINISHED, PLAN = "parts", "unfinished", "prepare.json"
@@ -62,11 +64,15 @@ def make_part(task: Task, progress: Progress) -> dict[str, Any]:
     try:
         with storage.scratch_directory("prepare") as scratch:
             about = _Cutter(task, place, detector, progress).cut(scratch)
-        _remove_old(dest, task.part)
         about |= _finish(task, dest, place, about)
     finally:
         shutil.rmtree(place, ignore_errors=True)
     return about
+
+
+def how_of(plan: str) -> dict[str, Any]:
+    """Return the part of a plan that decides what pictures are like: all but where the source lies."""
+    return {key: value for key, value in json.loads(plan).items() if key != "source"}
 
 
 def _check_dest(dest: Path, plan: str) -> None:
@@ -109,7 +115,7 @@ class _Cutter:
         frames, seconds = (last - first for first, last in zip(self.first or (0, 0.0), self.last or (0, 0.0)))
         return {
             "identity": self.part.identity,
-            "plan": self.task.plan,
+            "how": how_of(self.task.plan),
             "bad": self.bad,
             "frame_s": seconds / frames if frames and seconds > 0 else None,  # from frame to frame
             "seen": {
@@ -257,32 +263,38 @@ def directory_of(video: str, person: int) -> str:
     return video if person == 1 else f"{video}_{person}"
 
 
-def _remove_old(dest: Path, part: Part) -> None:
-    """Remove the pictures of a part that was made of other files, or was killed at its end."""
-    path = dest / PARTS / part.name
-    if path.exists() and read_about(path) is not None:
+def remove_pictures(dest: Path, name: str, part: Part | None, *, one_person: bool) -> None:
+    """Remove the pictures of a part's file, then the file; and what a command that was killed left of the `part`."""
+    path = dest / PARTS / name
+    for view in VIEWS:
         for image in images_of(path):
-            for view in VIEWS:
-                (dest / view / image).unlink(missing_ok=True)
+            (dest / view / image).unlink(missing_ok=True)
+        for directory in _directories(dest / view / part.video, one_person) if part else ():
+            files = directory.iterdir() if part.is_video else (directory / f"{image}.jpg" for image in part.images)
+            for file in files:
+                if file.is_file():
+                    file.unlink()
     path.unlink(missing_ok=True)
-    if part.is_video:
-        for view in VIEWS:
-            for directory in _directories(dest / view / part.video):
-                for file in directory.iterdir():
-                    if file.is_file():
-                        file.unlink()
 
 
-def _directories(first: Path) -> Iterator[Path]:
-    """Yield the directories of all persons of a video."""
-    if not first.parent.is_dir():
-        return
-    for path in first.parent.iterdir():
-        number = path.name.removeprefix(f"{first.name}_")
-        if path.is_dir() and (path.name == first.name or (number != path.name and number.isdecimal())):
-            yield path
+def _directories(first: Path, one_person: bool) -> list[Path]:
+    """Return the directories of all persons of a video."""
+    if one_person or not first.parent.is_dir():
+        return [first] if first.is_dir() else []
+    names = re.compile(f"{re.escape(first.name)}({FURTHER})?")
+    return [path for path in first.parent.iterdir() if path.is_dir() and names.fullmatch(path.name)]
 
 
 def images_of(path: Path) -> Iterator[str]:
-    """Yield the names of a part's pictures."""
-    return (row["image"] for row in read_rows(path) if row["image"] is not None)
+    """Yield the names of the pictures of a part's file; of none where it is no whole one."""
+    if read_about(path) is not None:
+        yield from (row["image"] for row in read_rows(path) if row["image"] is not None)
+
+
+def has_pictures(dest: Path, name: str, list_names: Callable[[Path], frozenset[str]]) -> bool:
+    """Whether the pictures of a part's file are there; `list_names` gives the names in a directory."""
+    for image in images_of(dest / PARTS / name):
+        directory, _, file = image.rpartition("/")
+        if not all(file in list_names(dest / view / directory) for view in VIEWS):
+            return False
+    return True

@@ -20,7 +20,10 @@ class Sheet:
 
     def __init__(self) -> None:
         self._persons: dict[str, _Person] = {}
-        self.num_persons = self.num_faces = 0
+        self._of_videos: set[str] = set()
+        self.sources: set[str] = set()  # that have a face, as have
+        self.videos: set[str] = set()  # these
+        self.num_faces = self.num_of_videos = 0  # faces
 
     def add(self, row: dict[str, Any]) -> None:
         """Take the row of a face; those of a part come together."""
@@ -29,6 +32,11 @@ class Sheet:
         if name not in self._persons:
             self._persons[name] = _Person(is_shown=len(self._persons) < MAX_PERSONS)
         self._persons[name].add(row)
+        self.sources.add(row["source"])
+        self.videos.add(row["video"])
+        if row["frame"] is not None:
+            self.num_of_videos += 1
+            self._of_videos.add(name)
 
     def draw(self, dest: Path, title: str) -> bytes:
         """Return a PNG of the pictures of `cropped_aligned`."""
@@ -37,8 +45,9 @@ class Sheet:
         height = HEAD + MARGIN + max(len(shown), 1) * (SIDE + GAP)
         sheet = Image.new("RGB", (width, height), PAPER)
         draw = ImageDraw.Draw(sheet)
-        more = f", the first {len(shown)} of them here" if len(shown) < len(self._persons) else ""
-        _text(draw, (MARGIN, 12), f"{title}: {self.num_faces:,} faces of {len(self._persons):,} persons{more}", INK, 17)
+        more = f"; the first {len(shown)} of {len(self._persons):,} lines" if len(shown) < len(self._persons) else ""
+        persons = f" of {counted(self.num_persons, 'person')}" if self.num_of_videos == self.num_faces else ""
+        _text(draw, (MARGIN, 12), f"{title}: {counted(self.num_faces, 'face')}{persons}{more}", INK, 17)
         for line, (name, person) in enumerate(shown.items()):
             top = HEAD + line * (SIDE + GAP)
             _text(draw, (MARGIN, top + 20), name, INK, 14)
@@ -52,9 +61,19 @@ class Sheet:
         return data.getvalue()
 
     @property
-    def num_known(self) -> int:
-        """The number of persons."""
-        return len(self._persons)
+    def num_persons(self) -> int:
+        """The number of persons of videos; of photographs nobody knows who is the same."""
+        return len(self._of_videos)
+
+    @property
+    def directories(self) -> list[str]:
+        """The directories that have a face, in either view."""
+        return list(self._persons)
+
+
+def counted(count: int, what: str) -> str:
+    """Say a number of things."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 class _Person:
@@ -79,7 +98,7 @@ class _Person:
         where = (
             "" if self.first_s is None or self.last_s is None else f", {_time(self.first_s)} to {_time(self.last_s)}"
         )
-        return f"{self.count:,} faces{where}"
+        return f"{counted(self.count, 'face')}{where}"
 
 
 def _time(seconds: float) -> str:

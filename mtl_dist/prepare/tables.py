@@ -29,7 +29,8 @@ def write_tables(
     """Write both, each whole or not at all; `show` is called with the row of every face that was kept.
 
     Return how many of these have a label. The column `person` of faces.csv is the source of a picture: whoever is in
-    it, all its pictures stay together when a set is parted. Its `video` is the directory, the pictures of one person.
+    it, all its pictures stay together when a set is parted. `video` is the directory of one person's frames; pictures
+    of photographs have none, and those of a directory stay together by their paths.
     """
     num_labelled = 0
     labels = annotations.labels if annotations else []
@@ -50,8 +51,8 @@ def write_tables(
                 show(row)
                 found = annotations.find(row_of(row, is_alone), own_s) if annotations else []
                 num_labelled += any(value for name, value in zip(labels, found) if name.lower() != "split")
-                own = [directory_of(part.video, row["person"]), part.sources[0]] if part.is_video else ["", ""]
-                faces.writerow([row["image"], *own, *found])
+                video = directory_of(part.video, row["person"]) if part.is_video else ""
+                faces.writerow([row["image"], video, row["source"], *found])
     return num_labelled
 
 
