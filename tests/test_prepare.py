@@ -332,7 +332,7 @@ def test_photographs_that_would_meet_are_refused(tmp_path):
         run(tmp_path / "in", tmp_path / "out")
     clip(tmp_path / "both/x.photographs-00000.mp4", ALONE)
     photo(tmp_path / "both/x/a.jpg", ALONE)
-    with pytest.raises(InputError, match="would both lie in x.photographs-00000.parquet of DEST; rename"):
+    with pytest.raises(InputError, match=r"would both lie in x\.photographs-00000\.parquet of DEST"):
         run(tmp_path / "both", tmp_path / "out")
 
 
@@ -382,7 +382,7 @@ def test_faces_of_another_source_are_refused(tmp_path):
     run(tmp_path / "day1", tmp_path / "out")
     before = tree(tmp_path / "out")
     for source, dest in (("day1/b.jpg", "one"), ("day2", "out")):
-        with pytest.raises(InputError, match=rf"holds faces of .*day1.*, and this command is of .*{source}; choose anot"):
+        with pytest.raises(InputError, match=rf"holds faces of .*day1.*, and this command is of .*{source};"):
             run(tmp_path / source, tmp_path / dest)
     run(f"{tmp_path}/day1/", tmp_path / "out")
     assert tree(tmp_path / "out") == before
@@ -398,7 +398,7 @@ def _end(task) -> None:
 @pytest.mark.whole
 def test_a_process_that_is_killed_ends_in_one_message(made, tmp_path, monkeypatch):
     monkeypatch.setattr("mtl_dist.prepare.job._make_told", _end)
-    with pytest.raises(InputError, match="processes was killed, .*--jobs 1 needs less.*the same command continues"):
+    with pytest.raises(InputError, match=r"processes was killed, .*--jobs 1 needs less.*the same command continues"):
         main([str(made[0]), str(tmp_path / "out"), "--jobs", "2"])
 
 
@@ -501,7 +501,8 @@ def test_a_photograph_of_several_labels_nobody_whatever_its_name_is(tmp_path, ca
 
 def test_labels_that_cannot_be_read_are_refused(tmp_path):
     clip(tmp_path / "in/one.mp4", ALONE)
-    parquet.write_table(pa.table({"video": ["one"], "frame": [1], "valence": [[0.5, 0.1]]}), tmp_path / "labels.parquet")
+    table = pa.table({"video": ["one"], "frame": [1], "valence": [[0.5, 0.1]]})
+    parquet.write_table(table, tmp_path / "labels.parquet")
     with pytest.raises(InputError, match=r"column 'valence' is of list<.*double.*>; expected text or numbers"):
         run(tmp_path / "in", tmp_path / "out", "--annotations", str(tmp_path / "labels.parquet"))
     with pytest.raises(InputError, match=r"is s3://bucket/labels\.csv; the table is read from a disk: download it"):
@@ -534,7 +535,7 @@ def test_the_next_command_works(tmp_path, capsys, kind, labels):
     run(tmp_path / "in", tmp_path / "out", *options)
     said = capsys.readouterr().out
     if labels and "split" in labels and kind in ("video", "photograph"):
-        with pytest.raises(InputError, match="1 (persons|videos) are in train and in val"):
+        with pytest.raises(InputError, match=r"1 (persons|videos) are in train and in val"):
             create_as_said(said)
         return
     create_as_said(said)

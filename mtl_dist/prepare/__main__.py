@@ -1,10 +1,10 @@
 """Cut the faces out of videos and photographs: find them, follow persons, and write both views for training.
 
 Examples:
-    python -m mtl_dist.prepare party.mp4 faces
-    python -m mtl_dist.prepare recordings/ faces --annotations labels.csv --one-person --jobs 8
-    python -m mtl_dist.prepare photos/ faces --skip-bad-images
-    python -m mtl_dist.prepare s3://bucket/films /shared/faces --every-frames 5
+    python -m mtl_dist.prepare party.mp4 cut
+    python -m mtl_dist.prepare recordings/ cut --annotations labels.csv --one-person --jobs 8
+    python -m mtl_dist.prepare photos/ cut --skip-bad-images
+    python -m mtl_dist.prepare s3://bucket/films /shared/cut --every-frames 5
 
 DEST gets cropped/<video>/00001.jpg (the box with context) and cropped_aligned/<video>/00001.jpg (112 x 112, eyes, nose
 and mouth on the usual template). The numbers are those of the frames, from 1. Further persons of a video are in

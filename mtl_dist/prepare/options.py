@@ -91,7 +91,7 @@ def check_command(command: PrepareCommand) -> None:
         raise InputError("--within is about --annotations, and none are given; leave it out")
     if command.annotations and storage.is_s3(command.annotations):
         raise InputError(
-            f"--annotations is {command.annotations}; the table is read from a disk: download it, and give its local path"
+            f"--annotations is {command.annotations}; the table is read from a disk: download it, and give its path"
         )
     if command.annotations and not command.annotations.lower().endswith((".csv", ".parquet")):
         raise InputError(f"--annotations is {command.annotations}; expected a .csv or .parquet table")
