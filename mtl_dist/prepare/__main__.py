@@ -2,8 +2,8 @@
 
 Examples:
     python -m mtl_dist.prepare party.mp4 cut
-    python -m mtl_dist.prepare recordings/ cut --annotations labels.csv --one-person --jobs 8
-    python -m mtl_dist.prepare photos/ cut --skip-bad-images
+    python -m mtl_dist.prepare recordings/ recordings-cut --annotations labels.csv --one-person --jobs 8
+    python -m mtl_dist.prepare photos/ photos-cut --skip-bad-images
     python -m mtl_dist.prepare s3://bucket/films /shared/cut --every-frames 5
 
 DEST gets cropped/<video>/00001.jpg (the box with context) and cropped_aligned/<video>/00001.jpg (112 x 112, eyes, nose
