@@ -351,6 +351,10 @@ def test_every_photograph_keeps_its_faces_when_its_directory_changes(tmp_path, m
     (tmp_path / "in/a.png").unlink()
     check(*"bcde")
     (tmp_path / "in/b.png").unlink()
+    (tmp_path / "in/e.png").write_bytes(b"torn")  # ends the command when the first part is made
+    with pytest.raises(InputError, match=r"e\.png"):
+        run(tmp_path / "in", tmp_path / "out")
+    photo(tmp_path / "in/e.png", ALONE)
     check(*"cde")
     photo(tmp_path / "in/b.png", ALONE)
     check(*"bcde")
