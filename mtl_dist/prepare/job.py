@@ -106,8 +106,10 @@ def _alone(dest: Path) -> Iterator[None]:
             ) from None
         except OSError:
             pass  # a file system without locks
-        yield
-        (dest / LOCK).unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            (dest / LOCK).unlink(missing_ok=True)
 
 
 def _begin(dest: Path, plan: str) -> None:
