@@ -72,7 +72,7 @@ def encoder(name: str) -> list[str]:
     return ["--model.sequence.encoder", name, "--model.sequence.no-bidirectional"]
 
 
-FRAME = [*encoder("frame"), "--model.sequence.hidden", "256"]
+FRAME = [*encoder("frame"), "--model.sequence.hidden", "432"]
 BOTTOM = ["--model.sequence.framework", "share_bottom"]
 FEEDBACK = ["--model.sequence.feed-source", "v", "au", "--model.sequence.feed-target", "a"]
 ARMS = {
@@ -87,9 +87,9 @@ ARMS = {
     "cnn + vgg": Arm([], ("cnn", "vgg")),
     "cnn + mae": Arm([], ("cnn", "mae")),
     "share bottom": Arm(BOTTOM),
-    "share bottom, narrow": Arm([*BOTTOM, "--model.sequence.hidden", "36"]),
+    "share bottom, narrow": Arm([*BOTTOM, "--model.sequence.hidden", "80"]),
     "feedback": Arm([*BOTTOM, *FEEDBACK]),
-    "feedback, narrow": Arm([*BOTTOM, *FEEDBACK, "--model.sequence.hidden", "34"]),
+    "feedback, narrow": Arm([*BOTTOM, *FEEDBACK, "--model.sequence.hidden", "72"]),
     "static, frame": Arm([*FRAME, *SHORT], faces="static"),
     "static, gru both ways": Arm(SHORT, faces="static"),
     "static, permuted": Arm(SHORT, faces="static-permuted"),

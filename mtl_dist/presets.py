@@ -98,12 +98,12 @@ PRESETS: dict[str, dict[str, Any]] = {
             "sequence": {
                 "encoder": "gru",
                 "bidirectional": True,
-                "hidden": 64,
+                "hidden": 128,
                 "layers": 2,
                 "private_layers": 1,
                 "heads": 4,
-                "ffn": 128,
-                "head_widths": [64],
+                "ffn": 256,
+                "head_widths": [128],
                 "window": 48,
             }
         },
