@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DATA ?=
 
-.PHONY: help install demo results results-pretraining results-stages results-sequences results-faces quick test test-all lint bench clean
+.PHONY: help install demo results results-pretraining results-stages results-sequences results-faces results-end-to-end quick test test-all lint bench clean
 
 help:
 	@echo "make install         virtual environment in .venv with everything"
@@ -16,6 +16,7 @@ help:
 	@echo "                     does masked pre-training help, do the parts of 2Att-2Mt, do encoders of whole videos:"
 	@echo "                     three seeds each, with pages"
 	@echo "make results-faces DATA=DIR   detectors of faces side by side, on scenes with the photographs of a set in them"
+	@echo "make results-end-to-end DATA=DIR   from scenes with these photographs to a score, beside the set's own crops"
 	@echo "make quick           the tests that need no server, no Ray and no training: a minute and a half, for the hand at the keyboard"
 	@echo "make test            the tests"
 	@echo "make test-all        the tests and the slow ones: every failure at every moment"
@@ -52,6 +53,9 @@ results-sequences: $(STAMP)
 
 results-faces: $(STAMP)
 	@$(BIN)/python -m benchmarks.faces $(if $(DATA),--photographs '$(DATA)')
+
+results-end-to-end: $(STAMP)
+	@$(BIN)/python -m benchmarks.faces_end_to_end $(if $(DATA),--photographs '$(DATA)')
 
 # Files side by side on the cores; what starts a cluster has the machine to itself.
 SIDE_BY_SIDE := --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder

@@ -31,12 +31,12 @@ from PIL import Image
 
 from benchmarks.detectors import OURS, PEERS, Peer, open_peers
 from benchmarks.loader import write_results
-from benchmarks.scenes import LEAST_SIZE, MOST_SIZE, Pasted, Photograph, Scene, box_in, make_scene, moved
+from benchmarks.scenes import ALL, Pasted, Photograph, Scene, box_in, make_scene, moved
 from mtl_dist.errors import InputError, run_command
 from mtl_dist.faces.align import TEMPLATE, similarity
 from mtl_dist.faces.detector import Face
 
-SIZES = (LEAST_SIZE, 60, 100, 200, MOST_SIZE)  # of faces, by which the table is split
+SIZES = (ALL.size[0], 60, 100, 200, ALL.size[1])  # of faces, by which the table is split
 AGREE = 3.0  # pixels at 112
 WANTED = {"found": 0.98, "false in scenes without a face": 1, "aligned": AGREE}
 
@@ -122,16 +122,19 @@ def match(found: list[Face], scene: Scene) -> tuple[dict[int, Face], int]:
     matched: dict[int, Face] = {}
     others = 0
     for face in sorted(found, key=lambda face: -face.confidence):
-        middle, size = (face.box[:2] + face.box[2:]) / 2, float(max(face.box[2:] - face.box[:2]))
         for index, pasted in enumerate(scene.faces):
-            box = box_in(pasted)
-            is_within = (box[:2] <= middle).all() and (middle <= box[2:]).all()
-            if index not in matched and is_within and pasted.size / 2 < size < pasted.size * 2:
+            if index not in matched and is_same(face.box, box_in(pasted)):
                 matched[index] = face
                 break
         else:
             others += 1
     return matched, others
+
+
+def is_same(found: np.ndarray, true: np.ndarray) -> bool:
+    """Return whether a box that was found is of a face: its middle within the true box, and half to twice its size."""
+    middle, size, wanted = (found[:2] + found[2:]) / 2, max(found[2:] - found[:2]), max(true[2:] - true[:2])
+    return bool((true[:2] <= middle).all() and (middle <= true[2:]).all() and wanted / 2 < size < wanted * 2)
 
 
 def misaligned(peer: Peer, face: Face, pasted: Pasted, upright: dict[str, np.ndarray | None]) -> float:

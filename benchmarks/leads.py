@@ -64,8 +64,8 @@ def print_comparison(what: str, found: dict[str, Any]) -> None:
     print(f"\n{what}, {found['videos']} validation videos")
     for name, by_key in found["scores"].items():
         for key, values in by_key.items():
-            print(f"  {name:34}{key:8}{np.mean(values):8.4f}   {' '.join(f'{value:.4f}' for value in values)}")
+            print(f"  {name:33} {key:8}{np.mean(values):8.4f}   {' '.join(f'{value:.4f}' for value in values)}")
     for name, by_key in found["leads"].items():
         for key, (lead, *ends) in by_key.items():
             interval = f"{ends[0]:+.4f} to {ends[1]:+.4f}" if ends else ""
-            print(f"  {name:34}{key:8}{lead:+8.4f}   {interval}")
+            print(f"  {name:33} {key:8}{lead:+8.4f}   {interval}")

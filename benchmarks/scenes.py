@@ -16,12 +16,20 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 WIDTH, HEIGHT = 1280, 720
-LEAST_SIZE, MOST_SIZE = 40, 400  # pixels of the longer side of a face's box; uniform in its logarithm
-MOST_TURN = 25.0  # degrees, either way
-BRIGHTNESS = 0.45, 1.5  # of a face, and of the clutter: pixels are multiplied by it
-QUALITY = 30, 95
 MOST_FACES = 4
 _TRIES = 60  # to find room for a face
+
+
+class Ranges(NamedTuple):
+    """How a scene is drawn."""
+
+    size: tuple[float, float] = (40, 400)  # pixels of the longer side of a face's box; uniform in its logarithm
+    turn: float = 25.0  # degrees, at most, either way
+    brightness: tuple[float, float] = (0.45, 1.5)  # of a face, and of the clutter: pixels are multiplied by it
+    quality: tuple[int, int] = (30, 95)
+
+
+ALL = Ranges()
 
 
 class Photograph(NamedTuple):
@@ -49,23 +57,34 @@ class Scene(NamedTuple):
     quality: int  # of its JPEG
 
 
-def make_scene(photographs: Sequence[Photograph], *, seed: int, number: int, num_faces: int | None = None) -> Scene:
-    """Compose one scene: with one to four faces by chance, or as many as are asked for and find room."""
+def make_scene(
+    photographs: Sequence[Photograph],
+    *,
+    seed: int,
+    number: int,
+    num_faces: int | None = None,
+    only: Photograph | None = None,
+    ranges: Ranges = ALL,
+) -> Scene:
+    """Compose one scene: with one to four faces by chance, or as many as are asked for and find room.
+
+    They are those of the photographs, or of `only` one; the clutter has parts of all.
+    """
     rng = np.random.default_rng([seed, number])
-    canvas = np.clip(clutter(photographs, rng) * rng.uniform(*BRIGHTNESS), 0, 255).astype(np.uint8)
+    canvas = np.clip(clutter(photographs, rng) * rng.uniform(*ranges.brightness), 0, 255).astype(np.uint8)
     wanted = int(rng.integers(1, MOST_FACES + 1)) if num_faces is None else num_faces
     faces: list[Pasted] = []
     discs: list[tuple[float, float, float]] = []
     for _ in range(_TRIES * wanted):
         if len(faces) == wanted:
             break
-        face = _plan(photographs[rng.integers(len(photographs))], rng)
+        face = _plan(only or photographs[rng.integers(len(photographs))], rng, ranges)
         disc = _disc(face)
         if _is_inside(face) and all(np.hypot(disc[0] - x, disc[1] - y) > disc[2] + r for x, y, r in discs):
             _paste(canvas, face)
             faces.append(face)
             discs.append(disc)
-    quality = int(rng.integers(*QUALITY, endpoint=True))
+    quality = int(rng.integers(*ranges.quality, endpoint=True))
     return Scene(_as_jpeg(canvas, quality), faces, quality)
 
 
@@ -194,15 +213,15 @@ def _draw_strokes(image: Image.Image, rng: np.random.Generator) -> None:
 # The faces.
 
 
-def _plan(photograph: Photograph, rng: np.random.Generator) -> Pasted:
+def _plan(photograph: Photograph, rng: np.random.Generator, ranges: Ranges) -> Pasted:
     left, top, right, bottom = photograph.box
-    size = float(np.exp(rng.uniform(np.log(LEAST_SIZE), np.log(MOST_SIZE))))
-    scale, turn = size / max(right - left, bottom - top), float(rng.uniform(-MOST_TURN, MOST_TURN))
+    size = float(np.exp(rng.uniform(*np.log(ranges.size))))
+    scale, turn = size / max(right - left, bottom - top), float(rng.uniform(-ranges.turn, ranges.turn))
     angle = np.deg2rad(turn)
     rotation = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     place = rng.uniform([size / 2, size / 2], [WIDTH - size / 2, HEIGHT - size / 2])
     shift = place - rotation @ np.array([(left + right) / 2, (top + bottom) / 2])
-    return Pasted(photograph, np.column_stack([rotation, shift]), size, turn, float(rng.uniform(*BRIGHTNESS)))
+    return Pasted(photograph, np.column_stack([rotation, shift]), size, turn, float(rng.uniform(*ranges.brightness)))
 
 
 def _disc(face: Pasted) -> tuple[float, float, float]:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -361,6 +362,45 @@ def test_every_training_of_make_results_has_flags_that_exist():
         command = parse_command(TrainCommand, args, prog="test", description="")
         assert command.model.freeze_backbone == (command.run.name == "baseline-1")
         assert command.local
+
+
+def test_faces_of_prepare_and_supplied_crops_are_trained_by_the_same_flags_on_other_data():
+    from benchmarks.faces_end_to_end import PREPARED, SUPPLIED, training
+    from mtl_dist.train import TrainCommand
+
+    configs = {}
+    for way in (SUPPLIED, PREPARED):
+        _, (module, *args) = training(Path("d"), way, "cropped", 1, 30)
+        assert module == "mtl_dist.train"
+        configs[way] = parse_command(TrainCommand, args, prog="test", description="").model_dump()
+        assert configs[way]["data"].pop("train") == f"d/sets/{way}/cropped/train"
+        assert configs[way]["data"].pop("val") == f"d/sets/{way}/cropped/val"
+        assert configs[way]["run"].pop("name") == f"{way}-cropped-1"
+    assert configs[SUPPLIED] == configs[PREPARED]
+
+
+def test_predictions_of_two_sets_are_compared_picture_by_picture_in_whatever_order_their_rows_are():
+    from benchmarks.faces_end_to_end import num_right, of_images
+    from mtl_dist.objective.affect import PredictedRows
+    from mtl_dist.objective.metrics import Predictions, Targets
+    from mtl_dist.predicting.predictions import PredictionTable
+
+    targets = Targets(
+        *(np.zeros((3, 2)), np.array([2, 0, 4]), np.zeros((3, 12))),
+        np.zeros(3, bool),
+        np.ones(3, bool),
+        np.zeros((3, 12), bool),
+    )
+    predicted = Predictions(np.zeros((3, 2)), np.eye(8)[[2, 1, 4]], np.zeros((3, 12)))
+    table = PredictionTable(
+        PredictedRows(np.array([7, 8, 9]), predicted, targets), ["c/1", "a/1", "b/1"], ["c", "a", "b"]
+    )
+    taken = of_images(table, ["b/1", "c/1"])
+    assert taken.rows.rows.tolist() == [9, 7]
+    assert taken.rows.targets.expr.tolist() == [4, 2]
+    assert num_right(taken) == 2
+    assert num_right(of_images(table, ["a/1", "b/1", "c/1"])) == 2
+    assert len(set(taken.videos.tolist())) == 2
 
 
 GREEDY = {
