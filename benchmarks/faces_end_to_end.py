@@ -1,6 +1,6 @@
 """From raw photographs to a score: does a model learn as well from faces of `prepare` as from the set's own crops?
 
-    python -m benchmarks.faces_end_to_end --photographs DIR [--dir end-to-end] [--seeds 3] [--epochs 30] [--out FILE]
+    python -m benchmarks.faces_end_to_end --photographs DIR [--dir end-to-end] [--seeds 3] [--epochs 40] [--out FILE]
 
 The photographs are those of `cropped` of a set in the s-Aff-Wild2 layout. Each is pasted into a scene of clutter of its
 own, 1280 x 720 (`benchmarks.scenes`): a face of 120 to 400 pixels at a random place, turned by up to 10 degrees, pixels
@@ -45,7 +45,7 @@ SUPPLIED, PREPARED = WAYS = ("supplied", "prepared")
 RANGES = Ranges(size=(120, 400), turn=10.0, brightness=(0.8, 1.2), quality=(85, 95))
 SEED = 2026  # of the scenes
 LABELS = ("valence", "arousal", "expression", *(f"AU{number}" for number in AUS))
-EVALUATIONS = 3  # of a training
+EVALUATIONS = 3  # of a training, beside that at its end
 WANTED = 0.02  # of F1, that the prepared may be behind the supplied
 
 
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--photographs", type=Path, required=True, help="a set in the s-Aff-Wild2 layout")
     parser.add_argument("--dir", type=Path, default=Path("end-to-end"))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
     args = parser.parse_args()
     with timed(args.dir / "spent.json", of=[args.seeds, args.epochs]):
