@@ -14,8 +14,11 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor
 from concurrent.futures import wait as wait_for
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from typing import Any, TypeVar
+
+from mtl_dist.errors import InputError
 
 # A forked copy of a process that holds connections, threads or CUDA is not safe to use.
 spawn = multiprocessing.get_context("spawn")
@@ -24,25 +27,36 @@ LOOK_EVERY_S = 0.5  # whether what is told has ended, and for Ctrl-C
 Key, Item, Result = TypeVar("Key"), TypeVar("Item"), TypeVar("Result")
 
 
-def process_pool(processes: int, *, begin: Callable[..., Any] | None = None, args: tuple = ()) -> ProcessPoolExecutor:
-    """Return a pool whose processes end with this one; each calls `begin(*args)` first."""
-    return ProcessPoolExecutor(processes, mp_context=spawn, initializer=_begin, initargs=(begin, args))
+@contextlib.contextmanager
+def process_pool(
+    processes: int, *, begin: Callable[..., Any] | None = None, args: tuple = ()
+) -> Iterator[ProcessPoolExecutor]:
+    """Give a pool whose processes end with this one; each calls `begin(*args)` first.
+
+    At an error what has not begun is dropped. Raises `InputError` where a process was killed.
+    """
+    pool = ProcessPoolExecutor(processes, mp_context=spawn, initializer=_begin, initargs=(begin, args))
+    try:
+        yield pool
+    except BrokenProcessPool:
+        raise InputError(
+            f"one of {processes} processes was killed, perhaps since no memory was left; give the same command again "
+            "with a smaller --jobs, which needs less: what is finished stays"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def as_done(
     pool: ProcessPoolExecutor, call: Callable[[Item], Result], items: dict[Key, Item]
 ) -> Iterator[tuple[Key, Result]]:
-    """Yield the key of every item with `call` of it, as they are done. What has not begun is dropped at an error."""
+    """Yield the key of every item with `call` of it, as they are done."""
     futures = {pool.submit(call, item): key for key, item in items.items()}
     waiting = set(futures)
-    try:
-        while waiting:
-            done, waiting = wait_for(waiting, timeout=LOOK_EVERY_S, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield futures[future], future.result()
-    except BaseException:
-        pool.shutdown(cancel_futures=True)
-        raise
+    while waiting:
+        done, waiting = wait_for(waiting, timeout=LOOK_EVERY_S, return_when=FIRST_COMPLETED)
+        for future in done:
+            yield futures[future], future.result()
 
 
 @contextlib.contextmanager

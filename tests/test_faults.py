@@ -34,6 +34,7 @@ from mtl_dist.data.reader import ShardReader
 from mtl_dist.data.samples import ImageSamples
 from mtl_dist.errors import InputError, StorageError
 from mtl_dist.presets import read_config_file
+from mtl_dist.processes import as_done, process_pool
 from mtl_dist.shards import writer
 from mtl_dist.shards.annotations import read_annotations
 from mtl_dist.shards.columns import TableOptions
@@ -106,6 +107,19 @@ def test_a_pools_processes_end_with_the_one_that_started_them(tmp_path, number):
     while any(map(is_running, pids)):
         assert time.monotonic() < give_up, pids
         time.sleep(0.05)
+
+
+def end_at_zero(number: int) -> int:
+    if number == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+@pytest.mark.parametrize("how", ["map", "as_done"])
+def test_a_process_of_a_pool_that_is_killed_ends_the_command_in_one_message(how):
+    items = range(4)
+    with pytest.raises(InputError, match=r"one of 2 processes was killed, .* smaller --jobs"), process_pool(2) as pool:
+        list(pool.map(end_at_zero, items) if how == "map" else as_done(pool, end_at_zero, dict(enumerate(items))))
 
 
 @pytest.mark.skipif(not shutil.which("setpriv"), reason="no setpriv here")

@@ -395,17 +395,6 @@ def test_faces_of_another_source_are_refused(tmp_path):
 # ----------------------------------------------------------------------------------------------------- what is damaged
 
 
-def _end(task) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.mark.whole
-def test_a_process_that_is_killed_ends_in_one_message(made, tmp_path, monkeypatch):
-    monkeypatch.setattr("mtl_dist.prepare.job._make_told", _end)
-    with pytest.raises(InputError, match=r"processes was killed, .*--jobs 1 needs less.*the same command continues"):
-        main([str(made[0]), str(tmp_path / "out"), "--jobs", "2"])
-
-
 def test_a_damaged_video_or_photograph_ends_the_command_or_is_left_out_and_named(tmp_path, capsys):
     clip(tmp_path / "in/good.mkv", *[ALONE] * 3)
     path = clip(tmp_path / "in/torn.mkv", *[ALONE] * 6, times=range(0, 150, 25))

@@ -13,7 +13,6 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -196,13 +195,7 @@ def _make(todo: dict[str, Task], command: PrepareCommand) -> Iterator[tuple[str,
             yield from ((name, make_part(task, advance)) for name, task in todo.items())
             return
         with telling(advance) as told, process_pool(jobs, begin=_begin_process, args=(told,)) as pool:
-            try:
-                yield from as_done(pool, _make_told, todo)
-            except BrokenProcessPool:
-                raise InputError(
-                    f"one of {jobs} processes was killed, perhaps since there was no memory left: --jobs {jobs // 2} "
-                    "needs less; what is finished stays, and the same command continues"
-                ) from None
+            yield from as_done(pool, _make_told, todo)
 
 
 _told: Any = None  # in a process of the pool: the queue that it tells of frames

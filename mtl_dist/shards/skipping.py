@@ -190,11 +190,7 @@ def _map(tasks: list[tuple[Path, list[str]]], jobs: int) -> Iterator[dict[str, s
         yield from map(check_images, tasks)
         return
     with process_pool(jobs) as pool:
-        try:
-            yield from pool.map(check_images, tasks)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        yield from pool.map(check_images, tasks)
 
 
 def check_images(task: tuple[Path, list[str]]) -> dict[str, str]:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, wait
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +32,7 @@ from mtl_dist.data.index import FORMAT, INDEX_NAME, Index, ShardEntry, dump_inde
 from mtl_dist.data.names import other_form
 from mtl_dist.data.sidecar import Sidecar, dump_sidecar, pack_names
 from mtl_dist.errors import InputError
-from mtl_dist.processes import process_pool, spawn
+from mtl_dist.processes import as_done, process_pool, spawn
 from mtl_dist.shards import ustar
 from mtl_dist.shards.annotations import Annotations
 from mtl_dist.shards.claims import claimed
@@ -237,15 +236,8 @@ def _run_jobs(todo: list[ShardJob], jobs: int) -> Iterator[tuple[str, ShardEntry
         return
     processes = min(2 * jobs if uploads else jobs, len(todo))
     with process_pool(processes, begin=_share_slots, args=(spawn.BoundedSemaphore(jobs),)) as pool:
-        futures = {pool.submit(write_shard, job) for job in todo}
-        try:
-            while futures:
-                finished, futures = wait(futures, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    yield future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        for _, made in as_done(pool, write_shard, dict(enumerate(todo))):
+            yield made
 
 
 def _image_sizes(annotations: Annotations, images_dir: Path) -> np.ndarray:
