@@ -25,7 +25,10 @@ from mtl_dist.errors import run_command
 from mtl_dist.shards.annotations import HEADER
 
 REPO = Path(__file__).parent.parent
-LONGEST = ("test_golden", "test_training", "test_survival", "test_recipes", "test_features", "test_faults")
+LONGEST = (
+    "test_system", "test_interrupted", "test_golden", "test_training", "test_survival", "test_recipes", "test_features",
+    "test_faults",
+)  # fmt: skip
 LONDON = REPO.parent / "shared" / "data" / "london_faces"
 
 

@@ -6,59 +6,33 @@ import csv
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import yaml
 
-from cluster.local import LocalCluster
-from cluster.processes import find_processes
 from mtl_dist.config import build_config
 from mtl_dist.errors import StorageError, run_command
 from mtl_dist.tasks import VIEWS
 from tests.conftest import REPO, run_module
+from tests.integration.jobs import RUNS, read, run_args, submit
 
 pytestmark = pytest.mark.integration
-RUNS = "s3://mtl/runs"
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory, dataset):
-    """A cluster with shards of `dataset` in its store."""
-    with LocalCluster(tmp_path_factory.mktemp("cluster"), hosts=2, cpus_per_host=3) as state:
-        args = ("mtl_dist.shards", "create", str(dataset), "s3://mtl/faces", "--frames-per-shard", "7")
-        done = run_module(*args, env=state.client_env())
-        assert done.returncode == 0, done.stderr
-        yield state
+def best_args(view: str, name: str) -> list[str]:
+    """The best configuration of the search, but where the split of a batch cannot matter: BatchNorm frozen."""
+    alike = ["--engine.batchnorm", "frozen", "--optim.lr", "6e-4"]
+    return ["--config", f"{RUNS}/weights/best.yaml", *run_args(view, name, *alike)]
 
 
-def submit(cluster, *args: str) -> subprocess.CompletedProcess[str]:
-    """`ray job submit -- python -m ...`, as a user does it."""
-    command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--working-dir", ".", "--", "python", "-m"]
-    env = {**os.environ, **cluster.client_env()}
-    return subprocess.run([*command, *args], cwd=REPO, env=env, capture_output=True, text=True, timeout=240)
+def losses(cluster, name: str) -> list[dict[str, float]]:
+    records = [json.loads(line) for line in read(cluster, f"{RUNS}/{name}/metrics.jsonl").splitlines()]
+    return [record["loss"] for record in records if record["kind"] == "step"]
 
 
-def run_args(view: str, name: str, *more: str) -> list[str]:
-    return [
-        "--preset", "small", "--run.name", name, "--run.storage", RUNS, "--data.train", f"s3://mtl/faces/{view}/train",
-        "--data.val", f"s3://mtl/faces/{view}/val", "--train.global-batch", "8", "--train.epochs", "2",
-        "--data.image-size", "80", "--optim.warmup-steps", "2", *more,
-    ]  # fmt: skip
-
-
-def read(cluster, uri: str) -> bytes:
-    script = "import sys; from mtl_dist import storage; sys.stdout.buffer.write(storage.read_bytes(sys.argv[1]))"
-    env = {**os.environ, **cluster.client_env()}
-    return subprocess.run(
-        [sys.executable, "-c", script, uri], cwd=REPO, env=env, capture_output=True, check=True
-    ).stdout
-
-
+@pytest.mark.timeout(600)
 def test_search_train_and_ensemble_run_as_jobs(cluster):
     # The search: two trials, its best configuration is one that training takes.
     search = ["--search.name", "weights", "--search.trials", "2", "--search.grace-epochs", "1"]
@@ -71,13 +45,22 @@ def test_search_train_and_ensemble_run_as_jobs(cluster):
     assert len(trials) == 3
 
     # Training of both views on two ranks, with that configuration.
+    ranks = ["--ray.num-ranks", "2", "2", "--ray.placement", "SPREAD"]
     for view in VIEWS:
-        ranks = ["--ray.num-ranks", "2", "2", "--ray.placement", "SPREAD"]
-        done = submit(cluster, "mtl_dist.train", "--config", f"{RUNS}/weights/best.yaml", *run_args(view, view, *ranks))
+        done = submit(cluster, "mtl_dist.train", *best_args(view, view), *ranks)
         assert done.returncode == 0, done.stdout[-3000:]
         assert "constant predictor" in done.stdout
+        assert done.stdout.count("start   2 ranks on cpu") == 1, "what a rank prints comes once"
     for view in VIEWS:
         assert list((cluster.dir / "s3" / "mtl" / "runs" / view).glob("checkpoints/step_000000010_*/COMMIT.json"))
+
+    # The losses of two ranks under Ray are those of one process.
+    alone = run_module("mtl_dist.train", "--local", *best_args("cropped", "by-hand"), env=cluster.client_env())
+    assert alone.returncode == 0, alone.stderr
+    mine, theirs = (losses(cluster, name) for name in ("cropped", "by-hand"))
+    assert len(mine) == len(theirs) == 10
+    for step, expected in zip(mine, theirs):
+        assert step == pytest.approx(expected, rel=2e-4, abs=2e-5)
 
     # The final job.
     runs = [f"{RUNS}/{view}" for view in VIEWS]
@@ -125,23 +108,6 @@ def test_a_search_beside_another_ray_runs_one_trial_at_a_time_and_takes_one_that
     assert first < done.stdout.index(f"trial {trials[0]['trial']}  epoch 1"), "two trials ran at once"
 
 
-def test_two_ray_ranks_have_the_losses_of_one_process(cluster):
-    """BatchNorm frozen, so that the split of a batch cannot matter."""
-    frozen = ["--engine.batchnorm", "frozen"]
-    done = submit(cluster, "mtl_dist.train", *run_args("cropped", "by-ray", *frozen, "--ray.num-ranks", "2", "2"))
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert done.stdout.count("start   2 ranks on cpu") == 1, "what a rank prints comes once"
-    done = run_module("mtl_dist.train", "--local", *run_args("cropped", "by-hand", *frozen), env=cluster.client_env())
-    assert done.returncode == 0, done.stderr
-    steps = []
-    for name in ("by-ray", "by-hand"):
-        records = [json.loads(line) for line in read(cluster, f"{RUNS}/{name}/metrics.jsonl").splitlines()]
-        steps.append([record["loss"] for record in records if record["kind"] == "step"])
-    assert len(steps[0]) == len(steps[1]) == 10
-    for mine, theirs in zip(*steps):
-        assert mine == pytest.approx(theirs, rel=2e-4, abs=2e-5)
-
-
 def test_more_ranks_than_the_cluster_has_are_refused_with_exit_code_2(cluster):
     done = submit(cluster, "mtl_dist.train", *run_args("cropped", "many", "--ray.num-ranks", "8", "8"))
     assert done.returncode != 0
@@ -167,36 +133,6 @@ def test_a_changed_shard_is_named_by_the_job_without_a_traceback(cluster, datase
     assert len(lives) == 1, "an error that no retry mends was retried"
 
 
-def test_ranks_that_are_killed_again_and_again_are_restarted_while_the_run_comes_further(cluster):
-    """kill -9 of a rank, twice where Ray allows one: every step is recorded once."""
-    more = ["--ray.num-ranks", "2", "2", "--train.epochs", "12", "--checkpoint.every-steps", "3"]
-    more += ["--ray.max-failures", "1"]
-    command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--working-dir", ".", "--", "python", "-m"]
-    with subprocess.Popen(
-        [*command, "mtl_dist.train", *run_args("cropped", "killed", *more)],
-        cwd=REPO,
-        env={**os.environ, **cluster.client_env()},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as job:
-        run, lives = cluster.dir / "s3" / "mtl" / "runs" / "killed", set()
-        for _ in range(2):
-            while not (saved := {path.parent.name[-8:] for path in run.glob("checkpoints/*/COMMIT.json")} - lives):
-                assert job.poll() is None, job.stdout.read()
-                time.sleep(0.01)
-            lives |= saved
-            ranks = [pid for pid in find_processes(cluster.cluster_id) if "RayTrainWorker" in read_command(pid)]
-            assert len(ranks) >= 2
-            os.kill(ranks[-1], signal.SIGKILL)
-        printed, _ = job.communicate(timeout=240)
-    assert job.returncode == 0, printed[-3000:]
-    assert "continuing from s3://mtl/runs/killed/checkpoints/step_" in printed
-    assert re.search(r"ranks failed often, but step \d+ is stored: failures are counted anew", printed)
-    records = [json.loads(line) for line in read(cluster, f"{RUNS}/killed/metrics.jsonl").splitlines()]
-    assert [record["step"] for record in records if record["kind"] == "step"] == list(range(1, 61))
-
-
 def test_ranks_that_fail_without_end_end_in_one_message_that_names_them(capsys):
     from ray.exceptions import RayActorError
     from ray.train import WorkerGroupError
@@ -220,30 +156,3 @@ def test_ranks_that_fail_without_end_end_in_one_message_that_names_them(capsys):
         assert message.startswith("error: run runs/x failed more often than ray.max_failures 3 without getting further")
         assert words in message
         assert message.count("\n") == 1
-
-
-def test_a_job_that_is_stopped_saves_and_says_how_to_continue(cluster):
-    ray = [sys.executable, "-m", "ray.scripts.scripts", "job"]
-    env = {**os.environ, **cluster.client_env()}
-    options = {"cwd": REPO, "env": env, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    args = run_args("cropped", "stopped", "--train.epochs", "2000", "--ray.num-ranks", "2", "2")
-    args += ["--train.eval-every", "2000", "--checkpoint.every-steps", "10"]
-    submit = [*ray, "submit", "--submission-id", "stopped", "--working-dir", ".", "--"]
-    run = cluster.dir / "s3" / "mtl" / "runs" / "stopped"
-    with subprocess.Popen([*submit, "python", "-m", "mtl_dist.train", *args], **options) as job:
-        while not list(run.glob("checkpoints/*/COMMIT.json")):
-            assert job.poll() is None, job.stdout.read()
-            time.sleep(0.1)
-        stopped = subprocess.run([*ray, "stop", "stopped"], **options, timeout=120)
-        printed, _ = job.communicate(timeout=120)
-    assert stopped.returncode == 0, stopped.stdout
-    (at,) = set(re.findall(r"stopped at step (\d+) of 10000, saved; the same command continues", printed))
-    assert list(run.glob(f"checkpoints/step_{int(at):09d}_*/COMMIT.json")), printed[-3000:]
-    assert "Traceback" not in printed
-
-
-def read_command(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    except OSError:  # it has ended
-        return ""
