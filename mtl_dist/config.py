@@ -6,7 +6,7 @@ Precedence: preset < `--config FILE` < flags. Everything is frozen and unknown k
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_serializer, field_validator, model_validator
 
@@ -20,6 +20,7 @@ MAX_AUTO_STREAMS = 64
 # The most of what is counted (steps, epochs, files), of a time and of a batch.
 MAX_COUNT, MAX_SECONDS, MAX_BATCH = 10**9, 10**7, 2**20
 Decay = Annotated[float, Field(ge=0, lt=1)]
+GradientBalancing = Literal["pcgrad", "cagrad", "upgrad", "mgda", "imtl_g", "aligned"]
 
 
 class RunConfig(Section):
@@ -123,10 +124,16 @@ class LossConfig(Section):
     """What it has of 1 - CCC. 0: it is the mean square error alone, of loss.va_mse."""
     va_after: Annotated[int, Varies.BY_RUN] = Field(0, ge=0, le=10**6)
     """Epochs of a first stage, without VA's loss. The learning rate begins anew after it."""
-    balancing: Literal["fixed", "uncertainty", "dwa", "famo"] = "fixed"
+    balancing: Literal["fixed", "uncertainty", "dwa", "famo", GradientBalancing] = "fixed"
     """What is multiplied with the weights above. fixed: nothing. uncertainty: learned precisions (Kendall et al. 2018).
     dwa: from how the mean losses of the last two epochs compare (Liu et al. 2019). famo: so that all losses fall at
-    one relative rate (Liu et al. 2023); one more forward pass a step, and weights that sum to 1, not to 3."""
+    one relative rate (Liu et al. 2023); one more forward pass a step, and weights that sum to 1, not to 3. The others
+    weigh the tasks' gradients where the tasks' heads begin, by their lengths and angles: pcgrad (Yu et al. 2020),
+    cagrad (Liu et al. 2021), upgrad (Quinton and Rey 2024), mgda (Sener and Koltun 2018), imtl_g (Liu et al. 2021),
+    aligned (Senushkin et al. 2023)."""
+    gradients_every: Annotated[int | None, Varies.BY_PART] = Field(10, ge=1, le=10**9)
+    """Steps from one whose tasks' gradients are looked at to the next: their norms and the cosines between them, where
+    the tasks' heads begin, are recorded. None: never."""
     expr_weights: Annotated[Literal["none", "balanced"], Varies.BY_RUN] = "none"
     """balanced: class weights from the label counts of the training index, 1/20 to 20."""
     au_weights: Annotated[Literal["none", "balanced"], Varies.BY_RUN] = "none"
@@ -293,6 +300,11 @@ class Config(Section):
             )
         if self.loss.va_after and not (self.loss.expr or self.loss.au):
             raise ValueError("loss.va_after is given, and nothing but VA has a weight: its first epochs train nothing")
+        if self.loss.balancing in get_args(GradientBalancing) and self.data.sampling == "per_task":
+            raise ValueError(
+                f"loss.balancing is {self.loss.balancing}, which compares the tasks' gradients of the same rows, and "
+                "data.sampling per_task, which gives every task rows of its own; change one of them"
+            )
         if self.ray.gpus_per_rank not in (0, 1):
             raise ValueError(f"ray.gpus_per_rank is {self.ray.gpus_per_rank:g}; a rank computes on one GPU: 0 or 1")
         if self.engine.device == "cpu" and self.ray.gpus_per_rank:

@@ -20,6 +20,7 @@ class Family(NamedTuple):
     built_by: str  # its class, MODULE:CLASS in `models/`
     reads: tuple[str, ...]  # settings of `model.` that are its own: given to its class by these names
     objective: str = "affect"  # what it is trained for, of `OBJECTIVES`
+    shared: str = ""  # its submodule that makes the last tensor all tasks share
     backbones: tuple[str, ...] = ()  # the only ones that it takes; none: any
 
 
@@ -63,6 +64,7 @@ FAMILIES: dict[str, Family] = {
         "Kollias 2022, arXiv 2202.10659",
         built_by="baseline:Baseline",
         reads=("dropout", "hidden"),
+        shared="hidden",
     ),
     "b": Family(
         "B (SMM-EmotionNet)",
@@ -70,6 +72,7 @@ FAMILIES: dict[str, Family] = {
         "Deng 2022, arXiv 2203.12845",
         built_by="emotionnet:SMMEmotionNet",
         reads=("dropout",),
+        shared="regions",
     ),
     "a": Family(
         "A",
@@ -77,6 +80,7 @@ FAMILIES: dict[str, Family] = {
         "Haider et al. 2022, arXiv 2207.10878",
         built_by="emotionnet:EnsembleNet",
         reads=("dropout",),
+        shared="regions",
     ),
     "c": Family(
         "C (sequences)",
@@ -84,6 +88,7 @@ FAMILIES: dict[str, Family] = {
         "Zhang et al. 2022, arXiv 2207.09373",
         built_by="sequence:SequenceNet",
         reads=("dropout", "sequence"),
+        shared="trunk",
     ),
     "d": Family(
         "D (2Att-2Mt)",
@@ -91,6 +96,7 @@ FAMILIES: dict[str, Family] = {
         "Wang et al. 2018, arXiv 1811.12139, by its abstract",
         built_by="two_level:TwoLevelNet",
         reads=("dropout", "two_level"),
+        shared="dropout",
     ),
     "mae": Family(
         "MAE",

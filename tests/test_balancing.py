@@ -11,7 +11,7 @@ from torch import nn
 
 from mtl_dist.config import build_config
 from mtl_dist.errors import InputError
-from mtl_dist.objective.balancing import build_balancer
+from mtl_dist.objective.gradients import build_balancer
 from mtl_dist.tasks import TASKS
 
 ALL = {task: torch.tensor(True) for task in TASKS}

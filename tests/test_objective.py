@@ -13,6 +13,7 @@ from torch import nn
 
 from mtl_dist.config import LossConfig
 from mtl_dist.objective.affect import Affect, concordance
+from mtl_dist.objective.gradients import total_gram
 from mtl_dist.objective.losses import add_sums, global_losses, total_sums
 from mtl_dist.objective.module import ObjectiveModule
 from mtl_dist.tasks import Batch, LabelCounts, Labels, Outputs
@@ -33,14 +34,16 @@ FEATURES = 5
 
 
 class TinyModel(nn.Module):
-    """A linear model over features; BatchNorm would make the split of the batch matter."""
+    """Linear layers over features; BatchNorm would make the split of the batch matter."""
 
     def __init__(self):
         super().__init__()
+        self.trunk = nn.Linear(FEATURES, FEATURES).double()
         self.va, self.expr, self.au = (nn.Linear(FEATURES, width).double() for width in (2, 8, 12))
 
     def forward(self, inputs, valid):
-        return Outputs(self.va(inputs).tanh(), self.expr(inputs), self.au(inputs))
+        shared = self.trunk(inputs)
+        return Outputs(self.va(shared).tanh(), self.expr(shared), self.au(shared))
 
 
 def make_batch(size: int, seed: int = 0, *, tasks=("va", "expr", "au")) -> Batch:
@@ -85,13 +88,15 @@ def rank_main(rank, cuts, init_file, config, module, batch, parts, results):
     dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=len(cuts))
     module = copy.deepcopy(module)
     micro = split_batch(cut(batch, *cuts[rank]), parts=parts, passes=1)
-    total = None
+    total = gram = None
     if parts > 1:
         for part in micro:
             total = add_sums(total, module.sums(part))
         total = total_sums(total)
+        if module.balancer.reads_gradients:
+            gram = total_gram(sum(module.gram(part, total, parts=parts) for part in micro))
     for part in micro:
-        loss = module(part, total, parts=parts)
+        loss = module(part, total, gram, parts=parts)
         (loss.total / parts).backward()  # the engine divides by the number of micro-batches
     mean = gradients(module)
     dist.all_reduce(mean)
@@ -111,13 +116,17 @@ CUTS = {2: [(0, 7), (7, 24)], 3: [(0, 8), (8, 16), (16, 24)], 5: [(0, 1), (1, 9)
         (2, 3, "uncertainty"),
         (3, 2, "dwa"),
         (5, 1, "famo"),
+        (2, 3, "upgrad"),
+        (3, 1, "pcgrad"),
+        (5, 1, "cagrad"),
     ],
 )
 def test_gradients_of_many_ranks_are_those_of_one(num_ranks, parts, balancing, tmp_path):
     """Unequal batches, ranks that lack a task's labels, class weights, and micro-batches: to float64 tolerance."""
     config = LossConfig(va=0.7, expr=1.3, au=2.0, balancing=balancing, expr_weights="balanced", au_weights="balanced")
     torch.manual_seed(0)
-    module = ObjectiveModule(TinyModel(), Affect(config, COUNTS), balancing=config.balancing).double()
+    objective = Affect(config, COUNTS)
+    module = ObjectiveModule(TinyModel(), objective, balancing=config.balancing, shared="trunk").double()
     if balancing in ("dwa", "famo"):  # in the midst of training
         getattr(module.balancer, {"dwa": "found", "famo": "logits"}[balancing]).copy_(torch.tensor([0.9, 1.4, 0.7]))
     batch = sorted_so_that_ranks_lack_tasks(make_batch(24))

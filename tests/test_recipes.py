@@ -160,6 +160,7 @@ BALANCERS = {
     "dwa": {"loss": {"balancing": "dwa"}, "train": {"epochs": 4, "eval_every": 4}},
 }
 RANKS = {"famo": 2, "dwa": 3}  # compared with one
+UPGRAD = {"loss": {"balancing": "upgrad", "gradients_every": 3}}
 
 
 @pytest.fixture(scope="module")
@@ -175,8 +176,12 @@ def runs(shards, tmp_path_factory) -> Path:
         here = [name for name in BALANCERS if num_ranks in (1, RANKS[name])]
         jobs = [job(f"{name}-{num_ranks}", PER_TASK, FROZEN, BALANCERS[name]) for name in here]
         if num_ranks == 1:
+            jobs += [job("upgrad-1", FROZEN, UPGRAD)]
+            jobs += [job("upgrad-parts", FROZEN, UPGRAD, {"train": {"accumulation": 2}})]
             jobs += [job("parts", PER_TASK, FROZEN, BALANCERS["famo"], {"train": {"accumulation": 2}})]
-        if num_ranks == 2:  # BatchNorm is each rank's own here
+        if num_ranks == 2:  # BatchNorm is each rank's own here, but of the first
+            upgrad = FROZEN, UPGRAD, EVERY_STEP, {"engine": FROZEN["engine"] | {"zero_stage": 2}}
+            jobs += [job("upgrad-2", *upgrad), job("upgrad-2", *upgrad, cut_at=1)]
             jobs += [job("whole", PER_TASK, BALANCERS["famo"], EVERY_STEP)]
             jobs += [job("whole", PER_TASK, BALANCERS["famo"], EVERY_STEP, cut_at=1)]
         if num_ranks == 3:
@@ -195,6 +200,25 @@ def test_sampling_per_task_and_balancers_are_the_same_on_every_number_of_ranks(r
     assert found[0].keys() == set(TASKS)
     assert found[-1] != found[0], "weights move"
     assert sum(found[-1].values()) == pytest.approx({"famo": 1, "dwa": 3}[name])
+
+
+def gradients_of(storage: Path, name: str) -> dict[int, dict[str, dict[str, float]]]:
+    return {r["step"]: r["gradients"] for r in read_records(f"{storage}/{name}") if "gradients" in r}
+
+
+@pytest.mark.parametrize("other", ["upgrad-2", "upgrad-parts"])
+def test_weights_by_gradients_are_the_same_on_two_ranks_with_zero_and_in_micro_batches(runs, other):
+    assert_close_losses(losses(runs, other), losses(runs, "upgrad-1"))
+    assert_close_losses(weights_of(runs, other), weights_of(runs, "upgrad-1"))
+    found, expected = gradients_of(runs, other), gradients_of(runs, "upgrad-1")
+    assert list(found) == list(expected) == [1, 4, 7, 10]
+    for step, of_kind in expected.items():
+        assert found[step]["norm"] == pytest.approx(of_kind["norm"], rel=1e-3)
+        assert found[step]["cosine"] == pytest.approx(of_kind["cosine"], abs=1e-3)
+
+
+def test_a_run_with_weights_by_gradients_that_was_killed_ends_bit_identical(runs):
+    assert_same_run((runs / "killed", "upgrad-2"), (runs, "upgrad-2"))
 
 
 def test_micro_batches_of_task_batches_have_the_losses_of_the_whole(runs):

@@ -90,7 +90,15 @@ def test_every_figure_has_its_picture_and_its_numbers(runs, written):
     names = {path.stem for path in figures.glob("*.png")}
     curves = {"fig2_au_accuracy", "fig3_expr_f1", "fig4_ccc_arousal", "fig5_ccc_valence", "fig6_loss"}
     assert names >= curves | {"f1_expressions", "f1_action_units", "reliability", "confusion_1", "va_scatter_1"}
-    assert names >= {"circumplex_1", "attention_1", "attention_2", "error_expr_1", "error_va_1", "error_au_1"}
+    assert names >= {
+        "circumplex_1",
+        "gradients_1",
+        "attention_1",
+        "attention_2",
+        "error_expr_1",
+        "error_va_1",
+        "error_au_1",
+    }
     assert all((figures / f"{name}.csv").is_file() for name in names if not name.startswith("error_"))
     page = (written / "report.html").read_text()
     assert all(f'href="figures/{name}.csv"' in page for name in curves)

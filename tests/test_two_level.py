@@ -17,7 +17,7 @@ from mtl_dist.models import build_model
 from mtl_dist.models.backbones import build_backbone
 from mtl_dist.models.two_level import LayerAttention, PositionAttention
 from mtl_dist.objective.affect import Affect, mean_square_error
-from mtl_dist.objective.balancing import build_balancer
+from mtl_dist.objective.gradients import build_balancer
 from mtl_dist.objective.losses import global_losses
 from mtl_dist.training.engine import is_decayed
 from mtl_dist.training.rates import learning_rate

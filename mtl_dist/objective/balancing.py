@@ -1,9 +1,9 @@
 """From the losses of an objective's terms to one scalar: sum of weight x loss, the weights fixed or found in training.
 
-A balancer never calls backward. All it sees are losses of the whole global batch, so its weights are the same on every
-rank. What it learns is in parameters and buffers, which checkpoints hold. A term that has nothing to learn from in a
-step adds nothing to its loss and changes no weight. One exception: the optimizer's momentum does not know of this, and
-goes on changing learned uncertainties.
+A balancer never calls backward. All it sees are losses of the whole global batch, and in `gradients` products of their
+gradients, so its weights are the same on every rank. What it learns is in parameters and buffers, which checkpoints
+hold. A term that has nothing to learn from in a step adds nothing to its loss and changes no weight. One exception: the
+optimizer's momentum does not know of this, and goes on changing learned uncertainties.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ class Balancer(nn.Module):
     """Fixed weights; those of arXiv 2207.10878 are all 1. The others multiply them with what they find."""
 
     looks_after_steps = False  # whether `stepped` wants the losses of the same batch after the step
+    reads_gradients = False  # whether the trunk is weighed by `gradients.GradientBalancer.shares`
 
     def __init__(self, fixed: Mapping[str, float]):
         super().__init__()
@@ -174,7 +175,9 @@ class FAMO(Balancer):
         self.logits -= torch.where(taking_part, update, 0.0)
 
 
-def build_balancer(kind: str, fixed: Mapping[str, float]) -> Balancer:
-    """Build a balancer (`loss.balancing`) of terms with the weights that they have besides."""
-    kinds = {"fixed": Balancer, "uncertainty": UncertaintyWeights, "dwa": DynamicWeightAverage, "famo": FAMO}
-    return kinds[kind](fixed)
+BALANCERS: dict[str, type[Balancer]] = {
+    "fixed": Balancer,
+    "uncertainty": UncertaintyWeights,
+    "dwa": DynamicWeightAverage,
+    "famo": FAMO,
+}

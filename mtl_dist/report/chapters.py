@@ -35,6 +35,7 @@ class Drawings(NamedTuple):
 
     curves: list[Figure]
     curve_notes: list[str]
+    gradients: list[Figure]
     confusion: list[Figure]
     f1: list[Figure]
     reliability: Figure | None
@@ -48,7 +49,7 @@ class Drawings(NamedTuple):
     def figures(self) -> list[Figure]:
         """All figures, in the order of the page."""
         some = [self.reliability] if self.reliability else []
-        return [*self.curves, *self.confusion, *self.f1, *some, *self.affect, *self.attention]
+        return [*self.curves, *self.gradients, *self.confusion, *self.f1, *some, *self.affect, *self.attention]
 
 
 def lead(evidence: Evidence, *, num_draws: int) -> list[str]:
@@ -148,6 +149,9 @@ def _numbered_blocks(tables: list[Table]) -> list[Markup]:
 
 def _curves_blocks(drawings: Drawings) -> list[Markup]:
     blocks = [html.grid([html.figure(figure) for figure in drawings.curves])] if drawings.curves else []
+    if drawings.gradients:
+        blocks.append(html.heading("What the tasks ask of what they share"))
+        blocks.append(html.grid([html.figure(figure, level=4) for figure in drawings.gradients]))
     return blocks + [html.paragraph(note, kind="soft") for note in drawings.curve_notes]
 
 

@@ -23,6 +23,7 @@ from mtl_dist.report.classes import draw_confusion, draw_f1
 from mtl_dist.report.curves import draw_curves
 from mtl_dist.report.drawing import Figure, method_styles
 from mtl_dist.report.evidence import Evidence, gather
+from mtl_dist.report.gradients import draw_gradients
 from mtl_dist.report.mistakes import worst_mistakes
 from mtl_dist.report.options import ReportCommand
 from mtl_dist.report.page import html
@@ -111,6 +112,7 @@ def draw(
     trained = [method for method in real if method.shown.member]
     with progress_bar("drawing", 4 + 2 * len(real) + len(trained)) as advance:
         curves, notes = draw_curves(methods, styles)
+        gradients = [draw_gradients(method, place) for place, method in enumerate(trained, start=1)]
         advance(1)
         f1 = draw_f1(methods, styles, evidence.labels)
         advance(1)
@@ -136,8 +138,10 @@ def draw(
             pictures = Pictures(shown_from, cache_dir)
             mistakes = worst_mistakes(evidence.best.shown, pictures, images, video, count=num_errors)
         advance(1)
-    confusion = [figure for figure in confusion if figure]
-    return Drawings(curves, notes, confusion, f1, reliability, calibration, affect, attention, without, mistakes)
+    confusion, gradients = ([figure for figure in figures if figure] for figures in (confusion, gradients))
+    return Drawings(
+        curves, notes, gradients, confusion, f1, reliability, calibration, affect, attention, without, mistakes
+    )
 
 
 def _pictures_of(best: Method, trained: list[Method]) -> Member | None:

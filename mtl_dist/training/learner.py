@@ -11,6 +11,7 @@ from torch import nn
 from mtl_dist.config import Config
 from mtl_dist.data.index import Sets
 from mtl_dist.device import check_device
+from mtl_dist.families import FAMILIES
 from mtl_dist.models import build_model
 from mtl_dist.objective.module import ObjectiveModule, build_objective
 from mtl_dist.runs.checkpoint import Restored, load_checkpoint
@@ -104,7 +105,8 @@ def restore(setup: Setup) -> tuple[Setup, Learner, int, dict[str, Any]]:
             print(note, flush=True)
     objective = build_objective(config, setup.data.train.labels)
     passes = max(len(setup.data.tasks), 1)
-    module = ObjectiveModule(model, objective, balancing=config.loss.balancing, passes=passes)
+    shared = FAMILIES[config.model.name].shared
+    module = ObjectiveModule(model, objective, balancing=config.loss.balancing, passes=passes, shared=shared)
     average = WeightAverage(module.model, config.train.ema) if config.train.ema else None
     if restored:
         _restore_weights(module, average, restored)

@@ -15,6 +15,7 @@ from mtl_dist import storage
 from mtl_dist.config import Config
 from mtl_dist.data.loader import eval_batches, lend, train_batches
 from mtl_dist.errors import NonFiniteLoss
+from mtl_dist.objective.gradients import describe_gram
 from mtl_dist.objective.module import StepLoss
 from mtl_dist.objective.scores import flat_scores
 from mtl_dist.predicting.evaluate import Scored, evaluate, list_rows
@@ -246,6 +247,7 @@ def _look_at_loss(run: _Run) -> None:
         taken.lr,
         {name: value for name, value in losses.items() if name == "total" or name in present},
         weights={term: weight for term, weight in weights.items() if learned and term in present},
+        gradients={} if loss.gram is None else describe_gram(loss.gram, tuple(loss.terms), present),
         images=setup.config.train.global_batch * max(len(setup.data.tasks), 1),
         took_s=taken.took_s,
         waited_s=taken.waited_s,

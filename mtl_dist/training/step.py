@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial, reduce
+from typing import TypeVar
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from mtl_dist.config import Config
 from mtl_dist.data.augment import Preparation
+from mtl_dist.objective.gradients import total_gram
 from mtl_dist.objective.losses import Sums, add_sums, global_losses, total_sums
 from mtl_dist.objective.module import ObjectiveModule, StepLoss
 from mtl_dist.tasks import Batch
+from mtl_dist.training.requests import is_due
+
+Found = TypeVar("Found")
 
 
 def train_step(
@@ -25,10 +33,16 @@ def train_step(
     parts = split_batch(batch, parts=config.train.accumulation, passes=module.passes)
 
     # The losses of the whole batch need the sums of the whole batch before the first backward: CCC is no mean.
-    total = _sum_up(module, parts, config, step=step, rank=rank) if len(parts) > 1 else None
+    looks = is_due(step, config.loss.gradients_every)
+    total = gram = None
+    if len(parts) > 1:
+        total = _sum_up(module, parts, config, step=step, rank=rank)
+        if module.looks_at_gradients(looks):
+            own = partial(module.gram, total=total, parts=len(parts))
+            gram = total_gram(sum(_of_each(own, parts, config, step=step, rank=rank)))
     for number, part in enumerate(parts):
         seed_dropout(config.run.seed, step, rank, number)
-        loss = engine(part, total, parts=len(parts))
+        loss = engine(part, total, gram, parts=len(parts), looks_at_gradients=looks)
         engine.backward(loss.total)
         engine.step()
     after = None
@@ -57,14 +71,18 @@ def split_batch(batch: Batch, *, parts: int, passes: int) -> list[Batch]:
 
 
 def _sum_up(module: ObjectiveModule, parts: list[Batch], config: Config, *, step: int, rank: int) -> Sums:
-    """Return the sums of the whole step over all ranks, by forward passes without gradients and with its dropout."""
-    total = None
+    """Return the sums of the whole step over all ranks, by forward passes without gradients."""
+    return total_sums(reduce(add_sums, _of_each(module.sums, parts, config, step=step, rank=rank)))
+
+
+def _of_each(
+    find: Callable[[Batch], Found], parts: list[Batch], config: Config, *, step: int, rank: int
+) -> Iterator[Found]:
+    """Yield what one more forward pass finds of every micro-batch, with its dropout."""
     for number, part in enumerate(parts):
         seed_dropout(config.run.seed, step, rank, number)
         with torch.autocast(part.inputs.device.type, torch.bfloat16, enabled=config.engine.autocast == "bf16"):
-            sums = module.sums(part)
-        total = add_sums(total, sums)
-    return total_sums(total)
+            yield find(part)
 
 
 def seed_dropout(seed: int, step: int, rank: int, part: int) -> None:

@@ -59,6 +59,7 @@ class Tracker:
         losses: dict[str, float],
         *,
         weights: dict[str, float],
+        gradients: dict[str, dict[str, float]],
         images: int,
         took_s: float,
         waited_s: float,
@@ -66,14 +67,17 @@ class Tracker:
     ) -> None:
         """Take note of a finished step; print a line now and then.
 
-        `weights` are those of the task losses, where they change; `took_s` counts from the end of the step before.
+        `weights` are those of the task losses, where they change, `gradients` what was found of these, where that was
+        looked at; `took_s` counts from the end of the step before.
         """
         record = {"kind": "step", "step": step, "epoch": epoch, "lr": lr, "loss": losses}
-        self._lines.append(_line(record | ({"weights": weights} if weights else {})))
+        more = {"weights": weights, "gradients": gradients}
+        self._lines.append(_line(record | {name: values for name, values in more.items() if values}))
         self._window.add(images, took_s, waited_s)
         self._saved_step = self._saved_step if saved_step is None else saved_step
-        drawn = {f"loss/{name}": loss for name, loss in losses.items()}
-        self._board.add(step, {"lr": lr} | drawn | {f"weight/{task}": weight for task, weight in weights.items()})
+        drawn = {"loss": losses, "weight": weights, **{f"gradient_{name}": of for name, of in gradients.items()}}
+        named = {f"{kind}/{name}": value for kind, values in drawn.items() for name, value in values.items()}
+        self._board.add(step, {"lr": lr} | named)
         now = time.monotonic()
         if now - self._last_line < (1.0 if self.console.is_terminal else LINE_EVERY_S) and step < total:
             return
