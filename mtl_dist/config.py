@@ -139,6 +139,17 @@ class LossConfig(Section):
     au_weights: Annotated[Literal["none", "balanced"], Varies.BY_RUN] = "none"
     """balanced: pos_weight of each AU from the label counts of the training index, 1/20 to 20."""
     label_smoothing: Annotated[float, Varies.BY_RUN] = Field(0.0, ge=0, lt=1)
+    expr_focal: Annotated[float, Varies.BY_RUN] = Field(0.0, ge=0, le=10)
+    """Exponent of focal loss (Lin et al. 2017): the cross entropy is times (1 - p)^this, p the labelled class's."""
+    expr_prior: Annotated[float, Varies.BY_RUN] = Field(0.0, ge=0, le=10)
+    """Logit adjustment (Menon et al. 2021): in the loss, logits are plus this times the logarithm of the class's share
+    of the training labels, so that what is learned favours no common class. 1: as published. 0: off."""
+    au_gamma_pos: Annotated[float, Varies.BY_RUN] = Field(0.0, ge=0, le=10)
+    au_gamma_neg: Annotated[float, Varies.BY_RUN] = Field(0.0, ge=0, le=10)
+    """Exponents of asymmetric loss (Ben-Baruch et al. 2021), of units that are on and off: as focal loss where both
+    are the same. As published: 0 (or 1) and 4."""
+    au_margin: Annotated[float, Varies.BY_RUN] = Field(0.0, ge=0, lt=1)
+    """Its margin: a unit that is off costs nothing below this probability. As published: 0.05."""
 
     @model_validator(mode="after")
     def _trains_something(self):

@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import sigmoid_focal_loss
 
 from mtl_dist.config import LossConfig
-from mtl_dist.objective.affect import Affect, concordance
+from mtl_dist.objective.affect import Affect, asymmetric_loss, concordance
 from mtl_dist.objective.gradients import total_gram
 from mtl_dist.objective.losses import add_sums, global_losses, total_sums
 from mtl_dist.objective.module import ObjectiveModule
@@ -181,6 +182,44 @@ def test_losses_are_the_written_out_formulas():
         cov = ((x - x.mean()) * (y - y.mean())).mean()
         cccs.append(2 * cov / (x.var(correction=0) + y.var(correction=0) + (x.mean() - y.mean()) ** 2))
     torch.testing.assert_close(losses["va"], 1 - sum(cccs) / 2, rtol=1e-7, atol=1e-8)
+
+
+def test_focal_and_adjusted_cross_entropy_are_the_written_out_formulas():
+    """Focal: (1 - p)^2 of the labelled class. Adjusted: logits plus log shares of the training labels, in the loss."""
+    batch = make_batch(50)
+    labels, outputs = batch.labels, TinyModel()(batch.inputs, batch.valid)
+    objective = Affect(LossConfig(expr_focal=2.0, expr_prior=1.5), COUNTS)
+    shares = (
+        torch.tensor([20, 10, 5, 5, 10, 5, 5, 1], dtype=torch.float64) / 61
+    )  # a class without a label counts as one
+    logits = outputs.expr_logits[labels.expr_mask] + 1.5 * shares.log()
+    p = logits.softmax(-1)[torch.arange(len(logits)), labels.expr[labels.expr_mask]]
+    torch.testing.assert_close(losses_of(objective, outputs, batch)["expr"], (-p.log() * (1 - p) ** 2).mean())
+
+
+def test_asymmetric_loss_is_focal_loss_where_both_exponents_are_one_number():
+    g = torch.Generator().manual_seed(0)
+    logits, on = torch.randn(40, 12, generator=g) * 3, (torch.rand(40, 12, generator=g) < 0.3).float()
+    theirs = sigmoid_focal_loss(logits, on, alpha=-1, gamma=2.0, reduction="none")
+    torch.testing.assert_close(asymmetric_loss(logits, on, 2.0, 2.0, 0.0), theirs)
+    p = logits.sigmoid()
+    shifted = (p - 0.05).clamp_min(0)
+    expected = torch.where(on > 0, -p.log() * (1 - p), -(1 - shifted).log() * shifted**4)
+    torch.testing.assert_close(asymmetric_loss(logits, on, 1.0, 4.0, 0.05), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [(0.5, 0.5, 0.0), (0.5, 0.3, 0.2), (0.0, 4.0, 0.05), (2.0, 2.0, 0.0)])
+def test_losses_that_leave_out_what_is_easy_have_finite_gradients_at_every_logit(settings):
+    logits = torch.tensor([-200.0, -20, -1, 0, 1, 20, 200], requires_grad=True)
+    for on in (0.0, 1.0):
+        asymmetric_loss(logits, torch.full_like(logits, on), *settings).sum().backward()
+    assert logits.grad.isfinite().all()
+    objective = Affect(LossConfig(expr_focal=settings[1]), COUNTS)
+    batch = make_batch(7)
+    sure = (torch.eye(8)[:7] * 300)[:, None].requires_grad_()
+    outputs = Outputs(torch.zeros(7, 1, 2), sure, torch.zeros(7, 1, 12))
+    objective.sums(outputs, batch)["expr"][0].backward()
+    assert sure.grad.isfinite().all()
 
 
 def test_the_gradient_of_ccc_is_that_of_the_direct_formula():

@@ -1,6 +1,7 @@
 """What is learned of faces: valence and arousal, expressions, action units. Their losses, and how they are scored.
 
-EXPR, AU   loss = sum over labelled entries of all ranks / their weight over all ranks
+EXPR, AU   loss = sum over labelled entries of all ranks / their weight over all ranks; an entry's is its cross entropy,
+           which `expr_focal`, `expr_prior`, `au_gamma_pos`, `au_gamma_neg` and `au_margin` change
 VA         loss = `va_ccc` x (1 - (CCC_V + CCC_A) / 2), CCC from the moments (n, Sx, Sy, Sxx, Syy, Sxy) of all ranks;
            and `va_mse` times the mean square error, from the same
 """
@@ -49,6 +50,8 @@ class Affect:
         self.fixed = {task: config.weight(task) for task in TASKS}
         self.va_ccc, self.va_mse, self.after = config.va_ccc, config.va_mse, {"va": config.va_after}
         self.classes, self.label_smoothing = build_class_weights(config, counts), config.label_smoothing
+        self.expr_focal, self.log_prior = config.expr_focal, build_log_prior(config, counts)
+        self.au_gammas, self.au_margin = (config.au_gamma_pos, config.au_gamma_neg), config.au_margin
 
     def sums(self, outputs: Outputs, batch: Batch) -> Sums:
         labels = batch.labels
@@ -74,14 +77,22 @@ class Affect:
         logits = _at_least_float32(outputs.expr_logits.flatten(0, 1))
         target, mask = labels.expr.flatten(), labels.expr_mask.flatten()
         classes = self.classes.expr.to(logits) if len(self.classes.expr) else None
+        logits = logits + self.log_prior.to(logits) if len(self.log_prior) else logits
         loss = F.cross_entropy(logits, target, weight=classes, reduction="none", label_smoothing=self.label_smoothing)
+        if self.expr_focal:
+            loss = loss * _power(1 - logits.softmax(-1).gather(-1, target[:, None])[:, 0], self.expr_focal)
         weight = torch.ones_like(loss) if classes is None else classes[target]
         return torch.stack([torch.where(mask, loss, 0.0).double().sum(), torch.where(mask, weight, 0.0).double().sum()])
 
     def _au_sums(self, outputs: Outputs, labels: Labels) -> Tensor:
         logits = _at_least_float32(outputs.au_logits)
         pos_weight = self.classes.au.to(logits) if len(self.classes.au) else None
-        loss = F.binary_cross_entropy_with_logits(logits, labels.au.to(logits), pos_weight=pos_weight, reduction="none")
+        if any(self.au_gammas) or self.au_margin:
+            loss = asymmetric_loss(logits, labels.au.to(logits), *self.au_gammas, self.au_margin, pos_weight=pos_weight)
+        else:
+            loss = F.binary_cross_entropy_with_logits(
+                logits, labels.au.to(logits), pos_weight=pos_weight, reduction="none"
+            )
         return torch.stack([torch.where(labels.au_mask, loss, 0.0).double().sum(), labels.au_mask.double().sum()])
 
 
@@ -101,6 +112,41 @@ def build_class_weights(config: LossConfig, counts: LabelCounts) -> ClassWeights
         positives, labelled = (torch.tensor(n, dtype=torch.float64) for n in (counts.au_positives, counts.au))
         au = ((labelled - positives) / positives.clamp_min(1)).clamp(1 / MAX_CLASS_WEIGHT, MAX_CLASS_WEIGHT)
     return ClassWeights(expr, au)
+
+
+def build_log_prior(config: LossConfig, counts: LabelCounts) -> Tensor:
+    """Return what the logits of expressions are plus in the loss, (8,) float64; empty: nothing.
+
+    A class without any label counts as one with one: its logit would be minus infinity.
+    """
+    if not config.expr_prior:
+        return torch.zeros(0)
+    classes = torch.tensor(counts.expr_classes, dtype=torch.float64).clamp_min(1)
+    return config.expr_prior * (classes / classes.sum()).log()
+
+
+def asymmetric_loss(
+    logits: Tensor, on: Tensor, gamma_pos: float, gamma_neg: float, margin: float, *, pos_weight: Tensor | None = None
+) -> Tensor:
+    """Return the loss of every entry, of the shape of `logits`; `on` is 1 or 0 (Ben-Baruch et al. 2021, arXiv
+    2009.14119, equations 5 to 7). A unit that is off has its probability less the margin, and not below 0.
+
+    The gradient goes through the factors, as the equations have it.
+    """
+    p = logits.sigmoid()
+    positive = -F.logsigmoid(logits) * _power(1 - p, gamma_pos)
+    positive = positive if pos_weight is None else positive * pos_weight
+    if margin:
+        shifted = (p - margin).clamp_min(0)
+        negative = -torch.log1p(-shifted) * _power(shifted, gamma_neg)
+    else:
+        negative = -F.logsigmoid(-logits) * _power(p, gamma_neg)
+    return torch.where(on > 0, positive, negative)
+
+
+def _power(share: Tensor, exponent: float) -> Tensor:
+    """A power in [0, 1] whose gradient is finite at 0, too."""
+    return share.clamp_min(1e-8) ** exponent
 
 
 def concordance(moments: Tensor) -> Tensor:
