@@ -20,6 +20,7 @@ MAX_AUTO_STREAMS = 64
 # The most of what is counted (steps, epochs, files), of a time and of a batch.
 MAX_COUNT, MAX_SECONDS, MAX_BATCH = 10**9, 10**7, 2**20
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1e6)]
 GradientBalancing = Literal["pcgrad", "cagrad", "upgrad", "mgda", "imtl_g", "aligned"]
 
 
@@ -63,6 +64,11 @@ class DataConfig(Section):
     """masked: a step is one batch of rows of whatever labels. per_task: a step is a batch for every task, each of
     train.global_batch rows that carry its labels, which count for this task alone; a forward pass each. An epoch has
     as many steps as the task with the fewest labels gives; the others read a part, another one each epoch."""
+    mix: tuple[Share, ...] = ()
+    """Shares of a step's rows that each set of data.train gives, such as 0.7 0.3; rounded to whole rows. Empty: the
+    sets are read as one. A set that is read to its end begins again, in another order."""
+    mix_to: tuple[Share, ...] = ()
+    """The shares of the last epoch, where they change: from epoch to epoch in equal steps."""
     epoch_fraction: float = Field(1.0, gt=0, le=1)
     """Share of the training rows that an epoch reads: a random part, another one each epoch."""
     workers: Annotated[int, Varies.BY_RANK] = Field(1, ge=0, le=1024)
@@ -83,6 +89,16 @@ class DataConfig(Section):
     @field_serializer("train", "val")
     def _one_as_itself(self, uris: tuple[str, ...]) -> Any:
         return list(uris) if len(uris) > 1 else "".join(uris)
+
+    @model_validator(mode="after")
+    def _mixes(self):
+        if self.mix_to and len(self.mix_to) != len(self.mix):
+            raise ValueError(
+                f"mix_to has {len(self.mix_to)} share(s) and mix {len(self.mix)}; give both one for every set"
+            )
+        if any(shares and not sum(shares) for shares in (self.mix, self.mix_to)):
+            raise ValueError("mix or mix_to is 0 for every set: nothing would be trained; give one of them a share")
+        return self
 
 
 class AugmentConfig(Section):
@@ -316,6 +332,16 @@ class Config(Section):
                 f"loss.balancing is {self.loss.balancing}, which compares the tasks' gradients of the same rows, and "
                 "data.sampling per_task, which gives every task rows of its own; change one of them"
             )
+        if self.data.mix and self.data.sampling == "per_task":
+            raise ValueError(
+                "data.mix says what a step has of each set, and data.sampling per_task what it has of each task; "
+                "change one of them"
+            )
+        if self.data.mix_to and self.run.start and self.run.start_with == "everything":
+            raise ValueError(
+                "data.mix_to is the mixture of the last epoch, and run.start_with everything goes on in the order of "
+                "another number of epochs; leave it out, or begin with less: --run.start-with model"
+            )
         if self.ray.gpus_per_rank not in (0, 1):
             raise ValueError(f"ray.gpus_per_rank is {self.ray.gpus_per_rank:g}; a rank computes on one GPU: 0 or 1")
         if self.engine.device == "cpu" and self.ray.gpus_per_rank:
@@ -332,6 +358,16 @@ class Config(Section):
                     "untrained; give that loss a weight, or leave the source out"
                 )
         return self
+
+    @property
+    def shares(self) -> list[tuple[float, ...]]:
+        """The shares of every set in a step, epoch by epoch; those of the last go on. Empty: the sets are one."""
+        first, last = self.data.mix, self.data.mix_to
+        if not last:
+            return [first] if first else []
+        span = max(self.train.epochs - 1, 1)
+        scaled = [tuple(share / sum(shares) for share in shares) for shares in (first, last)]
+        return [tuple(a + (b - a) * epoch / span for a, b in zip(*scaled)) for epoch in range(self.train.epochs)]
 
     @property
     def num_streams(self) -> int:

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from mtl_dist.data.mixed import MixedOrder
 from mtl_dist.data.order import Order, eval_range, eval_videos
 from mtl_dist.data.samples import Samples
 from mtl_dist.data.task_orders import TaskOrders
@@ -32,7 +33,7 @@ Loaded = TypeVar("Loaded")
 
 def train_batches(
     samples: Samples,
-    order: Order | TaskOrders,
+    order: Order | MixedOrder | TaskOrders,
     *,
     epoch: int,
     start_step: int,

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mtl_dist.config import Config
+from mtl_dist.data.mixed import split_batch
 from mtl_dist.errors import InputError, NonFiniteLoss
 from mtl_dist.models import non_finite, num_parameters
 from mtl_dist.ranks import gather_lists
@@ -94,4 +95,7 @@ def describe_size(model: nn.Module) -> str:
 
 def min_rows(config: Config, num_ranks: int) -> int:
     """Rows of a step (of a task's batch) that each rank has at least."""
+    if config.shares:  # of every set a rank may have one less than another rank
+        counts = [split_batch(config.train.global_batch, shares) for shares in config.shares]
+        return min(sum(count // num_ranks for count in of_epoch) for of_epoch in counts)
     return config.train.global_batch // config.num_streams * (config.num_streams // num_ranks)

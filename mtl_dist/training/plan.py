@@ -6,10 +6,13 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from mtl_dist import storage
 from mtl_dist.config import Config
 from mtl_dist.data.cache import GIB, Cache
 from mtl_dist.data.index import Sets, check_pair, check_stored, read_sets
+from mtl_dist.data.mixed import MixedOrder, build_mixed_order, pass_rows, split_batch
 from mtl_dist.data.order import Order
 from mtl_dist.data.samples import Samples, noun_of, open_samples
 from mtl_dist.data.task_orders import TaskOrders, build_task_orders
@@ -22,6 +25,9 @@ from mtl_dist.tasks import LabelCounts
 
 if TYPE_CHECKING:
     from mtl_dist.runs.start import Start
+
+
+AnyOrder = Order | MixedOrder | TaskOrders
 
 
 class Data(NamedTuple):
@@ -58,6 +64,8 @@ def open_data(config: Config) -> Data:
     if noun == "windows":
         _check_windows(config, train, samples)
     num_samples = int(samples.group_sizes.sum())
+    if config.data.mix:
+        _check_mix(config, train, noun)
     rows = {"": num_samples}
     if config.data.sampling == "per_task":
         counts = {task: count for task, count in train.labels.of_tasks().items() if count}
@@ -91,6 +99,29 @@ def _check_inputs(config: Config, train: Sets) -> None:
         )
 
 
+def _check_mix(config: Config, train: Sets, noun: str) -> None:
+    """Raise where the sets cannot give their parts of a step."""
+    if noun == "windows":
+        raise InputError("data.mix is for pictures, and these samples are windows of videos; leave it out")
+    if len(config.data.mix) != len(train.parts()) or len(config.data.mix) < 2:
+        raise InputError(
+            f"data.mix has {len(config.data.mix)} share(s) and data.train {len(train.parts())} set(s); give two sets "
+            "or more, and a share for each"
+        )
+    batch = config.train.global_batch
+    for (uri, index), counts in zip(train.pairs(), zip(*(split_batch(batch, shares) for shares in config.shares))):
+        if (most := max(counts)) > (rows := pass_rows(index.rows)):
+            raise InputError(
+                f"data.mix gives {most} of train.global_batch {batch} rows to {uri}, and a pass over it has {rows}: a "
+                "row would come twice in a step; give it a smaller share, or a smaller batch"
+            )
+        if not most:
+            raise InputError(
+                f"data.mix leaves {uri} out: its share is less than half a row of train.global_batch {batch}; give it "
+                "a larger share, or leave the set out of data.train"
+            )
+
+
 def _check_windows(config: Config, train: Sets, samples: Samples) -> None:
     """Raise where windows cannot be had as they are asked for."""
     window, longest = config.model.sequence.window, int(samples.whole().frames.max())
@@ -121,7 +152,7 @@ def _share_of(count: int, share: float) -> int:
 
 def build_order(
     config: Config, data: Data, train: Samples, progress: Callable[[int], None] = lambda count: None
-) -> Order | TaskOrders:
+) -> AnyOrder:
     """Make the order of training. `per_task` sampling reads all labels; `progress` is told of shards."""
     settings = {
         "global_batch": config.train.global_batch,
@@ -134,6 +165,11 @@ def build_order(
         labelled = train.labelled(progress)
         chosen = {task: labelled[task] for task in data.tasks}
         return build_task_orders(chosen, group_sizes, epoch_steps=steps, **settings)
+    if config.shares:
+        sizes = [part.group_sizes for part in train.parts]
+        batch, block, seed = config.train.global_batch, config.data.block_shards, config.run.seed
+        how = {"global_batch": batch, "num_steps": steps, "block_shards": block, "seed": seed}
+        return build_mixed_order(sizes, config.shares, **how)
     is_whole = config.data.epoch_fraction == 1
     return Order(group_sizes, epoch_steps=None if is_whole else steps, **settings)
 
@@ -237,6 +273,8 @@ def _describe(
     num_left = data.num_samples - steps * batch
     left_out = f"{num_left} {data.noun} an epoch are left out, others each time"
     left_out = left_out if num_left else f"every {data.noun.removesuffix('s')} once an epoch"
+    if config.shares:
+        left_out = f"of {len(config.data.mix)} sets, as below"
     if data.tasks:
         left_out = f"each of {len(data.tasks)} batches, of rows with labels of {', '.join(data.tasks)}"
     lines = [
@@ -248,7 +286,23 @@ def _describe(
         f"batch   {batch} over {ranks}, {config.num_streams} streams, {inputs_mb:.0f} MB of inputs",
         f"model   {config.model.name}, backbone {config.model.backbone}{frozen}, weights {weights}, {inputs}",
     ]
-    return "\n".join([*lines, *(f"note    {note}" for note in notes)])
+    return "\n".join([*lines, *_describe_mix(config, data), *(f"note    {note}" for note in notes)])
+
+
+def _describe_mix(config: Config, data: Data) -> list[str]:
+    """Say what each set gives to a step, and how often it is seen in the whole run."""
+    if not config.shares:
+        return []
+    sizes = [np.array([index.rows]) for index in data.train.indexes]
+    how = {"global_batch": config.train.global_batch, "num_steps": data.steps_per_epoch}
+    order = build_mixed_order(sizes, config.shares, block_shards=1, seed=0, **how)
+    first, last, lines = order.counts[0], order.counts[-1], []
+    for uri, begin, end, passes in zip(data.train.uris, first, last, order.passes(config.train.epochs)):
+        counts = f"{begin}" if begin == end else f"{begin}, and {end} in the last epoch,"
+        lines.append(
+            f"mix     {counts} of a step's {config.train.global_batch} rows are of {uri}: read {passes:.1f} times"
+        )
+    return lines
 
 
 def _labelled(counts: LabelCounts) -> str:

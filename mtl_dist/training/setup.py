@@ -11,14 +11,12 @@ from mtl_dist.config import Config
 from mtl_dist.data.augment import Preparation, build_preparation
 from mtl_dist.data.cache import GIB, Cache
 from mtl_dist.data.loader import FETCH_AHEAD_STEPS
-from mtl_dist.data.order import Order
 from mtl_dist.data.samples import Samples, open_samples
-from mtl_dist.data.task_orders import TaskOrders
 from mtl_dist.device import keep_freed_memory, pick_device
 from mtl_dist.machine import allow_open_files
 from mtl_dist.progress import progress_bar
 from mtl_dist.training.checks import check_num_ranks, check_ranks_agree
-from mtl_dist.training.plan import Data, build_order, open_data
+from mtl_dist.training.plan import AnyOrder, Data, build_order, open_data
 from mtl_dist.training.watchdog import Phase, Watchdog
 
 
@@ -53,7 +51,7 @@ class Setup(NamedTuple):
     watchdog: Watchdog
     device: torch.device
     data: Data
-    order: Order | TaskOrders
+    order: AnyOrder
     train: Samples
     val: Samples
     prepare: Preparation
