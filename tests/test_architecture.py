@@ -16,8 +16,8 @@ FILES = [path for package in PACKAGES for path in sorted((REPO / package).rglob(
 
 # From the bottom up. A module imports from layers below its own, and from its own package.
 LAYERS = [
-    {"mtl_dist.tasks", "mtl_dist.errors", "mtl_dist.threads", "mtl_dist.processes"},
-    {"mtl_dist.parsing", "mtl_dist.timeline"},
+    {"mtl_dist.tasks", "mtl_dist.errors", "mtl_dist.threads"},
+    {"mtl_dist.parsing", "mtl_dist.timeline", "mtl_dist.processes"},
     {"mtl_dist.families", "mtl_dist.s3", "mtl_dist.sealed", "mtl_dist.machine", "mtl_dist.ranks", "mtl_dist.joining"},
     {"mtl_dist.storage", "mtl_dist.progress"},
     {"mtl_dist.settings"},
