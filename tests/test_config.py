@@ -119,7 +119,8 @@ PUBLISHED = {
     },
     "loss": {
         "va": 1.0, "expr": 1.0, "au": 1.0, "balancing": "fixed", "expr_weights": "none", "au_weights": "none",
-        "label_smoothing": 0.0, "va_mse": 0.0, "va_ccc": 1.0, "va_after": 0,
+        "label_smoothing": 0.0, "va_mse": 0.0, "va_ccc": 1.0, "va_after": 0, "expr_focal": 0.0, "expr_prior": 0.0,
+        "au_gamma_pos": 0.0, "au_gamma_neg": 0.0, "au_margin": 0.0, "gradients_every": 10,
     },
     "optim": {
         "name": "sgd", "lr": 0.001, "momentum": 0.9, "nesterov": False, "weight_decay": 0.0005, "warmup_steps": 0,
@@ -451,7 +452,7 @@ VARYING = {
         "engine.threads",
     },
     Varies.BY_PART: {
-        "run.storage", "engine.device", "engine.zero_stage", "engine.hang_s", "train.eval_batch",
+        "run.storage", "loss.gradients_every", "engine.device", "engine.zero_stage", "engine.hang_s", "train.eval_batch",
         "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep_last", "checkpoint.keep_best",
         "checkpoint.keep_every_hours", "checkpoint.best_of",
         "ray.num_ranks", "ray.cpus_per_rank", "ray.gpus_per_rank", "ray.placement", "ray.autoscaling",
@@ -461,6 +462,7 @@ VARYING = {
 # What everything of a run can be gone on with only where it is the same: tensors, and the order of samples.
 NEVER_VARYING = {
     "run.seed", "data.image_size", "data.streams", "data.block_shards", "data.sampling", "data.epoch_fraction",
+    "data.mix", "data.mix_to",
     "model.name", "model.backbone", "model.freeze_backbone", "model.image_size", "model.hidden", "loss.balancing",
     "model.masked.normalise", "model.masked.decoder_depth", "model.masked.decoder_heads",
     "model.masked.decoder_width", "model.two_level.position_attention", "model.two_level.layer_attention",
