@@ -59,6 +59,14 @@ MASKED: dict[str, Any] = {
 MAE: dict[str, Any] = {"name": "mae", "weights": "none"}
 LAPTOP_DECODER = {"decoder_depth": 2, "decoder_heads": 4}
 
+# System A's heads over a ViT that was trained on faces: rates that fall by depth, as public code fine-tunes such ones.
+VIT: dict[str, Any] = {
+    "data": {"image_size": 224},
+    "model": {"name": "a", "backbone": "vit_base", "weights": "none", "drop_path": 0.1},
+    "optim": {"name": "adamw", "lr": 5e-4, "weight_decay": 0.05, "layer_decay": 0.65, "warmup_steps": 1000},
+    "train": {"global_batch": 256, "ema": 0.999},
+}
+
 # Sequences of features, which no network of images goes before.
 FEATURES: dict[str, Any] = {"name": "c", "backbone": "features", "weights": "none"}
 
@@ -120,6 +128,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         "loss": {"au": 0.0, "va_mse": 1.0, "va_after": 5, "expr_weights": "balanced"},
         "optim": {"name": "adamw", "lr": 5e-5, "weight_decay": 0.05},
         "train": {"global_batch": 128, "epochs": 10},
+    },
+    # The stages of docs/winning.md: AffectNet, which has no action units; then the challenge's own set.
+    "vit-affectnet": VIT
+    | {
+        "augment": {"rotation": 10.0, "brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "erase": 0.5},
+        "loss": {"au": 0.0, "expr_weights": "balanced"},
+        "train": VIT["train"] | {"epochs": 10},
+    },
+    "vit-affwild2": VIT
+    | {
+        "loss": {"expr_weights": "balanced", "au_weights": "balanced"},
+        "optim": VIT["optim"] | {"lr": 2e-4, "freeze_backbone_for": 0.1},
+        "train": VIT["train"] | {"epochs": 10},
     },
     "small-d": LAPTOP
     | {
