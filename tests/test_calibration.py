@@ -299,7 +299,7 @@ def test_out_of_fold_scores_are_those_of_the_out_of_fold_predictions(data):
     members, targets, _, _, found = data
     au = found.au_on.astype(float)  # as decided
     whole = scores(metric_sums(found.predictions._replace(au=au), targets))
-    last = scores(found.sums["+ smoothing"])
+    last = scores(found.sums[f"+ {STEPS[-1]}"])
     assert {key: whole[key] for key in ("p", "ccc_v", "expr", "au")} == pytest.approx(
         {key: last[key] for key in ("p", "ccc_v", "expr", "au")}
     )
@@ -312,7 +312,9 @@ def test_each_step_improves_what_it_is_for_on_data_that_needs_it(data):
     found = {name: scores(sums) for name, sums in data[-1].sums.items()}
     assert found["+ weights"]["va"] > found["+ temperature"]["va"] + 0.02
     assert found["+ temperature"]["expr"] > found[PLAIN_MEAN]["expr"] + 0.02
-    assert found["+ thresholds"]["au"] > found["+ weights"]["au"] + 0.02
+    assert found["+ class_smoothing"]["expr"] >= found["+ weights"]["expr"]
+    assert found["+ class_smoothing"]["au"] > found["+ weights"]["au"]
+    assert found["+ thresholds"]["au"] > found["+ prior"]["au"]
     assert found["+ thresholds"]["va"] == found["+ weights"]["va"]
     assert found["+ smoothing"]["va"] > found["+ thresholds"]["va"]
     assert found["+ smoothing"]["au"] == found["+ thresholds"]["au"]
@@ -325,6 +327,41 @@ def test_weights_alone_help_where_members_differ(data):
     mean, weighted = (scores(sums) for sums in alone.sums.values())
     for task in ("va", "expr", "au"):
         assert weighted[task] > mean[task] + 0.02
+
+
+def test_the_line_of_moments_has_the_greatest_ccc_of_all_lines():
+    rng = np.random.default_rng(0)
+    truth = rng.normal(0.2, 0.3, (400, 2)).clip(-1, 1)
+    seen = 0.4 * truth + rng.normal(0, 0.1, truth.shape) - 0.1
+    members, targets, images = make_members(400, noise=(1.0,))
+    targets = targets._replace(va=truth, va_mask=np.ones(400, bool))
+    members = members._replace(va=seen[None])
+    found = fit(members, targets, make_timeline(images), steps=("moments",), half_windows=HALF_WINDOWS)
+    for dimension, line in enumerate(found.va_line):
+        x, y = seen[:, dimension], truth[:, dimension]
+        best = optimize.minimize(lambda ab, x=x, y=y: -ccc(ab[0] * x + ab[1], y), [1.0, 0.0], tol=1e-10)
+        np.testing.assert_allclose(line, best.x, rtol=1e-3, atol=1e-4)
+    assert np.abs(apply(members, found, make_timeline(images)).va).max() <= 1
+
+
+def test_a_prior_calls_rare_expressions_where_a_member_favours_common_ones():
+    rng = np.random.default_rng(0)
+    shares = np.array([0.5, 0.25, 0.1, 0.05, 0.04, 0.03, 0.02, 0.01])
+    truth = rng.choice(8, 4000, p=shares)
+    likelihood = softmax(1.5 * np.eye(8)[truth] + rng.normal(0, 1, (4000, 8)))
+    expr = likelihood * shares / (likelihood * shares).sum(-1, keepdims=True)
+    members, targets, images = make_members(4000, noise=(1.0,))
+    members = members._replace(expr=expr[None])
+    targets = targets._replace(expr=truth, expr_mask=np.ones(4000, bool))
+    timeline = make_timeline(images)
+    found = fit(members, targets, timeline, steps=("prior",), half_windows=HALF_WINDOWS)
+    assert (np.diff(found.expr_factors[:6]) > 0).all()
+    called = apply(members, found, timeline).expr
+    np.testing.assert_allclose(called.sum(-1), 1)
+    before, after = (f1_score(truth, p.argmax(-1), average="macro") for p in (expr, called))
+    assert after > before + 0.02
+    few = targets._replace(expr_mask=np.arange(4000) < 10)
+    assert (fit(members, few, timeline, steps=("prior",), half_windows=HALF_WINDOWS).expr_factors == 1).all()
 
 
 def test_parameters_are_described_by_name_for_the_steps_that_were_taken(data):

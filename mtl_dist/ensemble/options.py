@@ -9,7 +9,7 @@ from typing import Literal
 from mtl_dist.data.decode import Exif
 from mtl_dist.errors import OPTION_BOUNDS, InputError, check_numbers
 
-Step = Literal["temperature", "weights", "thresholds", "smoothing"]
+Step = Literal["temperature", "weights", "class_smoothing", "prior", "thresholds", "smoothing", "moments"]
 BOUNDS = OPTION_BOUNDS | {
     "folds": (2, 10_000), "retries": (0, 1000), "cpus_per_member": (0, 4096), "gpus_per_member": (0, 64)
 }  # fmt: skip
@@ -30,7 +30,9 @@ class EnsembleCommand:
     val: tuple[str, ...] = ()
     """Validation sets in the order of --runs, where they have moved since training."""
     steps: tuple[Step, ...] = ("temperature", "weights", "thresholds", "smoothing")
-    """Calibration on top of the plain mean, always in this order; `--steps` with nothing behind it: none."""
+    """Calibration on top of the plain mean, always in this order; `--steps` with nothing behind it: none. On request:
+    class_smoothing, of the probabilities of expressions and units; prior, expressions by how seldom they are labelled;
+    moments, valence and arousal with the labels' mean and deviation."""
     folds: int = 5
     """Folds of videos to fit and score the steps on."""
     half_windows: tuple[int, ...] = (0, 5, 10, 15, 25, 50)

@@ -1,14 +1,20 @@
-"""Combine members' predictions and calibrate what comes out: temperatures, weights, thresholds, smoothing.
+"""Combine members' predictions and calibrate what comes out.
 
 Members are `Predictions` whose arrays have an axis of M members in front: va (M, n, 2), expr (M, n, 8), au (M, n, 12),
 float64. Every fit is deterministic, and leaves what it has no labels for as the plain mean has it.
 
-    temperature   one a member and task (EXPR, AU): the likelihood of the labels (Guo et al. 2017). Models give
-                  probabilities here; their logarithms are the logits but for a constant, which softmax does not see.
-    weights       of the members, at least 0, sum 1, for valence, arousal, EXPR and each AU: the greatest CCC, and F1 by
-                  ensemble selection.
-    thresholds    of each AU: the greatest F1.
-    smoothing     half-windows of valence and arousal: the greatest CCC.
+    temperature      one a member and task (EXPR, AU): the likelihood of the labels (Guo et al. 2017). Models
+                     give probabilities here; their logarithms are the logits but for a constant, which softmax does not
+                     see.
+    weights          of the members, at least 0, sum 1, for valence, arousal, EXPR and each AU: the greatest CCC, and F1
+                     by ensemble selection.
+    class_smoothing  half-windows of the probabilities of EXPR and of AUs: the greatest F1.
+    prior            EXPR: probabilities are divided by a power of the classes' shares of the labels, and by their sum
+                     (logit adjustment, Menon et al. 2021): the greatest F1.
+    thresholds       of each AU: the greatest F1.
+    smoothing        half-windows of valence and arousal: the greatest CCC.
+    moments          valence and arousal are given the mean and standard deviation of the labels, which is the line of
+                     the greatest CCC.
 """
 
 from __future__ import annotations
@@ -23,19 +29,22 @@ from scipy import optimize
 from mtl_dist.objective.metrics import AU_THRESHOLD, Predictions, Targets, va_moments
 from mtl_dist.objective.scores import concordance
 from mtl_dist.objective.smoothing import smooth
-from mtl_dist.tasks import AUS, NUM_AUS, NUM_EXPRESSIONS
+from mtl_dist.tasks import AUS, EXPRESSIONS, NUM_AUS, NUM_EXPRESSIONS
 from mtl_dist.timeline import Timeline
 
-STEPS = ("temperature", "weights", "thresholds", "smoothing")  # in this order, each on what those before it made
+# In this order, each on what those before it made.
+STEPS = ("temperature", "weights", "class_smoothing", "prior", "thresholds", "smoothing", "moments")
 VA_NAMES = ("valence", "arousal")
 AU_NAMES = tuple(f"AU{number}" for number in AUS)
 
+LEAST_SPREAD = 1e-6  # a deviation of valence or arousal below it is none
 LEAST_PROBABILITY = 1e-7  # float32 sigmoids saturate about here
 MIN_EXAMPLES = 20  # fewer labels say nothing of a temperature, fewer positives nothing of a threshold
 TEMPERATURES = (0.05, 20.0)
 FEW_ROWS = 10_000  # a temperature is looked for among so many first,
 NEAR = 1.02  # and then within this factor of what they say
 MAX_ROUNDS, LEAST_GAIN = 40, 1e-6  # of ensemble selection
+POWERS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)  # of the classes' shares
 NUM_LEVELS = 1024  # of probabilities, where F1 is compared and not yet a threshold found
 
 
@@ -48,17 +57,25 @@ class Calibration(NamedTuple):
     au_weights: np.ndarray  # (M, 12)
     thresholds: np.ndarray  # (12,) an AU is on above it
     half_windows: np.ndarray  # (2,) frame numbers, of valence and arousal
+    class_half_windows: np.ndarray  # (2,) of EXPR and AU
+    expr_factors: np.ndarray  # (8,) of the probabilities
+    va_line: np.ndarray  # (2, 2) factor and offset, of valence and arousal
 
     @classmethod
     def plain_mean(cls, num_members: int) -> Calibration:
         """Return the calibration that changes nothing: equal weights, thresholds of 0.5, no smoothing."""
         weights = [np.full((num_members, *rest), 1 / num_members) for rest in ((2,), (), (NUM_AUS,))]
-        return cls(np.ones((num_members, 2)), *weights, np.full(NUM_AUS, AU_THRESHOLD), np.zeros(2, np.int64))
+        no_windows, same = np.zeros(2, np.int64), np.array([[1.0, 0.0], [1.0, 0.0]])
+        thresholds, factors = np.full(NUM_AUS, AU_THRESHOLD), np.ones(NUM_EXPRESSIONS)
+        return cls(np.ones((num_members, 2)), *weights, thresholds, no_windows, no_windows, factors, same)
 
     def until(self, num_steps: int) -> Calibration:
         """Return what is known after the first steps of `STEPS`: the others as the plain mean has them."""
         plain = Calibration.plain_mean(len(self.temperature))
-        fields = (("temperature",), ("va_weights", "expr_weights", "au_weights"), ("thresholds",), ("half_windows",))
+        fields = (
+            ("temperature",), ("va_weights", "expr_weights", "au_weights"), ("class_half_windows",), ("expr_factors",),
+            ("thresholds",), ("half_windows",), ("va_line",),
+        )  # fmt: skip
         return plain._replace(**{name: getattr(self, name) for names in fields[:num_steps] for name in names})
 
 
@@ -79,8 +96,9 @@ def apply(members: Predictions, calibration: Calibration, timeline: Timeline) ->
 
 def combine_tempered(members: Predictions, calibration: Calibration, timeline: Timeline) -> Predictions:
     """Do what `apply` does, of members that have their temperatures already."""
-    mixed = _mix(members, calibration)
-    return mixed._replace(va=smooth(mixed.va, timeline, calibration.half_windows))
+    mixed = _even_classes(_mix(members, calibration), calibration, timeline)
+    va = smooth(mixed.va, timeline, calibration.half_windows)
+    return mixed._replace(va=_on_line(va, calibration.va_line), expr=_weigh(mixed.expr, calibration.expr_factors))
 
 
 def fit(
@@ -94,12 +112,20 @@ def fit(
     if "weights" in steps:
         found = _fit_weights(tempered, targets, found, has_thresholds="thresholds" in steps)
     mixed = _mix(tempered, found)
+    if "class_smoothing" in steps:
+        chosen = _choose_class_half_windows(mixed, targets, timeline, half_windows, at_half="thresholds" not in steps)
+        found = found._replace(class_half_windows=chosen)
+        mixed = _even_classes(mixed, found, timeline)
+    if "prior" in steps:
+        found = found._replace(expr_factors=_fit_prior(mixed.expr, targets))
     if "thresholds" in steps:
         known = targets.au_mask.astype(bool)
         columns = zip(mixed.au.T, targets.au.T > 0, known.T)
         found = found._replace(thresholds=np.array([f1_threshold(p[k], y[k]) for p, y, k in columns]))
     if "smoothing" in steps:
         found = found._replace(half_windows=_choose_half_windows(mixed.va, targets, timeline, half_windows))
+    if "moments" in steps:
+        found = found._replace(va_line=_match_moments(smooth(mixed.va, timeline, found.half_windows), targets))
     return found
 
 
@@ -114,6 +140,12 @@ def describe(calibration: Calibration, names: list[str], *, steps: tuple[str, ..
         },
         "thresholds": dict(zip(AU_NAMES, map(float, calibration.thresholds))),
         "smoothing": dict(zip(VA_NAMES, map(int, calibration.half_windows))),
+        "class_smoothing": dict(zip(("expression", "au"), map(int, calibration.class_half_windows))),
+        "prior": dict(zip(EXPRESSIONS, map(float, calibration.expr_factors))),
+        "moments": {
+            name: {"factor": float(factor), "offset": float(offset)}
+            for name, (factor, offset) in zip(VA_NAMES, calibration.va_line)
+        },
     }
     return {step: about[step] for step in STEPS if step in steps}
 
@@ -308,6 +340,50 @@ def _onto_simplex(w: np.ndarray) -> np.ndarray:
     return np.maximum(w - excess[np.flatnonzero(descending > excess)[-1]], 0)
 
 
+# ---------------------------------------------------------------------------------------- lines, factors of classes
+
+
+def _on_line(va: np.ndarray, line: np.ndarray) -> np.ndarray:
+    return va if (line == (1, 0)).all() else (va * line[:, 0] + line[:, 1]).clip(-1, 1)
+
+
+def _match_moments(va: np.ndarray, targets: Targets) -> np.ndarray:
+    """Return the line (2, 2) that gives va (n, 2) the labels' mean and deviation, where the two go together at all.
+
+    For CCC, 2 cov / (var x + var y + (mean difference)^2), no other factor and offset is better.
+    """
+    line, known = np.array([[1.0, 0.0], [1.0, 0.0]]), targets.va_mask.astype(bool)
+    if known.sum() < MIN_EXAMPLES:
+        return line
+    for dimension, (x, y) in enumerate(zip(va[known].T, targets.va[known].astype(np.float64).T)):
+        if x.std() > LEAST_SPREAD and np.mean((x - x.mean()) * (y - y.mean())) > 0:
+            factor = y.std() / x.std()
+            line[dimension] = factor, y.mean() - factor * x.mean()
+    return line
+
+
+def _weigh(expr: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    if (factors == 1).all():
+        return expr
+    weighed = expr * factors
+    return weighed / weighed.sum(-1, keepdims=True)
+
+
+def _fit_prior(expr: np.ndarray, targets: Targets) -> np.ndarray:
+    """Return the factors (8,) of the classes: their shares of the labels to the power of greatest F1, one over it.
+
+    A class without a label keeps the factor of one with one label: it is not called more often for being unknown.
+    """
+    known = targets.expr_mask.astype(bool)
+    truth = targets.expr[known].astype(np.int64)
+    if len(truth) < MIN_EXAMPLES:
+        return np.ones(NUM_EXPRESSIONS)
+    counts = np.bincount(truth, minlength=NUM_EXPRESSIONS).clip(1)
+    tried = [(counts / counts.max()) ** -power for power in POWERS]
+    found = [_macro_f1(expr[known] * factors, truth) for factors in tried]
+    return tried[int(np.argmax(found))]
+
+
 # ------------------------------------------------------------------------------------------- thresholds and smoothing
 
 
@@ -327,6 +403,31 @@ def f1_threshold(p: np.ndarray, is_on: np.ndarray) -> float:
     middle = np.where(middle < above, middle, below)  # neighbours among floating-point numbers
     best = np.flatnonzero(f1 == f1.max())
     return float(middle[best[np.argmin(np.abs(middle[best] - AU_THRESHOLD))]])
+
+
+def _even_classes(mixed: Predictions, calibration: Calibration, timeline: Timeline) -> Predictions:
+    expr, au = calibration.class_half_windows
+    return mixed._replace(
+        expr=smooth(mixed.expr, timeline, np.full(NUM_EXPRESSIONS, expr)) if expr else mixed.expr,
+        au=smooth(mixed.au, timeline, np.full(NUM_AUS, au)) if au else mixed.au,
+    )
+
+
+def _choose_class_half_windows(
+    mixed: Predictions, targets: Targets, timeline: Timeline, half_windows: tuple[int, ...], *, at_half: bool
+) -> np.ndarray:
+    """Return the half-windows (2,) of EXPR and AU with the greatest F1, the first listed of equals."""
+    has_expr, has_au = targets.expr_mask.astype(bool), targets.au_mask.astype(bool)
+    truth, tried = targets.expr[has_expr].astype(np.int64), []
+    for half in half_windows:
+        expr = smooth(mixed.expr, timeline, np.full(NUM_EXPRESSIONS, half))[has_expr]
+        au = smooth(mixed.au, timeline, np.full(NUM_AUS, half))
+        of_units = [
+            _best_f1(p[known], is_on=on[known] > 0, at_half=at_half)
+            for p, on, known in zip(au.T, targets.au.T, has_au.T)
+        ]
+        tried.append([_macro_f1(expr, truth) if len(truth) >= MIN_EXAMPLES else 0.0, np.mean(of_units)])
+    return np.array(half_windows, np.int64)[np.argmax(tried, axis=0)]
 
 
 def _choose_half_windows(
