@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import re
 import shlex
 from html import unescape
@@ -29,6 +30,7 @@ from mtl_dist.report.curves import draw_curves
 from mtl_dist.report.drawing import method_styles
 from mtl_dist.report.evidence import Evidence, _taken_for_one, _warnings
 from mtl_dist.report.intervals import CHUNK, bootstrap, number_videos, video_sums
+from mtl_dist.report.likeness import correlations, likeness_table
 from mtl_dist.report.mistakes import worst_mistakes
 from mtl_dist.report.origin import ensemble_block
 from mtl_dist.report.page import Part, html
@@ -285,6 +287,26 @@ def test_tables_show_mean_and_deviation_over_seeds_and_mark_the_best():
     assert [row[0].text for row in runs_table(methods).rows].count("A cropped-2") == 1
     written = list(csv.DictReader(io.StringIO(table.csv().decode())))
     assert written[2]["P"] == f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
+
+
+def test_runs_that_predict_alike_are_told_from_those_that_do_not():
+    methods = make_methods()
+    table = likeness_table(methods)
+    rows = {row[0].text: [cell.sort for cell in row[1:]] for row in table.rows}
+    assert list(rows) == ["A cropped, two seeds", "A cropped and baseline"] or set(rows) == {
+        "A cropped, two seeds", "baseline and A cropped"
+    }  # fmt: skip
+    runs = next(m for m in methods if m.label == "A cropped").results
+    pairs = [(a.predicted.predictions, b.predicted.predictions) for a, b in itertools.combinations(runs, 2)]
+    found = rows["A cropped, two seeds"]
+    assert found[0] == pytest.approx(np.mean([np.corrcoef(a.va[:, 0], b.va[:, 0])[0, 1] for a, b in pairs]))
+    of_units = [np.corrcoef(a.au[:, n], b.au[:, n])[0, 1] for a, b in pairs for n in range(12)]
+    assert found[3] == pytest.approx(np.mean(of_units))
+    same = correlations(runs[0].predicted.predictions, runs[0].predicted.predictions)
+    assert same == pytest.approx([1, 1, 1, 1])
+    flat = runs[0].predicted.predictions._replace(va=np.zeros((60, 2)))
+    assert np.isnan(correlations(flat, runs[0].predicted.predictions)[:2]).all()
+    assert likeness_table([methods[0], methods[1]._replace(results=methods[1].results[:1])]) is None
 
 
 @pytest.mark.whole

@@ -11,6 +11,7 @@ from mtl_dist.objective.scores import FIRST
 from mtl_dist.report.drawing import Figure
 from mtl_dist.report.evidence import Evidence
 from mtl_dist.report.intervals import FEW_VIDEOS, LEAST_VIDEOS
+from mtl_dist.report.likeness import likeness_table
 from mtl_dist.report.mistakes import Mistakes
 from mtl_dist.report.origin import ensemble_block, run_block
 from mtl_dist.report.page import Part, html
@@ -120,9 +121,10 @@ def compose(evidence: Evidence, drawings: Drawings) -> tuple[list[Table], list[P
     steps = steps_tables(results)
     settings = settings_table([result for result in results if result.member])
     of_scores = [headline, *_some(differences), *steps, *_some(more), *more_differences]
-    tables = [*of_scores, *numbered, runs, *classes, *_some(settings, drawings.calibration)]
+    likeness = likeness_table(methods)
+    tables = [*of_scores, *numbered, runs, *classes, *_some(settings, drawings.calibration, likeness)]
     parts = [
-        Part("scores", "Scores", [html.table(table) for table in of_scores]),
+        Part("scores", "Scores", [html.table(table) for table in [*of_scores, *_some(likeness)]]),
         Part("tables", "Tables 1–5", _numbered_blocks(numbered)),
         Part("training", "Training", _curves_blocks(drawings)),
         Part("classes", "Expressions and action units", _classes_blocks(drawings, classes)),
