@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from typing import NamedTuple
 
@@ -11,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtl_dist.config import build_config
+from mtl_dist.data.cache import Cache
 from mtl_dist.data.mixed import MixedOrder, build_mixed_order, pass_rows, split_batch
 from mtl_dist.data.order import EpochPlan
+from mtl_dist.data.samples import open_samples
 from mtl_dist.errors import InputError
 from mtl_dist.shards.__main__ import create
-from mtl_dist.training.plan import open_data, plan_run
+from mtl_dist.training.plan import build_order, open_data, plan_run
 from tests.conftest import write_dataset
 from tests.test_recipes import FROZEN, config_of, run_ranks
 from tests.test_training import losses
@@ -166,9 +169,32 @@ def test_a_mixed_run_has_one_outcome_on_1_2_and_3_ranks_and_when_killed(shards, 
         if num_ranks == 2:
             jobs.append((mixed(shards, other, tmp_path / "killed", "run-2", *frozen), 3))
         run_ranks(num_ranks, jobs, tmp_path)
-    for found in (losses(tmp_path, "run-2"), losses(tmp_path, "run-3"), losses(tmp_path / "killed", "run-2")):
-        for mine, theirs in zip(found, losses(tmp_path, "run-1"), strict=True):
+    config = mixed(shards, other, tmp_path, "run-1", *frozen)
+    samples = open_samples(open_data(config).train, config, Cache())
+    order = build_order(config, open_data(config), samples)
+    expected = [sorted(step[0]) for epoch in range(config.train.epochs) for step in steps_of(order, epoch, 1)]
+    for storage, name in (
+        (tmp_path, "run-1"),
+        (tmp_path, "run-2"),
+        (tmp_path, "run-3"),
+        (tmp_path / "killed", "run-2"),
+    ):
+        for mine, theirs in zip(losses(storage, name), losses(tmp_path, "run-1"), strict=True):
             assert mine == pytest.approx(theirs, rel=2e-5, abs=2e-6)
+        begun = (
+            3 if storage.name == "killed" else 0
+        )  # what was read before is in the audit of the run that it continues
+        assert audited(storage / "audit", name, len(expected))[begun:] == expected[begun:]
+
+
+def audited(directory, name: str, num_steps: int) -> list[list[int]]:
+    """Return the samples of every step, over all ranks."""
+    files = sorted((directory / name).glob("*.jsonl"))
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    return [
+        sorted(sample for line in lines if line["step"] == step for sample in line["samples"]["all"])
+        for step in range(1, num_steps + 1)
+    ]
 
 
 def test_the_plan_says_what_each_set_gives_and_how_often_it_is_read(shards, other, tmp_path):

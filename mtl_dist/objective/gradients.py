@@ -97,8 +97,13 @@ def trunk_loss(held: Sequence[Held], gradients: Sequence[Sequence[Tensor]], weig
 
 
 def describe_gram(gram: Tensor, terms: Sequence[str], present: Container[str]) -> dict[str, dict[str, float]]:
-    """Return what people look at: the norm of the gradient of every term that is there, and the cosine of each two."""
+    """Return what people look at: the norm of the gradient of every term that is there, and the cosine of each two.
+
+    Nothing where they are not finite: of the loss, whose run may go on, that says nothing.
+    """
     products = gram.cpu().numpy()
+    if not np.isfinite(products).all():
+        return {}
     norms = {term: float(np.sqrt(products[i, i])) for i, term in enumerate(terms) if term in present}
     cosines = {}
     for (i, one), (j, other) in itertools.combinations(enumerate(terms), 2):
