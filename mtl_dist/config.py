@@ -231,6 +231,8 @@ class TrainConfig(Section):
     """Samples of an optimizer step over all ranks, whatever their number. Losses are those of this batch; only
     BatchNorm's statistics (engine.batchnorm) and dropout depend on how it is split."""
     epochs: Annotated[int, Varies.BY_RUN] = Field(50, ge=1, le=10**6)
+    stop_epoch: Annotated[int | None, Varies.BY_PART] = Field(None, ge=1, le=10**6)
+    """Stop after so many epochs, evaluated and saved, in the schedule of train.epochs. None: after the last one."""
     accumulation: Annotated[int, Varies.BY_RUN] = Field(1, ge=1, le=MAX_BATCH)
     """Micro-batches a rank splits its part of the global batch into. Losses stay those of the whole batch, at the
     price of one more forward pass."""
@@ -368,6 +370,11 @@ class Config(Section):
         span = max(self.train.epochs - 1, 1)
         scaled = [tuple(share / sum(shares) for share in shares) for shares in (first, last)]
         return [tuple(a + (b - a) * epoch / span for a, b in zip(*scaled)) for epoch in range(self.train.epochs)]
+
+    @property
+    def last_epoch(self) -> int:
+        """After how many epochs training ends: of train.epochs, or at train.stop_epoch."""
+        return min(self.train.stop_epoch or self.train.epochs, self.train.epochs)
 
     @property
     def num_streams(self) -> int:

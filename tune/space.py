@@ -88,7 +88,7 @@ def check_draws(where: str, space: Space, config: Config) -> None:
     rng, base = np.random.default_rng(0), json.loads(config.model_dump_json())
     refused, unread = [], dict.fromkeys(space, "")
     for _ in range(DRAWS):
-        params = {key: _draw(distribution, rng) for key, distribution in space.items()}
+        params = {key: draw_from(distribution, rng) for key, distribution in space.items()}
         try:
             found = find_unread(build_config(base, unflatten(params)))
         except InputError as error:
@@ -106,7 +106,7 @@ def check_draws(where: str, space: Space, config: Config) -> None:
         raise InputError(f"{where}: {'; '.join(f'nothing reads {key}: {why}' for key, why in unread.items())}")
 
 
-def _draw(distribution: dict[str, list], rng: np.random.Generator) -> Any:
+def draw_from(distribution: dict[str, list], rng: np.random.Generator) -> Any:
     """Draw a value as Ray does: both ends of `integer` may come."""
     ((kind, values),) = distribution.items()
     if kind == "choice":
@@ -127,7 +127,7 @@ def _check_ends(where: str, key: str, distribution: dict[str, list], config: Con
         except InputError as error:
             raise InputError(f"{where}: {kind} has {value!r}: {error}") from None
     if kind in ("uniform", "loguniform"):
-        middle = _draw(distribution, np.random.default_rng(0))
+        middle = draw_from(distribution, np.random.default_rng(0))
         try:
             build_config(base, unflatten({key: middle}))
         except InputError as error:

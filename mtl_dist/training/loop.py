@@ -86,7 +86,7 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
 
 def _train(run: _Run) -> dict[str, Any]:
     """Train from after `run.step` on; return the last scores."""
-    setup, num_epochs = run.setup, run.setup.config.train.epochs
+    setup, num_epochs = run.setup, run.setup.config.last_epoch
     run.saver.on_wait = lambda: setup.watchdog.moved(Phase.STORING, run.step)
     for epoch in range(run.step // setup.data.steps_per_epoch, num_epochs):
         if not _train_epoch(run, epoch):
@@ -199,8 +199,8 @@ def _open_tracker(setup: Setup, *, life: Life, step: int, scores: dict[str, Any]
         context.observe(restarts=len(life.known) - 1)
 
     on_rank_0(open_tracker)
-    if step >= setup.total_steps:
-        context.publish({"step": step, "epoch": config.train.epochs, **flat_scores(scores)})
+    if step >= setup.data.steps_per_epoch * config.last_epoch:
+        context.publish({"step": step, "epoch": config.last_epoch, **flat_scores(scores)})
         where = f"step {step} of {setup.total_steps}"
         tracker.say(f"run '{config.run.name}' is finished ({where}); nothing is left to do")
     return tracker

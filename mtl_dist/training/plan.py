@@ -241,9 +241,9 @@ def _check_extractors(start: Start | None, train: Sets) -> None:
 def _steps_before(config: Config, data: Data, start: Start | None) -> int:
     """Return how many steps what a run begins with has had. Raises `InputError` where none would be left."""
     done = start.state["step"] if start and config.run.start_with == "everything" else 0
-    if done >= (total := data.steps_per_epoch * config.train.epochs):
+    if done >= (total := data.steps_per_epoch * config.last_epoch):
         raise InputError(
-            f"run.start {start.uri} has had {done} steps, and train.epochs {config.train.epochs} are {total}: give "
+            f"run.start {start.uri} has had {done} steps, and train.epochs {config.last_epoch} are {total}: give "
             "more epochs, or begin with less: --run.start-with model"
         )
     return done
@@ -256,7 +256,7 @@ def _describe(
     total = steps * config.train.epochs
     low, high = num_ranks
     where = f", {'begins after' if begins else 'continues from'} step {done}" if done else ", begins"
-    if done >= total:
+    if done >= steps * config.last_epoch:
         where = f", is finished (step {done} of {total}): nothing is left to do"
     weights = f"of {config.run.start}" if config.run.start else config.model.weights
     frozen = " (frozen)" if config.model.freeze_backbone else ""
