@@ -33,9 +33,7 @@ class StepLoss(NamedTuple):
     terms: dict[str, Tensor]  # term -> () loss of the global batch, detached
     present: dict[str, Tensor]  # term -> () bool, whether the global batch has something to learn it from
     weights: dict[str, Tensor]  # term -> () its loss's weight in `total`, or its gradient's in the trunk; detached
-    gram: Tensor | None = (
-        None  # (K, K) inner products of the losses' gradients by what all terms share, where looked at
-    )
+    gram: Tensor | None = None  # (K, K) products of the losses' gradients by what all terms share, where looked at
 
 
 class ObjectiveModule(nn.Module):
