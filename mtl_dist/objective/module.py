@@ -81,7 +81,8 @@ class ObjectiveModule(nn.Module):
         if self.balancer.reads_gradients:
             weights *= self.balancer.shares(gram, present)
             minimised = minimised + trunk_loss(held, gradients, weights)
-        return StepLoss(minimised, values, present, dict(zip(self.objective.terms, weights)), gram)
+        told = gram if looks_at_gradients else None
+        return StepLoss(minimised, values, present, dict(zip(self.objective.terms, weights)), told)
 
     def looks_at_gradients(self, wanted: bool) -> bool:
         """Whether a step's gradients are looked at: where the balancer reads them, or where it is wanted and can be."""
