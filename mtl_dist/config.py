@@ -339,10 +339,12 @@ class Config(Section):
                 "data.mix says what a step has of each set, and data.sampling per_task what it has of each task; "
                 "change one of them"
             )
-        if self.data.mix_to and self.run.start and self.run.start_with == "everything":
+        if self.data.mix and self.data.streams is not None:
+            raise ValueError("data.streams is for one order, and with data.mix every set has its own; leave it out")
+        if self.train.stop_epoch and self.train.stop_epoch > self.train.epochs:
             raise ValueError(
-                "data.mix_to is the mixture of the last epoch, and run.start_with everything goes on in the order of "
-                "another number of epochs; leave it out, or begin with less: --run.start-with model"
+                f"train.stop_epoch is {self.train.stop_epoch} and train.epochs {self.train.epochs}: training ends "
+                "before it; give a smaller one, or leave it out"
             )
         if self.ray.gpus_per_rank not in (0, 1):
             raise ValueError(f"ray.gpus_per_rank is {self.ray.gpus_per_rank:g}; a rank computes on one GPU: 0 or 1")
@@ -378,9 +380,14 @@ class Config(Section):
 
     @property
     def num_streams(self) -> int:
-        """Canonical streams of the order: as configured, or the largest divisor of the batch up to 64."""
+        """Canonical streams of the order: as configured, or the largest divisor of the batch up to 64.
+
+        With data.mix every set has streams of its own; here they count as many as a step has samples.
+        """
         if self.data.streams is not None:
             return self.data.streams
+        if self.data.mix:
+            return self.train.global_batch
         return max(d for d in _divisors(self.train.global_batch) if d <= MAX_AUTO_STREAMS)
 
     @property

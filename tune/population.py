@@ -19,6 +19,7 @@ import io
 import itertools
 import json
 import math
+import signal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,10 +35,10 @@ from mtl_dist.objective.scores import Score, find_score, flat_scores
 from mtl_dist.presets import CommandConfig, config_of, parse_command
 from mtl_dist.sealed import seal, unseal
 from mtl_dist.settings import Name, Section, Varies, flatten, unflatten, varying
+from tune.search import DRIVER_CPUS, count_room
 from tune.space import Space, default_space, draw_from, read_space
 
 FACTORS = (0.8, 1.2)  # that a copied setting is multiplied by
-DRIVER_CPUS = 0.1  # of a member's driver, which only waits for its ranks
 ABOUT = "population.json"
 
 
@@ -88,12 +89,17 @@ def main(args: list[str] | None = None) -> None:
     uri = storage.join(config.run.storage, population.name)
     probe = config.model_copy(update={"run": config.run.model_copy(update={"name": population.name})})
     plan = plan_run(probe)
+    if score.task in (data := open_data(config)).val.labels.missing_tasks():
+        raise InputError(
+            f"population.metric is {score.key}, and {data.val} has no labels of {score.task}: no run would be scored; "
+            "give another metric, or a validation set with such labels"
+        )
     ends = epochs_of(config, population)
     print(f"population of {population.members}, up to epochs {', '.join(map(str, ends))}, over {json.dumps(space)}")
     if command.dry_run:
         print(plan)
         return
-    _check_same(uri, config, population, space, open_data(config).identity())
+    _check_same(uri, config, population, space, data.identity())
     if not command.local:
         from mtl_dist.training.launch import connect
 
@@ -109,6 +115,8 @@ def main(args: list[str] | None = None) -> None:
         _tell(generation, len(ends), members, scored[-1], score)
         write_lineage(uri, plans, scored, score)
     best = rank(scored[-1], score)[0]
+    if not math.isfinite(scored[-1][best]):
+        raise InputError("no run of the last generation has a score that is a number; give a narrower space")
     print(f"best: {storage.join(uri, 'runs', plans[-1][best].name)}, {score.title} {scored[-1][best]:.4f}")
 
 
@@ -208,11 +216,20 @@ def train(runs: dict[int, Config], *, local: bool) -> None:
         for run in todo.values():
             _train_here(run)
     elif todo:
-        import ray
+        _train_over_cluster(list(todo.values()))
 
-        task = ray.remote(num_cpus=DRIVER_CPUS, max_retries=3)(_train_on_ray)
-        waiting = [task.remote(run.model_dump(mode="json")) for run in todo.values()]
-        while waiting:
+
+def _train_over_cluster(todo: list[Config]) -> None:
+    """Train as many runs at a time as the cluster has room for."""
+    import ray
+
+    # Ray would start all drivers at once, and these could take the CPUs that ranks wait for.
+    room = count_room(todo[0], [node["Resources"] for node in ray.nodes() if node["Alive"]]) or len(todo)
+    task = ray.remote(num_cpus=DRIVER_CPUS, max_retries=3)(_train_on_ray)
+    waiting: list[Any] = []
+    for place, run in enumerate(todo, start=1):
+        waiting.append(task.remote(run.model_dump(mode="json")))
+        while len(waiting) >= (room if place < len(todo) else 1):
             done, waiting = ray.wait(waiting)
             try:
                 ray.get(done)
@@ -230,6 +247,9 @@ def _train_here(run: Config) -> None:
     except NonFiniteLoss as error:
         torch.distributed.destroy_process_group()
         print(f"{run.run.name} diverged: {error}", flush=True)
+    finally:  # from here on they end the population
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _train_on_ray(run: dict[str, Any]) -> None:
@@ -242,8 +262,11 @@ def _train_on_ray(run: dict[str, Any]) -> None:
 
 
 def is_over(run: Config) -> bool:
-    """Whether a run was scored at its end."""
-    return any(record["epoch"] + 1 >= run.last_epoch for record in _evaluations(run))
+    """Whether a run was scored at its end, and has the checkpoint: scores are stored before it."""
+    from mtl_dist.training.launch import newest_step
+
+    steps = [record["step"] for record in _evaluations(run) if record["epoch"] + 1 >= run.last_epoch]
+    return bool(steps) and newest_step(run.run.uri) >= steps[-1]
 
 
 def last_score(run: Config, score: Score) -> float:
@@ -312,12 +335,12 @@ def draw_lineage(plans: list[list[Planned]], scored: list[dict[int, float]], sco
 def _check_same(uri: str, config: Config, population: PopulationConfig, space: Space, data: dict[str, str]) -> None:
     """Raise where this name belongs to a population of other settings, or of other data."""
     where = storage.join(uri, ABOUT)
-    own = {key: value for key, value in flatten(config).items() if not key.startswith(("run.name", "ray."))}
-    own |= {f"population.{key}": value for key, value in population.model_dump(exclude={"space"}).items()}
-    wanted = json.loads(json.dumps(own | {"space": space} | data))
+    wanted = json.loads(json.dumps(_settings(config, population) | {"space": space} | data))
     if storage.exists(where):
         try:
             stored = unseal(storage.read_bytes(where))
+            # A setting that was unknown then was what its default is.
+            stored = json.loads(json.dumps(_settings(Config(), PopulationConfig()))) | data | stored
         except Damaged as error:
             raise InputError(f"{where} is damaged ({error}); restore it, or give another --population.name") from None
         for key in sorted(stored.keys() | wanted.keys()):
@@ -327,6 +350,13 @@ def _check_same(uri: str, config: Config, population: PopulationConfig, space: S
                     "one another --population.name"
                 )
     storage.write_bytes(where, seal(wanted))
+
+
+def _settings(config: Config, population: PopulationConfig) -> dict[str, Any]:
+    """Return what decides the outcome: not what a run chooses for itself, or may change in its midst."""
+    free = {*varying(Config, Varies.BY_PART), "run.name"}
+    own = {f"population.{key}": value for key, value in population.model_dump(exclude={"space"}).items()}
+    return {key: value for key, value in flatten(config).items() if key not in free} | own
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ pass after pass: the samples of a pass are those of its own `Order`, of streams 
 the number of the pass for the epoch. A step takes the next ones. So no sample comes twice in a pass, whatever the other
 sets do and however their parts change; a pass leaves out fewer samples than the set has streams, others each time.
 
-A stream belongs to one rank. Ranks have as many samples of a step as each other, give or take one a set.
+A stream belongs to one rank. Of every set a rank has its part of a step's samples, or one less or more.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class MixedPlan:
         self._plans: dict[tuple[int, int], EpochPlan] = {}  # set, pass
 
     def samples_of(self, step: int, num_steps: int) -> list[np.ndarray]:
-        """Return the samples (n,) int64 that this rank reads at each of several steps; n differs by one a set."""
+        """Return the samples (n,) int64 that this rank reads at each of several steps; n is not always one."""
         of_steps: list[list[np.ndarray]] = [[] for _ in range(num_steps)]
         for number, count in enumerate(self._counts):
             begin = self._before[number] + step * count

@@ -427,7 +427,7 @@ def _choose_class_half_windows(
             for p, on, known in zip(au.T, targets.au.T, has_au.T)
         ]
         tried.append([_macro_f1(expr, truth) if len(truth) >= MIN_EXAMPLES else 0.0, np.mean(of_units)])
-    return np.array(half_windows, np.int64)[np.argmax(tried, axis=0)]
+    return np.where(np.max(tried, axis=0) > 0, np.array(half_windows, np.int64)[np.argmax(tried, axis=0)], 0)
 
 
 def _choose_half_windows(

@@ -85,8 +85,11 @@ class ObjectiveModule(nn.Module):
         return StepLoss(minimised, values, present, dict(zip(self.objective.terms, weights)), told)
 
     def looks_at_gradients(self, wanted: bool) -> bool:
-        """Whether a step's gradients are looked at: where the balancer reads them, or where it is wanted and can be."""
-        return self.balancer.reads_gradients or (wanted and bool(self.shared))
+        """Whether a step's gradients are looked at: where the balancer reads them, or where it is wanted and can be.
+
+        Passes of their own rows for each task have nothing to compare.
+        """
+        return self.balancer.reads_gradients or (wanted and bool(self.shared) and self.passes == 1)
 
     @torch.no_grad()
     def sums(self, batch: Batch) -> Sums:

@@ -145,7 +145,7 @@ def _settings(weights: Weights) -> dict[str, Any]:
     config = flatten(weights.config)
     free = {*varying(Config, Varies.BY_PART), "run.name", "run.seed"}
     own = {key: _origin(value) if key in ORIGINS else value for key, value in config.items() if key not in free}
-    return own | {TRAINING_SET: weights.train_sha256}
+    return own | {TRAINING_SET: weights.train_sha256, "epochs": weights.config.last_epoch}
 
 
 def _origin(uri: str) -> Any:

@@ -164,6 +164,12 @@ def _check_everything(checkpoint: Checkpoint, state: dict[str, Any], config: Con
     if differ := differences(state, config, Varies.BY_RUN):
         pairs = "; ".join(f"{key} is {theirs!r} there and {mine!r} here" for key, (theirs, mine) in differ.items())
         raise InputError(f"run.start {checkpoint.uri} with everything: {pairs}; {remedy}")
+    theirs, mine = state["config"].get("train.epochs"), config.train.epochs
+    if config.data.mix_to and theirs != mine:
+        raise InputError(
+            f"run.start {checkpoint.uri} with everything: train.epochs is {theirs} there and {mine} here, and "
+            f"data.mix_to is the mixture of the last of them, which the order depends on; {remedy}"
+        )
     theirs, mine = state["identity"].get(TRAINING_SET), identity.get(TRAINING_SET)
     if mine and theirs != mine:
         raise InputError(

@@ -75,8 +75,10 @@ class Weights(NamedTuple):
 
     @property
     def is_finished(self) -> bool:
-        """Whether its run was trained to the end."""
-        return self.total_steps is None or self.newest_step >= self.total_steps
+        """Whether its run was trained to the end: of its epochs, or where it was to stop."""
+        if self.total_steps is None:
+            return True
+        return self.newest_step >= self.total_steps // self.config.train.epochs * self.config.last_epoch
 
 
 class ExportedConfig(BaseModel):

@@ -95,7 +95,7 @@ def describe_size(model: nn.Module) -> str:
 
 def min_rows(config: Config, num_ranks: int) -> int:
     """Rows of a step (of a task's batch) that each rank has at least."""
-    if config.shares:  # of every set a rank may have one less than another rank
+    if config.shares:  # where the streams of a set begin anew, a rank may have one less of it than its part
         counts = [split_batch(config.train.global_batch, shares) for shares in config.shares]
-        return min(sum(count // num_ranks for count in of_epoch) for of_epoch in counts)
+        return min(sum(max(count // num_ranks - 1, 0) for count in of_epoch) for of_epoch in counts)
     return config.train.global_batch // config.num_streams * (config.num_streams // num_ranks)

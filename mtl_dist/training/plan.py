@@ -238,12 +238,18 @@ def _check_extractors(start: Start | None, train: Sets) -> None:
         )
 
 
+def _epochs_of(config: Config) -> str:
+    """Name the setting that ends training."""
+    name = "train.epochs" if config.last_epoch == config.train.epochs else "train.stop_epoch"
+    return f"{name} {config.last_epoch}"
+
+
 def _steps_before(config: Config, data: Data, start: Start | None) -> int:
     """Return how many steps what a run begins with has had. Raises `InputError` where none would be left."""
     done = start.state["step"] if start and config.run.start_with == "everything" else 0
     if done >= (total := data.steps_per_epoch * config.last_epoch):
         raise InputError(
-            f"run.start {start.uri} has had {done} steps, and train.epochs {config.last_epoch} are {total}: give "
+            f"run.start {start.uri} has had {done} steps, and {_epochs_of(config)} are {total}: give "
             "more epochs, or begin with less: --run.start-with model"
         )
     return done

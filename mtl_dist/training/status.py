@@ -46,6 +46,8 @@ def print_status(run_uri: str) -> None:
     if total:
         epochs = config.train.epochs
         state = "finished" if step >= total else "the same command continues it from there"
+        if config.last_epoch < epochs and step >= total // epochs * config.last_epoch:
+            state = f"finished, at train.stop_epoch {config.last_epoch}"
         console.print(f"saved        step {step} of {total} (epoch {step / total * epochs:.2f} of {epochs}); {state}")
     else:
         console.print(f"saved        step {step}; of how many its data tells, which is not to be read here")

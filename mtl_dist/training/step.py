@@ -26,7 +26,9 @@ def train_step(
 ) -> StepLoss:
     """Take one optimizer step on this rank's part of the global batch, in `train.accumulation` micro-batches."""
     module: ObjectiveModule = engine.module
-    draws = draw_passes(prepare, batch.rows, seed=config.run.seed, epoch=epoch, passes=module.passes)
+    # A set of a mixture may be read many times in an epoch: each time with other draws.
+    turn = step if config.data.mix else epoch
+    draws = draw_passes(prepare, batch.rows, seed=config.run.seed, epoch=turn, passes=module.passes)
     device = next(module.parameters()).device
     batch = batch.to(device)
     batch = batch._replace(inputs=prepare(batch, draws.to(device)))
