@@ -23,7 +23,7 @@ from tests.conftest import write_dataset
 from tests.test_recipes import FROZEN, config_of, run_ranks
 from tests.test_training import losses
 
-fast = settings(max_examples=60, deadline=None, derandomize=True)
+fast = settings(max_examples=30, deadline=None, derandomize=True)
 num_ranks_st = st.integers(1, 17)
 
 

@@ -115,6 +115,7 @@ def test_a_population_trains_goes_on_where_it_was_and_draws_its_lineage(shards, 
         main(args_of(shards, tmp_path, "--population.members", "3"))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("more", "words"),
     [
@@ -127,6 +128,7 @@ def test_a_population_that_cannot_be_is_refused(shards, tmp_path, more, words):
         main(args_of(shards, tmp_path, *more))
 
 
+@pytest.mark.whole
 def test_settings_that_cannot_change_within_a_run_are_refused(shards, tmp_path):
     (tmp_path / "space.yaml").write_text("optim.momentum: {uniform: [0.5, 0.9]}\n")
     with pytest.raises(InputError, match=r"optim\.momentum, which cannot change within a run"):
