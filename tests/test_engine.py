@@ -76,6 +76,7 @@ def test_weights_of_layers_are_decayed_and_nothing_else(model):
     changes = {
         "model": {"weights": "none", "sequence": {"dims": DIMS}, **layers_of},
         "loss": {"balancing": "uncertainty"},
+        "optim": {"layer_decay": 1.0, "freeze_backbone_for": 0.0},  # one rate: two groups
     }
     config = build_config(load_preset(model if model in PRESETS else "a"), changes)
     network, objective = build_model(config.model, input_size=config.input_size), build_objective(config, COUNTS)

@@ -20,7 +20,8 @@ def test_the_speed_of_a_single_last_step_counts_its_time_and_a_run_that_goes_on_
     tracker = Tracker(str(tmp_path), resumed_at=8, num_ranks=1)
     for step in (9, 10):  # told of at once, as the last two of an epoch are
         tracker.step(
-            step, 10, 0, 0.1, {"total": 1.0}, weights={}, images=16, took_s=1.6, waited_s=0.4, saved_step=None
+            step, 10, 0, 0.1, {"total": 1.0}, weights={}, gradients={}, images=16, took_s=1.6, waited_s=0.4,
+            saved_step=None,
         )  # fmt: skip
     assert "10 frames/s  waiting for data 25%  checkpoint 8  1 rank  0 s left" in capsys.readouterr().out
 
@@ -30,7 +31,9 @@ def refuse(name: str) -> None:
 
 
 def take_step(tracker: Tracker, step: int, loss: float) -> None:
-    tracker.step(step, 9, 0, 0.1, {"total": loss}, weights={}, images=8, took_s=1.0, waited_s=0.0, saved_step=None)
+    tracker.step(
+        step, 9, 0, 0.1, {"total": loss}, weights={}, gradients={}, images=8, took_s=1.0, waited_s=0.0, saved_step=None
+    )
 
 
 def test_records_are_strict_json_also_where_an_older_run_wrote_nan(tmp_path):
@@ -53,7 +56,9 @@ def open_tracker(run: Path, resumed_at: int = 0) -> Tracker:
 def take_steps(tracker: Tracker, first: int, last: int, *, total: int = 10**6) -> None:
     for step in range(first, last + 1):
         losses = {"va": 1 / step, "total": 2 / step}
-        tracker.step(step, total, 0, 0.1, losses, weights={}, images=8, took_s=1.0, waited_s=0.0, saved_step=None)
+        tracker.step(
+            step, total, 0, 0.1, losses, weights={}, gradients={}, images=8, took_s=1.0, waited_s=0.0, saved_step=None
+        )
 
 
 def store(tracker: Tracker, run: Path) -> int:

@@ -99,8 +99,11 @@ class ObjectiveModule(nn.Module):
 
     def gram(self, batch: Batch, total: Sums, *, parts: int) -> Tensor:
         """Return this batch's part (K, K) of the Gram matrix of a step with these sums, as `sums` does."""
+        counts = {n: n.num_batches_tracked.clone() for n in _norms(self.model) if n.num_batches_tracked is not None}
         with self._statistics_kept(), self._holding_shared() as held:
             local = self.objective.sums(self._predict(batch), batch)
+        for norm, count in counts.items():  # whether gradients are looked at shows in no checkpoint
+            norm.num_batches_tracked.copy_(count)
         losses = global_losses(self.objective, local, total, scale=_num_ranks() * parts)
         return self._gram(term_gradients(losses, held), total, parts)
 
@@ -112,7 +115,7 @@ class ObjectiveModule(nn.Module):
 
     @contextlib.contextmanager
     def _statistics_kept(self) -> Iterator[None]:
-        norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        norms = _norms(self.model)
         kept = [m.momentum for m in norms]
         for norm in norms:
             norm.momentum = 0.0
@@ -128,6 +131,10 @@ class ObjectiveModule(nn.Module):
         size = len(batch.inputs) // self.passes
         passes = zip(batch.inputs.split(size), batch.valid.split(size))
         return Outputs(*(torch.cat(parts) for parts in zip(*(self.model(*each) for each in passes))))
+
+
+def _norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 
 def _num_ranks() -> int:

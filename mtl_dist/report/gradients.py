@@ -45,7 +45,8 @@ def draw_gradients(method: Method, place: int) -> Figure | None:
         "weights by gradients (arXiv 2201.04122): this is to choose them by."
     )
     alt = f"Norms and cosines of the tasks' gradients of {method.label} over training; mean cosines: {told or 'none'}."
-    return Figure(f"gradients_{place}", f"{method.label}: gradients", caption, alt, png, write_csv(rows))
+    title = f"{method.label}: gradients"
+    return Figure(f"gradients_{place}", title, caption, alt, png, write_csv(rows), is_dense=True)
 
 
 def _lines(records: list[dict[str, Any]], kind: str) -> Lines:
