@@ -12,31 +12,38 @@ from mtl_dist.report.tables import write_csv
 from mtl_dist.training.tracking import read_records
 
 POINTS = 40  # of a line: steps are averaged to about so many
-PANELS = {"norm": "norm of the gradient", "cosine": "cosine of two gradients"}
+PANELS = {"norm": "norm of a gradient", "cosine": "cosine of two"}
 
 Lines = dict[str, list[tuple[int, float]]]  # by task, or by pair of tasks: steps with their values
 
 
 def draw_gradients(method: Method, place: int) -> Figure | None:
     """Draw the records of a method's shown run; None where it has none."""
+    from matplotlib.ticker import LogLocator
+
     result = method.shown
     records = [record for record in read_records(result.uri) if record.get("gradients")]
     found = {kind: _lines(records, kind) for kind in PANELS}
     if not found["norm"]:
         return None
     rows: list[tuple] = [("kind", "tasks", "step", "value")]
-    with canvas(5.6, 3.1) as figure:
+    with canvas(6.4, 3.1) as figure:
         for axes, (kind, lines) in zip(figure.subplots(1, 2), found.items()):
             for colour, (name, points) in zip(COLOURS, lines.items()):
-                axes.plot(*zip(*points), color=colour, label=name.replace(" ", " and ").upper(), linewidth=1.4)
+                axes.plot(*zip(*points), color=colour, label=name.replace(" ", ", ").upper(), linewidth=1.4)
                 rows += [(kind, name, step, f"{value:.6g}") for step, value in points]
-            axes.set(title=PANELS[kind], xlabel="training step", xlim=(0, None))
+            axes.set(ylabel=PANELS[kind], xlabel="training step", xlim=(0, None))
             if kind == "norm":
                 axes.set_yscale("log")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_minor_formatter(lambda value, place: "")
             else:
                 axes.set_ylim(-1, 1)
                 axes.axhline(0, color="#8b929a", linewidth=1, linestyle=":")
-            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2, fontsize=8)
+            axes.legend(
+                loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize=8, columnspacing=1, handlelength=1
+            )
         png = save_png(figure)
     told = ", ".join(f"{name.replace(' ', ' and ')} {_mean(points):+.2f}" for name, points in found["cosine"].items())
     caption = (

@@ -276,6 +276,7 @@ def _describe(
         inputs, numbers = f"windows of {window}, {inputs}", numbers * window
     inputs_mb = batch * max(len(data.tasks), 1) * numbers * 4 / 1e6
     ranks = (f"{high}" if low == high else f"{low} to {high}") + " rank" + "s" * (high > 1)
+    streams = "" if config.shares else f"{config.num_streams} streams, "
     num_left = data.num_samples - steps * batch
     left_out = f"{num_left} {data.noun} an epoch are left out, others each time"
     left_out = left_out if num_left else f"every {data.noun.removesuffix('s')} once an epoch"
@@ -289,7 +290,7 @@ def _describe(
         f"{len(train.shards)} shards, {size_mb:.1f} MB",
         f"val     {val}: {val.rows} rows, {_labelled(val.labels)}, {len(val.shards)} shards",
         f"steps   {steps} an epoch, {total} in all; {left_out}",
-        f"batch   {batch} over {ranks}, {config.num_streams} streams, {inputs_mb:.0f} MB of inputs",
+        f"batch   {batch} over {ranks}, {streams}{inputs_mb:.0f} MB of inputs",
         f"model   {config.model.name}, backbone {config.model.backbone}{frozen}, weights {weights}, {inputs}",
     ]
     return "\n".join([*lines, *_describe_mix(config, data), *(f"note    {note}" for note in notes)])
