@@ -27,7 +27,7 @@ def draw_gradients(method: Method, place: int) -> Figure | None:
     if not found["norm"]:
         return None
     rows: list[tuple] = [("kind", "tasks", "step", "value")]
-    with canvas(6.4, 3.1) as figure:
+    with canvas(5.7, 3.1) as figure:
         for axes, (kind, lines) in zip(figure.subplots(1, 2), found.items()):
             for colour, (name, points) in zip(COLOURS, lines.items()):
                 axes.plot(*zip(*points), color=colour, label=name.replace(" ", ", ").upper(), linewidth=1.4)
