@@ -180,6 +180,7 @@ def name_people(found: list[FoundFrame], places: list[list[Place | None]]) -> di
     return tracks
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("people", [person, londoner])
 def test_two_people_who_cross_leave_and_come_back_are_two_tracks_with_gaps(tmp_path, detector, people):
     if people is londoner and not LONDON.exists():
@@ -212,6 +213,7 @@ def test_a_photograph_has_its_largest_face_first(detector):
     assert find_in_photograph(np.asarray(background(2)), detector).faces == ()
 
 
+@pytest.mark.whole
 def test_a_clip_without_times_is_followed_too(tmp_path: Path, detector):
     frames = [pixels for pixels, _ in draw_frames([person(3)], [lambda n: Place(100 + 10 * n, 110, 110)], 6)]
     path = write_clip(tmp_path / "a.avi", frames)

@@ -157,6 +157,7 @@ def test_photographs_keep_their_names_and_directories(tmp_path):
     np.testing.assert_allclose(turned, upright, atol=3)
 
 
+@pytest.mark.whole
 def test_what_is_left_out_is_told_with_why(tmp_path):
     blurred = np.asarray(Image.fromarray(ALONE).resize((30, 24)).resize(SMALL))
     clip(tmp_path / "in/one.avi", ALONE, ALONE, blurred)
@@ -624,6 +625,7 @@ def test_frames_that_come_when_they_like_keep_their_numbers_and_seconds(tmp_path
     np.testing.assert_allclose([row["seconds"] * 25 for row in rows], [0, 1, 4, 5, 25, 70], atol=0.05)
 
 
+@pytest.mark.whole
 def test_thirty_faces_and_none(tmp_path):
     places = [(number % 12, 70 + 128 * (number % 10), 100 + 150 * (number // 10), 110) for number in range(30)]
     photo(tmp_path / "in/crowd.png", scene(*places, size=(1330, 500)))
@@ -635,6 +637,7 @@ def test_thirty_faces_and_none(tmp_path):
     assert [row["why"] for row in rows if row["source"] == "empty.png"] == ["no face"]
 
 
+@pytest.mark.whole
 def test_a_photograph_of_8000_pixels_is_cut_whole(tmp_path):
     large = np.full((6000, 8000, 3), 120, np.uint8)
     large[3000:4024, 5000:6024] = np.asarray(person(3)[0].resize((1024, 1024)))

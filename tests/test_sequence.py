@@ -412,6 +412,7 @@ def gradients_of(module, batches, parts):
     return {name: parameter.grad for name, parameter in module.named_parameters()}
 
 
+@pytest.mark.whole
 @each
 def test_gradients_of_one_two_three_and_eight_ranks_are_the_same(encoder, framework):
     """Eight ranks for six windows: two have none."""

@@ -85,6 +85,7 @@ def copied(shards, tmp_path) -> Path:
     return tmp_path / "copied"
 
 
+@pytest.mark.whole
 def test_made_twice_every_byte_is_the_same_whatever_the_number_of_processes(dataset, shards, tmp_path):
     create(str(dataset), str(tmp_path / "again"), frames_per_shard=7, jobs=2)
     again = read_tree(tmp_path / "again")

@@ -75,6 +75,7 @@ def test_layout(small_set):
             assert 112 <= cropped.width <= 160
 
 
+@pytest.mark.whole
 def test_files_do_not_depend_on_the_number_of_processes(small_set, tmp_path):
     dest, _, _ = small_set
     write_synthetic(tmp_path, **SIZES, seed=3, jobs=2)

@@ -59,6 +59,7 @@ def test_a_pyramid_has_the_last_map_of_every_resolution(name, size, shapes):
         assert [(features.shape[1], features.shape[-1]) for features in maps] == shapes
 
 
+@pytest.mark.whole
 def test_what_has_one_map_is_refused():
     config = build_config({"model": {"name": "d", "backbone": "torchvision:vit_b_16", "weights": "none"}})
     with pytest.raises(InputError, match="attends to several maps of a backbone, and this one has one"):
