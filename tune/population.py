@@ -29,13 +29,13 @@ from pydantic import Field
 from mtl_dist import storage
 from mtl_dist.config import Config, build_config
 from mtl_dist.data.widths import fill_in_widths
-from mtl_dist.errors import Damaged, InputError, NonFiniteLoss, run_command
+from mtl_dist.errors import InputError, NonFiniteLoss, run_command
 from mtl_dist.families import objective_of
 from mtl_dist.objective.scores import Score, find_score, flat_scores
 from mtl_dist.presets import CommandConfig, config_of, parse_command
-from mtl_dist.sealed import seal, unseal
+from mtl_dist.sealed import seal
 from mtl_dist.settings import Name, Section, Varies, flatten, unflatten, varying
-from tune.search import DRIVER_CPUS, count_room
+from tune.search import DRIVER_CPUS, check_same_settings, count_room
 from tune.space import Space, default_space, draw_from, read_space
 
 FACTORS = (0.8, 1.2)  # that a copied setting is multiplied by
@@ -336,19 +336,8 @@ def _check_same(uri: str, config: Config, population: PopulationConfig, space: S
     """Raise where this name belongs to a population of other settings, or of other data."""
     where = storage.join(uri, ABOUT)
     wanted = json.loads(json.dumps(_settings(config, population) | {"space": space} | data))
-    if storage.exists(where):
-        try:
-            stored = unseal(storage.read_bytes(where))
-            # A setting that was unknown then was what its default is.
-            stored = json.loads(json.dumps(_settings(Config(), PopulationConfig()))) | data | stored
-        except Damaged as error:
-            raise InputError(f"{where} is damaged ({error}); restore it, or give another --population.name") from None
-        for key in sorted(stored.keys() | wanted.keys()):
-            if stored.get(key) != wanted.get(key):
-                raise InputError(
-                    f"population {uri} was begun with {key} {stored.get(key)!r}, not {wanted.get(key)!r}; give this "
-                    "one another --population.name"
-                )
+    usual = json.loads(json.dumps(_settings(Config(), PopulationConfig()))) | data
+    check_same_settings(where, wanted, usual=usual, what=f"population {uri}")
     storage.write_bytes(where, seal(wanted))
 
 

@@ -326,22 +326,26 @@ def check_same_search(
     of its sets; a restored search would mix the two."""
     uri = storage.join(search_uri, "search.json")
     wanted = _settings(config, search) | {"space": space} | data
-    if storage.exists(uri):
-        try:
-            stored = unseal(storage.read_bytes(uri), unsealed=wanted)
-            # A setting that was unknown then was what its default is, and data as it is now.
-            stored = _settings(Config(), SearchConfig()) | data | stored
-        except Damaged as error:
-            raise InputError(
-                f"{uri} is damaged ({error}); restore it, or give this search another --search.name"
-            ) from None
-        for key in sorted(stored.keys() | wanted.keys()):
-            if stored.get(key) != wanted.get(key):
-                raise InputError(
-                    f"search {search_uri} was begun with {key} {stored.get(key)!r}, not {wanted.get(key)!r}; give this "
-                    "one another --search.name"
-                )
+    check_same_settings(uri, wanted, usual=_settings(Config(), SearchConfig()) | data, what=f"search {search_uri}")
     storage.write_bytes(uri, seal(wanted))
+
+
+def check_same_settings(uri: str, wanted: dict[str, Any], *, usual: dict[str, Any], what: str) -> None:
+    """Raise where the file at `uri` says that `what` was begun with other settings. One that was unknown then was what
+    its default is, and data as it is now: `usual`."""
+    if not storage.exists(uri):
+        return
+    kind = what.partition(" ")[0]
+    try:
+        stored = usual | unseal(storage.read_bytes(uri), unsealed=wanted)
+    except Damaged as error:
+        raise InputError(f"{uri} is damaged ({error}); restore it, or give this {kind} another --{kind}.name") from None
+    for key in sorted(stored.keys() | wanted.keys()):
+        if stored.get(key) != wanted.get(key):
+            raise InputError(
+                f"{what} was begun with {key} {stored.get(key)!r}, not {wanted.get(key)!r}; give this one another "
+                f"--{kind}.name"
+            )
 
 
 def _settings(config: Config, search: SearchConfig) -> dict[str, Any]:
