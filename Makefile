@@ -17,7 +17,7 @@ help:
 	@echo "                     three seeds each, with pages"
 	@echo "make results-faces DATA=DIR   detectors of faces side by side, on scenes with the photographs of a set in them"
 	@echo "make results-end-to-end DATA=DIR   from scenes with these photographs to a score, beside the set's own crops"
-	@echo "make quick           the tests that need no server, no Ray and no training: a minute and a half, for the hand at the keyboard"
+	@echo "make quick           the tests that need no server, no Ray and no training: two minutes, for the hand at the keyboard"
 	@echo "make test            the tests"
 	@echo "make test-all        the tests and the slow ones: every failure at every moment"
 	@echo "make bench           the loader beside its peers, and the order at scale"
