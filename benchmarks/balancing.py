@@ -20,14 +20,16 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.loader import write_results
-from mtl_dist.config import Config, GradientBalancing, LossConfig, build_config
+from mtl_dist.config import Config, build_config
 from mtl_dist.data.augment import build_preparation
 from mtl_dist.families import FAMILIES
+from mtl_dist.label_counts import LabelCounts
 from mtl_dist.models import build_model
 from mtl_dist.objective.affect import Affect
 from mtl_dist.objective.module import ObjectiveModule
 from mtl_dist.presets import load_preset
-from mtl_dist.tasks import NUM_AUS, NUM_EXPRESSIONS, Batch, LabelCounts, Labels
+from mtl_dist.sections import GradientBalancing, LossConfig
+from mtl_dist.tasks import NUM_AUS, NUM_EXPRESSIONS, Batch, Labels
 from mtl_dist.training.engine import build_engine, restore_optimizer
 from mtl_dist.training.step import train_step
 

@@ -21,11 +21,12 @@ import torch.distributed as dist
 
 from benchmarks.loader import write_results
 from mtl_dist import storage
-from mtl_dist.config import CheckpointConfig, build_config
+from mtl_dist.config import build_config
 from mtl_dist.models import build_model
 from mtl_dist.presets import load_preset
 from mtl_dist.runs.checkpoint import COMMIT, committed
 from mtl_dist.runs.lives import begin_life
+from mtl_dist.sections import CheckpointConfig
 from mtl_dist.training.saving import Saver
 from tests.s3_server import BUCKET, S3Server
 

@@ -17,14 +17,16 @@ FILES = [path for package in PACKAGES for path in sorted((REPO / package).rglob(
 # From the bottom up. A module imports from layers below its own, and from its own package.
 LAYERS = [
     {"mtl_dist.tasks", "mtl_dist.errors", "mtl_dist.threads"},
-    {"mtl_dist.parsing", "mtl_dist.timeline", "mtl_dist.processes"},
+    {"mtl_dist.parsing", "mtl_dist.timeline", "mtl_dist.processes", "mtl_dist.label_counts"},
     {"mtl_dist.families", "mtl_dist.s3", "mtl_dist.sealed", "mtl_dist.machine", "mtl_dist.ranks", "mtl_dist.joining"},
     {"mtl_dist.storage", "mtl_dist.progress"},
     {"mtl_dist.settings"},
     {"mtl_dist.model_config"},
+    {"mtl_dist.sections"},
+    {"mtl_dist.clashes"},
     {"mtl_dist.config"},
     {"mtl_dist.unread"},
-    {"mtl_dist.presets", "mtl_dist.device"},
+    {"mtl_dist.presets", "mtl_dist.device", "mtl_dist.batchnorm"},
     {"mtl_dist.data", "mtl_dist.models", "mtl_dist.objective"},
     {"mtl_dist.faces"},
     {"mtl_dist.shards"},

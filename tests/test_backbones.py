@@ -7,9 +7,10 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from mtl_dist.config import ModelConfig, build_config
+from mtl_dist.config import build_config
 from mtl_dist.data import augment
 from mtl_dist.errors import InputError
+from mtl_dist.model_config import ModelConfig
 from mtl_dist.models import build_model, libraries
 from mtl_dist.models.backbones import build_backbone, check_backbone
 from mtl_dist.models.foreign import load_backbone_weights, load_imagenet_weights

@@ -14,7 +14,6 @@ import simplejpeg
 from PIL import Image
 
 from mtl_dist import storage
-from mtl_dist.config import LossConfig
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.index import INDEX_NAME, read_index, read_sets
 from mtl_dist.data.reader import ShardReader
@@ -22,6 +21,7 @@ from mtl_dist.data.sidecar import parse_sidecar
 from mtl_dist.errors import InputError
 from mtl_dist.objective.labelled import note_labels
 from mtl_dist.predicting.inputs import open_frames
+from mtl_dist.sections import LossConfig
 from mtl_dist.shards.__main__ import create, inspect, synth, verify
 from mtl_dist.shards.annotations import FILES, read_annotations
 from mtl_dist.shards.columns import Columns, TableOptions

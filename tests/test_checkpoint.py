@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from mtl_dist import storage
-from mtl_dist.config import CheckpointConfig, Config, build_config
+from mtl_dist.config import Config, build_config
 from mtl_dist.errors import Damaged, InputError
+from mtl_dist.label_counts import LabelCounts
 from mtl_dist.objective.scores import constant_scores, label_sums
 from mtl_dist.runs import CONFIG_NAME
 from mtl_dist.runs.checkpoint import (
@@ -36,8 +37,8 @@ from mtl_dist.runs.lives import read_lives
 from mtl_dist.runs.same_run import check_same_run
 from mtl_dist.runs.weights import Weights, load_weights, open_weights
 from mtl_dist.sealed import seal
+from mtl_dist.sections import CheckpointConfig
 from mtl_dist.settings import dump_yaml, flatten
-from mtl_dist.tasks import LabelCounts
 from mtl_dist.training.plan import plan_run
 from mtl_dist.training.saving import HOUR_S, plan_retention
 from mtl_dist.training.status import print_status

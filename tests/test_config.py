@@ -484,12 +484,14 @@ def test_the_settings_that_may_vary_between_ranks_parts_and_runs_are_these():
 
 
 NESTED = r"""
+import pydantic
 import mtl_dist.config as config
+from typing import Annotated
 from mtl_dist import settings
 
 class Branch(settings.Section):
-    hidden: int = config.Field(64, ge=1, le=1000)
-    causal: config.Annotated[bool, config.Varies.BY_PART] = False
+    hidden: int = pydantic.Field(64, ge=1, le=1000)
+    causal: Annotated[bool, settings.Varies.BY_PART] = False
 
 class Model(config.ModelConfig):
     branch: Branch = Branch()

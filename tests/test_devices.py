@@ -18,10 +18,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.testing import assert_close
 
-from mtl_dist.config import LossConfig, build_config
+from mtl_dist.config import build_config
 from mtl_dist.data.augment import build_preparation, normalise
 from mtl_dist.ensemble import __main__ as ensemble
 from mtl_dist.families import FAMILIES
+from mtl_dist.label_counts import LabelCounts
 from mtl_dist.models import build_model
 from mtl_dist.objective.gradients import SOLVERS
 from mtl_dist.objective.module import ObjectiveModule, build_objective
@@ -29,8 +30,9 @@ from mtl_dist.predict import __main__ as predict
 from mtl_dist.predicting import spread as parts
 from mtl_dist.presets import PRESETS
 from mtl_dist.runs.checkpoint import committed
+from mtl_dist.sections import LossConfig
 from mtl_dist.settings import unflatten
-from mtl_dist.tasks import Batch, LabelCounts, Labels, Outputs
+from mtl_dist.tasks import Batch, Labels, Outputs
 from mtl_dist.training.engine import build_engine, build_optimizer
 from mtl_dist.training.step import train_step
 from tests import fake_gpus as gpus_that_are_not

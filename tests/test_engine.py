@@ -9,12 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mtl_dist.config import ModelConfig, build_config
+from mtl_dist.config import build_config
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.index import read_index
 from mtl_dist.data.reader import ShardReader
 from mtl_dist.data.samples import ImageSamples
 from mtl_dist.errors import InputError
+from mtl_dist.label_counts import LabelCounts
+from mtl_dist.model_config import ModelConfig
 from mtl_dist.models import build_model
 from mtl_dist.models.heads import AUHead
 from mtl_dist.models.regions import GatedConv, RegionLinear
@@ -22,7 +24,6 @@ from mtl_dist.objective.module import ObjectiveModule, build_objective
 from mtl_dist.presets import PRESETS, load_preset
 from mtl_dist.runs.checkpoint import MODEL, TRAIN, committed, read_state, read_tensors
 from mtl_dist.runs.lives import begin_life, read_lives
-from mtl_dist.tasks import LabelCounts
 from mtl_dist.training.averaging import check_batchnorm
 from mtl_dist.training.engine import build_engine, build_optimizer
 from mtl_dist.training.loop import fit

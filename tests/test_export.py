@@ -21,7 +21,6 @@ from PIL import Image
 from safetensors.numpy import load_file, save
 
 from mtl_dist import storage
-from mtl_dist.config import AugmentConfig, ModelConfig
 from mtl_dist.data.augment import ImagePreparation
 from mtl_dist.data.decode import decode
 from mtl_dist.data.frames import unlabelled
@@ -30,12 +29,14 @@ from mtl_dist.export import __main__ as export
 from mtl_dist.export import job
 from mtl_dist.export.card import write_card
 from mtl_dist.export.graph import PixelModel, largest_difference, resize_matrix, run_onnx, write_onnx
+from mtl_dist.model_config import ModelConfig
 from mtl_dist.models import build_model
 from mtl_dist.predict import __main__ as predict
 from mtl_dist.predicting.evaluate import predict as predict_batches
 from mtl_dist.runs.checkpoint import best, committed
 from mtl_dist.runs.weights import load_weights, open_weights
 from mtl_dist.sealed import seal, unseal
+from mtl_dist.sections import AugmentConfig
 from mtl_dist.synthetic.render import write_synthetic
 from tests.conftest import LONDON
 from tests.test_checkpoint import flips

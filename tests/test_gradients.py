@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from mtl_dist.config import LossConfig, build_config
+from mtl_dist.config import build_config
 from mtl_dist.errors import InputError
 from mtl_dist.families import FAMILIES
 from mtl_dist.models import build_model
@@ -20,6 +20,7 @@ from mtl_dist.objective.affect import Affect
 from mtl_dist.objective.gradients import CAGRAD_RADIUS, SOLVERS, build_balancer, describe_gram
 from mtl_dist.objective.module import ObjectiveModule
 from mtl_dist.presets import load_preset
+from mtl_dist.sections import LossConfig
 from mtl_dist.tasks import TASKS
 from tests.test_balancing import ALL, ONES, present_of
 from tests.test_objective import COUNTS, TinyModel, gradients, make_batch

@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 
 from mtl_dist import storage
-from mtl_dist.config import AugmentConfig
 from mtl_dist.data.augment import NUM_DRAWS, augment, make_draws, normalise, turn_hue
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.decode import DecodeError, decode, decode_into
@@ -29,6 +28,7 @@ from mtl_dist.data.reader import ShardReader
 from mtl_dist.data.samples import ImageSamples
 from mtl_dist.data.sidecar import parse_sidecar
 from mtl_dist.errors import InputError
+from mtl_dist.sections import AugmentConfig
 from mtl_dist.shards.__main__ import create
 from mtl_dist.shards.annotations import FILES, read_annotations
 from tests.conftest import REPO, write_dataset

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn import metrics as sk
 
+from mtl_dist.label_counts import LabelCounts
 from mtl_dist.objective.metrics import MetricSums, Predictions, Targets, metric_sums
 from mtl_dist.objective.scores import SCORES, constant_scores, label_sums, scores, single_scores
-from mtl_dist.tasks import LabelCounts
 
 # Label counts of the s-Aff-Wild2 validation split as its papers print them (26,876 rows).
 REAL_VAL = LabelCounts(

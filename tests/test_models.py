@@ -11,9 +11,9 @@ from torch import nn
 from torchvision.models import vgg16
 from torchvision.models.inception import Inception3
 
-from mtl_dist.config import ModelConfig
 from mtl_dist.errors import InputError
 from mtl_dist.families import FAMILIES, OWN_BACKBONES
+from mtl_dist.model_config import ModelConfig
 from mtl_dist.models import build_model, num_parameters
 from mtl_dist.models.backbones import BACKBONES, VITS, build_backbone
 from mtl_dist.models.foreign import load_backbone_weights

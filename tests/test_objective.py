@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import sigmoid_focal_loss
 
-from mtl_dist.config import LossConfig
+from mtl_dist.label_counts import LabelCounts
 from mtl_dist.objective.affect import Affect, asymmetric_loss, concordance
 from mtl_dist.objective.gradients import total_gram
 from mtl_dist.objective.losses import add_sums, global_losses, total_sums
 from mtl_dist.objective.module import ObjectiveModule
-from mtl_dist.tasks import Batch, LabelCounts, Labels, Outputs
+from mtl_dist.sections import LossConfig
+from mtl_dist.tasks import Batch, Labels, Outputs
 from mtl_dist.training.step import split_batch
 from tests.ranks import forkserver, start_ranks
 from tests.windows import all_valid

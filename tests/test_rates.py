@@ -10,11 +10,11 @@ import torch
 
 from mtl_dist.config import Config, build_config
 from mtl_dist.errors import InputError
+from mtl_dist.label_counts import LabelCounts
 from mtl_dist.models import build_model
 from mtl_dist.models.backbones import build_backbone
 from mtl_dist.objective.module import ObjectiveModule, build_objective
 from mtl_dist.presets import CommandConfig, parse_command
-from mtl_dist.tasks import LabelCounts
 from mtl_dist.training.engine import build_optimizer, set_learning_rate
 from mtl_dist.training.rates import describe_rates, learning_rate
 

@@ -17,6 +17,7 @@ import tyro
 from mtl_dist.config import build_config
 from mtl_dist.ensemble.options import EnsembleCommand
 from mtl_dist.errors import InputError
+from mtl_dist.label_counts import LabelCounts
 from mtl_dist.objective.affect import PredictedRows
 from mtl_dist.objective.metrics import Predictions, Targets, metric_sums
 from mtl_dist.objective.scores import SCORES, constant_scores, label_sums, main_scores, scores, single_scores
@@ -60,7 +61,7 @@ from mtl_dist.report.tables import (
 )
 from mtl_dist.runs.checkpoint import Checkpoint
 from mtl_dist.runs.weights import Weights
-from mtl_dist.tasks import TASKS, LabelCounts
+from mtl_dist.tasks import TASKS
 from mtl_dist.timeline import video_names
 from tests.conftest import assert_one_message, run_here
 

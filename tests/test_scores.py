@@ -22,7 +22,7 @@ from mtl_dist.report.drawing import method_styles
 from mtl_dist.report.intervals import bootstrap
 from mtl_dist.report.tables import classes_tables, differences_tables, more_table
 from mtl_dist.runs.checkpoint import Checkpoint
-from mtl_dist.config import CheckpointConfig
+from mtl_dist.sections import CheckpointConfig
 from mtl_dist.training.saving import plan_retention
 from mtl_dist.training.tracking import render_scores
 from tests.test_report import count_labels, make_methods

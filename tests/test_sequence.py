@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mtl_dist.config import LossConfig, build_config
+from mtl_dist.config import build_config
 from mtl_dist.errors import InputError
 from mtl_dist.models import build_model, num_parameters, sequence
 from mtl_dist.models.backbones import build_backbone
@@ -21,6 +21,7 @@ from mtl_dist.objective.affect import Affect
 from mtl_dist.objective.losses import add_sums
 from mtl_dist.objective.module import ObjectiveModule
 from mtl_dist.presets import load_preset
+from mtl_dist.sections import LossConfig
 from tests.test_objective import COUNTS
 from tests.test_recipes import assert_close_losses, config_of, run_ranks
 from tests.test_training import losses

@@ -18,10 +18,10 @@ import torch.distributed as dist
 from safetensors.numpy import load_file
 
 from mtl_dist import storage
-from mtl_dist.config import CheckpointConfig
 from mtl_dist.errors import InputError
 from mtl_dist.runs.checkpoint import committed, find_damage
 from mtl_dist.runs.lives import Stale, Superseded, begin_life, read_lives
+from mtl_dist.sections import CheckpointConfig
 from mtl_dist.training.audit import read_audit
 from mtl_dist.training.saving import Saver
 from mtl_dist.training.watchdog import EXIT_CODE

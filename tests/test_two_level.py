@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mtl_dist.config import LossConfig, build_config
+from mtl_dist.config import build_config
 from mtl_dist.errors import InputError
 from mtl_dist.models import build_model
 from mtl_dist.models.backbones import build_backbone
@@ -19,6 +19,7 @@ from mtl_dist.models.two_level import LayerAttention, PositionAttention
 from mtl_dist.objective.affect import Affect, mean_square_error
 from mtl_dist.objective.gradients import build_balancer
 from mtl_dist.objective.losses import global_losses
+from mtl_dist.sections import LossConfig
 from mtl_dist.training.engine import is_decayed
 from mtl_dist.training.rates import learning_rate
 from mtl_dist.training.tracking import read_records

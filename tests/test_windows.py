@@ -8,17 +8,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtl_dist.config import AugmentConfig
 from mtl_dist.data.augment import ImagePreparation
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.features import FeatureReader, FeatureRows
 from mtl_dist.data.index import FEATURES, check_pair, dump_index, read_index, read_sets
 from mtl_dist.data.loader import eval_batches, train_batches
-from mtl_dist.data.order import Order, eval_videos
+from mtl_dist.data.order import Order
 from mtl_dist.data.samples import Mixture
 from mtl_dist.data.sequences import Layout, WindowSamples, read_layout
-from mtl_dist.data.windows import Windows
+from mtl_dist.data.windows import Windows, eval_videos
 from mtl_dist.errors import InputError
+from mtl_dist.sections import AugmentConfig
 from tests.conftest import write_features
 
 LENGTHS = [1, 5, 16, 17, 40, 3, 96, 7]

@@ -27,13 +27,14 @@ import yaml
 from pydantic import Field
 
 from mtl_dist import storage
-from mtl_dist.config import MAX_COUNT, Config
+from mtl_dist.config import Config
 from mtl_dist.data.widths import fill_in_widths
 from mtl_dist.errors import Damaged, InputError, run_command
 from mtl_dist.families import objective_of
 from mtl_dist.objective.scores import FIRST, Score, find_score
 from mtl_dist.presets import CommandConfig, config_of, parse_command
 from mtl_dist.sealed import seal, unseal
+from mtl_dist.sections import MAX_COUNT
 from mtl_dist.settings import Name, Section, flatten, unflatten
 from tune.space import Space, build_param_space, default_space, is_own, read_space
 from tune.trial import DIVERGED, EPOCH, run_trial, trial_config

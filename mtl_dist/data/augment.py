@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtl_dist.config import AugmentConfig, Config
+from mtl_dist.config import Config
 from mtl_dist.families import preparation_of, reads_videos
+from mtl_dist.sections import AugmentConfig
 from mtl_dist.tasks import GREY, IMAGENET_MEAN, IMAGENET_STD, Batch
 
 NUM_FIRST_DRAWS = 12

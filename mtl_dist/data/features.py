@@ -23,7 +23,8 @@ from mtl_dist.data.mapped import MappedShards
 from mtl_dist.data.reader import Names
 from mtl_dist.data.sequences import Layout
 from mtl_dist.data.sidecar import FeatureSidecar, check_feature_places, parse_feature_sidecar
-from mtl_dist.tasks import Batch, LabelCounts
+from mtl_dist.label_counts import LabelCounts
+from mtl_dist.tasks import Batch
 
 
 class _OpenFeatures(NamedTuple):

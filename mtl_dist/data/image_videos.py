@@ -16,7 +16,7 @@ from mtl_dist.data.labels import make_table
 from mtl_dist.data.reader import Names, ShardReader
 from mtl_dist.data.sequences import Layout
 from mtl_dist.data.video_rows import VideoRows, read_rows
-from mtl_dist.tasks import LabelCounts
+from mtl_dist.label_counts import LabelCounts
 
 
 class ImageRows:

@@ -18,9 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mtl_dist import storage
 from mtl_dist.errors import Damaged, InputError
+from mtl_dist.label_counts import LabelCounts
 from mtl_dist.parsing import parse_json
 from mtl_dist.settings import explain_validation
-from mtl_dist.tasks import AUS, EXPRESSIONS, LabelCounts
+from mtl_dist.tasks import AUS, EXPRESSIONS
 
 FORMAT = "mtl_dist-shards-1"
 FEATURES = "mtl_dist-features-1"

@@ -17,9 +17,10 @@ from typing import TypeVar
 import numpy as np
 
 from mtl_dist.data.mixed import MixedOrder
-from mtl_dist.data.order import Order, eval_range, eval_videos
+from mtl_dist.data.order import Order, eval_range
 from mtl_dist.data.samples import Samples
 from mtl_dist.data.task_orders import TaskOrders
+from mtl_dist.data.windows import eval_videos
 from mtl_dist.tasks import Batch
 from mtl_dist.threads import DaemonThreads
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from mtl_dist.config import Config
 from mtl_dist.data.order import EpochPlan, Order, draw, in_turn
 
 MIX_KEY = 5  # keeps these draws apart from others
@@ -90,6 +91,16 @@ def build_mixed_order(
         orders.append(Order(sizes, streams, streams, block_shards, own_seed))
     counts = tuple(split_batch(global_batch, of_epoch) for of_epoch in shares)
     return MixedOrder(tuple(orders), global_batch, num_steps, counts)
+
+
+def shares_of(config: Config) -> list[tuple[float, ...]]:
+    """Return the shares of every set in a step, epoch by epoch; those of the last go on. Empty: the sets are one."""
+    first, last = config.data.mix, config.data.mix_to
+    if not last:
+        return [first] if first else []
+    span = max(config.train.epochs - 1, 1)
+    scaled = [tuple(share / sum(shares) for share in shares) for shares in (first, last)]
+    return [tuple(a + (b - a) * epoch / span for a, b in zip(*scaled)) for epoch in range(config.train.epochs)]
 
 
 def pass_rows(num_rows: int) -> int:

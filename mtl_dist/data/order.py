@@ -185,25 +185,6 @@ def eval_range(num_rows: int, *, rank: int, num_ranks: int) -> tuple[int, int]:
     return num_rows * rank // num_ranks, num_rows * (rank + 1) // num_ranks
 
 
-def eval_videos(frames: np.ndarray, *, batch: int, rank: int, num_ranks: int) -> Iterator[np.ndarray]:
-    """Yield the numbers of the videos that a rank evaluates at once: over all ranks every video exactly once.
-
-    `frames` (V,) of every video. Ranks have about as many frames, and a batch at most `batch` videos, as long together,
-    padded to the longest, as `batch` videos of the median length; a video that is longer is a batch of its own.
-    """
-    middles = np.cumsum(frames) - frames / 2
-    mine = np.flatnonzero((middles * num_ranks // frames.sum()).astype(np.int64) == rank)
-    room, videos = batch * int(np.median(frames)), []
-    for video in mine.tolist():
-        longest = max(frames[[*videos, video]].tolist())
-        if videos and (len(videos) == batch or longest * (len(videos) + 1) > room):
-            yield np.array(videos)
-            videos = []
-        videos.append(video)
-    if videos:
-        yield np.array(videos)
-
-
 def in_turn(lists: list[list[int]]) -> list[int]:
     """Merge lists: the first entries of all, then the second ones, each number once."""
     entries = chain.from_iterable(zip_longest(*lists))

@@ -20,7 +20,8 @@ from mtl_dist.data.reader import Names, ShardReader
 from mtl_dist.data.sequences import VideoSource, WindowSamples
 from mtl_dist.data.windows import Windows
 from mtl_dist.families import reads_videos
-from mtl_dist.tasks import PERSON, SET_BITS, Batch, LabelCounts, Labels
+from mtl_dist.label_counts import LabelCounts
+from mtl_dist.tasks import PERSON, SET_BITS, Batch, Labels
 
 
 class Samples(Protocol):

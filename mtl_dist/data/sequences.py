@@ -17,7 +17,8 @@ from torch import Tensor
 from mtl_dist.data.labels import NO_ROW, split_table
 from mtl_dist.data.reader import Names
 from mtl_dist.data.windows import Windows
-from mtl_dist.tasks import Batch, LabelCounts
+from mtl_dist.label_counts import LabelCounts
+from mtl_dist.tasks import Batch
 
 
 class Layout(NamedTuple):

@@ -9,11 +9,14 @@ A video of n rows is cut at every `length` rows, from another place each epoch:
 So none is empty, every row is in exactly one window of an epoch, and only a video's first and last may be short. An
 `Order` treats windows as it treats pictures: it knows their number alone.
 
+Evaluation reads whole videos: `eval_videos` says which ones a rank reads at once.
+
 No torch, no files, no clock.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -56,3 +59,22 @@ class Windows:
         rest = int(self.video_rows[video]) % self.length
         low, high = (0, self.length - rest) if rest else (1, self.length - 1)
         return int(draw(self.seed, epoch, _PHASE, video).integers(low, high + 1))
+
+
+def eval_videos(frames: np.ndarray, *, batch: int, rank: int, num_ranks: int) -> Iterator[np.ndarray]:
+    """Yield the numbers of the videos that a rank evaluates at once: over all ranks every video exactly once.
+
+    `frames` (V,) of every video. Ranks have about as many frames, and a batch at most `batch` videos, as long together,
+    padded to the longest, as `batch` videos of the median length; a video that is longer is a batch of its own.
+    """
+    middles = np.cumsum(frames) - frames / 2
+    mine = np.flatnonzero((middles * num_ranks // frames.sum()).astype(np.int64) == rank)
+    room, videos = batch * int(np.median(frames)), []
+    for video in mine.tolist():
+        longest = max(frames[[*videos, video]].tolist())
+        if videos and (len(videos) == batch or longest * (len(videos) + 1) > room):
+            yield np.array(videos)
+            videos = []
+        videos.append(video)
+    if videos:
+        yield np.array(videos)

@@ -22,7 +22,7 @@ from mtl_dist.models.backbones import build_backbone
 from mtl_dist.models.foreign import load_backbone_weights, load_imagenet_weights
 
 if TYPE_CHECKING:
-    from mtl_dist.config import ModelConfig
+    from mtl_dist.model_config import ModelConfig
 
 
 def build_model(

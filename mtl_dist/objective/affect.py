@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtl_dist.config import Config, LossConfig
+from mtl_dist.config import Config
+from mtl_dist.label_counts import LabelCounts
 from mtl_dist.objective.losses import Sums
 from mtl_dist.objective.metrics import MetricSums, Predictions, Targets, metric_sums
 from mtl_dist.objective.scores import constant_scores, scores
-from mtl_dist.tasks import NUM_AUS, NUM_EXPRESSIONS, TASKS, Batch, LabelCounts, Labels, Outputs
+from mtl_dist.sections import LossConfig
+from mtl_dist.tasks import NUM_AUS, NUM_EXPRESSIONS, TASKS, Batch, Labels, Outputs
 
 MAX_CLASS_WEIGHT = 20.0
 CCC_EPS = 1e-8  # variance below which neither predictions nor labels vary: no concordance to speak of

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from mtl_dist.config import LossConfig
 from mtl_dist.errors import InputError
-from mtl_dist.tasks import AUS, TASKS, LabelCounts
+from mtl_dist.label_counts import LabelCounts
+from mtl_dist.sections import LossConfig
+from mtl_dist.tasks import AUS, TASKS
 
 
 def check_labels(config: LossConfig, train: LabelCounts, val: LabelCounts, *, names: tuple[str, str]) -> None:

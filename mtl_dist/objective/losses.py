@@ -14,37 +14,16 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mtl_dist.config import Config
-from mtl_dist.tasks import Batch, LabelCounts
+from mtl_dist.label_counts import LabelCounts
+from mtl_dist.objective.scores import Meter
+from mtl_dist.tasks import Batch
 
 Sums = dict[str, Tensor]  # by term
-
-
-class Meter(Protocol):
-    """Scores what a model says of batches."""
-
-    def add(self, outputs: Any, batch: Batch) -> None:
-        """Take in a batch and what the model makes of it; padding is none of it."""
-
-    def bad_rows(self) -> list[int]:
-        """Return the rows whose predictions are not finite."""
-
-    def sums(self) -> np.ndarray:
-        """Return what adds up over ranks, (n,) float64."""
-
-    def scores(self, total: np.ndarray) -> dict[str, Any]:
-        """Return the scores that the sums of all ranks make."""
-
-    def floor(self, total: np.ndarray) -> dict[str, Any]:
-        """Return the scores of the best constant predictor, which the same sums tell."""
-
-    def pictures(self) -> dict[str, np.ndarray]:
-        """Return what is to be looked at, {name: (H, W, 3) uint8}; nothing where a number says it all."""
 
 
 class Objective(Protocol):

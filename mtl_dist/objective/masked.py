@@ -13,9 +13,10 @@ from torch import Tensor
 
 from mtl_dist.config import Config
 from mtl_dist.families import patch_size
+from mtl_dist.label_counts import LabelCounts
 from mtl_dist.objective.losses import Sums
 from mtl_dist.objective.scores import MASKED
-from mtl_dist.tasks import IMAGENET_MEAN, IMAGENET_STD, Batch, LabelCounts, Reconstruction
+from mtl_dist.tasks import IMAGENET_MEAN, IMAGENET_STD, Batch, Reconstruction
 
 TERM = "masked"
 EPS = 1e-6  # of a patch's variance

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
@@ -11,8 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mtl_dist.batchnorm import statistics_kept
 from mtl_dist.config import Config
 from mtl_dist.families import objective_of
+from mtl_dist.label_counts import LabelCounts
 from mtl_dist.objective.gradients import (
     Held,
     build_balancer,
@@ -23,7 +25,7 @@ from mtl_dist.objective.gradients import (
     trunk_loss,
 )
 from mtl_dist.objective.losses import Objective, Sums, find_present, global_losses, total_sums
-from mtl_dist.tasks import Batch, LabelCounts, Outputs
+from mtl_dist.tasks import Batch, Outputs
 
 
 class StepLoss(NamedTuple):
@@ -94,16 +96,13 @@ class ObjectiveModule(nn.Module):
     @torch.no_grad()
     def sums(self, batch: Batch) -> Sums:
         """Return this batch's sums alone, leaving BatchNorm's running statistics as they are."""
-        with self._statistics_kept():
+        with statistics_kept(self.model):
             return self.objective.sums(self._predict(batch), batch)
 
     def gram(self, batch: Batch, total: Sums, *, parts: int) -> Tensor:
         """Return this batch's part (K, K) of the Gram matrix of a step with these sums, as `sums` does."""
-        counts = {n: n.num_batches_tracked.clone() for n in _norms(self.model) if n.num_batches_tracked is not None}
-        with self._statistics_kept(), self._holding_shared() as held:
+        with statistics_kept(self.model), self._holding_shared() as held:
             local = self.objective.sums(self._predict(batch), batch)
-        for norm, count in counts.items():  # whether gradients are looked at shows in no checkpoint
-            norm.num_batches_tracked.copy_(count)
         losses = global_losses(self.objective, local, total, scale=_num_ranks() * parts)
         return self._gram(term_gradients(losses, held), total, parts)
 
@@ -113,28 +112,12 @@ class ObjectiveModule(nn.Module):
     def _holding_shared(self) -> contextlib.AbstractContextManager[list[Held]]:
         return hold_shared(self.model, self.shared, cut=self.balancer.reads_gradients)
 
-    @contextlib.contextmanager
-    def _statistics_kept(self) -> Iterator[None]:
-        norms = _norms(self.model)
-        kept = [m.momentum for m in norms]
-        for norm in norms:
-            norm.momentum = 0.0
-        try:
-            yield
-        finally:
-            for norm, momentum in zip(norms, kept):
-                norm.momentum = momentum
-
     def _predict(self, batch: Batch) -> Any:
         if self.passes == 1:
             return self.model(batch.inputs, batch.valid)
         size = len(batch.inputs) // self.passes
         passes = zip(batch.inputs.split(size), batch.valid.split(size))
         return Outputs(*(torch.cat(parts) for parts in zip(*(self.model(*each) for each in passes))))
-
-
-def _norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
-    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 
 def _num_ranks() -> int:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from mtl_dist.errors import InputError, nearest
+from mtl_dist.label_counts import LabelCounts
 from mtl_dist.objective.metrics import MetricSums
-from mtl_dist.tasks import AUS, EXPRESSIONS, TASKS, LabelCounts
+from mtl_dist.tasks import AUS, EXPRESSIONS, TASKS, Batch
 
 LEAST_VARIANCE = 1e-12  # below it predictions, or labels, are constant
 
@@ -41,6 +42,28 @@ class Score(NamedTuple):
     def better(self, value: float, than: float) -> bool:
         """Whether one value is better than another."""
         return self.sign * value > self.sign * than
+
+
+class Meter(Protocol):
+    """Scores what a model says of batches."""
+
+    def add(self, outputs: Any, batch: Batch) -> None:
+        """Take in a batch and what the model makes of it; padding is none of it."""
+
+    def bad_rows(self) -> list[int]:
+        """Return the rows whose predictions are not finite."""
+
+    def sums(self) -> np.ndarray:
+        """Return what adds up over ranks, (n,) float64."""
+
+    def scores(self, total: np.ndarray) -> dict[str, Any]:
+        """Return the scores that the sums of all ranks make."""
+
+    def floor(self, total: np.ndarray) -> dict[str, Any]:
+        """Return the scores of the best constant predictor, which the same sums tell."""
+
+    def pictures(self) -> dict[str, np.ndarray]:
+        """Return what is to be looked at, {name: (H, W, 3) uint8}; nothing where a number says it all."""
 
 
 # ------------------------------------------------------------------------------------------------------------ formulas

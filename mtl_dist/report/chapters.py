@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from markupsafe import Markup
 
+from mtl_dist.label_counts import LabelCounts
 from mtl_dist.objective.scores import FIRST
 from mtl_dist.report.drawing import Figure
 from mtl_dist.report.evidence import Evidence
@@ -28,7 +29,7 @@ from mtl_dist.report.tables import (
     settings_table,
     steps_tables,
 )
-from mtl_dist.tasks import NUM_AUS, NUM_EXPRESSIONS, LabelCounts
+from mtl_dist.tasks import NUM_AUS, NUM_EXPRESSIONS
 
 
 class Drawings(NamedTuple):

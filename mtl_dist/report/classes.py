@@ -6,11 +6,12 @@ import statistics
 
 import numpy as np
 
+from mtl_dist.label_counts import LabelCounts
 from mtl_dist.objective.scores import Score
 from mtl_dist.report.drawing import INK, Figure, Style, canvas, save_png
 from mtl_dist.report.results import CONSTANT, Method
 from mtl_dist.report.tables import class_scores, class_values, write_csv
-from mtl_dist.tasks import EXPRESSIONS, LabelCounts
+from mtl_dist.tasks import EXPRESSIONS
 
 
 def draw_confusion(method: Method, place: int) -> Figure | None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from mtl_dist import storage
+from mtl_dist.label_counts import LabelCounts
 from mtl_dist.predicting.members import Member, check_apart, row_names, unique_names
 from mtl_dist.progress import progress_bar
 from mtl_dist.report.intervals import Bootstrap, bootstrap, number_videos
@@ -28,7 +29,6 @@ from mtl_dist.report.results import (
     stale_members,
 )
 from mtl_dist.report.tables import reference_method
-from mtl_dist.tasks import LabelCounts
 
 SEED = 0  # of the bootstrap: the same results give the same intervals
 

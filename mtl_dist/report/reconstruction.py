@@ -13,6 +13,7 @@ from mtl_dist.data.cache import GIB, Cache
 from mtl_dist.data.loader import eval_batches
 from mtl_dist.data.samples import open_samples
 from mtl_dist.errors import InputError
+from mtl_dist.label_counts import LabelCounts
 from mtl_dist.objective.masked import TERM
 from mtl_dist.objective.module import build_objective
 from mtl_dist.objective.scores import MASKED
@@ -23,7 +24,6 @@ from mtl_dist.report.options import ReportCommand
 from mtl_dist.report.page import Part, html
 from mtl_dist.report.tables import write_csv
 from mtl_dist.runs.weights import load_weights
-from mtl_dist.tasks import LabelCounts
 from mtl_dist.training.tracking import read_records
 
 NO_LABELS = LabelCounts(rows=0, va=0, expr=0, au=[0] * 12, expr_classes=[0] * 8, au_positives=[0] * 12, unlabelled=0)

@@ -19,6 +19,7 @@ from mtl_dist.config import Config
 from mtl_dist.data.index import Index
 from mtl_dist.errors import Damaged, InputError, StorageError
 from mtl_dist.families import FAMILIES
+from mtl_dist.label_counts import LabelCounts
 from mtl_dist.objective.affect import PredictedRows
 from mtl_dist.objective.metrics import AU_THRESHOLD, MetricSums, Predictions, Targets, metric_sums
 from mtl_dist.objective.scores import FIRST, constant_scores, scores
@@ -28,7 +29,7 @@ from mtl_dist.runs.checkpoint import DIRECTORY, MODEL
 from mtl_dist.runs.weights import Weights, open_weights
 from mtl_dist.sealed import unseal
 from mtl_dist.settings import Varies, flatten, varying
-from mtl_dist.tasks import AUS, NUM_AUS, NUM_EXPRESSIONS, LabelCounts
+from mtl_dist.tasks import AUS, NUM_AUS, NUM_EXPRESSIONS
 
 CONSTANT, ENSEMBLE, CALIBRATED = "constant predictor", "ensemble", "ensemble, calibrated"
 TOLERANCE = 1e-3  # of P: tables hold float32

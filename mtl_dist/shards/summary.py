@@ -13,11 +13,12 @@ from rich.table import Table
 from mtl_dist import storage
 from mtl_dist.config import build_config
 from mtl_dist.data.index import Index, Sets
+from mtl_dist.label_counts import LabelCounts
 from mtl_dist.presets import load_preset
 from mtl_dist.shards.overlap import find_shared
 from mtl_dist.shards.skipping import SKIPPED_NAME, Skipped, count_reasons
 from mtl_dist.shards.sources import Source
-from mtl_dist.tasks import AUS, EXPRESSIONS, SPLITS, LabelCounts
+from mtl_dist.tasks import AUS, EXPRESSIONS, SPLITS
 
 
 def print_summary(

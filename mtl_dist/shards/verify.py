@@ -21,9 +21,9 @@ from mtl_dist.data.decode import DecodeError, decode
 from mtl_dist.data.index import Index, ShardEntry, index_dir
 from mtl_dist.data.sidecar import Sidecar, check_places, parse_sidecar
 from mtl_dist.errors import Damaged
+from mtl_dist.label_counts import LabelCounts
 from mtl_dist.processes import process_pool
 from mtl_dist.shards.writer import count_labels
-from mtl_dist.tasks import LabelCounts
 
 TAR_BLOCK = 512
 MAX_JSON_BYTES = 16 << 10

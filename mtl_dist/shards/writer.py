@@ -32,12 +32,13 @@ from mtl_dist.data.index import FORMAT, INDEX_NAME, Index, ShardEntry, dump_inde
 from mtl_dist.data.names import other_form
 from mtl_dist.data.sidecar import Sidecar, dump_sidecar, pack_names
 from mtl_dist.errors import InputError
+from mtl_dist.label_counts import LabelCounts
 from mtl_dist.processes import as_done, process_pool, spawn
 from mtl_dist.shards import ustar
 from mtl_dist.shards.annotations import Annotations
 from mtl_dist.shards.claims import claimed
 from mtl_dist.shards.finished import SCRATCH_BYTES, ShardJob, entry_of, find_done
-from mtl_dist.tasks import AUS, EXPRESSIONS, NUM_EXPRESSIONS, SPLITS, LabelCounts
+from mtl_dist.tasks import AUS, EXPRESSIONS, NUM_EXPRESSIONS, SPLITS
 
 MEMBER_OVERHEAD = 4 * ustar.BLOCK  # of a sample beside its image's bytes: two headers, padding, a JSON
 MAX_LISTED = 5  # faults named in one message

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from mtl_dist.batchnorm import find_norms
 from mtl_dist.config import Config
 from mtl_dist.errors import InputError
 
@@ -50,9 +51,8 @@ def sync_batchnorm(module: nn.Module, config: Config) -> nn.Module:
 
 def freeze_batchnorm(module: nn.Module) -> None:
     """Have BatchNorm layers use their running statistics, and not change them, until the next `train()`."""
-    for child in module.modules():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            child.eval()
+    for norm in find_norms(module).values():
+        norm.eval()
 
 
 @torch.no_grad()
@@ -79,8 +79,8 @@ def check_batchnorm(model: nn.Module, *, rows: int, size: int) -> str:
 
 def _trained_norms(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
     """Return the layers of BatchNorm that learn, by name: not a frozen backbone's."""
-    norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-    return {name: norm for name, norm in norms.items() if all(p.requires_grad for p in norm.parameters())}
+    norms = find_norms(model).items()
+    return {name: norm for name, norm in norms if all(p.requires_grad for p in norm.parameters())}
 
 
 @torch.no_grad()

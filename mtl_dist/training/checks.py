@@ -8,15 +8,16 @@ import torch.distributed as dist
 from torch import nn
 
 from mtl_dist.config import Config
-from mtl_dist.data.mixed import split_batch
+from mtl_dist.data.mixed import shares_of, split_batch
 from mtl_dist.errors import InputError, NonFiniteLoss
 from mtl_dist.models import non_finite, num_parameters
-from mtl_dist.ranks import gather_lists
+from mtl_dist.ranks import gather_lists, on_rank_0
 from mtl_dist.runs.checkpoint import MAX_TENSOR_BYTES
 from mtl_dist.runs.same_run import READ_AT_THE_START, weights_name
 from mtl_dist.settings import Varies, flatten, varying
 from mtl_dist.training.averaging import check_batchnorm
 from mtl_dist.training.plan import Data
+from mtl_dist.training.saving import Saver
 
 STATES = {"adamw": 2, "sgd": 1}  # that an optimizer has of each trained parameter, at most
 
@@ -86,6 +87,23 @@ def check_finite(module: nn.Module, step: int) -> None:
         raise NonFiniteLoss(f"step {step}: weights are not finite ({', '.join(wrong[:3])})")
 
 
+def describe_what_is_left(saver: Saver, *, begun_at: int) -> str:
+    """Say what checkpoint a run that diverged has, and what to do; every rank calls it."""
+
+    def look() -> str:
+        saver.wait()  # one may be on its way
+        remedy = "lower optim.lr, or set a lower optim.clip_norm"
+        if not saver.saved and not begun_at:
+            return f"The run has no checkpoint: {remedy}; --run.name may stay"
+        last = f"of step {saver.saved.step} ({saver.saved.uri})" if saver.saved else f"of step {begun_at}"
+        return (
+            f"The last checkpoint is {last}: its weights are finite, but may have been diverging already. The same "
+            f"command comes to the same end: {remedy}, under another --run.name"
+        )
+
+    return on_rank_0(look)
+
+
 def describe_size(model: nn.Module) -> str:
     """Say how many parameters a model has, and how many are trained."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -95,7 +113,7 @@ def describe_size(model: nn.Module) -> str:
 
 def min_rows(config: Config, num_ranks: int) -> int:
     """Rows of a step (of a task's batch) that each rank has at least."""
-    if config.shares:  # where the streams of a set begin anew, a rank may have one less of it than its part
-        counts = [split_batch(config.train.global_batch, shares) for shares in config.shares]
+    if config.data.mix:  # where the streams of a set begin anew, a rank may have one less of it than its part
+        counts = [split_batch(config.train.global_batch, shares) for shares in shares_of(config)]
         return min(sum(max(count // num_ranks - 1, 0) for count in of_epoch) for of_epoch in counts)
     return config.train.global_batch // config.num_streams * (config.num_streams // num_ranks)

@@ -25,6 +25,7 @@ from mtl_dist.runs.lives import Life, begin_life
 from mtl_dist.settings import dump_yaml
 from mtl_dist.training.audit import Audit
 from mtl_dist.training.averaging import average_batchnorm, freeze_batchnorm
+from mtl_dist.training.checks import describe_what_is_left
 from mtl_dist.training.engine import set_learning_rate
 from mtl_dist.training.learner import Learner, restore, save_checkpoint
 from mtl_dist.training.requests import ask_ranks, is_due, is_late
@@ -81,7 +82,7 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
             try:
                 return _train(_Run(setup, learner, tracker, audit, saver, step, scores, time.monotonic()))
             except NonFiniteLoss as error:
-                raise NonFiniteLoss(f"{error}. {_what_is_left(saver, begun_at=step)}") from None
+                raise NonFiniteLoss(f"{error}. {describe_what_is_left(saver, begun_at=step)}") from None
 
 
 def _train(run: _Run) -> dict[str, Any]:
@@ -168,23 +169,6 @@ def _save(run: _Run, scored: dict[str, Any]) -> None:
     state = {"step": run.step, "scores": run.scores, "num_ranks": run.setup.context.num_ranks}
     save_checkpoint(run.setup, run.learner, run.saver, run.tracker, state=state, scored=scored)
     run.saved_at = time.monotonic()
-
-
-def _what_is_left(saver: Saver, *, begun_at: int) -> str:
-    """Say what checkpoint a run that diverged has, and what to do; every rank calls it."""
-
-    def look() -> str:
-        saver.wait()  # one may be on its way
-        remedy = "lower optim.lr, or set a lower optim.clip_norm"
-        if not saver.saved and not begun_at:
-            return f"The run has no checkpoint: {remedy}; --run.name may stay"
-        last = f"of step {saver.saved.step} ({saver.saved.uri})" if saver.saved else f"of step {begun_at}"
-        return (
-            f"The last checkpoint is {last}: its weights are finite, but may have been diverging already. The same "
-            f"command comes to the same end: {remedy}, under another --run.name"
-        )
-
-    return on_rank_0(look)
 
 
 def _open_tracker(setup: Setup, *, life: Life, step: int, scores: dict[str, Any]) -> Tracker | NoTracker:

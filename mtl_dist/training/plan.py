@@ -12,16 +12,16 @@ from mtl_dist import storage
 from mtl_dist.config import Config
 from mtl_dist.data.cache import GIB, Cache
 from mtl_dist.data.index import Sets, check_pair, check_stored, read_sets
-from mtl_dist.data.mixed import MixedOrder, build_mixed_order, pass_rows, split_batch
+from mtl_dist.data.mixed import MixedOrder, build_mixed_order, pass_rows, shares_of, split_batch
 from mtl_dist.data.order import Order
 from mtl_dist.data.samples import Samples, noun_of, open_samples
 from mtl_dist.data.task_orders import TaskOrders, build_task_orders
 from mtl_dist.errors import Damaged, InputError
 from mtl_dist.families import FEATURES, objective_of
+from mtl_dist.label_counts import LabelCounts
 from mtl_dist.objective.labelled import check_labels, note_labels
 from mtl_dist.objective.scores import find_score
 from mtl_dist.shards.overlap import check_shared, find_shared
-from mtl_dist.tasks import LabelCounts
 
 if TYPE_CHECKING:
     from mtl_dist.runs.start import Start
@@ -109,7 +109,7 @@ def _check_mix(config: Config, train: Sets, noun: str) -> None:
             "or more, and a share for each"
         )
     batch = config.train.global_batch
-    for (uri, index), counts in zip(train.pairs(), zip(*(split_batch(batch, shares) for shares in config.shares))):
+    for (uri, index), counts in zip(train.pairs(), zip(*(split_batch(batch, shares) for shares in shares_of(config)))):
         if (most := max(counts)) > (rows := pass_rows(index.rows)):
             raise InputError(
                 f"data.mix gives {most} of train.global_batch {batch} rows to {uri}, and a pass over it has {rows}: a "
@@ -165,11 +165,11 @@ def build_order(
         labelled = train.labelled(progress)
         chosen = {task: labelled[task] for task in data.tasks}
         return build_task_orders(chosen, group_sizes, epoch_steps=steps, **settings)
-    if config.shares:
+    if config.data.mix:
         sizes = [part.group_sizes for part in train.parts]
         batch, block, seed = config.train.global_batch, config.data.block_shards, config.run.seed
         how = {"global_batch": batch, "num_steps": steps, "block_shards": block, "seed": seed}
-        return build_mixed_order(sizes, config.shares, **how)
+        return build_mixed_order(sizes, shares_of(config), **how)
     is_whole = config.data.epoch_fraction == 1
     return Order(group_sizes, epoch_steps=None if is_whole else steps, **settings)
 
@@ -276,11 +276,11 @@ def _describe(
         inputs, numbers = f"windows of {window}, {inputs}", numbers * window
     inputs_mb = batch * max(len(data.tasks), 1) * numbers * 4 / 1e6
     ranks = (f"{high}" if low == high else f"{low} to {high}") + " rank" + "s" * (high > 1)
-    streams = "" if config.shares else f"{config.num_streams} streams, "
+    streams = "" if config.data.mix else f"{config.num_streams} streams, "
     num_left = data.num_samples - steps * batch
     left_out = f"{num_left} {data.noun} an epoch are left out, others each time"
     left_out = left_out if num_left else f"every {data.noun.removesuffix('s')} once an epoch"
-    if config.shares:
+    if config.data.mix:
         left_out = f"of {len(config.data.mix)} sets, as below"
     if data.tasks:
         left_out = f"each of {len(data.tasks)} batches, of rows with labels of {', '.join(data.tasks)}"
@@ -298,11 +298,11 @@ def _describe(
 
 def _describe_mix(config: Config, data: Data) -> list[str]:
     """Say what each set gives to a step, and how often it is seen in the whole run."""
-    if not config.shares:
+    if not config.data.mix:
         return []
     sizes = [np.array([index.rows]) for index in data.train.indexes]
     how = {"global_batch": config.train.global_batch, "num_steps": data.steps_per_epoch}
-    order = build_mixed_order(sizes, config.shares, block_shards=1, seed=0, **how)
+    order = build_mixed_order(sizes, shares_of(config), block_shards=1, seed=0, **how)
     first, last, lines = order.counts[0], order.counts[-1], []
     for uri, begin, end, passes in zip(data.train.uris, first, last, order.passes(config.train.epochs)):
         counts = f"{begin}" if begin == end else f"{begin}, and {end} in the last epoch,"

@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtl_dist import storage
-from mtl_dist.config import CheckpointConfig
 from mtl_dist.errors import InputError, StorageError
 from mtl_dist.objective.scores import find_score, flat_scores, tables
 from mtl_dist.runs.checkpoint import (
@@ -36,6 +35,7 @@ from mtl_dist.runs.checkpoint import (
 )
 from mtl_dist.runs.lives import Life, Superseded
 from mtl_dist.sealed import seal
+from mtl_dist.sections import CheckpointConfig
 
 HOUR_S = 3600.0
 TICK_S = 1.0
