@@ -36,6 +36,7 @@ SCENES = ((640, 360), (1280, 720))
 FRAMES = 25
 FILM_FPS, FILM_S = 1, 7200
 CLIPS, CLIP_FRAMES = 20, 130
+JOB_FRAMES = 500  # of a clip of `jobs`: long beside the seconds that a process takes to start
 
 
 def main() -> None:
@@ -100,7 +101,7 @@ def measure_throughput(scratch: Path, args: argparse.Namespace) -> dict[str, Any
 
 def measure_jobs(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
     """How much quicker two videos are in two processes: of `prepare`, and of detector and decoder alone."""
-    clips = [write_scene(scratch / f"in/{number}.mp4", seed=number) for number in range(2)]
+    clips = [write_scene(scratch / f"in/{number}.mp4", seed=number, num_frames=JOB_FRAMES) for number in range(2)]
     bare = [[sys.executable, "-m", "benchmarks.preparing", "--bare", str(clip)] for clip in clips]
     found: dict[str, list[float]] = {"prepare": [], "alone": []}
     for number in range(args.rounds):
@@ -207,8 +208,8 @@ def random_walk(rng: np.random.Generator) -> Walk:
     return place
 
 
-def write_scene(path: Path, *, seed: int, size: tuple[int, int] = SCENES[0]) -> Path:
-    """Write a clip of two people in a larger scene."""
+def write_scene(path: Path, *, seed: int, size: tuple[int, int] = SCENES[0], num_frames: int = FRAMES) -> Path:
+    """Write a clip of two people in a larger scene; `FRAMES` of it, over and over."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     wide, high = size
@@ -217,22 +218,27 @@ def write_scene(path: Path, *, seed: int, size: tuple[int, int] = SCENES[0]) -> 
         lambda n: Place(wide * (0.7 - 0.003 * n), high * 0.55, high * 0.55),
     ]
     frames = [pixels for pixels, _ in draw_frames(two_people(rng), walks, FRAMES, seed=seed, size=size)]
-    return write_clip(path, frames)
+    return write_clip(path, Repeated(frames, num_frames))
+
+
+class Repeated(Sequence):
+    """Frames over and over, to a number of them."""
+
+    def __init__(self, frames: Sequence[np.ndarray], number: int):
+        self.frames, self.number = frames, number
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        if number >= self.number:
+            raise IndexError
+        return self.frames[number % len(self.frames)]
 
 
 def write_film(path: Path, frames: Sequence[np.ndarray]) -> Path:
     """Write two hours, the frames over and over."""
-
-    class Film(Sequence):
-        def __len__(self) -> int:
-            return FILM_FPS * FILM_S
-
-        def __getitem__(self, number: int) -> np.ndarray:
-            if number >= len(self):
-                raise IndexError
-            return frames[number % len(frames)]
-
-    return write_clip(path, Film(), times=range(0, 25 * FILM_S, 25 // FILM_FPS))
+    return write_clip(path, Repeated(frames, FILM_FPS * FILM_S), times=range(0, 25 * FILM_S, 25 // FILM_FPS))
 
 
 def memory_of(pid: int) -> int:
