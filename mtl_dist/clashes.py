@@ -62,8 +62,9 @@ def check_losses(loss: LossConfig, model: ModelConfig, data: DataConfig, train: 
             )
 
 
-def check_order(data: DataConfig, train: TrainConfig) -> None:
+def check_order(data: DataConfig, train: TrainConfig, model: ModelConfig) -> None:
     """Check what a step and an epoch read."""
+    _check_balance(data, model)
     if data.streams is not None and train.global_batch % data.streams:
         raise ValueError(
             f"data.streams {data.streams} does not divide train.global_batch {train.global_batch}: every stream gives "
@@ -80,6 +81,27 @@ def check_order(data: DataConfig, train: TrainConfig) -> None:
         raise ValueError(
             f"train.stop_epoch is {train.stop_epoch} and train.epochs {train.epochs}: training ends "
             "before it; give a smaller one, or leave it out"
+        )
+
+
+def _check_balance(data: DataConfig, model: ModelConfig) -> None:
+    """Check that the rows of an epoch can be drawn by their classes."""
+    if data.balance == "none":
+        return
+    if data.sampling == "per_task":
+        raise ValueError(
+            f"data.balance is {data.balance}, which draws one batch for all tasks, and data.sampling per_task gives "
+            "every task a batch of its own; change one of them"
+        )
+    if data.mix:
+        raise ValueError(
+            f"data.balance is {data.balance}, which says how often a row comes, and data.mix how often those of a set "
+            "do; change one of them"
+        )
+    if reads_videos(model.name):
+        raise ValueError(
+            f"data.balance is {data.balance}, which draws single pictures, and model.name {model.name} reads windows "
+            "of videos; leave it out"
         )
 
 

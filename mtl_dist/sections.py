@@ -59,6 +59,12 @@ class DataConfig(Section):
     """masked: a step is one batch of rows of whatever labels. per_task: a step is a batch for every task, each of
     train.global_batch rows that carry its labels, which count for this task alone; a forward pass each. An epoch has
     as many steps as the task with the fewest labels gives; the others read a part, another one each epoch."""
+    balance: Literal["none", "expr", "au", "video"] = "none"
+    """Draw rows of rare classes more often, and of common ones less. expr: of expressions. au: of units that are on, a
+    row by its rarest. video: of short videos. Rows without a label of it come as often as they do without this."""
+    balance_power: float = Field(0.5, gt=0, le=1)
+    """How much: a row of a class of n rows comes in proportion to n^-this. 1: as many of every class. 0.5: as the
+    square roots of what there are."""
     mix: tuple[Share, ...] = ()
     """Shares of a step's rows that each set of data.train gives, such as 0.7 0.3; rounded to whole rows. Empty: the
     sets are read as one. A set that is read to its end begins again, in another order."""
@@ -75,6 +81,11 @@ class DataConfig(Section):
     In a directory of another user it is <cache_dir>/user-<your id>."""
     cache_gib: Annotated[float, Varies.BY_RANK] = Field(50.0, gt=0, le=10**9)
     """Bound of the cache; shards not in use are evicted, oldest first."""
+
+    @property
+    def repeats_rows(self) -> bool:
+        """Whether an epoch may read a row several times."""
+        return bool(self.mix) or self.balance != "none"
 
     @field_validator("train", "val", mode="before")
     @classmethod

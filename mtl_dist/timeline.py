@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,14 @@ class Timeline(NamedTuple):
 def video_names(images: list[str]) -> list[str]:
     """Return the video of every image: its directory, or the image itself where it has none and stands alone."""
     return [image.rpartition("/")[0] or image for image in images]
+
+
+def name_videos(images: list[str], own: Iterable[str | None]) -> list[str]:
+    """Return the video of every image: its `own` name, or else its directory; a person's pictures are one each."""
+    return [
+        image if (name or "").startswith(PERSON) else name or directory
+        for image, name, directory in zip(images, own, video_names(images))
+    ]
 
 
 def make_timeline(images: list[str], videos: list[str] | None = None) -> Timeline:

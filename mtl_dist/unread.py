@@ -52,6 +52,8 @@ def find_unread(config: Config) -> dict[str, str]:
         unread["augment.jitter_p"] = "augment.brightness, contrast, saturation and hue are all 0"
     if not config.data.workers:
         unread["data.prefetch"] = "data.workers is 0; it is for 1 or more"
+    if config.data.balance == "none":
+        unread["data.balance_power"] = "data.balance is none; it is for expr, au or video"
     if config.run.start:
         unread["model.weights"] = f"run.start is {config.run.start}, which is there instead"
     else:

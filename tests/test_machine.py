@@ -9,7 +9,9 @@ import sys
 import numpy as np
 import pytest
 
+from mtl_dist.data.balanced import build_balanced_order
 from mtl_dist.data.cache import Cache
+from mtl_dist.data.classes import Classes
 from mtl_dist.data.index import read_index
 from mtl_dist.data.loader import FETCH_AHEAD_STEPS
 from mtl_dist.data.order import Order
@@ -74,8 +76,8 @@ class CountingCache(Cache):
         return super().open(uri, **about)
 
 
-@pytest.mark.parametrize("per_task", [False, True])
-def test_shards_in_hand_are_kept_open_however_many_they_are(dataset, tmp_path, per_task, monkeypatch):
+@pytest.mark.parametrize("sampling", ["masked", "per_task", "balanced"])
+def test_shards_in_hand_are_kept_open_however_many_they_are(dataset, tmp_path, sampling, monkeypatch):
     """40 shards of a row, of which an epoch opens each once; it opened them again and again beyond a fixed number."""
     from mtl_dist.shards.__main__ import create
 
@@ -85,7 +87,9 @@ def test_shards_in_hand_are_kept_open_however_many_they_are(dataset, tmp_path, p
     monkeypatch.setattr("mtl_dist.data.mapped.OPEN_SHARDS", 4)
     reader = ShardReader(uri, index, cache)
     order = Order(index.shard_rows, 8, 8, 2, seed=0)
-    if per_task:
+    if sampling == "balanced":
+        order = build_balanced_order(Classes(np.arange(40), np.arange(40) % 7 // 5, 2), order, power=1)
+    if sampling == "per_task":
         labelled = {"va": np.arange(40), "au": np.arange(0, 40, 2)}
         order = build_task_orders(
             labelled, index.shard_rows, global_batch=8, streams=8, block_shards=2, seed=0, epoch_steps=2

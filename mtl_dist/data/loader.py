@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from mtl_dist.data.balanced import BalancedOrder
 from mtl_dist.data.mixed import MixedOrder
 from mtl_dist.data.order import Order, eval_range
 from mtl_dist.data.samples import Samples
@@ -34,7 +35,7 @@ Loaded = TypeVar("Loaded")
 
 def train_batches(
     samples: Samples,
-    order: Order | MixedOrder | TaskOrders,
+    order: Order | BalancedOrder | MixedOrder | TaskOrders,
     *,
     epoch: int,
     start_step: int,

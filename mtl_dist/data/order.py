@@ -45,7 +45,7 @@ class Order:
     block_shards: int
     seed: int
     epoch_steps: int | None = None  # None: as many as there are whole batches
-    samples: np.ndarray | None = None  # (n,) ascending sample numbers that this order is over; None: all of the index
+    samples: np.ndarray | None = None  # (n,) sample numbers that this order is over, ascending; None: all of the index
     version: int = VERSIONS[-1]
 
     def __post_init__(self):
@@ -174,10 +174,14 @@ class EpochPlan:
             samples = self._index_starts[self._shards[shards]] + places - self._starts[shards]
             # In version 1 a block belongs to a stream: a shard that two share is shuffled on its own in each.
             key = (stream, start) if self.order.version == 1 else (start,)
-            draw(self.order.seed, self.epoch, _BLOCK, *key).shuffle(samples)
+            self.arrange(samples, places, draw(self.order.seed, self.epoch, _BLOCK, *key))
             kept = (start, stop, samples)
         self._shuffled[stream] = kept
         return kept[2]
+
+    def arrange(self, samples: np.ndarray, places: np.ndarray, rng: np.random.Generator) -> None:
+        """Bring the samples (n,) of a block into the order in which they lie at its places (n,) of the circle."""
+        rng.shuffle(samples)
 
 
 def eval_range(num_rows: int, *, rank: int, num_ranks: int) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mtl_dist.config import Config
 from mtl_dist.data.cache import Cache
+from mtl_dist.data.classes import By, Classes, join_classes, read_classes
 from mtl_dist.data.features import FeatureReader, FeatureRows
 from mtl_dist.data.image_videos import ImageRows
 from mtl_dist.data.index import FEATURES, FORMAT, Index, Sets
@@ -56,6 +57,10 @@ class Samples(Protocol):
 
     def labelled(self, progress: Callable[[int], None] = lambda count: None) -> dict[str, np.ndarray]:
         """Return {task: (n,) ascending numbers of the samples with a label of it}; `progress` is told of groups."""
+        ...
+
+    def classes(self, by: By, progress: Callable[[int], None] = lambda count: None) -> Classes:
+        """Return the classes of all samples; `progress` is told of groups."""
         ...
 
     def names(self) -> Names:
@@ -107,6 +112,9 @@ class ImageSamples:
 
     def labelled(self, progress: Callable[[int], None] = lambda count: None) -> dict[str, np.ndarray]:
         return self.reader.labelled_samples(progress)
+
+    def classes(self, by: By, progress: Callable[[int], None] = lambda count: None) -> Classes:
+        return read_classes(by, self.reader.sidecars(progress))
 
     def names(self) -> Names:
         return self.reader.names()
@@ -168,6 +176,9 @@ class Mixture:
             task: np.concatenate([start + part[task] for start, part in zip(self._starts, of_parts)])
             for task in of_parts[0]
         }
+
+    def classes(self, by: By, progress: Callable[[int], None] = lambda count: None) -> Classes:
+        return join_classes(by, [part.classes(by, progress) for part in self.parts], self._starts[:-1].tolist())
 
     def names(self) -> Names:
         of_parts = [part.names() for part in self.parts]

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtl_dist.data.classes import By, Classes
 from mtl_dist.data.labels import NO_ROW, split_table
 from mtl_dist.data.reader import Names
 from mtl_dist.data.windows import Windows
@@ -91,6 +92,9 @@ class _OfVideos:
 
     def labelled(self, progress: Callable[[int], None] = lambda count: None) -> dict[str, np.ndarray]:
         raise AssertionError("which window has a label of a task is another in every epoch: masked sampling alone")
+
+    def classes(self, by: By, progress: Callable[[int], None] = lambda count: None) -> Classes:
+        raise AssertionError("which labels a window has is another in every epoch: they are not balanced")
 
     def names(self) -> Names:
         return self.source.names()

@@ -8,8 +8,7 @@ import numpy as np
 
 from mtl_dist.data.reader import ShardReader, names_of
 from mtl_dist.data.sidecar import Sidecar
-from mtl_dist.tasks import PERSON
-from mtl_dist.timeline import make_timeline, video_names
+from mtl_dist.timeline import make_timeline, name_videos
 
 # What a row keeps of its picture's.
 KEPT = ("row", "image", "length", "crc32", "va", "expr", "au", "va_mask", "expr_mask", "au_mask")
@@ -48,10 +47,7 @@ def read_rows(reader: ShardReader) -> VideoRows:
     names = names_of(sidecars)
     by_row = np.argsort(names.rows, kind="stable")
     images = [names.images[place] for place in by_row]
-    videos = [
-        image if (own or "").startswith(PERSON) else own or directory
-        for image, own, directory in zip(images, (names.videos[place] for place in by_row), video_names(images))
-    ]
+    videos = name_videos(images, (names.videos[place] for place in by_row))
     timeline = make_timeline(images, videos)
     order = np.lexsort((timeline.frame, timeline.video))  # stable: then by row
     samples = by_row[order]

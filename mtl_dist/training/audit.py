@@ -2,21 +2,28 @@
 
 Every process that trains has a file, with a line for every step it finished: life, step, epoch, rank, samples, time.
 Samples are told by their place in the set, in one list named "all". With `data.sampling per_task` every task has a list
-of its own; these may share samples.
+of its own; these may share samples. Where an epoch may read a sample several times (`data.balance`, `data.mix`), it
+takes the run's order to tell what was lost or repeated.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
 import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from mtl_dist.errors import InputError
+
+if TYPE_CHECKING:
+    from mtl_dist.training.plan import AnyOrder
 
 
 class Audit:
@@ -60,15 +67,18 @@ class Report(NamedTuple):
     """What the audit of a run says of its epochs."""
 
     samples_lost: int  # of those that the steps of the last lives should have read, never read
-    samples_twice: int  # read more than once in an epoch by the steps that count
+    samples_twice: int  # read more often in an epoch, by the steps that count, than they should have been
     steps_repeated: int  # done again, because they came after the checkpoint that a later life continued from
     finished_at: list[tuple[float, int]]  # (Unix time, step) whenever all ranks had finished a step, in order of time
 
 
-def read_audit(directory: Path, run_name: str, *, global_batch: int, num_steps: int) -> Report:
+def read_audit(
+    directory: Path, run_name: str, *, global_batch: int, num_steps: int, order: AnyOrder | None = None
+) -> Report:
     """Count over all processes of a run. A step counts as the last life did it: earlier attempts were undone.
 
-    Samples are counted in each batch of a step by itself, and so for each task.
+    Samples are counted in each batch of a step by itself, and so for each task. `order`: that of the run, which every
+    step is compared with; None: it reads no sample twice in an epoch.
     """
     lines = [
         json.loads(line)
@@ -84,11 +94,15 @@ def read_audit(directory: Path, run_name: str, *, global_batch: int, num_steps: 
     lost = twice = repeated = 0
     epochs: dict[tuple[int, str], list[int]] = {}
     finished = []
-    for step in range(1, num_steps + 1):
+    for step, planned in zip(range(1, num_steps + 1), _plans(order)):
         lives = list(attempts.get(step, {"": []}).values())
         repeated += len(lives) - 1
         for name in batches:
             samples = [sample for line in lives[-1] for sample in line["samples"][name]]
+            if planned:
+                found, expected = Counter(samples), planned[name]
+                lost, twice = lost + (expected - found).total(), twice + (found - expected).total()
+                continue
             lost += max(global_batch - len(set(samples)), 0)
             if samples:
                 epochs.setdefault((lives[-1][0]["epoch"], name), []).extend(samples)
@@ -98,3 +112,14 @@ def read_audit(directory: Path, run_name: str, *, global_batch: int, num_steps: 
     for samples in epochs.values():
         twice += len(samples) - len(set(samples))
     return Report(lost, twice, repeated, sorted(finished))
+
+
+def _plans(order: AnyOrder | None) -> Iterator[dict[str, Counter[int]]]:
+    """Yield what every step of a run reads over all ranks, from the first on: {name: how often each sample}."""
+    for epoch in itertools.count():
+        if order is None:
+            yield {}
+            continue
+        for samples in order.plan(epoch=epoch, rank=0, num_ranks=1).samples_of(0, order.num_steps):
+            names = order.tasks or ("all",)
+            yield {name: Counter(part.tolist()) for name, part in zip(names, np.split(samples, len(names)))}

@@ -10,6 +10,7 @@ import numpy as np
 
 from mtl_dist import storage
 from mtl_dist.config import Config
+from mtl_dist.data.balanced import BalancedOrder
 from mtl_dist.data.cache import GIB, Cache
 from mtl_dist.data.index import Sets, check_pair, check_stored, read_sets
 from mtl_dist.data.mixed import MixedOrder, build_mixed_order, pass_rows, shares_of, split_batch
@@ -21,13 +22,15 @@ from mtl_dist.families import FEATURES, objective_of
 from mtl_dist.label_counts import LabelCounts
 from mtl_dist.objective.labelled import check_labels, note_labels
 from mtl_dist.objective.scores import find_score
+from mtl_dist.progress import progress_bar
 from mtl_dist.shards.overlap import check_shared, find_shared
+from mtl_dist.training.balance import Balance, build_balance, describe_balance
 
 if TYPE_CHECKING:
     from mtl_dist.runs.start import Start
 
 
-AnyOrder = Order | MixedOrder | TaskOrders
+AnyOrder = Order | BalancedOrder | MixedOrder | TaskOrders
 
 
 class Data(NamedTuple):
@@ -59,8 +62,7 @@ def open_data(config: Config) -> Data:
     if objective_of(config.model.name).reads_labels:
         check_labels(config.loss, train.labels, val.labels, names=(str(train), str(val)))
     batch, share, tasks = config.train.global_batch, config.data.epoch_fraction, ()
-    noun, cache = noun_of(train, config), Cache(config.data.cache_dir, max_bytes=int(config.data.cache_gib * GIB))
-    samples = open_samples(train, config, cache)
+    noun, samples = noun_of(train, config), open_samples(train, config, _cache(config))
     if noun == "windows":
         _check_windows(config, train, samples)
     num_samples = int(samples.group_sizes.sum())
@@ -153,14 +155,8 @@ def _share_of(count: int, share: float) -> int:
 def build_order(
     config: Config, data: Data, train: Samples, progress: Callable[[int], None] = lambda count: None
 ) -> AnyOrder:
-    """Make the order of training. `per_task` sampling reads all labels; `progress` is told of shards."""
-    settings = {
-        "global_batch": config.train.global_batch,
-        "streams": config.num_streams,
-        "block_shards": config.data.block_shards,
-        "seed": config.run.seed,
-    }
-    group_sizes, steps = train.group_sizes, data.steps_per_epoch
+    """Make the order of training. `per_task` and balanced sampling read all labels; `progress` is told of shards."""
+    settings, group_sizes, steps = _settings_of(config), train.group_sizes, data.steps_per_epoch
     if data.tasks:
         labelled = train.labelled(progress)
         chosen = {task: labelled[task] for task in data.tasks}
@@ -170,8 +166,25 @@ def build_order(
         batch, block, seed = config.train.global_batch, config.data.block_shards, config.run.seed
         how = {"global_batch": batch, "num_steps": steps, "block_shards": block, "seed": seed}
         return build_mixed_order(sizes, shares_of(config), **how)
+    if config.data.balance != "none":
+        return _balance(config, data, train, progress).order
     is_whole = config.data.epoch_fraction == 1
     return Order(group_sizes, epoch_steps=None if is_whole else steps, **settings)
+
+
+def _settings_of(config: Config) -> dict[str, int]:
+    """Return what orders of one batch are made with."""
+    return {
+        "global_batch": config.train.global_batch,
+        "streams": config.num_streams,
+        "block_shards": config.data.block_shards,
+        "seed": config.run.seed,
+    }
+
+
+def _balance(config: Config, data: Data, train: Samples, progress: Callable[[int], None]) -> Balance:
+    of_set = Order(train.group_sizes, epoch_steps=data.steps_per_epoch, **_settings_of(config))
+    return build_balance(config.data, of_set, train, str(data.train), progress)
 
 
 class Plan(NamedTuple):
@@ -188,7 +201,7 @@ def plan_run(config: Config, *, num_ranks: tuple[int, int] | None = None, compar
     """Check what the storage can tell before ranks start, and say what will happen. Raises `InputError`.
 
     `num_ranks` is the least and the most; None: `ray.num_ranks`. `compares`: also look for pictures that both sets
-    have, for which up to 128 MiB are read.
+    have, for which up to 128 MiB are read, and read all labels for balanced sampling.
     """
     from mtl_dist.runs.checkpoint import committed, read_state
     from mtl_dist.runs.same_run import check_same_run
@@ -223,7 +236,8 @@ def plan_run(config: Config, *, num_ranks: tuple[int, int] | None = None, compar
         check_shared(shared, data.train, data.val)
         notes += filter(None, [shared.note()])
     text = _describe(config, data, notes, done=done, num_ranks=num_ranks or config.ray.num_ranks, begins=begins)
-    return Plan(text, begins=not done)
+    drawn = _describe_drawn(config, data) if compares and config.data.balance != "none" else []
+    return Plan("\n".join([text, *drawn]), begins=not done)
 
 
 def _check_extractors(start: Start | None, train: Sets) -> None:
@@ -280,6 +294,8 @@ def _describe(
     num_left = data.num_samples - steps * batch
     left_out = f"{num_left} {data.noun} an epoch are left out, others each time"
     left_out = left_out if num_left else f"every {data.noun.removesuffix('s')} once an epoch"
+    if config.data.balance != "none":
+        left_out = f"of {data.noun} that are drawn anew for every epoch"
     if config.data.mix:
         left_out = f"of {len(config.data.mix)} sets, as below"
     if data.tasks:
@@ -294,6 +310,17 @@ def _describe(
         f"model   {config.model.name}, backbone {config.model.backbone}{frozen}, weights {weights}, {inputs}",
     ]
     return "\n".join([*lines, *_describe_mix(config, data), *(f"note    {note}" for note in notes)])
+
+
+def _describe_drawn(config: Config, data: Data) -> list[str]:
+    """Say what balanced sampling draws: all labels are read for it."""
+    with progress_bar("reading labels", len(data.train.shards)) as advance:
+        balance = _balance(config, data, open_samples(data.train, config, _cache(config)), advance)
+    return describe_balance(config, balance)
+
+
+def _cache(config: Config) -> Cache:
+    return Cache(config.data.cache_dir, max_bytes=int(config.data.cache_gib * GIB))
 
 
 def _describe_mix(config: Config, data: Data) -> list[str]:

@@ -79,7 +79,7 @@ def set_up(config: Config, context: RunContext, watchdog: Watchdog) -> Setup:
     check_num_ranks(config, context.num_ranks)
     cache = Cache(config.data.cache_dir, max_bytes=int(config.data.cache_gib * GIB))
     train, val = (open_samples(sets, config, cache) for sets in (data.train, data.val))
-    shows = data.tasks and context.rank == 0
+    shows = (data.tasks or config.data.balance != "none") and context.rank == 0
     with progress_bar("reading labels", len(data.train.shards)) if shows else contextlib.nullcontext() as advance:
 
         def moved(count: int) -> None:

@@ -26,8 +26,7 @@ def train_step(
 ) -> StepLoss:
     """Take one optimizer step on this rank's part of the global batch, in `train.accumulation` micro-batches."""
     module: ObjectiveModule = engine.module
-    # A set of a mixture may be read many times in an epoch: each time with other draws.
-    turn = step if config.data.mix else epoch
+    turn = step if config.data.repeats_rows else epoch  # a row has other draws each time that it is read
     draws = draw_passes(prepare, batch.rows, seed=config.run.seed, epoch=turn, passes=module.passes)
     device = next(module.parameters()).device
     batch = batch.to(device)
