@@ -7,6 +7,7 @@ from typing import get_args
 from mtl_dist.families import min_input_size, patch_size, reads_videos
 from mtl_dist.model_config import PARTS, ModelConfig
 from mtl_dist.sections import (
+    EMA,
     AugmentConfig,
     DataConfig,
     EngineConfig,
@@ -60,6 +61,26 @@ def check_losses(loss: LossConfig, model: ModelConfig, data: DataConfig, train: 
                 f"model.sequence.feed_source has {source}, and loss.{PARTS[source]} is 0: what it feeds would be "
                 "untrained; give that loss a weight, or leave the source out"
             )
+    if loss.teacher:
+        _check_teacher(loss, data, train)
+
+
+def _check_teacher(loss: LossConfig, data: DataConfig, train: TrainConfig) -> None:
+    if loss.teacher == EMA and not train.ema:
+        raise ValueError(
+            "loss.teacher is ema, the run's own average of weights, and train.ema is 0: there is none; set it, such as "
+            "to 0.999, or give a run as the teacher"
+        )
+    if loss.teacher_after >= train.epochs:
+        raise ValueError(
+            f"loss.teacher_after is {loss.teacher_after} and train.epochs {train.epochs}: no epoch is left for the "
+            "teacher; give more epochs, or begin earlier"
+        )
+    if data.sampling == "per_task":
+        raise ValueError(
+            "loss.teacher stands where labels are missing, and data.sampling per_task hides labels that are there, of "
+            "all tasks but one in every row; change one of them"
+        )
 
 
 def check_order(data: DataConfig, train: TrainConfig, model: ModelConfig) -> None:

@@ -13,6 +13,7 @@ from mtl_dist import storage
 from mtl_dist.config import Config, build_config
 from mtl_dist.errors import InputError, PlainParser, StorageError, nearest, plain_refusals
 from mtl_dist.parsing import MAX_YAML_BYTES, parse_yaml
+from mtl_dist.sections import EMA
 from mtl_dist.settings import Section, unflatten
 from mtl_dist.unread import check_read, is_written
 
@@ -252,18 +253,20 @@ def config_of(command: CommandConfig) -> Config:
 
 def with_absolute_paths(config: Config) -> Config:
     """Make local paths absolute: under Ray every rank works in a directory of its own."""
-    run, data, model = config.run, config.data, config.model
+    run, data, model, loss = config.run, config.data, config.model, config.loss
     weights = model.weights if model.weights in ("none", "imagenet") else storage.absolute(model.weights)
     own = {"storage": storage.absolute(run.storage), "start": run.start and storage.absolute(run.start)}
     own["audit_dir"] = run.audit_dir and run.audit_dir.expanduser().absolute()
     cache_dir = data.cache_dir and data.cache_dir.expanduser().absolute()
     train, val = (tuple(map(storage.absolute, uris)) for uris in (data.train, data.val))
     sets = {"train": train, "val": val, "cache_dir": cache_dir}
+    teacher = loss.teacher if loss.teacher == EMA else storage.absolute(loss.teacher)
     return config.model_copy(
         update={
             "run": run.model_copy(update=own),
             "data": data.model_copy(update=sets),
             "model": model.model_copy(update={"weights": weights}),
+            "loss": loss.model_copy(update={"teacher": teacher}),
         }
     )
 

@@ -16,6 +16,7 @@ from mtl_dist.tasks import TASKS
 MAX_COUNT, MAX_SECONDS, MAX_BATCH = 10**9, 10**7, 2**20
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1e6)]
+EMA = "ema"  # of loss.teacher: the run's own average of weights
 GradientBalancing = Literal["pcgrad", "cagrad", "upgrad", "mgda", "imtl_g", "aligned"]
 
 
@@ -172,6 +173,16 @@ class LossConfig(Section):
     are the same. As published: 0 (or 1) and 4."""
     au_margin: Annotated[float, Varies.BY_RUN] = Field(0.0, ge=0, lt=1)
     """Its margin: a unit that is off costs nothing below this probability. As published: 0.05."""
+    teacher: Annotated[str, Varies.BY_RUN] = ""
+    """Whose predictions stand where labels are missing: ema, the run's own average of weights (train.ema), or those of
+    a run, one of its checkpoints or an exported directory. Empty: nobody's."""
+    teacher_weight: Annotated[float, Varies.BY_RUN] = Field(0.5, gt=0, le=1e6)
+    """What that part of a task's loss counts beside the part of labels, each a mean over entries."""
+    teacher_confidence: Annotated[float, Varies.BY_RUN] = Field(0.7, ge=0, le=1)
+    """Least probability that the teacher must give to what it holds likelier of an expression or a unit; it is also the
+    entry's weight. Valence and arousal have none: each counts 1."""
+    teacher_after: Annotated[int, Varies.BY_RUN] = Field(0, ge=0, le=10**6)
+    """Epochs that are trained without the teacher first."""
 
     @model_validator(mode="after")
     def _trains_something(self):

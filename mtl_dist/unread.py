@@ -58,6 +58,9 @@ def find_unread(config: Config) -> dict[str, str]:
         unread["model.weights"] = f"run.start is {config.run.start}, which is there instead"
     else:
         unread["run.start_with"] = "it is for run.start"
+    if not config.loss.teacher:
+        names = ("teacher_weight", "teacher_confidence", "teacher_after")
+        unread |= {f"loss.{name}": "it is for loss.teacher" for name in names}
     return unread
 
 

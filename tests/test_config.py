@@ -121,6 +121,7 @@ PUBLISHED = {
         "va": 1.0, "expr": 1.0, "au": 1.0, "balancing": "fixed", "expr_weights": "none", "au_weights": "none",
         "label_smoothing": 0.0, "va_mse": 0.0, "va_ccc": 1.0, "va_after": 0, "expr_focal": 0.0, "expr_prior": 0.0,
         "au_gamma_pos": 0.0, "au_gamma_neg": 0.0, "au_margin": 0.0, "gradients_every": 10,
+        "teacher": "", "teacher_weight": 0.5, "teacher_confidence": 0.7, "teacher_after": 0,
     },
     "optim": {
         "name": "sgd", "lr": 0.001, "momentum": 0.9, "nesterov": False, "weight_decay": 0.0005, "warmup_steps": 0,
@@ -565,6 +566,7 @@ UNREAD = [  # flags that nothing reads, what reads them, and what is said
     (["--optim.no-nesterov"], ["--optim.name", "sgd"], "optim.name is adamw; it is for sgd"),
     (["--augment.crop-scale", "0.5", "1"], [], "augment.resize is 200, which is there instead"),
     (["--data.prefetch", "9"], ["--data.workers", "1"], "data.workers is 0; it is for 1 or more"),
+    (["--loss.teacher-weight", "2"], ["--loss.teacher", "/runs/one"], "it is for loss.teacher"),
 ]
 
 

@@ -26,6 +26,23 @@ def test_the_speed_of_a_single_last_step_counts_its_time_and_a_run_that_goes_on_
     assert "10 frames/s  waiting for data 25%  checkpoint 8  1 rank  0 s left" in capsys.readouterr().out
 
 
+def test_what_a_teacher_told_of_a_step_is_on_the_line_and_in_its_record_and_nothing_without_one(tmp_path, capsys):
+    tracker, shares = Tracker(str(tmp_path), resumed_at=0, num_ranks=1), {"va": 0.25, "au": 0.0}
+    for step, taught in ((2, {}), (2, shares)):  # the last of two is told of at once
+        tracker.step(
+            step, 2, 0, 0.1, {"total": 1.0}, weights={}, gradients={}, taught=taught, images=8, took_s=1.0,
+            waited_s=0.0, saved_step=None,
+        )  # fmt: skip
+    without, with_teacher = capsys.readouterr().out.splitlines()
+    assert "taught" not in without
+    assert "total 1.000  taught va 25% au 0%  " in with_teacher
+    files = tracker.files()
+    records = [json.loads(line) for line in b"".join(files[METRICS]).splitlines()]
+    assert [record.get("taught") for record in records] == [None, shares]
+    (board,) = (b"".join(pieces) for name, pieces in files.items() if name != METRICS)
+    assert b"taught/va" in board
+
+
 def refuse(name: str) -> None:
     raise AssertionError(f"{name} is no JSON")
 

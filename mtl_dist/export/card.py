@@ -9,6 +9,7 @@ from mtl_dist.families import FAMILIES
 from mtl_dist.objective.scores import Score, main_scores, single_scores
 from mtl_dist.runs.checkpoint import MODEL
 from mtl_dist.runs.start import BEGAN_FROM
+from mtl_dist.runs.teacher import TAUGHT_BY
 from mtl_dist.runs.weights import Weights
 from mtl_dist.tasks import AUS, EXPRESSIONS, TASKS
 
@@ -142,7 +143,10 @@ def _training(weights: Weights) -> str:
         began = f"It began with {note['with']} of another run or file (sha256 of its weights `{note['sha256']}`)"
     sets = [f"- {name}: sha256 `{sha256}` (of its index)" for name, sha256 in weights.state["identity"].items()]
     config = weights.config
-    settings = {"loss": config.loss, "optim": config.optim, "train": config.train, "augment": config.augment}
+    if note := weights.state.get(TAUGHT_BY):
+        began += f"; labels that were missing were told by another run (sha256 of its weights `{note['sha256']}`)"
+    loss = config.loss.model_copy(update={"teacher": "RUN" if note else config.loss.teacher})
+    settings = {"loss": loss, "optim": config.optim, "train": config.train, "augment": config.augment}
     dumped = json.dumps({name: section.model_dump(mode="json") for name, section in settings.items()})
     return "\n".join(
         [

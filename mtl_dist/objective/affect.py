@@ -55,6 +55,9 @@ class Affect:
         self.expr_focal, self.log_prior = config.expr_focal, build_log_prior(config, counts)
         self.au_gammas, self.au_margin = (config.au_gamma_pos, config.au_gamma_neg), config.au_margin
 
+    def begin_epoch(self, epoch: int) -> None:
+        """All epochs are alike."""
+
     def sums(self, outputs: Outputs, batch: Batch) -> Sums:
         labels = batch.labels
         return {
@@ -72,11 +75,14 @@ class Affect:
         loss = self.va_ccc * (1 - concordance(total).mean())
         return loss + self.va_mse * mean_square_error(total).mean() if self.va_mse else loss
 
+    def taught(self, total: Sums) -> Sums:
+        return {}
+
     def meter(self) -> AffectMeter:
         return AffectMeter()
 
     def _expr_sums(self, outputs: Outputs, labels: Labels) -> Tensor:
-        logits = _at_least_float32(outputs.expr_logits.flatten(0, 1))
+        logits = at_least_float32(outputs.expr_logits.flatten(0, 1))
         target, mask = labels.expr.flatten(), labels.expr_mask.flatten()
         classes = self.classes.expr.to(logits) if len(self.classes.expr) else None
         logits = logits + self.log_prior.to(logits) if len(self.log_prior) else logits
@@ -87,7 +93,7 @@ class Affect:
         return torch.stack([torch.where(mask, loss, 0.0).double().sum(), torch.where(mask, weight, 0.0).double().sum()])
 
     def _au_sums(self, outputs: Outputs, labels: Labels) -> Tensor:
-        logits = _at_least_float32(outputs.au_logits)
+        logits = at_least_float32(outputs.au_logits)
         pos_weight = self.classes.au.to(logits) if len(self.classes.au) else None
         if any(self.au_gammas) or self.au_margin:
             loss = asymmetric_loss(logits, labels.au.to(logits), *self.au_gammas, self.au_margin, pos_weight=pos_weight)
@@ -176,7 +182,7 @@ def _moments(predicted: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return torch.stack([term.sum((0, 1)) for term in terms], dim=-1)
 
 
-def _at_least_float32(logits: Tensor) -> Tensor:
+def at_least_float32(logits: Tensor) -> Tensor:
     """Undo autocast: a loss in bfloat16 has three digits."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

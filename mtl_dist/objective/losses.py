@@ -38,6 +38,9 @@ class Objective(Protocol):
         """Build what is configured; `counts` are of the training set."""
         ...
 
+    def begin_epoch(self, epoch: int) -> None:
+        """Take note of the epoch that is trained next."""
+
     def sums(self, outputs: Any, batch: Batch) -> Sums:
         """Reduce a batch to sums, float64, with gradients to the outputs. They add over any split of a batch."""
 
@@ -46,6 +49,9 @@ class Objective(Protocol):
 
     def loss(self, term: str, total: Tensor) -> Tensor:
         """Return a term's loss (), of its sums over all ranks. Where its weight is 0, nobody reads the value."""
+
+    def taught(self, total: Sums) -> Sums:
+        """Return how much of each term is a teacher's, () in [0, 1]; nothing where there is none."""
 
     def meter(self) -> Meter:
         """Return a new meter, which has seen no batch."""

@@ -39,6 +39,9 @@ class Masked:
         self.patch, self.normalises = patch, normalises
         self.num_patches, self.pixels = (size // patch) ** 2, 3 * patch**2
 
+    def begin_epoch(self, epoch: int) -> None:
+        """All epochs are alike."""
+
     def sums(self, outputs: Reconstruction, batch: Batch) -> Sums:
         target = wanted_pixels(outputs.patches, normalises=self.normalises)
         errors = (outputs.predicted.float() - target).square().mean(-1)
@@ -51,6 +54,9 @@ class Masked:
 
     def loss(self, term: str, total: Tensor) -> Tensor:
         return total[0] / total[1].detach()
+
+    def taught(self, total: Sums) -> Sums:
+        return {}
 
     def meter(self, *, num_shown: int = NUM_SHOWN) -> MaskedMeter:
         """Return a meter that keeps so many frames for its picture."""

@@ -35,6 +35,7 @@ class StepLoss(NamedTuple):
     terms: dict[str, Tensor]  # term -> () loss of the global batch, detached
     present: dict[str, Tensor]  # term -> () bool, whether the global batch has something to learn it from
     weights: dict[str, Tensor]  # term -> () its loss's weight in `total`, or its gradient's in the trunk; detached
+    sums: Sums  # of the whole step, over all ranks
     gram: Tensor | None = None  # (K, K) products of the losses' gradients by what all terms share, where looked at
 
 
@@ -84,7 +85,7 @@ class ObjectiveModule(nn.Module):
             weights *= self.balancer.shares(gram, present)
             minimised = minimised + trunk_loss(held, gradients, weights)
         told = gram if looks_at_gradients else None
-        return StepLoss(minimised, values, present, dict(zip(self.objective.terms, weights)), told)
+        return StepLoss(minimised, values, present, dict(zip(self.objective.terms, weights)), total, told)
 
     def looks_at_gradients(self, wanted: bool) -> bool:
         """Whether a step's gradients are looked at: where the balancer reads them, or where it is wanted and can be.

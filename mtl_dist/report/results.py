@@ -26,8 +26,10 @@ from mtl_dist.objective.scores import FIRST, constant_scores, scores
 from mtl_dist.predicting.members import Member, predict_member, row_names, unique_names
 from mtl_dist.predicting.predictions import check_finite, prediction_table, read_key, read_predictions, write_parquet
 from mtl_dist.runs.checkpoint import DIRECTORY, MODEL
+from mtl_dist.runs.same_run import NAMING_WEIGHTS
 from mtl_dist.runs.weights import Weights, open_weights
 from mtl_dist.sealed import unseal
+from mtl_dist.sections import EMA
 from mtl_dist.settings import Varies, flatten, varying
 from mtl_dist.tasks import AUS, NUM_AUS, NUM_EXPRESSIONS
 
@@ -38,7 +40,6 @@ ALL = slice(None)
 # Of score.json, before it was sealed.
 SCORE_KEYS = ("p", "p_calibrated", "covers", "scores", "steps", "calibration", "members", "rows", "test", "options")
 TRAINING_SET = "training set"  # what settings call the checksum of its index
-ORIGINS = ("run.start", "model.weights")  # settings that may name a run
 COMBINING = ("steps", "folds", "half_windows")  # options of an ensemble that make it another method
 
 
@@ -145,13 +146,13 @@ def _settings(weights: Weights) -> dict[str, Any]:
     """Return what makes runs one method: settings but for name and seed, and likewise those of where they began."""
     config = flatten(weights.config)
     free = {*varying(Config, Varies.BY_PART), "run.name", "run.seed"}
-    own = {key: _origin(value) if key in ORIGINS else value for key, value in config.items() if key not in free}
+    own = {key: _origin(value) if key in NAMING_WEIGHTS else value for key, value in config.items() if key not in free}
     return own | {TRAINING_SET: weights.train_sha256, "epochs": weights.config.last_epoch}
 
 
 def _origin(uri: str) -> Any:
     """Return the settings of the run that another began with; its URI where it is no whole run, or gone."""
-    if uri in ("", "none", "imagenet") or DIRECTORY.fullmatch(uri.rstrip("/").rpartition("/")[2]):
+    if uri in ("", "none", "imagenet", EMA) or DIRECTORY.fullmatch(uri.rstrip("/").rpartition("/")[2]):
         return uri
     try:
         weights = open_weights(uri)

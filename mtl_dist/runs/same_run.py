@@ -10,7 +10,7 @@ from mtl_dist.errors import InputError
 from mtl_dist.settings import Varies, flatten, varying
 from mtl_dist.unread import find_unread, why_unread
 
-READ_AT_THE_START = ("model.weights", "run.start")  # and not by a run that continues
+NAMING_WEIGHTS = ("model.weights", "run.start", "loss.teacher")  # URIs, which nodes may have by other paths
 
 
 def find_lack(state: dict[str, Any]) -> str:
@@ -35,7 +35,7 @@ def differences(state: dict[str, Any], config: Config, level: Varies) -> dict[st
     unlike = {}
     for key in sorted(theirs.keys() | mine.keys()):
         pair = theirs.get(key), mine.get(key)
-        same = weights_name(pair[0]) == weights_name(pair[1]) if key in READ_AT_THE_START else pair[0] == pair[1]
+        same = weights_name(pair[0]) == weights_name(pair[1]) if key in NAMING_WEIGHTS else pair[0] == pair[1]
         if not same and key not in free and not why_unread(key, unread):
             unlike[key] = pair
     return unlike

@@ -16,7 +16,7 @@ FEW_ROWS = 8  # fewer make poor statistics (arXiv 1803.08494, figure 1)
 
 
 class WeightAverage:
-    """Averages the parameters of `model` over its steps; buffers are taken as they are.
+    """Averages the parameters of `model` over its steps; buffers are taken as they are after each.
 
     Every rank holds the same average. The decay is min(decay, (1 + step) / (10 + step)), so that the first weights are
     soon forgotten. It depends on the step alone, so only the average itself has to be saved.
@@ -31,12 +31,13 @@ class WeightAverage:
         """Take in the weights after `step` steps."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
+        self.copy_buffers(model)
 
     @torch.no_grad()
     def copy_buffers(self, model: nn.Module) -> None:
         """Take over the model's buffers, such as BatchNorm's statistics: they are not averaged."""
-        for mine, current in zip(self.model.buffers(), model.buffers()):
-            mine.copy_(current)
+        if mine := list(self.model.buffers()):
+            torch._foreach_copy_(mine, list(model.buffers()))
 
 
 def sync_batchnorm(module: nn.Module, config: Config) -> nn.Module:

@@ -13,7 +13,7 @@ from mtl_dist.errors import InputError, NonFiniteLoss
 from mtl_dist.models import non_finite, num_parameters
 from mtl_dist.ranks import gather_lists, on_rank_0
 from mtl_dist.runs.checkpoint import MAX_TENSOR_BYTES
-from mtl_dist.runs.same_run import READ_AT_THE_START, weights_name
+from mtl_dist.runs.same_run import NAMING_WEIGHTS, weights_name
 from mtl_dist.settings import Varies, flatten, varying
 from mtl_dist.training.averaging import check_batchnorm
 from mtl_dist.training.plan import Data
@@ -44,7 +44,7 @@ def check_ranks_agree(config: Config, data: Data) -> None:
     """
     free = varying(Config, Varies.BY_RANK)
     mine = {name: value for name, value in flatten(config).items() if name not in free} | data.identity()
-    mine |= {name: weights_name(mine[name]) for name in READ_AT_THE_START}
+    mine |= {name: weights_name(mine[name]) for name in NAMING_WEIGHTS}
     of_ranks: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(of_ranks, mine)
     for rank, theirs in enumerate(of_ranks):

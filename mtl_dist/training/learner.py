@@ -11,9 +11,10 @@ from torch import nn
 from mtl_dist.config import Config
 from mtl_dist.data.index import Sets
 from mtl_dist.device import check_device
-from mtl_dist.families import FAMILIES
+from mtl_dist.families import FAMILIES, objective_of
 from mtl_dist.models import build_model
 from mtl_dist.objective.module import ObjectiveModule, build_objective
+from mtl_dist.objective.taught import Taught, Teacher
 from mtl_dist.runs.checkpoint import Restored, load_checkpoint
 from mtl_dist.runs.start import (
     BEGAN_FROM,
@@ -24,8 +25,11 @@ from mtl_dist.runs.start import (
     load_everything,
     start_on_ranks,
 )
-from mtl_dist.runs.weights import EXTRACTORS
+from mtl_dist.runs.teacher import TAUGHT_BY, find_teacher_on_ranks, load_teacher, note_teacher, taught_tasks
+from mtl_dist.runs.weights import EXTRACTORS, Weights
+from mtl_dist.sections import EMA
 from mtl_dist.settings import flatten
+from mtl_dist.tasks import TASKS
 from mtl_dist.training.averaging import (
     WeightAverage,
     gather_batchnorm,
@@ -56,6 +60,7 @@ class Learner(NamedTuple):
     average: WeightAverage | None
     began_from: dict[str, Any] | None  # `Start.note`
     loaded: dict[str, Any] | None  # `Loaded.note` of the backbone's weights
+    taught_by: dict[str, Any] | None  # `note_teacher` of the run that teaches
 
     @property
     def evaluated(self) -> nn.Module:
@@ -92,6 +97,8 @@ def restore(setup: Setup) -> tuple[Setup, Learner, int, dict[str, Any]]:
     began_from = restored.state.get(BEGAN_FROM) if restored else start and start.note
     if start and config.run.start_with == "everything":
         restored = load_everything(start)
+    known = restored.state.get(TAUGHT_BY) if restored else None
+    teaching = find_teacher_on_ranks(config, setup.data.train, known)
     watchdog.moved(Phase.BUILDING)
     step, scores = (restored.state["step"], restored.state["scores"]) if restored else (0, {})
     if restored:
@@ -103,15 +110,19 @@ def restore(setup: Setup) -> tuple[Setup, Learner, int, dict[str, Any]]:
     for note in (began, what_loaded, note_batchnorm(model, config, num_ranks), _describe_start(setup, model)):
         if note and setup.context.rank == 0:
             print(note, flush=True)
+    average = WeightAverage(model, config.train.ema) if config.train.ema else None
     objective = build_objective(config, setup.data.train.labels)
+    if teacher := _build_teacher(config, teaching, average, setup.device):
+        objective = Taught(objective, teacher, config.loss, setup.data.train.labels)
     passes = max(len(setup.data.tasks), 1)
     shared = FAMILIES[config.model.name].shared
     module = ObjectiveModule(model, objective, balancing=config.loss.balancing, passes=passes, shared=shared)
-    average = WeightAverage(module.model, config.train.ema) if config.train.ema else None
     if restored:
         _restore_weights(module, average, restored)
         if len(of_ranks := restored.train.get(BATCHNORM, ())) == num_ranks:
             write_batchnorm(module.model, config, of_ranks[setup.context.rank])
+        if average:
+            average.copy_buffers(module.model)
     if config.engine.batchnorm == "sync":
         module = sync_batchnorm(module, config)
     engine = build_engine(module, config, num_ranks=num_ranks, device=setup.device)
@@ -119,7 +130,8 @@ def restore(setup: Setup) -> tuple[Setup, Learner, int, dict[str, Any]]:
         average.model.to(setup.device)
     restore_optimizer(engine, config, _part(restored.train, OPTIMIZER) if restored else {}, steps=step)
     loaded = restored.state.get(LOADED) if restored else loaded and loaded.note()
-    return setup, Learner(engine, average, began_from, loaded), step, scores
+    taught_by = note_teacher(teaching, config) if teaching else None
+    return setup, Learner(engine, average, began_from, loaded, taught_by), step, scores
 
 
 def _describe_start(setup: Setup, model: nn.Module) -> str:
@@ -141,6 +153,17 @@ def _build_model(config: Config, *, begins: bool, start: Start | None, train: Se
         model = build_model(settings, seed=config.run.seed, input_size=config.input_size)
     check_size(model, config)
     return model
+
+
+def _build_teacher(
+    config: Config, teaching: Weights | None, average: WeightAverage | None, device: torch.device
+) -> Teacher | None:
+    """Build what tells labels that are missing: the run of these weights, or the run's own average."""
+    if teaching:
+        return Teacher(load_teacher(teaching).to(device), taught_tasks(teaching))
+    if average and config.loss.teacher == EMA and objective_of(config.model.name).reads_labels:
+        return Teacher(average.model, TASKS)
+    return None
 
 
 def _restore_weights(module: ObjectiveModule, average: WeightAverage | None, restored: Restored) -> None:
@@ -189,5 +212,6 @@ def save_checkpoint(
         "total_steps": setup.total_steps,
         **({BEGAN_FROM: learner.began_from} if learner.began_from else {}),
         **({LOADED: learner.loaded} if learner.loaded else {}),
+        **({TAUGHT_BY: learner.taught_by} if learner.taught_by else {}),
     }
     saver.save(model, rest, begun=begun, state=state, scores=scored, records=tracker.files())

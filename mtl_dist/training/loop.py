@@ -114,6 +114,7 @@ def _train_epoch(run: _Run, epoch: int) -> bool:
     if config.engine.batchnorm == "frozen":
         freeze_batchnorm(module)
     module.balancer.begin_epoch(epoch, module.objective.after)
+    module.objective.begin_epoch(epoch)
     start_step = run.step % setup.data.steps_per_epoch
     batches = train_batches(setup.train, setup.order, epoch=epoch, start_step=start_step, **setup.reading)
     batches = lend(setup.train, batches)
@@ -214,7 +215,7 @@ def _look_at_loss(run: _Run) -> None:
     taken, run.under_way = run.under_way, None
     if not taken:
         return
-    setup, loss = run.setup, taken.loss
+    setup, loss, objective = run.setup, taken.loss, run.learner.engine.module.objective
     losses = {term: float(value) for term, value in loss.terms.items()} | {"total": float(loss.total)}
     weights = {term: float(weight) for term, weight in loss.weights.items()}
     wrong = {f"weight of {term}": weight for term, weight in weights.items() if not math.isfinite(weight)}
@@ -231,6 +232,7 @@ def _look_at_loss(run: _Run) -> None:
         taken.lr,
         {name: value for name, value in losses.items() if name == "total" or name in present},
         weights={term: weight for term, weight in weights.items() if learned and term in present},
+        taught={term: float(share) for term, share in objective.taught(loss.sums).items()},
         gradients={} if loss.gram is None else describe_gram(loss.gram, tuple(loss.terms), present),
         images=setup.config.train.global_batch * max(len(setup.data.tasks), 1),
         took_s=taken.took_s,

@@ -206,6 +206,7 @@ def plan_run(config: Config, *, num_ranks: tuple[int, int] | None = None, compar
     from mtl_dist.runs.checkpoint import committed, read_state
     from mtl_dist.runs.same_run import check_same_run
     from mtl_dist.runs.start import check_pretrained, describe_start, find_start
+    from mtl_dist.runs.teacher import TAUGHT_BY, describe_teacher, find_teacher
 
     for key in config.checkpoint.best_of:
         find_score(key, setting="checkpoint.best_of")
@@ -214,7 +215,7 @@ def plan_run(config: Config, *, num_ranks: tuple[int, int] | None = None, compar
         check_stored(uri, index)
     storage.check_writable(config.run.uri)
     found, _ = committed(config.run.uri)
-    start, begins = None, False
+    start, begins, state = None, False, {}
     for checkpoint in reversed(found):
         try:
             state = read_state(checkpoint)
@@ -231,6 +232,8 @@ def plan_run(config: Config, *, num_ranks: tuple[int, int] | None = None, compar
     if config.run.audit_dir:
         storage.check_writable(str(config.run.audit_dir), flag="--run.audit-dir")
     notes = note_data(config, data) + ([f"it begins with {describe_start(start.note)}"] if start else [])
+    if teacher := find_teacher(config, data.train, state.get(TAUGHT_BY)):
+        notes.append(f"labels that are missing are told by {describe_teacher(teacher)}")
     if compares:
         shared = find_shared(data.train, data.val)
         check_shared(shared, data.train, data.val)

@@ -23,6 +23,7 @@ from mtl_dist.runs import CONFIG_NAME
 from mtl_dist.runs.checkpoint import Checkpoint, best, committed, find_damage, read_state
 from mtl_dist.runs.lives import read_lives
 from mtl_dist.runs.start import BEGAN_FROM, describe_start
+from mtl_dist.runs.teacher import TAUGHT_BY
 from mtl_dist.training.plan import open_data
 from mtl_dist.training.tracking import print_scores, read_records
 
@@ -53,6 +54,8 @@ def print_status(run_uri: str) -> None:
         console.print(f"saved        step {step}; of how many its data tells, which is not to be read here")
     if began_from := newest.get(BEGAN_FROM):
         console.print(f"began with   {plain(describe_start(began_from))}", markup=False, soft_wrap=True)
+    if taught_by := newest.get(TAUGHT_BY):
+        console.print(f"taught by    {plain(taught_by['uri'])}, step {taught_by['step']}", markup=False, soft_wrap=True)
     console.print(f"starts       {len(lives)}, so {max(len(lives) - 1, 0)} restarts")
     if lives and lives[-1].get("typed"):
         console.print(f"command      {plain(lives[-1]['typed'])}", markup=False, soft_wrap=True)

@@ -60,6 +60,7 @@ class Tracker:
         *,
         weights: dict[str, float],
         gradients: dict[str, dict[str, float]],
+        taught: Mapping[str, float] = MappingProxyType({}),
         images: int,
         took_s: float,
         waited_s: float,
@@ -68,14 +69,15 @@ class Tracker:
         """Take note of a finished step; print a line now and then.
 
         `weights` are those of the task losses, where they change, `gradients` what was found of these, where that was
-        looked at; `took_s` counts from the end of the step before.
+        looked at; `taught` is how much of each task was a teacher's; `took_s` counts from the end of the step before.
         """
         record = {"kind": "step", "step": step, "epoch": epoch, "lr": lr, "loss": losses}
-        more = {"weights": weights, "gradients": gradients}
+        more = {"weights": weights, "gradients": gradients, "taught": dict(taught)}
         self._lines.append(_line(record | {name: values for name, values in more.items() if values}))
         self._window.add(images, took_s, waited_s)
         self._saved_step = self._saved_step if saved_step is None else saved_step
-        drawn = {"loss": losses, "weight": weights, **{f"gradient_{name}": of for name, of in gradients.items()}}
+        drawn = {"loss": losses, "weight": weights, "taught": taught}
+        drawn |= {f"gradient_{name}": of for name, of in gradients.items()}
         named = {f"{kind}/{name}": value for kind, values in drawn.items() for name, value in values.items()}
         self._board.add(step, {"lr": lr} | named)
         now = time.monotonic()
@@ -86,6 +88,7 @@ class Tracker:
         self._board.add(step, {"speed/images_per_s": speed, "speed/waiting_for_data": waiting})
         left = (total - step) * self._window.seconds / max(self._window.steps, 1)
         shown = "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+        shown += "  taught" * bool(taught) + "".join(f" {name} {share:.0%}" for name, share in taught.items())
         line = (
             f"epoch {epoch + 1}  step {step}/{total}  loss {shown}  {speed:.0f} frames/s  "
             f"waiting for data {waiting:.0%}  checkpoint {self._saved_step or 'none yet'}  "
