@@ -84,8 +84,13 @@ def _check_teacher(loss: LossConfig, data: DataConfig, train: TrainConfig) -> No
 
 
 def check_order(data: DataConfig, train: TrainConfig, model: ModelConfig) -> None:
-    """Check what a step and an epoch read."""
+    """Check what is read, by a run, an epoch and a step."""
     _check_balance(data, model)
+    if data.fold and data.val:
+        raise ValueError(
+            f"data.fold is {data.fold}, which validates on a part of data.train, and data.val is "
+            f"{' '.join(data.val)}; leave one of them out"
+        )
     if data.streams is not None and train.global_batch % data.streams:
         raise ValueError(
             f"data.streams {data.streams} does not divide train.global_batch {train.global_batch}: every stream gives "

@@ -9,7 +9,7 @@ from pydantic import Field, field_serializer, field_validator, model_validator
 
 from mtl_dist.errors import MAX_SEED
 from mtl_dist.model_config import MAX_SIDE
-from mtl_dist.settings import Name, Section, Varies
+from mtl_dist.settings import Fold, Name, Section, Varies
 from mtl_dist.tasks import TASKS
 
 # The most of what is counted (steps, epochs, files), of a time and of a batch.
@@ -47,7 +47,10 @@ class DataConfig(Section):
     """Index of the training split: the directory or s3:// prefix that holds its index.json; or several, of one view,
     whose rows are read as those of one set."""
     val: Annotated[tuple[str, ...], Varies.BY_RANK] = ()
-    """Index of the validation split, of the same view; or several."""
+    """Index of the validation split, of the same view; or several. Empty: nothing is scored, unless data.fold is."""
+    fold: Fold = ""
+    """K/N, such as 2/5: the videos of data.train are dealt into N folds. The run trains on the others, and is validated
+    on fold K, from 1, in the place of data.val."""
     image_size: int = Field(112, ge=32, le=1024)
     """Side in pixels that the loader resizes every image to (images of this size are not touched). The challenge's
     cropped_aligned has 112; its cropped has larger images too, which lose detail."""

@@ -17,6 +17,7 @@ from mtl_dist.errors import InputError, nearest
 
 MAX_SHOWN = 200  # characters of a value in a message
 MAX_PARTS = 8  # of a dotted key: more are those of no setting
+MAX_FOLDS = 1000
 
 
 class Varies(enum.IntEnum):
@@ -56,6 +57,23 @@ def _check_name(name: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_check_name)]  # that becomes one part of a path
+
+
+def parse_fold(fold: str) -> tuple[int, int]:
+    """Return the number, from 1, of a fold that is written as K/N, and how many there are. Raises `ValueError`."""
+    number, slash, count = fold.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal()):
+        raise ValueError("expected K/N, such as 2/5: the second of five folds")
+    if not (1 <= int(number) <= int(count) and 2 <= int(count) <= MAX_FOLDS):
+        raise ValueError(f"expected K/N with K from 1 to N, and N from 2 to {MAX_FOLDS}")
+    return int(number), int(count)
+
+
+def _check_fold(fold: str) -> str:
+    return "{}/{}".format(*parse_fold(fold)) if fold else ""
+
+
+Fold = Annotated[str, AfterValidator(_check_fold)]  # K/N; empty: none
 
 
 def explain_validation(error: pydantic.ValidationError) -> str:

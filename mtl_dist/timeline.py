@@ -26,12 +26,17 @@ def video_names(images: list[str]) -> list[str]:
     return [image.rpartition("/")[0] or image for image in images]
 
 
+def owners_of(images: list[str], own: Iterable[str | None]) -> list[str]:
+    """Return whose every image is: of its `own` video, or of its directory where that is None.
+
+    Rows of one owner stay together in folds: those of a video, and the pictures of one person.
+    """
+    return [name or directory for name, directory in zip(own, video_names(images))]
+
+
 def name_videos(images: list[str], own: Iterable[str | None]) -> list[str]:
-    """Return the video of every image: its `own` name, or else its directory; a person's pictures are one each."""
-    return [
-        image if (name or "").startswith(PERSON) else name or directory
-        for image, name, directory in zip(images, own, video_names(images))
-    ]
+    """Return the video of every image: its owner, or itself where that is a person, whose pictures are no film."""
+    return [image if owner.startswith(PERSON) else owner for image, owner in zip(images, owners_of(images, own))]
 
 
 def make_timeline(images: list[str], videos: list[str] | None = None) -> Timeline:

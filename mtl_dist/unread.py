@@ -50,6 +50,9 @@ def find_unread(config: Config) -> dict[str, str]:
         unread["augment.crop_scale"] = f"augment.resize is {augment.resize}, which is there instead"
     if not (augment.brightness or augment.contrast or augment.saturation or augment.hue):
         unread["augment.jitter_p"] = "augment.brightness, contrast, saturation and hue are all 0"
+    if config.data.train and not (config.data.val or config.data.fold):
+        why = "there is no validation set, and so no score; it is for data.val, or data.fold"
+        unread |= {name: why for name in ("train.eval_batch", "checkpoint.keep_best", "checkpoint.best_of")}
     if not config.data.workers:
         unread["data.prefetch"] = "data.workers is 0; it is for 1 or more"
     if config.data.balance == "none":

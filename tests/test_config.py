@@ -464,7 +464,7 @@ VARYING = {
 # What everything of a run can be gone on with only where it is the same: tensors, and the order of samples.
 NEVER_VARYING = {
     "run.seed", "data.image_size", "data.streams", "data.block_shards", "data.sampling", "data.epoch_fraction",
-    "data.mix", "data.mix_to", "data.balance", "data.balance_power",
+    "data.mix", "data.mix_to", "data.balance", "data.balance_power", "data.fold",
     "model.name", "model.backbone", "model.freeze_backbone", "model.image_size", "model.hidden", "loss.balancing",
     "model.masked.normalise", "model.masked.decoder_depth", "model.masked.decoder_heads",
     "model.masked.decoder_width", "model.two_level.position_attention", "model.two_level.layer_attention",

@@ -26,13 +26,13 @@ from mtl_dist.data.cache import Cache
 from mtl_dist.data.index import FEATURES, INDEX_NAME, FeatureIndex, dump_index, read_index, read_sets
 from mtl_dist.data.reader import ShardReader
 from mtl_dist.data.sidecar import FeatureSidecar, dump_sidecar, parse_feature_sidecar, parse_sidecar, read_about
-from mtl_dist.data.video_rows import VideoRows, read_rows
+from mtl_dist.data.video_rows import read_rows
 from mtl_dist.errors import InputError
-from mtl_dist.features.folds import deal_folds
 from mtl_dist.features.layout import Video, cut
 from mtl_dist.features.moments import Moments, moments_of
 from mtl_dist.models.backbones import build_backbone
 from mtl_dist.models.face_nets import Embedding
+from mtl_dist.shards.folds import deal_folds
 from mtl_dist.tasks import VIEWS
 from tests.conftest import REPO, assert_one_message, run_here, write_dataset
 from tests.test_shards import flip_bit, read_tree
@@ -657,7 +657,7 @@ def test_a_training_row_has_the_features_of_the_network_that_has_not_seen_its_vi
     created(tmp_path / "folds", sets_of(shards), *nets, folds=3)
     own = [created(tmp_path / f"own-{place}", sets_of(shards), net) for place, net in enumerate(nets)]
     rows = read_rows(ShardReader(str(sets_of(shards)[0]), read_index(str(sets_of(shards)[0])), Cache()))
-    folds = deal_folds(rows, 3, source="")
+    folds = deal_folds(rows.videos, rows.num_rows, 3, source="")
     assert sorted(set(folds.tolist())) == [0, 1, 2]
     index, _, arrays = read_set(tmp_path / "folds" / "cropped" / "train")
     for video, (fold, array) in enumerate(zip(folds.tolist(), arrays)):
@@ -673,13 +673,12 @@ def test_a_training_row_has_the_features_of_the_network_that_has_not_seen_its_vi
 def test_halves_of_a_video_are_in_one_fold_and_folds_have_about_as_many_rows():
     videos = ["a_left", "a_right", "b", "c_right", "c_left", "d"]
     num_rows = np.array([5, 5, 10, 5, 5, 10])
-    empty = np.zeros(40, np.int64)
-    folds = deal_folds(VideoRows(empty, empty, {}, videos, num_rows), 2, source="")
+    folds = deal_folds(videos, num_rows, 2, source="")
     assert folds[0] == folds[1]
     assert folds[3] == folds[4]
     assert [num_rows[folds == fold].sum() for fold in (0, 1)] == [20, 20]
     with pytest.raises(InputError, match=r"has 4 video\(s\), too few for 5 folds"):
-        deal_folds(VideoRows(empty, empty, {}, videos, num_rows), 5, source="")
+        deal_folds(videos, num_rows, 5, source="")
 
 
 def test_a_table_of_folds_decides_who_describes_which_video(shards, weights, tmp_path):

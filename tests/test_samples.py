@@ -12,7 +12,7 @@ import torch
 
 from mtl_dist.config import build_config
 from mtl_dist.data.cache import Cache
-from mtl_dist.data.index import Sets, read_index, read_sets
+from mtl_dist.data.index import Sets, check_pair, read_index, read_sets
 from mtl_dist.data.loader import eval_batches, train_batches
 from mtl_dist.data.order import Order
 from mtl_dist.data.samples import Mixture, open_samples
@@ -110,10 +110,13 @@ def test_an_epoch_over_several_sets_reads_every_sample_once_whatever_the_number_
 
 def test_sets_that_do_not_fit_together_are_refused(shards, other):
     train, val = (f"{other}/cropped/{split}" for split in ("train", "val"))
-    with pytest.raises(InputError, match=r"view 'cropped_aligned' and split 'train', and .* 'cropped' and 'train'; "):
+    with pytest.raises(InputError, match=r"view 'cropped_aligned', and .* 'cropped'; sets that are read as one"):
         read_sets([train, f"{shards}/cropped_aligned/train"])
-    with pytest.raises(InputError, match=r"cropped/val has view 'cropped' and split 'val', and"):
-        read_sets([train, val])
+    assert read_sets([train, val]).rows == 40, "TRAIN and VAL are trained on as one where nothing else is scored"
+    with pytest.raises(
+        InputError, match=r"data\.train: .*cropped/val is an index of split 'val'; expected 'train'; wi"
+    ):
+        check_pair(read_sets([train, val]), read_sets([val]))
     with pytest.raises(InputError, match="every row would be read twice"):
         read_sets([train, f"{shards}/cropped/train", f"{train}/index.json"])
 

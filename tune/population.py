@@ -82,18 +82,14 @@ def main(args: list[str] | None = None) -> None:
     command = parse_command(PopulationCommand, args, prog="python -m tune.population", description=__doc__)
     config, population = fill_in_widths(config_of(command)), command.population
     score = find_score(population.metric or objective_of(config.model.name).score, setting="population.metric")
-    from mtl_dist.training.plan import open_data, plan_run
+    from mtl_dist.training.plan import check_scored, open_data, plan_run
 
     space = read_space(population.space, config) if population.space else default_space(config)
     check_population(config, population, space)
     uri = storage.join(config.run.storage, population.name)
     probe = config.model_copy(update={"run": config.run.model_copy(update={"name": population.name})})
     plan = plan_run(probe)
-    if score.task in (data := open_data(config)).val.labels.missing_tasks():
-        raise InputError(
-            f"population.metric is {score.key}, and {data.val} has no labels of {score.task}: no run would be scored; "
-            "give another metric, or a validation set with such labels"
-        )
+    check_scored(data := open_data(config), score, setting="population.metric", what="run")
     ends = epochs_of(config, population)
     print(f"population of {population.members}, up to epochs {', '.join(map(str, ends))}, over {json.dumps(space)}")
     if command.dry_run:

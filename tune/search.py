@@ -82,17 +82,13 @@ def main(args: list[str] | None = None) -> None:
     command = parse_command(SearchCommand, args, prog="python -m tune.search", description=__doc__)
     config, search = fill_in_widths(config_of(command)), command.search
     score = find_score(metric_of(config, search), setting="search.metric")
-    from mtl_dist.training.plan import open_data, plan_run
+    from mtl_dist.training.plan import check_scored, open_data, plan_run
 
     space = read_space(search.space, config) if search.space else default_space(config)
     search_uri = storage.join(config.run.storage, search.name)
     probe = config.model_copy(update={"run": config.run.model_copy(update={"name": search.name})})
     plan = plan_run(probe)
-    if score.task in (data := open_data(config)).val.labels.missing_tasks():
-        raise InputError(
-            f"search.metric is {score.key}, and {data.val} has no labels of {score.task}: no trial would be scored; "
-            "give another metric, or a validation set with such labels"
-        )
+    check_scored(data := open_data(config), score, setting="search.metric", what="trial")
     print(f"search  {search.trials} trials of {config.train.epochs} epochs over {json.dumps(space)}")
     if command.dry_run:
         from mtl_dist.joining import has_cluster
@@ -228,7 +224,8 @@ def _train_command(config: Config, search_uri: str) -> str:
     """Return a command that trains with what was found, on the data and the cluster of the search."""
     args = ["python", "-m", "mtl_dist.train", "--config", storage.join(search_uri, "best.yaml")]
     args += ["--run.name", f"{search_uri.rpartition('/')[2]}-best", "--run.storage", config.run.storage]
-    args += ["--data.train", *config.data.train, "--data.val", *config.data.val]
+    args += ["--data.train", *config.data.train]
+    args += ["--data.fold", config.data.fold] if config.data.fold else ["--data.val", *config.data.val]
     if config.run.start:  # best.yaml leaves out what is a run's own
         args += ["--run.start", config.run.start, "--run.start-with", config.run.start_with]
     usual = Config().ray

@@ -24,7 +24,9 @@ LOSS_WEIGHTS = {"loguniform": [0.3, 3.0]}
 LR_SPAN = 4.0
 KINDS = ("uniform", "loguniform", "integer", "choice")
 # What best.yaml leaves to the run that uses it, and no space may hold: a setting, or a whole section.
-OWN_SETTINGS = ("run.", "ray.", "data.train", "data.val", "data.cache_dir", "engine.device", "engine.threads")
+OWN_SETTINGS = (
+    "run.", "ray.", "data.train", "data.val", "data.fold", "data.cache_dir", "engine.device", "engine.threads"
+)  # fmt: skip
 DRAWS = 200  # configurations that are built before anything starts
 
 Space = dict[str, dict[str, list]]

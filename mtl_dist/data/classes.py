@@ -35,6 +35,11 @@ class Classes(NamedTuple):
         """(num,) int64 samples that have each class."""
         return np.bincount(self.classes, minlength=self.num)
 
+    def of(self, chosen: np.ndarray) -> Classes:
+        """Return those of some of the samples, (n,) ascending numbers, numbered anew."""
+        kept = np.isin(self.samples, chosen)
+        return Classes(np.searchsorted(chosen, self.samples[kept]), self.classes[kept], self.num)
+
 
 def read_classes(by: By, sidecars: Iterable[Sidecar]) -> Classes:
     """Return the classes of the samples of sidecars, which are numbered through all of them."""

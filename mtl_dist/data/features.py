@@ -123,7 +123,11 @@ class FeatureRows:
 
 def read_names(reader: FeatureReader) -> Names:
     """Return what the rows of a set are called, in their order."""
-    sidecars: list[FeatureSidecar] = list(reader.sidecars())
+    return feature_names_of(list(reader.sidecars()))
+
+
+def feature_names_of(sidecars: list[FeatureSidecar]) -> Names:
+    """Return what the rows of sidecars are called, one sidecar's after another's."""
     images = [name for sidecar in sidecars for name in sidecar.image_names()]
     videos = [
         name

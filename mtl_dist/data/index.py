@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from mtl_dist import storage
+from mtl_dist.data.part import Part
 from mtl_dist.errors import Damaged, InputError
 from mtl_dist.label_counts import LabelCounts
 from mtl_dist.parsing import parse_json
@@ -35,6 +36,7 @@ MAX_MESSAGE = 1000  # characters; an index can have a fault a shard
 LEAST_TAR_BYTES = 2048  # of a row: two headers, two blocks
 MAX_WIDTH = 1 << 16  # numbers of a feature
 FEATURE_BYTES = 2  # of a number: float16
+NO_SET = "none"  # of a run without a validation set, in the place of that set's checksum
 
 
 class _Strict(BaseModel):
@@ -221,13 +223,20 @@ def _find_contradiction_of_features(index: FeatureIndex) -> str | None:
 
 @dataclass(frozen=True)
 class Sets:
-    """One or several shard sets of a view and a split as one: their shards one behind the other."""
+    """One or several shard sets of a view as one, their shards one behind the other; or a part of their rows."""
 
     uris: tuple[str, ...]
     indexes: tuple[Index, ...]
+    part: Part | None = None  # None: all rows
 
     def __str__(self) -> str:
-        return " and ".join(self.uris)
+        uris = " and ".join(self.uris)
+        return f"{self.part.name} of {uris}" if self.part else uris
+
+    @property
+    def whole(self) -> Sets:
+        """The sets with all their rows."""
+        return replace(self, part=None)
 
     def pairs(self) -> list[tuple[str, Index]]:
         """Return each set's URI with its index."""
@@ -240,6 +249,11 @@ class Sets:
             parts.setdefault(index.origin, []).append((uri, index))
         return list(parts.values())
 
+    def each(self) -> list[Sets]:
+        """Return what the sets are of, one by one, as sets of their own."""
+        kept = [Part(self.part.name, (own,)) for own in self.part.kept] if self.part else [None] * len(self.parts())
+        return [Sets(*zip(*pairs), part=own) for pairs, own in zip(self.parts(), kept)]
+
     @property
     def firsts(self) -> list[Index]:
         """The first index of every part: those whose rows count."""
@@ -251,11 +265,6 @@ class Sets:
         return self.indexes[0].view
 
     @property
-    def split(self) -> str:
-        """The split, which all sets share."""
-        return self.indexes[0].split
-
-    @property
     def extractors(self) -> list[Extractor]:
         """What made the features of a row, in their order; none: the sets hold pictures."""
         return [index.extractor for _, index in self.parts()[0] if isinstance(index, FeatureIndex)]
@@ -265,7 +274,7 @@ class Sets:
         """Mean and standard deviation (D,) of the features of all training rows; None: the sets hold pictures."""
         if not self.extractors:
             return None
-        rows = np.array([index.rows for index in self.firsts], np.float64) / self.rows
+        rows = np.array([index.rows for index in self.firsts], np.float64) / self.whole.rows
         means, stds = (
             np.array([np.concatenate([getattr(index, name) for _, index in part]) for part in self.parts()])
             for name in ("mean", "std")
@@ -275,14 +284,27 @@ class Sets:
         return mean, np.where((stds == 0).all(0) & (means == means[0]).all(0), 0.0, std)  # constant is exactly that
 
     @property
+    def label_counts(self) -> list[LabelCounts]:
+        """Label counts of what each of the sets is of."""
+        return [kept.labels for kept in self.part.kept] if self.part else [index.labels for index in self.firsts]
+
+    @property
     def rows(self) -> int:
         """Number of rows of all sets."""
-        return sum(index.rows for index in self.firsts)
+        return self.labels.rows
 
     @property
     def labels(self) -> LabelCounts:
         """Label counts, summed over the sets."""
-        return functools.reduce(LabelCounts.plus, (index.labels for index in self.firsts))
+        return functools.reduce(LabelCounts.plus, self.label_counts)
+
+    @property
+    def video_rows(self) -> np.ndarray:
+        """(V,) int64 rows of every video of sets of features."""
+        of_sets = [index.video_rows for index in self.firsts]
+        if self.part:
+            of_sets = [rows[kept.holds(rows)] for rows, kept in zip(of_sets, self.part.kept)]
+        return np.concatenate(of_sets)
 
     @property
     def shards(self) -> list[ShardEntry]:
@@ -291,13 +313,13 @@ class Sets:
 
     @property
     def sha256(self) -> str:
-        """Identity of the content: of one set its own, of several that of all in their order."""
-        return _identity([index.sha256 for index in self.indexes])
+        """Identity of the content: of one set its own, of several that of all in their order, and of which part."""
+        return _identity([index.sha256 for index in self.indexes] + ([self.part.sha256] if self.part else []))
 
     @property
     def origin(self) -> str:
         """Identity of the pictures: sets of them, and of features of them, have the same."""
-        return _identity([index.origin for index in self.firsts])
+        return _identity([index.origin for index in self.firsts] + ([self.part.name] if self.part else []))
 
     @property
     def source_sha256(self) -> str:
@@ -308,7 +330,7 @@ class Sets:
 def read_sets(uris: Sequence[str]) -> Sets:
     """Read one or several indexes, as `read_index`, of pictures or features.
 
-    Raises `InputError` unless they are of one view and split, and what stands side by side is of the same rows.
+    Raises `InputError` unless they are of one view, and what stands side by side is of the same rows.
     """
     if not uris:
         raise InputError("no shard set is named; expected the directory or s3:// prefix of one at least")
@@ -316,10 +338,10 @@ def read_sets(uris: Sequence[str]) -> Sets:
     first_uri, first = sets.pairs()[0]
     seen: dict[str, str] = {}
     for uri, index in sets.pairs():
-        if (index.view, index.split) != (first.view, first.split):
+        if index.view != first.view:
             raise InputError(
-                f"{uri} has view '{index.view}' and split '{index.split}', and {first_uri} '{first.view}' and "
-                f"'{first.split}'; sets that are read as one are of one view and split"
+                f"{uri} has view '{index.view}', and {first_uri} '{first.view}'; sets that are read as one are of one "
+                "view"
             )
         if index.sha256 in seen:
             raise InputError(f"{uri} is the set that {seen[index.sha256]} is, too: every row would be read twice")
@@ -372,8 +394,11 @@ def check_pair(train: Sets, val: Sets) -> None:
     if train.view != val.view:
         raise InputError(f"data.train has view '{train.view}' and data.val '{val.view}'; expected both of one view")
     for flag, sets, split in (("data.train", train, "train"), ("data.val", val, "val")):
-        if sets.split != split:
-            raise InputError(f"{flag} is an index of split '{sets.split}'; expected '{split}'")
+        for uri, index in sets.pairs():
+            if index.split != split:
+                name = flag if len(sets.uris) == 1 else f"{flag}: {uri}"
+                both = "; with data.fold, or without data.val, sets of both are trained on" * (sets is train)
+                raise InputError(f"{name} is an index of split '{index.split}'; expected '{split}'{both}")
     mine, theirs = train.extractors, val.extractors
     if [extractor.identity for extractor in mine] != [extractor.identity for extractor in theirs]:
         raise InputError(

@@ -105,7 +105,7 @@ def shares_of(config: Config) -> list[tuple[float, ...]]:
 
 def pass_rows(num_rows: int) -> int:
     """Return how many samples a pass over a set of so many reads."""
-    streams = min(MAX_STREAMS, num_rows)
+    streams = max(min(MAX_STREAMS, num_rows), 1)  # a part of a set may have no rows
     return num_rows // streams * streams
 
 

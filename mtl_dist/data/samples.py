@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -16,9 +17,9 @@ from mtl_dist.data.cache import Cache
 from mtl_dist.data.classes import By, Classes, join_classes, read_classes
 from mtl_dist.data.features import FeatureReader, FeatureRows
 from mtl_dist.data.image_videos import ImageRows
-from mtl_dist.data.index import FEATURES, FORMAT, Index, Sets
+from mtl_dist.data.index import FEATURES, FORMAT, Sets
 from mtl_dist.data.reader import Names, ShardReader
-from mtl_dist.data.sequences import VideoSource, WindowSamples
+from mtl_dist.data.sequences import PartVideos, VideoSource, WindowSamples
 from mtl_dist.data.windows import Windows
 from mtl_dist.families import reads_videos
 from mtl_dist.label_counts import LabelCounts
@@ -120,6 +121,57 @@ class ImageSamples:
         return self.reader.names()
 
 
+@dataclass(frozen=True)
+class PartSamples:
+    """Some of the pictures of a set, numbered anew; groups are those of the set, some of them empty."""
+
+    every: ImageSamples
+    chosen: np.ndarray  # (n,) int64 ascending numbers in the set
+    counts: LabelCounts
+    sha256: str
+    frames: None = None
+
+    def at_epoch(self, epoch: int) -> PartSamples:
+        return self
+
+    def whole(self) -> PartSamples:
+        return self
+
+    @cached_property
+    def group_sizes(self) -> np.ndarray:
+        bounds = np.cumsum([0, *self.every.group_sizes])
+        return np.diff(np.searchsorted(self.chosen, bounds))
+
+    @property
+    def max_open(self) -> int:
+        return self.every.max_open
+
+    def read(self, samples: np.ndarray) -> Batch:
+        batch = self.every.read(self.chosen[samples])
+        return batch._replace(samples=torch.from_numpy(np.array(samples, np.int64)))
+
+    def give_back(self, batch: Batch) -> None:
+        self.every.give_back(batch)
+
+    def warm(self, groups: Iterable[int]) -> None:
+        self.every.warm(groups)
+
+    def keep_open(self, count: int) -> None:
+        self.every.keep_open(count)
+
+    def labelled(self, progress: Callable[[int], None] = lambda count: None) -> dict[str, np.ndarray]:
+        of_all = self.every.labelled(progress)
+        return {task: np.flatnonzero(np.isin(self.chosen, numbers)) for task, numbers in of_all.items()}
+
+    def classes(self, by: By, progress: Callable[[int], None] = lambda count: None) -> Classes:
+        return self.every.classes(by, progress).of(self.chosen)
+
+    def names(self) -> Names:
+        rows, images, videos = self.every.names()
+        places = self.chosen.tolist()
+        return Names(rows[self.chosen], [images[place] for place in places], [videos[place] for place in places])
+
+
 class Mixture:
     """Several sets as one: their samples and groups one behind the other.
 
@@ -211,33 +263,38 @@ def _name_apart(video: str | None, number: int) -> str | None:
     return f"{kind}{number}/{video.removeprefix(kind)}"
 
 
-Part = list[tuple[str, Index]]  # sets that stand side by side, by their URIs
+def _open_images(sets: Sets, config: Config, cache: Cache) -> Samples:
+    ((uri, index),) = sets.pairs()
+    samples = ImageSamples(ShardReader(uri, index, cache), config.data.image_size)
+    if not sets.part:
+        return samples
+    return PartSamples(samples, np.flatnonzero(sets.part.kept[0].rows), sets.labels, sets.sha256)
 
 
-def _open_images(part: Part, config: Config, cache: Cache) -> Samples:
-    ((uri, index),) = part
-    return ImageSamples(ShardReader(uri, index, cache), config.data.image_size)
+def _open_features(sets: Sets, config: Config, cache: Cache) -> Samples:
+    source = FeatureRows([FeatureReader(uri, index, cache) for uri, index in sets.pairs()])
+    return _windows(sets, source, sets.part and sets.part.kept[0].holds(source.video_rows), config)
 
 
-def _open_features(part: Part, config: Config, cache: Cache) -> Samples:
-    return _windows(part, FeatureRows([FeatureReader(uri, index, cache) for uri, index in part]), config)
+def _open_image_windows(sets: Sets, config: Config, cache: Cache) -> Samples:
+    ((uri, index),) = sets.pairs()
+    source = ImageRows(ShardReader(uri, index, cache), config.data.image_size)
+    return _windows(sets, source, sets.part and sets.part.kept[0].rows[source.rows.first_samples], config)
 
 
-def _open_image_windows(part: Part, config: Config, cache: Cache) -> Samples:
-    ((uri, index),) = part
-    return _windows(part, ImageRows(ShardReader(uri, index, cache), config.data.image_size), config)
-
-
-def _windows(part: Part, source: VideoSource, config: Config) -> WindowSamples:
+def _windows(sets: Sets, source: VideoSource, holds: np.ndarray | None, config: Config) -> WindowSamples:
+    """Cut the videos of a source into windows, or those of them that a part `holds`, (V,) bool."""
     own = config.model.sequence
+    if holds is not None:
+        source = PartVideos(source, np.flatnonzero(holds), sets.labels)
     windows = Windows(source.video_rows, own.window, config.run.seed)
-    return WindowSamples(source, Sets(*zip(*part)).sha256, windows, own.context)
+    return WindowSamples(source, sets.sha256, windows, own.context)
 
 
 class Kind(NamedTuple):
     """How sets of a format are read."""
 
-    open: Callable[[Part, Config, Cache], Samples]
+    open: Callable[[Sets, Config, Cache], Samples]  # of sets that are of the same pictures
     noun: str  # what a sample is
 
 
@@ -259,12 +316,12 @@ def noun_of(sets: Sets, config: Config) -> str:
 
 
 def open_pictures(sets: Sets, size: int, cache: Cache) -> Samples:
-    """Open sets of pictures as single ones of `size` pixels a side, whatever a model makes of them."""
+    """Open sets of pictures, all of each, as single ones of `size` pixels a side, whatever a model makes of them."""
     parts = [ImageSamples(ShardReader(uri, index, cache), size) for uri, index in sets.pairs()]
     return parts[0] if len(parts) == 1 else Mixture(parts, sets.sha256)
 
 
 def open_samples(sets: Sets, config: Config, cache: Cache) -> Samples:
     """Open one or several sets as one, each as what its index says it is."""
-    parts = [_kind_of(sets, config).open(part, config, cache) for part in sets.parts()]
+    parts = [_kind_of(sets, config).open(own, config, cache) for own in sets.each()]
     return parts[0] if len(parts) == 1 else Mixture(parts, sets.sha256)

@@ -67,6 +67,46 @@ class VideoSource(Protocol):
 
 
 @dataclass(frozen=True)
+class PartVideos:
+    """Some of the videos of a source, numbered anew; groups are those of the source, some of them empty."""
+
+    every: VideoSource
+    chosen: np.ndarray  # (v,) int64 ascending numbers in the source
+    counts: LabelCounts
+
+    @property
+    def max_open(self) -> int:
+        return self.every.max_open
+
+    @cached_property
+    def video_rows(self) -> np.ndarray:
+        return self.every.video_rows[self.chosen]
+
+    @cached_property
+    def group_videos(self) -> list[int]:
+        bounds = np.cumsum([0, *self.every.group_videos])
+        return np.diff(np.searchsorted(self.chosen, bounds)).tolist()
+
+    def read(self, layout: Layout) -> Tensor:
+        return self.every.read(layout._replace(videos=[int(self.chosen[video]) for video in layout.videos]))
+
+    def table(self, video: int, begin: int, end: int) -> np.ndarray:
+        return self.every.table(int(self.chosen[video]), begin, end)
+
+    def warm(self, groups: Iterable[int]) -> None:
+        self.every.warm(groups)
+
+    def keep_open(self, count: int) -> None:
+        self.every.keep_open(count)
+
+    def names(self) -> Names:
+        rows, images, videos = self.every.names()
+        of_row = np.repeat(np.arange(len(self.every.video_rows)), self.every.video_rows)
+        places = np.flatnonzero(np.isin(of_row, self.chosen))
+        return Names(rows[places], [images[place] for place in places], [videos[place] for place in places])
+
+
+@dataclass(frozen=True)
 class _OfVideos:
     """What windows and whole videos have in common."""
 

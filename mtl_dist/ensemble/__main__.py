@@ -5,11 +5,16 @@ weights of members for each task and dimension, thresholds of action units, smoo
 Videos are dealt into --folds; the parameters for a fold are fitted on the others, so that nothing is scored with
 parameters that were fitted on it. A test list is predicted with parameters fitted on all validation rows.
 
+Runs that each held out a fold of the same videos (data.fold 1/N to N/N) are one member: every row is predicted by the
+run that has not seen its video, so that the score is of all of them, out of fold. A test list is predicted by their
+mean.
+
 Under `ray job submit`, or with RAY_ADDRESS, members are predicted in parallel on the cluster. What is predicted is kept
 in --out/members: the same command continues.
 
 Examples:
     python -m mtl_dist.ensemble --runs runs/cropped runs/cropped_aligned --out runs/ensemble
+    python -m mtl_dist.ensemble --runs runs/fold-1 runs/fold-2 runs/fold-3 runs/fold-4 runs/fold-5 --out runs/ensemble
     ray job submit -- python -m mtl_dist.ensemble --runs s3://bucket/runs/cropped s3://bucket/runs/cropped_aligned
         --out s3://bucket/runs/ensemble --gpus-per-member 1
     python -m mtl_dist.ensemble --runs runs/cropped-1 runs/cropped-2 runs/aligned --out runs/submission

@@ -9,6 +9,7 @@ import numpy as np
 from mtl_dist import storage
 from mtl_dist.ensemble.by_task import ByTask, choose_by_task, open_best_of_tasks
 from mtl_dist.ensemble.calibrated import about_calibration, calibrate
+from mtl_dist.ensemble.folded import group_members, join_tables
 from mtl_dist.ensemble.options import RECORDED, EnsembleCommand
 from mtl_dist.ensemble.outputs import render_tables, render_test, write_files
 from mtl_dist.errors import InputError
@@ -30,21 +31,29 @@ RESERVED = ("constant predictor", "ensemble", BY_TASK)  # rows of the scores tha
 def make_ensemble(command: EnsembleCommand) -> None:
     """Predict every member, write --out and say what came out. Raises `InputError`."""
     test_names = read_test_list(command.test_list) if command.test_list else None
-    members = _open_members(command)
-    test = _find_test_images(command, members, test_names) if test_names else None
+    runs = _open_runs(command)
+    members = group_members(runs, taken=RESERVED)
+    if command.each_task and len(members) < len(runs):
+        raise InputError(
+            "--each-task chooses among the checkpoints of one run, and members of these runs of folds are several; "
+            "leave it out"
+        )
+    test = _find_test_images(command, runs, test_names) if test_names else None
     storage.check_writable(command.out, flag="--out")
-    tables = predict_members(members, command.out, how=_how(command), test_names=test_names, test=test)
-    val_tables = [tables[name][VAL] for name in members]
+    tables = predict_members(runs, command.out, how=_how(command), test_names=test_names, test=test)
+    val_tables = [
+        join_tables([tables[run][VAL] for run in of_member], rows=runs[of_member[0]].val.whole.rows)
+        for of_member in members.values()
+    ]
     _check_names(list(members), val_tables)
     mean = combine([table.predicted for table in val_tables])
     results = _score(list(members), val_tables, mean)
-    by_task = _by_task(members, val_tables, command)
+    by_task = _by_task(runs, val_tables, command)
     if by_task:
         results[BY_TASK] = by_task.scores
     fitted = calibrate(val_tables, command)
     steps = {name: scores(sums) for name, sums in fitted.crossfit.sums.items()} if fitted else {}
 
-    first = next(iter(members.values()))
     report = {
         "p": results["ensemble"]["p"],
         "p_calibrated": list(steps.values())[-1]["p"] if steps else None,
@@ -53,15 +62,15 @@ def make_ensemble(command: EnsembleCommand) -> None:
         "steps": steps,
         "calibration": about_calibration(fitted, command, list(members), val_tables[0]) if fitted else None,
         "by_task": by_task.chosen if by_task else None,
-        "members": [_about_member(name, member) for name, member in members.items()],
-        "rows": first.val.rows,
+        "members": [_about_run(run, runs[run], name) for name, of_member in members.items() for run in of_member],
+        "rows": len(mean.rows),
         "test": {"list": command.test_list, "rows": len(test_names)} if test_names else None,
         "options": {name: getattr(command, name) for name in RECORDED},
     }
     notes: list[str] = []
     files = render_tables(mean, val_tables[0], fitted, results, _step_rows(steps))
     if test_names:
-        predicted = [tables[name][TEST].predicted for name in members]
+        predicted = [combine([tables[run][TEST].predicted for run in of_member]) for of_member in members.values()]
         test_files, notes = render_test(test_names, predicted, fitted.final if fitted else None)
         files |= test_files
     write_files(command.out, files | {"score.json": seal(report)})
@@ -69,9 +78,12 @@ def make_ensemble(command: EnsembleCommand) -> None:
     print("wrote " + ", ".join(storage.join(command.out, name) for name in (*files, "score.json")))
 
 
-def _open_members(command: EnsembleCommand) -> dict[str, Member]:
+def _open_runs(command: EnsembleCommand) -> dict[str, Member]:
     """Open the runs, by names that tell them apart."""
-    opened = [open_member(run, *command.val[place : place + 1]) for place, run in enumerate(command.runs)]
+    opened = [
+        open_member(run, *command.val[place : place + 1], cache_dir=command.cache_dir)
+        for place, run in enumerate(command.runs)
+    ]
     members = dict(zip(unique_names([member.run_uri for member in opened], taken=RESERVED), opened))
     check_members(opened)
     check_apart(command.out, command.runs)
@@ -86,6 +98,11 @@ def check_members(members: list[Member]) -> None:
             raise InputError(
                 f"{same[0].run_uri} and {member.run_uri} are one and the same: both have the checkpoint "
                 f"{member.weights.uri}; a member counts once"
+            )
+        if bool(member.fold) != bool(first.fold):
+            raise InputError(
+                f"{first.run_uri} is scored on {first.val}, and {member.run_uri} on {member.val}: runs of folds are "
+                "scored out of fold, on other rows than those of a validation set; ensemble them apart"
             )
         if member.val.source_sha256 != first.val.source_sha256:
             pairs = ((first, "is scored on"), (member, "on"))
@@ -175,9 +192,10 @@ def _step_rows(steps: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def _about_member(name: str, member: Member) -> dict[str, Any]:
+def _about_run(name: str, member: Member, of_member: str) -> dict[str, Any]:
     return {
         "name": name,
+        **({"member": of_member, "fold": member.fold} if member.fold else {}),
         "run": member.run_uri,
         "view": member.val.view,
         "checkpoint": member.weights.uri,
@@ -190,7 +208,8 @@ def _about_member(name: str, member: Member) -> dict[str, Any]:
 
 def _say(report: dict[str, Any], notes: list[str], *, num_folds: int) -> None:
     """Print what score.json says."""
-    print_scores(report["scores"], title=f"{report['rows']} validation rows")
+    what = "rows, out of fold" if "fold" in report["members"][0] else "validation rows"
+    print_scores(report["scores"], title=f"{report['rows']} {what}")
     for task, chosen in (report["by_task"] or {}).items():
         counts = ", ".join(f"{name} in {count}" for name, count in chosen.items())
         print(f"{BY_TASK}, chosen on other videos: {task} from {counts} fold(s)")

@@ -24,11 +24,12 @@ class EnsembleCommand:
     """Options of `python -m mtl_dist.ensemble`."""
 
     runs: tuple[str, ...]
-    """Runs to ensemble, of either view, several of one too: <storage>/<name> of each, as training printed it."""
+    """Runs to ensemble, of either view, several of one too: <storage>/<name> of each, as training printed it. Runs of
+    all folds of the same sets (data.fold) are one member, which is scored out of fold."""
     out: str
     """Directory or s3:// prefix to write to; what an earlier ensemble wrote there is replaced."""
     val: tuple[str, ...] = ()
-    """Validation sets in the order of --runs, where they have moved since training."""
+    """Validation sets (of runs of folds, their training sets) in the order of --runs, where they have moved."""
     steps: tuple[Step, ...] = ("temperature", "weights", "thresholds", "smoothing")
     """Calibration on top of the plain mean, always in this order; `--steps` with nothing behind it: none. On request:
     class_smoothing, of the probabilities of expressions and units; prior, expressions by how seldom they are labelled;

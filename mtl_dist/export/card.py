@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple
 
+from mtl_dist.data.index import NO_SET
 from mtl_dist.families import FAMILIES
-from mtl_dist.objective.scores import Score, main_scores, single_scores
+from mtl_dist.objective.scores import NO_SCORE, Score, main_scores, single_scores
 from mtl_dist.runs.checkpoint import MODEL
 from mtl_dist.runs.start import BEGAN_FROM
 from mtl_dist.runs.teacher import TAUGHT_BY
@@ -41,7 +42,9 @@ def write_card(
         _ONNX.format(size=size, classes=list(EXPRESSIONS)) if ONNX in files else "",
         _files(files, checked),
         _training(weights),
-        _scores(weights.state["scores"] if weights.checkpoint.scores else None, constant),
+        _scores(weights.state["scores"] if weights.checkpoint.scores else None, constant)
+        if weights.is_scored
+        else f"## Scores\n\n{NO_SCORE.capitalize()}.",
         _LIMITS,
     ]
     return "\n".join(part.strip("\n") + "\n" for part in parts if part)
@@ -141,8 +144,13 @@ def _training(weights: Weights) -> str:
     began = f"The backbone began from {kinds.get(weights.config.model.weights, 'a file of weights')}"
     if note := weights.state.get(BEGAN_FROM):
         began = f"It began with {note['with']} of another run or file (sha256 of its weights `{note['sha256']}`)"
-    sets = [f"- {name}: sha256 `{sha256}` (of its index)" for name, sha256 in weights.state["identity"].items()]
-    config = weights.config
+    config, of = weights.config, "of its index"
+    if config.data.fold:
+        of = f"of its index and its part: fold {config.data.fold} of the videos was held out for validation"
+    sets = [
+        f"- {name}: {sha256}" if sha256 == NO_SET else f"- {name}: sha256 `{sha256}` ({of})"
+        for name, sha256 in weights.state["identity"].items()
+    ]
     if note := weights.state.get(TAUGHT_BY):
         began += f"; labels that were missing were told by another run (sha256 of its weights `{note['sha256']}`)"
     loss = config.loss.model_copy(update={"teacher": "RUN" if note else config.loss.teacher})

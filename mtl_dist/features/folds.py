@@ -13,37 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from mtl_dist import storage
 from mtl_dist.data.sidecar import unpack_names
 from mtl_dist.data.video_rows import VideoRows
 from mtl_dist.errors import InputError
-from mtl_dist.objective.crossfit import make_folds
-from mtl_dist.shards.splits import group_rows
+from mtl_dist.shards.folds import deal_folds
 from mtl_dist.tasks import AUS, EXPRESSIONS
 
 FOLDS_NAME = "folds.csv"
 HEADER = ["video", "fold"]
-SEED = 0  # of the one way to deal
 MAX_LISTED = 5  # videos in one message
-
-
-def deal_folds(rows: VideoRows, num_folds: int, *, source: str) -> np.ndarray:
-    """Deal videos into folds of about as many rows, (v,) int64: the same every time. Halves of one video stay together.
-
-    Raises `InputError` where there are fewer videos than folds.
-    """
-    groups = group_rows(pa.array(rows.videos, pa.large_string()), None)
-    if (count := groups.max() + 1) < num_folds:
-        raise InputError(f"{source} has {count} video(s), too few for {num_folds} folds; ask for fewer")
-    return make_folds(np.repeat(groups, rows.num_rows), num_folds, seed=SEED)[rows.starts[:-1]]
 
 
 def find_folds(rows: VideoRows, num_folds: int, table: Path | None, *, source: str) -> np.ndarray:
     """Return the fold of every video, (v,) int64: of `table`, or as they are dealt. Raises `InputError`."""
     if table is None:
-        return deal_folds(rows, num_folds, source=source)
+        return deal_folds(rows.owners, rows.num_rows, num_folds, source=source)
     fold_of = _read_folds(table, num_folds)
     if missing := [video for video in rows.videos if video not in fold_of]:
         raise InputError(
@@ -77,7 +63,7 @@ def write_folds(rows: VideoRows, num_folds: int, out: str, *, source: str) -> li
 
     A fold's table has every row with its labels: those of its videos are of split val, all others of train.
     """
-    folds = deal_folds(rows, num_folds, source=source)
+    folds = find_folds(rows, num_folds, None, source=source)
     storage.write_bytes(storage.join(out, FOLDS_NAME), _as_csv([HEADER, *zip(rows.videos, folds.tolist())]))
     lines, of_row, written = list(_label_lines(rows)), np.repeat(folds, rows.num_rows), []
     by_row = np.argsort(rows.kept["row"])

@@ -12,6 +12,7 @@ from mtl_dist.errors import InputError
 from mtl_dist.features.extractors import FeatureNet, Network
 from mtl_dist.features.plan import PictureSet
 from mtl_dist.runs.weights import open_weights
+from mtl_dist.shards.folds import part_by_fold
 from mtl_dist.tasks import SPLITS
 
 TRAIN, _ = SPLITS
@@ -60,6 +61,14 @@ def _training_videos(network: Network, cache_dir: Path | None) -> set[str]:
     """Return the videos that a run was trained on. Raises `InputError` where that cannot be read."""
     if network.is_file:
         raise InputError("a file of weights does not say")
-    sets = read_sets(open_weights(network.uri).config.data.train)
-    readers = [ShardReader(uri, index, Cache(cache_dir)) for uri, index in sets.pairs()]
-    return {video for reader in readers for video in read_rows(reader).videos}
+    data, cache = open_weights(network.uri).config.data, Cache(cache_dir)
+    sets = read_sets(data.train)
+    if data.fold:
+        sets, _ = part_by_fold(sets, data.fold, cache)
+    videos: set[str] = set()
+    for own in sets.each():
+        ((uri, index),) = own.pairs()
+        rows = read_rows(ShardReader(uri, index, cache))
+        is_seen = own.part.kept[0].rows[rows.first_samples] if own.part else [True] * len(rows.videos)
+        videos.update(video for video, seen in zip(rows.videos, is_seen) if seen)
+    return videos

@@ -19,6 +19,8 @@ from mtl_dist.objective.metrics import MetricSums
 from mtl_dist.tasks import AUS, EXPRESSIONS, TASKS, Batch
 
 LEAST_VARIANCE = 1e-12  # below it predictions, or labels, are constant
+NO_SCORE = "no validation set: no score"
+HOW_TO_SCORE = "for a score give --data.val, or hold a fold of the videos out: --data.fold K/N"
 
 
 class Score(NamedTuple):

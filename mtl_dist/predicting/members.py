@@ -22,8 +22,11 @@ from mtl_dist.data.samples import open_samples
 from mtl_dist.errors import InputError
 from mtl_dist.objective.affect import PredictedRows
 from mtl_dist.objective.metrics import Predictions, Targets
+from mtl_dist.objective.scores import HOW_TO_SCORE, NO_SCORE
 from mtl_dist.predicting.evaluate import predict
 from mtl_dist.runs.weights import Weights, load_weights, open_best
+from mtl_dist.settings import parse_fold
+from mtl_dist.shards.folds import part_by_fold
 from mtl_dist.timeline import video_names
 
 
@@ -34,15 +37,36 @@ class Member(NamedTuple):
     weights: Weights
     val: Sets
 
+    @property
+    def fold(self) -> str:
+        """The fold of its sets that it was trained without, K/N; empty: it has a validation set of its own."""
+        return self.weights.config.data.fold
 
-def open_member(run_uri: str, val_uri: str | None = None) -> Member:
-    """Find a run's best committed checkpoint and its validation set. Raises `InputError`."""
-    weights = open_best(run_uri)
+    @property
+    def num_folds(self) -> int:
+        """How many folds its sets were dealt into; 1: none."""
+        return parse_fold(self.fold)[1] if self.fold else 1
+
+
+def open_member(run_uri: str, val_uri: str | None = None, *, cache_dir: Path | None = None) -> Member:
+    """Find a run's best committed checkpoint and its validation set. Raises `InputError`.
+
+    `val_uri` is where that set is now; of a run that holds a fold out, where its training set is.
+    """
+    return find_member(run_uri, open_best(run_uri), val_uri, cache_dir=cache_dir)
+
+
+def find_member(run_uri: str, weights: Weights, val_uri: str | None, *, cache_dir: Path | None) -> Member:
+    """Find the validation set of a run with these weights. Raises `InputError`."""
+    if not weights.is_scored:
+        raise InputError(f"run {run_uri} has {NO_SCORE}; {HOW_TO_SCORE}")
     moved = "" if val_uri else "; where the set has moved since training, say where it is with --val, one set a run"
+    data = weights.config.data
     try:
-        val = read_sets((val_uri,) if val_uri else weights.config.data.val)
-        for uri, index in val.pairs():
+        sets = read_sets((val_uri,) if val_uri else data.train if data.fold else data.val)
+        for uri, index in sets.pairs():
             check_stored(uri, index)
+        val = part_by_fold(sets, data.fold, Cache(cache_dir))[1] if data.fold else sets
     except InputError as error:
         raise InputError(f"the validation set of run {run_uri}: {error}{moved}") from None
     if val.sha256 != weights.state["identity"].get("validation set"):

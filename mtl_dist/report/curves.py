@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ def draw_curves(methods: list[Method], styles: dict[str, Style]) -> tuple[list[F
             figures[score.figure] = _draw(name, f"{which}. {label}", label, methods, runs, lines, styles, score=score)
         else:
             notes.append(f"{which}, {label}: no run has records of it.")
-    losses = {id(result): _losses(records[id(result)]) for _, result in runs}
+    losses = {id(result): mean_losses(records[id(result)]) for _, result in runs}
     notes += _missing("loss", [result for _, result in runs if not losses[id(result)]])
     if any(losses.values()):
         figures[6] = _draw("fig6_loss", "Figure 6. Training loss", "training loss", methods, runs, losses, styles)
@@ -54,12 +55,13 @@ def _scores(records: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
     return [(r["step"], r["scores"][key]) for r in evaluations if r["scores"].get(key) is not None]
 
 
-def _losses(records: list[dict[str, Any]]) -> list[tuple[int, float]]:
-    """The sum of the tasks' losses, each the mean of neighbouring steps: those whose batch has labels of it.
+def mean_losses(records: list[dict[str, Any]], terms: Sequence[str] = TASKS) -> list[tuple[int, float]]:
+    """Return steps with the sum of the tasks' losses, each the mean of neighbouring steps: those whose batch has labels
+    of it.
 
     Not what was minimised: the weights of balancers differ, and change.
     """
-    steps = [[r["step"], *(r["loss"].get(task, np.nan) for task in TASKS)] for r in records if r.get("kind") == "step"]
+    steps = [[r["step"], *(r["loss"].get(term, np.nan) for term in terms)] for r in records if r.get("kind") == "step"]
     if not steps:
         return []
     parts = np.array_split(np.array(steps, float), min(LOSS_POINTS, len(steps)))

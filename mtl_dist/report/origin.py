@@ -15,34 +15,41 @@ from mtl_dist.report.tables import Table, number, text
 from mtl_dist.runs import CONFIG_NAME
 from mtl_dist.runs.checkpoint import MODEL
 from mtl_dist.runs.lives import read_lives
+from mtl_dist.runs.weights import Weights
 from mtl_dist.settings import dump_yaml
 
 
 def run_block(result: Result) -> Markup:
     """A run: its checkpoint, how it was started, its configuration."""
-    member = result.member
-    checkpoint, index = member.weights.checkpoint, member.val
+    val = result.member.val
+    validation = f"{val} ({val.view}, {val.rows:,} rows, sha256 {val.sha256})"
+    return weights_block(result.name, result.uri, result.method, result.member.weights, validation=validation)
+
+
+def weights_block(name: str, uri: str, method: str, weights: Weights, *, validation: str) -> Markup:
+    """The run of some weights; `validation` says what it is scored on."""
+    checkpoint, data = weights.checkpoint, weights.config.data
+    trained_on = f"{f'all but fold {data.fold} of ' if data.fold else ''}{' and '.join(data.train)}"
+    scored = [(f"{FIRST.title} in training", f"{checkpoint.score:.4f}")] if checkpoint.score is not None else []
     about = [
-        ("run", result.uri),
-        ("method", result.method),
+        ("run", uri),
+        ("method", method),
         ("checkpoint", checkpoint.uri),
         ("weights, sha256", checkpoint.files[MODEL]["sha256"]),
         ("step", f"{checkpoint.step:,}"),
-        (f"{FIRST.title} in training", f"{checkpoint.score:.4f}"),
-        ("training set", f"{' and '.join(member.weights.config.data.train)} (sha256 {member.weights.train_sha256})"),
-        ("validation set", f"{member.val} ({index.view}, {index.rows:,} rows, sha256 {index.sha256})"),
+        *scored,
+        ("training set", f"{trained_on} (sha256 {weights.train_sha256})"),
+        ("validation set", validation),
     ]
-    lives = read_lives(result.uri)
+    lives = read_lives(uri)
     command_line = lives[-1].get("typed") if lives else None  # runs of before it was recorded have none
-    command = command_line or shlex.join(
-        ["python", "-m", "mtl_dist.train", "--config", storage.join(result.uri, CONFIG_NAME)]
-    )
+    command = command_line or shlex.join(["python", "-m", "mtl_dist.train", "--config", storage.join(uri, CONFIG_NAME)])
     rows = [
         [text(life["started"]), number(life["step"]), number(life["num_ranks"]), text(life["host"])] for life in lives
     ]
-    starts = Table("starts", f"Starts of {result.name}", ("started", "from step", "ranks", "rank 0 on"), rows)
+    starts = Table("starts", f"Starts of {name}", ("started", "from step", "ranks", "rank 0 on"), rows)
     return html.folded(
-        f"{result.name}: {result.method}",
+        f"{name}: {method}",
         html.definitions(about),
         html.paragraph(
             "The command that trained it (under torchrun or a Ray job: what these started); with another --run.name "
@@ -52,7 +59,7 @@ def run_block(result: Result) -> Markup:
         ),
         html.preformatted(command),
         html.table(starts, sortable=False) if rows else html.paragraph("Its starts were not recorded."),
-        html.folded("configuration", html.preformatted(dump_yaml(member.weights.config))),
+        html.folded("configuration", html.preformatted(dump_yaml(weights.config))),
     )
 
 

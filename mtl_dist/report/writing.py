@@ -13,7 +13,7 @@ from mtl_dist.device import named_device
 from mtl_dist.errors import Damaged
 from mtl_dist.families import FAMILIES
 from mtl_dist.parsing import parse_json
-from mtl_dist.predicting.members import Member, open_member, unique_names
+from mtl_dist.predicting.members import Member, check_apart, find_member, unique_names
 from mtl_dist.progress import progress_bar
 from mtl_dist.report.affect import draw_affect
 from mtl_dist.report.attention import choose_faces, draw_attention
@@ -30,6 +30,8 @@ from mtl_dist.report.page import html
 from mtl_dist.report.pictures import Pictures
 from mtl_dist.report.reconstruction import check_alike, write_parts
 from mtl_dist.report.results import CONSTANT, Method
+from mtl_dist.report.unscored import ABOUT, check_scored_alike, write_unscored
+from mtl_dist.runs.weights import Weights, open_best
 from mtl_dist.sealed import seal, unseal
 
 PAGE_NAME = "report.html"
@@ -39,14 +41,16 @@ LISTING_NAME = "data/written.json"  # the names of the figures and tables
 def write_report(command: ReportCommand, *, written: str) -> str:
     """Write the report and return its page's URI; `written` is the command as it was typed. Raises `InputError`."""
     device = named_device(command.device)
-    members = _open_members(command)
+    opened = {uri: open_best(uri) for uri in command.runs}
+    if not check_scored_alike(opened, command):
+        return _write_unscored(command, opened, written)
+    members = _find_members(command, opened)
     objectives = {name: FAMILIES[member.weights.config.model.name].objective for name, member in members.items()}
     check_alike(objectives)
     if "masked" in objectives.values():
         figures, parts = write_parts(members, command, device)
-        footer = [f"Made {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())} by: {written}"]
         about = ["Masked autoencoders: they learn from pictures without labels."]
-        page = html.page(title=command.title, lead=about, parts=parts, footer=footer)
+        page = html.page(title=command.title, lead=about, parts=parts, footer=[_made_by(written)])
         return _write(command.out, page, _files(figures))
     evidence = gather(command, list(members.values()), device)
     drawings = draw(
@@ -55,7 +59,7 @@ def write_report(command: ReportCommand, *, written: str) -> str:
     tables, parts = compose(evidence, drawings)
     val = evidence.methods[1].shown.member.val
     footer = [
-        f"Made {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())} by: {written}",
+        _made_by(written),
         f"Validation rows are those of the source with sha256 {val.source_sha256}.",
     ]
     page = html.page(title=command.title, lead=lead(evidence, num_draws=command.draws), parts=parts, footer=footer)
@@ -66,9 +70,24 @@ def write_report(command: ReportCommand, *, written: str) -> str:
     return _write(command.out, page, files)
 
 
-def _open_members(command: ReportCommand) -> dict[str, Member]:
+def _find_members(command: ReportCommand, opened: dict[str, Weights]) -> dict[str, Member]:
     vals = command.val or [None] * len(command.runs)
-    return {name: open_member(uri, val) for name, uri, val in zip(unique_names(command.runs), command.runs, vals)}
+    return {
+        name: find_member(uri, weights, val, cache_dir=command.cache_dir)
+        for name, (uri, weights), val in zip(unique_names(command.runs), opened.items(), vals)
+    }
+
+
+def _write_unscored(command: ReportCommand, opened: dict[str, Weights], written: str) -> str:
+    check_apart(command.out, command.runs)
+    storage.check_writable(command.out, flag="--out")
+    figures, parts = write_unscored(dict(zip(unique_names(command.runs), opened.items())))
+    page = html.page(title=command.title, lead=[ABOUT], parts=parts, footer=[_made_by(written)])
+    return _write(command.out, page, _files(figures))
+
+
+def _made_by(written: str) -> str:
+    return f"Made {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())} by: {written}"
 
 
 def _files(figures: Sequence[Figure]) -> dict[str, bytes]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from mtl_dist import storage
 from mtl_dist.config import Config, build_config
-from mtl_dist.data.index import Extractor
+from mtl_dist.data.index import NO_SET, Extractor
 from mtl_dist.errors import Damaged, InputError
 from mtl_dist.families import FAMILIES
 from mtl_dist.models import TooLarge, at_most, build_model
@@ -69,6 +69,11 @@ class Weights(NamedTuple):
         return self.state.get("identity", {}).get("training set", "")
 
     @property
+    def is_scored(self) -> bool:
+        """Whether its run has a validation set."""
+        return _is_scored(self.state)
+
+    @property
     def total_steps(self) -> int | None:
         """The steps of its whole run; None: saved before this was noted."""
         return self.state.get("total_steps")
@@ -101,11 +106,14 @@ class ExportedConfig(BaseModel):
     scores: dict[str, float]  # of the checkpoint on its validation set
     saved_at: float  # Unix time
     files: dict[str, CommittedFile]
-    data: dict[str, str]  # identity of the sets: {"training set": sha256, "validation set": sha256}
+    data: dict[str, str]  # identity of the sets: {"training set": sha256, "validation set": sha256 or NO_SET}
 
 
 def open_weights(uri: str) -> Weights:
-    """Find a run's best checkpoint, a checkpoint by its directory, or an exported directory. Raises `InputError`."""
+    """Find a run's checkpoint as `open_best` does, a checkpoint by its directory, or an exported directory.
+
+    Raises `InputError`.
+    """
     uri = uri.rstrip("/")
     if storage.exists(storage.join(uri, EXPORTED_CONFIG)):
         return _open_exported(uri)
@@ -115,9 +123,9 @@ def open_weights(uri: str) -> Weights:
 
 
 def open_best(run_uri: str) -> Weights:
-    """Find a run's best committed checkpoint. Raises `InputError`."""
+    """Find a run's best committed checkpoint; the newest where it has no validation set. Raises `InputError`."""
     checkpoints, skipped = committed(run_uri)
-    chosen = best(checkpoints)
+    chosen = best(checkpoints) or _newest_unscored(checkpoints)
     if chosen is None:
         reasons = f" ({'; '.join(skipped)})" if skipped else ""
         raise InputError(
@@ -126,6 +134,20 @@ def open_best(run_uri: str) -> Weights:
     return _open_checkpoint(
         chosen, newest_step=checkpoints[-1].step, remedy=f"delete {chosen.uri} to use the next best checkpoint"
     )
+
+
+def _newest_unscored(checkpoints: list[Checkpoint]) -> Checkpoint | None:
+    """Return the newest checkpoint of a run without a validation set; None of one that has one, and no score yet."""
+    for checkpoint in reversed(checkpoints):
+        try:
+            return None if _is_scored(read_state(checkpoint)) else checkpoint
+        except (Damaged, FileNotFoundError):
+            continue  # damaged, or deleted meanwhile
+    return None
+
+
+def _is_scored(state: dict[str, Any]) -> bool:
+    return state.get("identity", {}).get("validation set") != NO_SET
 
 
 def find_weights(uri: str) -> tuple[str, str | None]:

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from safetensors.numpy import load
 
 from mtl_dist import storage
-from mtl_dist.data.index import Index, Sets, ShardEntry, index_dir, repair_hint
+from mtl_dist.data.index import Sets, ShardEntry, index_dir, repair_hint
 from mtl_dist.errors import InputError
 
 MAX_LISTED = 5  # names in one message
@@ -35,7 +35,7 @@ class Shared(NamedTuple):
     @property
     def share(self) -> float:
         """Estimated share of the validation pictures that are in the whole training set."""
-        return self.count / (self.of * self.looked_at)
+        return self.count / (self.of * self.looked_at) if self.count else 0.0
 
     def note(self) -> str:
         """Say it in a line; empty where there is none."""
@@ -54,15 +54,9 @@ def find_shared(train: Sets, val: Sets, *, max_bytes: int = MAX_READ_BYTES) -> S
     Raises `InputError` for a sidecar that is gone or damaged.
     """
     seen, keys = (
-        np.concatenate([_read_keys(uri, index, max_bytes // len(sets.uris)) for uri, index in _firsts(sets)])
-        for sets in (train, val)
+        np.concatenate([_read_keys(own, max_bytes // len(sets.uris)) for own in sets.each()]) for sets in (train, val)
     )
     return Shared(int(np.isin(keys, seen).sum()), len(keys), len(seen) / train.rows)
-
-
-def _firsts(sets: Sets) -> list[tuple[str, Index]]:
-    """Return one set of each part: features that stand side by side are of the same pictures."""
-    return [part[0] for part in sets.parts()]
 
 
 def check_shared(shared: Shared, train: Sets, val: Sets) -> None:
@@ -86,8 +80,12 @@ def listed(names: list[str]) -> str:
     return ", ".join(names[:MAX_LISTED]) + more
 
 
-def _read_keys(uri: str, index: Index, max_bytes: int) -> np.ndarray:
-    """Return a number for the bytes of every picture, (n,) uint64, of the first shards."""
+def _read_keys(sets: Sets, max_bytes: int) -> np.ndarray:
+    """Return a number for the bytes of every picture, (n,) uint64, of the first shards.
+
+    Sets that stand side by side are of the same pictures: the first is read.
+    """
+    (uri, index), *_ = sets.pairs()
     entries, read = [], 0
     for entry in index.shards:
         read += entry.sidecar_bytes
@@ -95,7 +93,8 @@ def _read_keys(uri: str, index: Index, max_bytes: int) -> np.ndarray:
             break
         entries.append(entry)
     with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="sidecar") as pool:
-        return np.concatenate(list(pool.map(lambda entry: _read_shard_keys(index_dir(uri), entry), entries)))
+        keys = np.concatenate(list(pool.map(lambda entry: _read_shard_keys(index_dir(uri), entry), entries)))
+    return keys[sets.part.kept[0].rows[: len(keys)]] if sets.part else keys
 
 
 def _read_shard_keys(uri: str, entry: ShardEntry) -> np.ndarray:

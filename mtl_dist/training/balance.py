@@ -77,7 +77,8 @@ def describe_balance(config: Config, balance: Balance) -> list[str]:
 
 def _describe_classes(by: str, before: np.ndarray, after: np.ndarray) -> str:
     if by == "video":
-        ranges = (f"{of_one.min():.0f} to {of_one.max():.0f}" for of_one in (before, after))
-        return f"{len(before)} videos of {' -> '.join(ranges)}"
+        there = before > 0  # the videos of another fold are not
+        ranges = (f"{of_one[there].min():.0f} to {of_one[there].max():.0f}" for of_one in (before, after))
+        return f"{there.sum()} videos of {' -> '.join(ranges)}"
     pairs = zip(NAMES[by], before, after)
     return ", ".join(f"{name} {was:.0f} -> {now:.0f}" for name, was, now in pairs if was)

@@ -97,8 +97,9 @@ def _train(run: _Run) -> dict[str, Any]:
         # ------------------------------------------------------- once in a while: evaluate, publish, save, stop
         is_evaluated = epoch + 1 == num_epochs or is_due(epoch + 1, setup.config.train.eval_every)
         if is_evaluated:
-            run.scores, constant, pictures = _evaluate(run)
-            run.tracker.evaluated(run.step, epoch, run.scores, constant, pictures)
+            if setup.val:
+                run.scores, constant, pictures = _evaluate(run)
+                run.tracker.evaluated(run.step, epoch, run.scores, constant, pictures)
             _save(run, run.scores)
             setup.context.publish({"step": run.step, "epoch": epoch + 1, **flat_scores(run.scores)})
         if _heed_requests(run, is_saved=is_evaluated):

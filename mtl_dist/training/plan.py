@@ -12,7 +12,7 @@ from mtl_dist import storage
 from mtl_dist.config import Config
 from mtl_dist.data.balanced import BalancedOrder
 from mtl_dist.data.cache import GIB, Cache
-from mtl_dist.data.index import Sets, check_pair, check_stored, read_sets
+from mtl_dist.data.index import NO_SET, Sets, check_pair, check_stored, read_sets
 from mtl_dist.data.mixed import MixedOrder, build_mixed_order, pass_rows, shares_of, split_batch
 from mtl_dist.data.order import Order
 from mtl_dist.data.samples import Samples, noun_of, open_samples
@@ -21,8 +21,9 @@ from mtl_dist.errors import Damaged, InputError
 from mtl_dist.families import FEATURES, objective_of
 from mtl_dist.label_counts import LabelCounts
 from mtl_dist.objective.labelled import check_labels, note_labels
-from mtl_dist.objective.scores import find_score
+from mtl_dist.objective.scores import HOW_TO_SCORE, NO_SCORE, Score, find_score
 from mtl_dist.progress import progress_bar
+from mtl_dist.shards.folds import part_by_fold
 from mtl_dist.shards.overlap import check_shared, find_shared
 from mtl_dist.training.balance import Balance, build_balance, describe_balance
 
@@ -34,10 +35,10 @@ AnyOrder = Order | BalancedOrder | MixedOrder | TaskOrders
 
 
 class Data(NamedTuple):
-    """The two sets of a run, and how many steps an epoch over the first has."""
+    """The sets of a run, and how many steps an epoch over the first has."""
 
     train: Sets
-    val: Sets
+    val: Sets | None  # None: nothing is scored
     num_samples: int  # of training: rows, or windows of rows
     noun: str  # what they are called
     steps_per_epoch: int
@@ -45,24 +46,22 @@ class Data(NamedTuple):
 
     def identity(self) -> dict[str, str]:
         """What a checkpoint must agree with besides the configuration."""
-        return {"training set": self.train.sha256, "validation set": self.val.sha256}
+        return {"training set": self.train.sha256, "validation set": self.val.sha256 if self.val else NO_SET}
 
 
 def open_data(config: Config) -> Data:
-    """Read both indexes and check that they fit each other and the configuration. Raises `InputError`.
+    """Read the indexes and check that they fit each other and the configuration. Raises `InputError`.
 
-    Everything is found out from the indexes.
+    Everything is found out from the indexes; to hold a fold out, from sidecars too.
     """
-    for flag, uris in (("data.train", config.data.train), ("data.val", config.data.val)):
-        if not all(uris) or not uris:
-            raise InputError(f"--{flag} is not given; expected the directory or s3:// prefix that holds an index.json")
-    train, val = read_sets(config.data.train), read_sets(config.data.val)
-    check_pair(train, val)
+    cache = _cache(config)
+    train, val = _open_sets(config, cache)
     _check_inputs(config, train)
     if objective_of(config.model.name).reads_labels:
-        check_labels(config.loss, train.labels, val.labels, names=(str(train), str(val)))
+        check_labels(config.loss, train.labels, val and val.labels, names=(str(train), str(val)))
     batch, share, tasks = config.train.global_batch, config.data.epoch_fraction, ()
-    noun, samples = noun_of(train, config), open_samples(train, config, _cache(config))
+    noun = noun_of(train, config)
+    samples = open_samples(train, config, cache)
     if noun == "windows":
         _check_windows(config, train, samples)
     num_samples = int(samples.group_sizes.sum())
@@ -81,6 +80,21 @@ def open_data(config: Config) -> Data:
     if not rows:
         raise InputError(f"data.sampling is per_task, but {train} has no labels of any task")
     return Data(train, val, num_samples, noun, _share_of(min(rows.values()), share) // batch, tasks)
+
+
+def _open_sets(config: Config, cache: Cache) -> tuple[Sets, Sets | None]:
+    """Read what is trained on, and what it is scored on: a set, a fold, or nothing."""
+    for flag, uris in (("data.train", config.data.train or [""]), ("data.val", config.data.val)):
+        if not all(uris):
+            raise InputError(f"--{flag} is not given; expected the directory or s3:// prefix that holds an index.json")
+    train = read_sets(config.data.train)
+    if config.data.fold:
+        return part_by_fold(train, config.data.fold, cache)
+    if not config.data.val:
+        return train, None
+    val = read_sets(config.data.val)
+    check_pair(train, val)
+    return train, val
 
 
 def _check_inputs(config: Config, train: Sets) -> None:
@@ -111,8 +125,9 @@ def _check_mix(config: Config, train: Sets, noun: str) -> None:
             "or more, and a share for each"
         )
     batch = config.train.global_batch
-    for (uri, index), counts in zip(train.pairs(), zip(*(split_batch(batch, shares) for shares in shares_of(config)))):
-        if (most := max(counts)) > (rows := pass_rows(index.rows)):
+    of_sets = zip(*(split_batch(batch, shares) for shares in shares_of(config)))
+    for uri, labels, counts in zip(train.uris, train.label_counts, of_sets):
+        if (most := max(counts)) > (rows := pass_rows(labels.rows)):
             raise InputError(
                 f"data.mix gives {most} of train.global_batch {batch} rows to {uri}, and a pass over it has {rows}: a "
                 "row would come twice in a step; give it a smaller share, or a smaller batch"
@@ -141,10 +156,10 @@ def _check_windows(config: Config, train: Sets, samples: Samples) -> None:
 
 def note_data(config: Config, data: Data) -> list[str]:
     """Say what of the data is not trained, or not scored; and of what video nothing of time can be learnt."""
-    alone = sum(int((index.video_rows == 1).sum()) for index in data.train.firsts if data.train.extractors)
+    alone = int((data.train.video_rows == 1).sum()) if data.train.extractors else 0
     about = f"{alone} training video(s) have one row: nothing comes before or after it" if alone else ""
     is_read = objective_of(config.model.name).reads_labels
-    notes = note_labels(config.loss, data.train.labels, data.val.labels) if is_read else []
+    notes = note_labels(config.loss, data.train.labels, data.val and data.val.labels) if is_read else []
     return [*notes, *filter(None, [about])]
 
 
@@ -187,6 +202,17 @@ def _balance(config: Config, data: Data, train: Samples, progress: Callable[[int
     return build_balance(config.data, of_set, train, str(data.train), progress)
 
 
+def check_scored(data: Data, score: Score, *, setting: str, what: str) -> None:
+    """Raise `InputError` where runs could not compete by a score: `setting` names it, `what` is what competes."""
+    if not data.val:
+        raise InputError(f"{what}s compete by {setting} {score.key}, and there is {NO_SCORE}; {HOW_TO_SCORE}")
+    if score.task in data.val.labels.missing_tasks():
+        raise InputError(
+            f"{setting} is {score.key}, and {data.val} has no labels of {score.task}: no {what} would be scored; "
+            "give another metric, or a validation set with such labels"
+        )
+
+
 class Plan(NamedTuple):
     """What a run will do."""
 
@@ -211,7 +237,7 @@ def plan_run(config: Config, *, num_ranks: tuple[int, int] | None = None, compar
     for key in config.checkpoint.best_of:
         find_score(key, setting="checkpoint.best_of")
     data = open_data(config)
-    for uri, index in data.train.pairs() + data.val.pairs():
+    for uri, index in data.train.pairs() + (data.val.pairs() if data.val and not data.val.part else []):
         check_stored(uri, index)
     storage.check_writable(config.run.uri)
     found, _ = committed(config.run.uri)
@@ -234,7 +260,7 @@ def plan_run(config: Config, *, num_ranks: tuple[int, int] | None = None, compar
     notes = note_data(config, data) + ([f"it begins with {describe_start(start.note)}"] if start else [])
     if teacher := find_teacher(config, data.train, state.get(TAUGHT_BY)):
         notes.append(f"labels that are missing are told by {describe_teacher(teacher)}")
-    if compares:
+    if compares and data.val:
         shared = find_shared(data.train, data.val)
         check_shared(shared, data.train, data.val)
         notes += filter(None, [shared.note()])
@@ -307,7 +333,9 @@ def _describe(
         f"run     {config.run.uri}{where}",
         f"train   {train}: {train.rows} rows of {train.view}, {_labelled(train.labels)}, "
         f"{len(train.shards)} shards, {size_mb:.1f} MB",
-        f"val     {val}: {val.rows} rows, {_labelled(val.labels)}, {len(val.shards)} shards",
+        f"val     {val}: {val.rows} rows, {_labelled(val.labels)}, {len(val.shards)} shards"
+        if val
+        else f"val     {NO_SCORE}; {HOW_TO_SCORE}",
         f"steps   {steps} an epoch, {total} in all; {left_out}",
         f"batch   {batch} over {ranks}, {streams}{inputs_mb:.0f} MB of inputs",
         f"model   {config.model.name}, backbone {config.model.backbone}{frozen}, weights {weights}, {inputs}",
@@ -330,7 +358,7 @@ def _describe_mix(config: Config, data: Data) -> list[str]:
     """Say what each set gives to a step, and how often it is seen in the whole run."""
     if not config.data.mix:
         return []
-    sizes = [np.array([index.rows]) for index in data.train.indexes]
+    sizes = [np.array([labels.rows]) for labels in data.train.label_counts]
     how = {"global_batch": config.train.global_batch, "num_steps": data.steps_per_epoch}
     order = build_mixed_order(sizes, shares_of(config), block_shards=1, seed=0, **how)
     first, last, lines = order.counts[0], order.counts[-1], []

@@ -53,7 +53,7 @@ class Setup(NamedTuple):
     data: Data
     order: AnyOrder
     train: Samples
-    val: Samples
+    val: Samples | None  # None: nothing is scored
     prepare: Preparation
 
     @property
@@ -78,7 +78,7 @@ def set_up(config: Config, context: RunContext, watchdog: Watchdog) -> Setup:
     check_ranks_agree(config, data)
     check_num_ranks(config, context.num_ranks)
     cache = Cache(config.data.cache_dir, max_bytes=int(config.data.cache_gib * GIB))
-    train, val = (open_samples(sets, config, cache) for sets in (data.train, data.val))
+    train, val = (sets and open_samples(sets, config, cache) for sets in (data.train, data.val))
     shows = (data.tasks or config.data.balance != "none") and context.rank == 0
     with progress_bar("reading labels", len(data.train.shards)) if shows else contextlib.nullcontext() as advance:
 
@@ -89,5 +89,5 @@ def set_up(config: Config, context: RunContext, watchdog: Watchdog) -> Setup:
 
         order = build_order(config, data, train, moved)
     train.keep_open(order.shards_in_hand(context.num_ranks, num_steps=2 * FETCH_AHEAD_STEPS))
-    allow_open_files(train.max_open + val.max_open)
+    allow_open_files(train.max_open + (val.max_open if val else 0))
     return Setup(config, context, watchdog, device, data, order, train, val, build_preparation(config))

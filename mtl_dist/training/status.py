@@ -13,10 +13,9 @@ from rich.table import Table
 
 from mtl_dist import storage
 from mtl_dist.config import Config, build_config
-from mtl_dist.data.index import read_sets
 from mtl_dist.errors import Damaged, InputError, plain
 from mtl_dist.families import FEATURES, objective_of
-from mtl_dist.objective.scores import FIRST, constant_scores, label_sums
+from mtl_dist.objective.scores import FIRST, NO_SCORE, constant_scores, label_sums
 from mtl_dist.presets import read_config_file
 from mtl_dist.progress import progress_bar
 from mtl_dist.runs import CONFIG_NAME
@@ -75,13 +74,21 @@ def print_status(run_uri: str) -> None:
         rows = _constant_row(config, evaluations)
         print_scores(rows | {f"epoch {record['epoch'] + 1}": record["scores"] for record in evaluations})
     else:
-        console.print("scores       none yet")
+        console.print(f"scores       {'none yet' if _is_scored(config) else NO_SCORE}")
 
 
 def print_ending(config: Config) -> None:
-    """Print the best and the last scores of a finished run, where its best checkpoint is, and what to do with it."""
+    """Print the best and the last scores of a finished run, where its best checkpoint is, and what to do with it.
+
+    Without a validation set: where its last checkpoint is.
+    """
     uri = config.run.uri
-    top = best(committed(uri)[0])
+    checkpoints, _ = committed(uri)
+    if not _is_scored(config):
+        last = f"last    {checkpoints[-1].uri}\n{_next_commands(config)}" if checkpoints else ""
+        print(f"run {uri}: {NO_SCORE}\n{last}", flush=True)
+        return
+    top = best(checkpoints)
     evaluations = [record for record in read_records(uri) if record["kind"] == "eval"]
     rows = _constant_row(config, evaluations)
     if top:
@@ -108,11 +115,20 @@ def _next_commands(config: Config) -> str:
         )
     ensemble = shlex.quote(storage.join(config.run.storage, "ensemble"))
     what = "--extractors EXTRACTOR --input VIDEO" if config.model.backbone == FEATURES else "--input PICTURES"
-    return (
-        f"next    python -m mtl_dist.predict --runs {run} {what} --out predictions.csv\n"
-        f"        python -m mtl_dist.report {run} --out {report}\n"
-        f"        python -m mtl_dist.ensemble --runs {run} OTHER_RUN --out {ensemble}"
-    )
+    commands = [
+        f"next    python -m mtl_dist.predict --runs {run} {what} --out predictions.csv",
+        f"        python -m mtl_dist.report {run} --out {report}",
+    ]
+    if config.data.fold:
+        others = f"{run} RUNS_OF_OTHER_FOLDS"
+        commands.append(f"        python -m mtl_dist.ensemble --runs {others} --out {ensemble}")
+    elif _is_scored(config):
+        commands.append(f"        python -m mtl_dist.ensemble --runs {run} OTHER_RUN --out {ensemble}")
+    return "\n".join(commands)
+
+
+def _is_scored(config: Config) -> bool:
+    return bool(config.data.val or config.data.fold)
 
 
 def _newest_state(checkpoints: list[Checkpoint]) -> dict[str, Any]:
@@ -141,7 +157,7 @@ def _constant_row(config: Config, evaluations: list[dict[str, Any]]) -> dict[str
     if evaluations and "constant" in evaluations[-1]:
         return {"constant predictor": evaluations[-1]["constant"]}
     try:
-        return {"constant predictor": constant_scores(label_sums(read_sets(config.data.val).labels))}
+        return {"constant predictor": constant_scores(label_sums(open_data(config).val.labels))}
     except InputError as error:
         print(f"note: without the constant predictor's row: {plain(str(error))}", flush=True)
         return {}
