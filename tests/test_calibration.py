@@ -15,18 +15,18 @@ from mtl_dist.objective.calibration import (
     STEPS,
     Calibration,
     apply,
-    concordance_weights,
     describe,
     f1_threshold,
     fit,
     fit_temperatures,
-    select_members,
     sigmoid_temperature,
     softmax_temperature,
     stack_members,
     temper,
+    whole,
 )
 from mtl_dist.objective.crossfit import PLAIN_MEAN, cross_fit, make_folds
+from mtl_dist.objective.member_weights import concordance_weights, select_members
 from mtl_dist.objective.metrics import Predictions, Targets, metric_sums
 from mtl_dist.objective.scores import scores
 from mtl_dist.objective.smoothing import smooth
@@ -163,7 +163,7 @@ def test_no_member_counted_once_more_or_less_gives_a_better_ensemble(seed):
 
 def test_a_member_of_noise_gets_little_weight_and_a_useful_one_most():
     members, targets, images = make_members(2000, noise=(0.7, 6.0))
-    found = fit(members, targets, make_timeline(images), steps=("weights",), half_windows=HALF_WINDOWS)
+    found = fit(members, targets, make_timeline(images), steps=whole(("weights",)), half_windows=HALF_WINDOWS)
     assert found.va_weights[0].min() > 0.8
     assert found.expr_weights[0] > 0.6
     assert np.median(found.au_weights[0]) > 0.6
@@ -251,7 +251,9 @@ def test_without_steps_it_is_the_plain_mean():
     timeline = make_timeline(images)
     assert all(
         np.array_equal(a, b)
-        for a, b in zip(fit(members, targets, timeline, steps=(), half_windows=HALF_WINDOWS), Calibration.plain_mean(3))
+        for a, b in zip(
+            fit(members, targets, timeline, steps=whole(()), half_windows=HALF_WINDOWS), Calibration.plain_mean(3)
+        )
     )
     for mine, stacked in zip(apply(members, Calibration.plain_mean(3), timeline), members):
         np.testing.assert_allclose(mine, stacked.mean(0))
@@ -260,7 +262,7 @@ def test_without_steps_it_is_the_plain_mean():
 def test_data_without_labels_leaves_the_plain_mean():
     members, targets, images = make_members(100, noise=(1.0, 2.0))
     nothing = targets._replace(**{name: np.zeros_like(getattr(targets, name)) for name in targets._fields[3:]})
-    found = fit(members, nothing, make_timeline(images), steps=STEPS, half_windows=HALF_WINDOWS)
+    found = fit(members, nothing, make_timeline(images), steps=whole(STEPS), half_windows=HALF_WINDOWS)
     for mine, plain in zip(found, Calibration.plain_mean(2)):
         np.testing.assert_array_equal(mine, plain)
     assert fit_temperatures(members, nothing).tolist() == [[1, 1], [1, 1]]
@@ -271,7 +273,9 @@ def data():
     members, targets, images = make_members(1500, noise=(0.8, 2.0, 4.0))
     timeline = make_timeline(images)
     folds = make_folds(timeline.video, 4, seed=0)
-    found = cross_fit(members, targets, timeline, folds=folds, steps=STEPS, half_windows=HALF_WINDOWS)
+    found = cross_fit(
+        members, targets, timeline, folds=folds, videos=timeline.video, steps=STEPS, half_windows=HALF_WINDOWS
+    )
     return members, targets, timeline, folds, found
 
 
@@ -284,7 +288,8 @@ def test_labels_of_a_fold_change_nothing_that_is_applied_to_it(data):
         spoilt = [array.copy() for array in targets]
         for array in spoilt:
             array[mine] = array[rng.permutation(mine)]
-        again = cross_fit(members, Targets(*spoilt), timeline, folds=folds, steps=STEPS, half_windows=HALF_WINDOWS)
+        how = {"folds": folds, "videos": timeline.video, "steps": STEPS, "half_windows": HALF_WINDOWS}
+        again = cross_fit(members, Targets(*spoilt), timeline, **how)
         for before, after in zip(found.calibrations[fold], again.calibrations[fold]):
             np.testing.assert_array_equal(before, after)
         np.testing.assert_array_equal(found.predictions.va[mine], again.predictions.va[mine])
@@ -322,7 +327,9 @@ def test_each_step_improves_what_it_is_for_on_data_that_needs_it(data):
 
 def test_weights_alone_help_where_members_differ(data):
     members, targets, timeline, folds, _ = data
-    alone = cross_fit(members, targets, timeline, folds=folds, steps=("weights",), half_windows=HALF_WINDOWS)
+    alone = cross_fit(
+        members, targets, timeline, folds=folds, videos=timeline.video, steps=("weights",), half_windows=HALF_WINDOWS
+    )
     assert list(alone.sums) == [PLAIN_MEAN, "+ weights"]
     mean, weighted = (scores(sums) for sums in alone.sums.values())
     for task in ("va", "expr", "au"):
@@ -336,7 +343,7 @@ def test_the_line_of_moments_has_the_greatest_ccc_of_all_lines():
     members, targets, images = make_members(400, noise=(1.0,))
     targets = targets._replace(va=truth, va_mask=np.ones(400, bool))
     members = members._replace(va=seen[None])
-    found = fit(members, targets, make_timeline(images), steps=("moments",), half_windows=HALF_WINDOWS)
+    found = fit(members, targets, make_timeline(images), steps=whole(("moments",)), half_windows=HALF_WINDOWS)
     for dimension, line in enumerate(found.va_line):
         x, y = seen[:, dimension], truth[:, dimension]
         best = optimize.minimize(lambda ab, x=x, y=y: -ccc(ab[0] * x + ab[1], y), [1.0, 0.0], tol=1e-10)
@@ -354,14 +361,14 @@ def test_a_prior_calls_rare_expressions_where_a_member_favours_common_ones():
     members = members._replace(expr=expr[None])
     targets = targets._replace(expr=truth, expr_mask=np.ones(4000, bool))
     timeline = make_timeline(images)
-    found = fit(members, targets, timeline, steps=("prior",), half_windows=HALF_WINDOWS)
+    found = fit(members, targets, timeline, steps=whole(("prior",)), half_windows=HALF_WINDOWS)
     assert (np.diff(found.expr_factors[:6]) > 0).all()
     called = apply(members, found, timeline).expr
     np.testing.assert_allclose(called.sum(-1), 1)
     before, after = (f1_score(truth, p.argmax(-1), average="macro") for p in (expr, called))
     assert after > before + 0.02
     few = targets._replace(expr_mask=np.arange(4000) < 10)
-    assert (fit(members, few, timeline, steps=("prior",), half_windows=HALF_WINDOWS).expr_factors == 1).all()
+    assert (fit(members, few, timeline, steps=whole(("prior",)), half_windows=HALF_WINDOWS).expr_factors == 1).all()
 
 
 def test_parameters_are_described_by_name_for_the_steps_that_were_taken(data):

@@ -19,10 +19,12 @@ from mtl_dist.data.index import read_index
 from mtl_dist.ensemble.__main__ import main
 from mtl_dist.ensemble.by_task import choose_by_task
 from mtl_dist.ensemble.calibrated import calibrate
+from mtl_dist.ensemble.gains import render_gains
 from mtl_dist.ensemble.job import combine
 from mtl_dist.ensemble.options import EnsembleCommand
 from mtl_dist.errors import InputError
 from mtl_dist.objective.affect import PredictedRows
+from mtl_dist.objective.calibration import STEPS, TASKS_OF
 from mtl_dist.objective.metrics import Predictions, Targets, metric_sums
 from mtl_dist.objective.scores import scores
 from mtl_dist.predict import __main__ as predict
@@ -32,6 +34,8 @@ from mtl_dist.predicting.ensembling import FORMAT, TEST, VAL, MemberOptions, _ke
 from mtl_dist.predicting.members import open_member, predict_member
 from mtl_dist.predicting.predictions import PredictionTable, read_predictions
 from mtl_dist.predicting.submission import TestImages, find_images, submission_text
+from mtl_dist.report.gains import gains_tables
+from mtl_dist.report.results import ENSEMBLE, Result
 from mtl_dist.runs import weights
 from mtl_dist.runs.checkpoint import best, committed, read_tensors
 from mtl_dist.runs.weights import load_weights
@@ -416,6 +420,7 @@ def test_a_bad_test_list_is_one_message_before_anything_is_predicted(runs, datas
         (["--skip-bad-images"], "for the images of --test-list, and none is given"),
         (["--exif", "ignore"], "--exif is for the images of --test-list, and none is given"),
         (["--steps", "weights", "weights"], "'weights' twice"),
+        (["--steps", "--calibrate", "auto"], "--calibrate auto chooses among --steps, and these are none"),
     ],
 )
 def test_flags_that_cannot_be_meant_are_refused(args, words):
@@ -541,3 +546,92 @@ def test_checkpoints_that_are_best_at_one_task_are_a_line_of_their_own(runs, tmp
     plain = run_here("mtl_dist.ensemble", "--runs", runs / "cropped", "--out", tmp_path / "plain", "--local")
     assert plain.returncode == 0
     assert unseal((tmp_path / "plain" / "score.json").read_bytes())["p"] == report["p"]
+
+
+def read_gains(out: Path) -> tuple[dict, dict[str, list[str]]]:
+    """score.json, and what the page has of its gains: {step: cells with what is below them}."""
+    report = unseal((out / "score.json").read_bytes())
+    (table,) = gains_tables([Result("e", "e", ENSEMBLE, None, {}, score_file=report)])
+    return report, {row[0].text: [f"{cell.text} {cell.below}".strip() for cell in row[1:]] for row in table.rows}
+
+
+def cells_of(text: str, name: str) -> list[str]:
+    """The cells of a row of the table of gains, those of its lines joined."""
+    lines = text[text.index("what each step gains") :].splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith(f"│ {name}"))
+    last = next(number for number in range(first + 1, len(lines)) if not lines[number].startswith("│  "))
+    columns = zip(*(line.strip("│").split("│") for line in lines[first:last]))
+    return [" ".join(part.strip() for part in column if part.strip()) for column in columns][1:]
+
+
+@pytest.mark.parametrize("calibrate", ["all", "auto"])
+def test_the_gains_of_steps_are_the_same_in_score_json_on_the_console_and_on_the_page(
+    runs, tmp_path, capsys, calibrate
+):
+    out = tmp_path / "out"
+    args = ["--runs", *(f"{runs}/{view}" for view in VIEWS), "--local", "--each-task", "--out", str(out)]
+    main([*args, "--steps", *STEPS[::-1], "--calibrate", calibrate])
+    said, by_task = capsys.readouterr().out, "each task from its best checkpoint"
+    report, page = read_gains(out)
+    assert report["options"]["calibrate"] == calibrate
+    assert list(report["gains"]) == [*list(report["steps"])[1:], by_task] == [*(f"+ {s}" for s in STEPS), by_task]
+    assert render_gains(report) in said
+    assert render_gains(report) in (out / "table.txt").read_text()
+    for name, gains in report["gains"].items():
+        assert gains.keys() == {"p", *TASKS_OF.get(name.removeprefix("+ "), ("va", "expr", "au"))}
+        for key, shown, on_page in zip(("p", "va", "expr", "au"), cells_of(said, name), page[name]):
+            if gain := gains.get(key):
+                assert gain["low"] <= gain["high"]
+                numbers = f"{gain['gain']:+.4f} {gain['low']:+.4f} to {gain['high']:+.4f}"
+                assert (shown, on_page) == (f"{numbers} rough: 3 videos", numbers)
+            else:
+                assert (shown, on_page) == ("", "–")
+    last = report["gains"][by_task]["p"]["gain"]
+    assert last == pytest.approx(report["scores"][by_task]["p"] - report["p"], abs=1e-6)
+    scored = list(report["steps"].values())
+    for before, after, gains in zip(scored, scored[1:], report["gains"].values()):
+        if calibrate == "all":  # as each was added; what was tried adds up to nothing
+            assert {key: gain["gain"] for key, gain in gains.items()} == pytest.approx(
+                {key: after[key] - before[key] for key in gains}, abs=1e-12
+            )
+    assert ("kept" in report["calibration"]) == (calibrate == "auto")
+    if calibrate == "auto":
+        check_choices(report, cells_of, said, page)
+
+
+def check_choices(report: dict, cells_of, said: str, page: dict[str, list[str]]) -> None:
+    """What is kept is told alike; and what is left out is applied nowhere."""
+    about = report["calibration"]
+    plain = {"temperature": 1.0, "thresholds": 0.5, "smoothing": 0, "class_smoothing": 0, "prior": 1.0}
+    for step in STEPS:
+        kept = about["kept"].get(step, [])
+        assert kept == [task for task in TASKS_OF[step] if report["gains"][f"+ {step}"][task]["gain"] > 1e-6]
+        counts = {task: sum(task in fold["kept"].get(step, []) for fold in about["folds"]) for task in TASKS_OF[step]}
+        assert about["kept_by_folds"][step] == counts
+        shown, by_folds = ", ".join(map(str.upper, kept)) or "left out", [f"{t.upper()} {n}" for t, n in counts.items()]
+        assert cells_of(said, f"+ {step}")[-2:] == [shown, ", ".join(by_folds)]
+        assert page[f"+ {step}"][-1] == f"{shown} {', '.join(by_folds)} of 3 folds"
+        for part in (about, *about["folds"]):
+            if step in plain and not part["kept"].get(step):
+                values = part["parameters"][step].values()
+                assert {v for value in values for v in (value.values() if isinstance(value, dict) else [value])} == {
+                    plain[step]
+                }
+
+
+def test_a_test_list_gets_the_steps_that_are_kept(runs, dataset, tmp_path):
+    names = write_test_list(tmp_path / "list.txt", dataset)
+    args = ["--runs", f"{runs}/cropped", "--local", "--steps", *STEPS, "--calibrate", "auto"]
+    args += ["--test-list", f"{tmp_path}/list.txt", "--test-root", str(dataset)]
+    main([*args, "--out", f"{tmp_path}/out"])
+    report = unseal((tmp_path / "out/score.json").read_bytes())
+    tested = {row["image"]: row for row in pq.read_table(tmp_path / "out/test_predictions.parquet").to_pylist()}
+    assert set(tested) == set(names)
+    thresholds = report["calibration"]["parameters"]["thresholds"]
+    kept = report["calibration"]["kept"]
+    assert (set(thresholds.values()) == {0.5}) == ("thresholds" not in kept)
+    own = read_predictions(f"{tmp_path}/out/members/test/cropped.parquet")
+    for image, arousal in zip(own.images, own.predicted.predictions.va[:, 1]):
+        if not {"smoothing", "moments"} & kept.keys():
+            assert tested[image]["arousal"] == pytest.approx(arousal, abs=1e-6)
+        assert all(tested[image][au] == (tested[image][f"p_{au}"] > t) for au, t in thresholds.items())

@@ -19,6 +19,7 @@ from mtl_dist.ensemble.options import EnsembleCommand
 from mtl_dist.errors import InputError
 from mtl_dist.label_counts import LabelCounts
 from mtl_dist.objective.affect import PredictedRows
+from mtl_dist.objective.bootstrap import CHUNK
 from mtl_dist.objective.metrics import Predictions, Targets, metric_sums
 from mtl_dist.objective.scores import SCORES, constant_scores, label_sums, main_scores, scores, single_scores
 from mtl_dist.predicting.members import Member, unique_names
@@ -30,7 +31,8 @@ from mtl_dist.report.classes import draw_confusion, draw_f1
 from mtl_dist.report.curves import draw_curves
 from mtl_dist.report.drawing import method_styles
 from mtl_dist.report.evidence import Evidence, _taken_for_one, _warnings
-from mtl_dist.report.intervals import CHUNK, bootstrap, number_videos, video_sums
+from mtl_dist.report.gains import gains_tables
+from mtl_dist.report.intervals import bootstrap, number_videos, video_sums
 from mtl_dist.report.likeness import correlations, likeness_table
 from mtl_dist.report.mistakes import worst_mistakes
 from mtl_dist.report.origin import ensemble_block
@@ -450,14 +452,14 @@ def make_about(*runs: str, step: int = 9, view: str = "cropped", **options) -> d
 
 def test_the_command_of_an_ensemble_on_the_page_is_one_that_its_command_line_takes():
     about = make_about("runs/a b", "runs/c", steps=[], test_list=None, val=[], skip_bad_images=False, exif="apply")
-    for more in ({}, {"skip_bad_images": True, "test_list": "list.txt", "test_root": "data"}):
+    for more in ({}, {"calibrate": "all"}, {"skip_bad_images": True, "test_list": "list.txt", "test_root": "data"}):
         about["options"] |= more
         ((plain, _),) = make_ensembles(about)
         page = ensemble_block(plain._replace(uri="runs/ensemble"))
         line = unescape(re.search("<code>python -m mtl_dist.ensemble (.*?)</code>", page)[1])
         command = tyro.cli(EnsembleCommand, args=shlex.split(line))
         assert (command.runs, command.out, command.seed) == (("runs/a b", "runs/c"), "runs/ensemble", 0)
-        assert (command.steps, command.skip_bad_images) == ((), bool(more))
+        assert (command.steps, command.skip_bad_images) == ((), "test_list" in more)
 
 
 def test_ensembles_of_other_members_or_options_are_methods_of_their_own():
@@ -478,6 +480,7 @@ def test_ensembles_of_other_members_or_options_are_methods_of_their_own():
         return [f"{kind} {first}" for kind in (ENSEMBLE, CALIBRATED) for first in firsts]
 
     one = make_about("runs/one")
+    assert methods(one, make_about("runs/two", calibrate="all")) == [ENSEMBLE, CALIBRATED]  # as before there was it
     assert methods(one) == [ENSEMBLE, CALIBRATED]
     moved = make_about("s3://old/runs/two/", seed=1, val=["there"], test_list="list.txt", test_root="data")
     assert methods(one, moved) == [ENSEMBLE, CALIBRATED]
@@ -485,6 +488,7 @@ def test_ensembles_of_other_members_or_options_are_methods_of_their_own():
     for other in (
         make_about("runs/one", "runs/two"), make_about("runs/b"), make_about("runs/unknown"),
         make_about("runs/two", view="cropped_aligned"), make_about("runs/two", steps=[]),
+        make_about("runs/two", calibrate="auto"),
         make_about("runs/two", folds=3), make_about("runs/two", half_windows=[0, 5]),
     ):  # fmt: skip
         assert methods(one, other) == named("e0", "e1")
@@ -609,3 +613,33 @@ def test_what_calibration_adds_is_the_mean_over_ensembles_of_the_same_steps():
     assert "2 ensembles" in both.note
     assert [row[0].text for row in alone.rows] == ["plain mean"]
     assert "ensembles" not in alone.note
+
+
+def test_gains_have_their_interval_or_the_deviation_over_ensembles_and_older_ensembles_have_none():
+    def ensemble(gain: float, kept: list[str], **about) -> Result:
+        of_p = {"gain": gain, "low": gain - 0.25, "high": gain + 0.25, "videos": 12}
+        of_va = {"gain": gain, "low": None, "high": None, "videos": 1}
+        folds = [{"kept": {"smoothing": kept}}, {"kept": {}}]
+        calibration = {"kept": {"smoothing": kept}, "kept_by_folds": {"smoothing": {"va": len(kept)}}, "folds": folds}
+        about = {"gains": {"+ smoothing": {"p": of_p, "va": of_va}}, "calibration": calibration} | about
+        return make_result(make_targets(20, 0), 0, ENSEMBLE)._replace(score_file=about)
+
+    old, one, other = ensemble(0.5, [], gains={}), ensemble(0.5, ["va"]), ensemble(0.3, [])
+    missing = old._replace(score_file={"steps": {}})
+    assert gains_tables([old, missing, make_result(make_targets(20, 0), 0, "A")]) == []
+    (table,) = gains_tables([missing, one])
+    assert table.columns == ("Step", "P", "VA", "EXPR F1", "AU F1", "kept")
+    name, p, va, expr, _, kept = table.rows[0]
+    assert (name.text, p.text, p.below, p.is_apart) == ("+ smoothing", "+0.5000", "+0.2500 to +0.7500", True)
+    assert (va.text, va.below, va.is_apart, expr.text) == ("+0.5000", "no interval", False, "–")
+    assert (kept.text, kept.below) == ("VA", "VA 1 of 2 folds")
+    few = ensemble(0.5, ["va"])
+    few.score_file["gains"]["+ smoothing"]["p"]["videos"] = 9
+    assert not gains_tables([few])[0].rows[0][1].is_apart
+    (both,) = gains_tables([one, other])
+    assert (both.rows[0][1].text, both.rows[0][1].below) == ("+0.4000", "± 0.1414")
+    assert both.rows[0][-1].text == "VA in 1 of 2"
+    assert "2 ensembles" in both.note
+    of_all = ensemble(0.1, [], calibration={"steps": ["+ smoothing"]})
+    (table,) = gains_tables([of_all._replace(method=f"{ENSEMBLE} x")])
+    assert (table.columns[-1], table.caption.endswith(": ensemble x")) == ("AU F1", True)

@@ -3,7 +3,10 @@
 The score is the plain mean's of all members. What calibration adds is shown step by step beside it: temperatures,
 weights of members for each task and dimension, thresholds of action units, smoothing of valence and arousal in time.
 Videos are dealt into --folds; the parameters for a fold are fitted on the others, so that nothing is scored with
-parameters that were fitted on it. A test list is predicted with parameters fitted on all validation rows.
+parameters that were fitted on it. What each step gains stands below with its interval over videos. With --calibrate
+auto each task leaves out the steps that do not raise its score out of fold: which, is chosen for a fold on the others
+alone, so that the calibrated score is not one that was chosen for. A test list is predicted with parameters fitted on
+all validation rows, of the steps chosen on all folds.
 
 Runs that each held out a fold of the same videos (data.fold 1/N to N/N) are one member: every row is predicted by the
 run that has not seen its video, so that the score is of all of them, out of fold. A test list is predicted by their
@@ -18,7 +21,7 @@ Examples:
     ray job submit -- python -m mtl_dist.ensemble --runs s3://bucket/runs/cropped s3://bucket/runs/cropped_aligned
         --out s3://bucket/runs/ensemble --gpus-per-member 1
     python -m mtl_dist.ensemble --runs runs/cropped-1 runs/cropped-2 runs/aligned --out runs/submission
-        --test-list DATA/test_set.txt --test-root DATA --half-windows 0 5 10 15
+        --test-list DATA/test_set.txt --test-root DATA --half-windows 0 5 10 15 --calibrate auto
 
 Writes to --out: predictions.parquet (the plain mean), calibrated.parquet (out of fold), table.txt, score.json; with a
 test list also test_predictions.parquet and submission.txt, the challenge's file.

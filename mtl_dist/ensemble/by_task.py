@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from mtl_dist.ensemble.options import EnsembleCommand
 from mtl_dist.objective.crossfit import make_folds
-from mtl_dist.objective.metrics import MetricSums, Predictions, Targets, metric_sums
+from mtl_dist.objective.metrics import AU_THRESHOLD, MetricSums, Predictions, Targets, grouped_sums, metric_sums
 from mtl_dist.objective.scores import scores
 from mtl_dist.predicting.members import Member
 from mtl_dist.predicting.predictions import PredictionTable
@@ -24,12 +24,15 @@ from mtl_dist.runs.weights import open_weights
 from mtl_dist.shards.splits import group_rows
 from mtl_dist.tasks import TASKS
 
+NAME = "each task from its best checkpoint"  # of its row among the scores
+
 
 class ByTask(NamedTuple):
     """What taking each task from another checkpoint brings."""
 
     scores: dict[str, Any]  # of all rows, each by what was chosen on other folds
     chosen: dict[str, dict[str, int]]  # {task: {member: how many folds took it}}
+    video_sums: np.ndarray  # (V, SIZE) of every video
 
 
 def open_best_of_tasks(members: dict[str, Member]) -> dict[str, Member]:
@@ -56,10 +59,12 @@ def choose_by_task(tables: dict[str, PredictionTable], command: EnsembleCommand)
     """Choose for every fold and task the member with the highest score on the other folds; None where all rows are of
     one video."""
     first = next(iter(tables.values()))
-    folds = make_folds(group_rows(pa.array(first.videos), None), command.folds, seed=command.seed)
+    videos = group_rows(pa.array(first.videos), None)
+    folds = make_folds(videos, command.folds, seed=command.seed)
     if not folds.any():
         return None
-    targets, total = first.predicted.targets, MetricSums.zero()
+    targets = first.predicted.targets
+    found = Predictions(*(np.empty_like(array) for array in first.predicted.predictions))
     chosen: dict[str, Counter[str]] = {task: Counter() for task in TASKS}
     for fold in range(folds.max() + 1):
         own, others = folds == fold, folds != fold
@@ -67,14 +72,14 @@ def choose_by_task(tables: dict[str, PredictionTable], command: EnsembleCommand)
             name: scores(metric_sums(_rows(table.predicted.predictions, others), _labels(targets, others)))
             for name, table in tables.items()
         }
-        taken = {}
         for task in TASKS:
-            known = {name: found[task] for name, found in elsewhere.items() if found[task] is not None}
+            known = {name: scored[task] for name, scored in elsewhere.items() if scored[task] is not None}
             name = max(known, key=known.__getitem__, default=next(iter(tables)))
             chosen[task][name] += 1
-            taken[task] = getattr(tables[name].predicted.predictions, task)[own]
-        total = total.plus(metric_sums(Predictions(**taken), _labels(targets, own)))
-    return ByTask(scores(total), {task: dict(counts) for task, counts in chosen.items()})
+            getattr(found, task)[own] = getattr(tables[name].predicted.predictions, task)[own]
+    sums = grouped_sums(found, targets, videos, videos.max() + 1, au_on=found.au > AU_THRESHOLD)
+    total = MetricSums.unflatten(sums.sum(0))
+    return ByTask(scores(total), {task: dict(counts) for task, counts in chosen.items()}, sums)
 
 
 def _rows(predictions: Predictions, rows: np.ndarray) -> Predictions:

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 
 from mtl_dist import storage
+from mtl_dist.ensemble.by_task import NAME as BY_TASK
 from mtl_dist.ensemble.by_task import ByTask, choose_by_task, open_best_of_tasks
 from mtl_dist.ensemble.calibrated import about_calibration, calibrate
 from mtl_dist.ensemble.folded import group_members, join_tables
+from mtl_dist.ensemble.gains import about_gains, render_gains
 from mtl_dist.ensemble.options import RECORDED, EnsembleCommand
 from mtl_dist.ensemble.outputs import render_tables, render_test, write_files
 from mtl_dist.errors import InputError
@@ -24,7 +26,6 @@ from mtl_dist.predicting.submission import TestImages, find_images, read_test_li
 from mtl_dist.sealed import seal
 from mtl_dist.training.tracking import print_scores
 
-BY_TASK = "each task from its best checkpoint"
 RESERVED = ("constant predictor", "ensemble", BY_TASK)  # rows of the scores that are no member's
 
 
@@ -60,6 +61,7 @@ def make_ensemble(command: EnsembleCommand) -> None:
         "covers": results["ensemble"]["covers"],
         "scores": results,
         "steps": steps,
+        "gains": about_gains(fitted, by_task, mean, val_tables[0].videos),
         "calibration": about_calibration(fitted, command, list(members), val_tables[0]) if fitted else None,
         "by_task": by_task.chosen if by_task else None,
         "members": [_about_run(run, runs[run], name) for name, of_member in members.items() for run in of_member],
@@ -68,7 +70,7 @@ def make_ensemble(command: EnsembleCommand) -> None:
         "options": {name: getattr(command, name) for name in RECORDED},
     }
     notes: list[str] = []
-    files = render_tables(mean, val_tables[0], fitted, results, _step_rows(steps))
+    files = render_tables(mean, val_tables[0], fitted, results, _step_rows(steps), render_gains(report))
     if test_names:
         predicted = [combine([tables[run][TEST].predicted for run in of_member]) for of_member in members.values()]
         test_files, notes = render_test(test_names, predicted, fitted.final if fitted else None)
@@ -217,10 +219,12 @@ def _say(report: dict[str, Any], notes: list[str], *, num_folds: int) -> None:
         print_scores(
             _step_rows(steps), title=f"what each step adds, fitted on other videos ({num_folds} folds)", brief=True
         )
-        if report["test"] and report["p_calibrated"] < report["p"]:
-            print(
-                "note: submission.txt is calibrated, which lowered P on other videos; name the --steps to keep, or none"
-            )
+    print(render_gains(report), end="")
+    if report["steps"] and report["test"] and report["p_calibrated"] < report["p"]:
+        print(
+            "note: submission.txt is calibrated, which lowered P on other videos; name the --steps to keep, none, or "
+            "--calibrate auto, which leaves out those that do not help"
+        )
     for note in notes:
         print(f"note: {note}")
     print(f"challenge score P {report['p']:.4f} of {len(report['covers'])} task(s): {', '.join(report['covers'])}")

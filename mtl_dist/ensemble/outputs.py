@@ -24,9 +24,9 @@ WRITTEN = (
 
 
 def render_tables(
-    ensemble: PredictedRows, first: PredictionTable, fitted: Fitted | None, results: dict, steps: dict
+    ensemble: PredictedRows, first: PredictionTable, fitted: Fitted | None, results: dict, steps: dict, gains: str
 ) -> dict[str, pa.Table | bytes]:
-    """Write the plain mean, the calibrated predictions where there are some, and the scores as a table."""
+    """Write the plain mean, the calibrated predictions where there are some, and the scores as tables, gains last."""
     names = {"images": first.images, "videos": first.videos, "labels": True}
     files: dict[str, Any] = {"predictions.parquet": prediction_table(ensemble, **names)}
     text = render_scores(results)
@@ -35,6 +35,7 @@ def render_tables(
         table = _with_decisions(prediction_table(calibrated, **names), fitted.crossfit.au_on)
         files["calibrated.parquet"] = table.append_column("fold", pa.array(fitted.folds))
         text += f"\nwhat each step adds, fitted on other videos\n{render_scores(steps, brief=True)}"
+    text += f"\n{gains}" if gains else ""
     return files | {"table.txt": text.encode()}
 
 

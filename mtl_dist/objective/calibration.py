@@ -20,12 +20,13 @@ float64. Every fit is deterministic, and leaves what it has no labels for as the
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import optimize
 
+from mtl_dist.objective.member_weights import concordance_weights, select_members
 from mtl_dist.objective.metrics import AU_THRESHOLD, Predictions, Targets, va_moments
 from mtl_dist.objective.scores import concordance
 from mtl_dist.objective.smoothing import smooth
@@ -34,6 +35,17 @@ from mtl_dist.timeline import Timeline
 
 # In this order, each on what those before it made.
 STEPS = ("temperature", "weights", "class_smoothing", "prior", "thresholds", "smoothing", "moments")
+# What each has of each task: a field of `Calibration`, and which part of it. No step of one task touches another.
+PARTS = {
+    ("temperature", "expr"): ("temperature", np.s_[:, 0]), ("temperature", "au"): ("temperature", np.s_[:, 1]),
+    ("weights", "va"): ("va_weights", ...), ("weights", "expr"): ("expr_weights", ...),
+    ("weights", "au"): ("au_weights", ...),
+    ("class_smoothing", "expr"): ("class_half_windows", 0), ("class_smoothing", "au"): ("class_half_windows", 1),
+    ("prior", "expr"): ("expr_factors", ...), ("thresholds", "au"): ("thresholds", ...),
+    ("smoothing", "va"): ("half_windows", ...), ("moments", "va"): ("va_line", ...),
+}  # fmt: skip
+TASKS_OF = {step: tuple(task for own, task in PARTS if own == step) for step in STEPS}
+Steps = Mapping[str, tuple[str, ...]]  # step -> the tasks that it is taken for, in any order
 VA_NAMES = ("valence", "arousal")
 AU_NAMES = tuple(f"AU{number}" for number in AUS)
 
@@ -43,7 +55,6 @@ MIN_EXAMPLES = 20  # fewer labels say nothing of a temperature, fewer positives 
 TEMPERATURES = (0.05, 20.0)
 FEW_ROWS = 10_000  # a temperature is looked for among so many first,
 NEAR = 1.02  # and then within this factor of what they say
-MAX_ROUNDS, LEAST_GAIN = 40, 1e-6  # of ensemble selection
 POWERS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)  # of the classes' shares
 NUM_LEVELS = 1024  # of probabilities, where F1 is compared and not yet a threshold found
 
@@ -71,12 +82,25 @@ class Calibration(NamedTuple):
 
     def until(self, num_steps: int) -> Calibration:
         """Return what is known after the first steps of `STEPS`: the others as the plain mean has them."""
-        plain = Calibration.plain_mean(len(self.temperature))
-        fields = (
-            ("temperature",), ("va_weights", "expr_weights", "au_weights"), ("class_half_windows",), ("expr_factors",),
-            ("thresholds",), ("half_windows",), ("va_line",),
-        )  # fmt: skip
-        return plain._replace(**{name: getattr(self, name) for names in fields[:num_steps] for name in names})
+        found = Calibration.plain_mean(len(self.temperature))
+        for step in STEPS[:num_steps]:
+            found = found.taking(self, step, TASKS_OF[step])
+        return found
+
+    def taking(self, other: Calibration, step: str, tasks: Iterable[str]) -> Calibration:
+        """Return this calibration with the parameters that `other` has of a step, of some tasks."""
+        found = self
+        for task in tasks:
+            field, place = PARTS[step, task]
+            values = getattr(found, field).copy()
+            values[place] = getattr(other, field)[place]
+            found = found._replace(**{field: values})
+        return found
+
+
+def whole(steps: Iterable[str]) -> Steps:
+    """Return steps, each taken for all tasks that it is of."""
+    return {step: TASKS_OF[step] for step in steps}
 
 
 def stack_members(members: list[Predictions]) -> Predictions:
@@ -96,37 +120,61 @@ def apply(members: Predictions, calibration: Calibration, timeline: Timeline) ->
 
 def combine_tempered(members: Predictions, calibration: Calibration, timeline: Timeline) -> Predictions:
     """Do what `apply` does, of members that have their temperatures already."""
-    mixed = _even_classes(_mix(members, calibration), calibration, timeline)
+    mixed, (half_expr, half_au) = _mix(members, calibration), calibration.class_half_windows
     va = smooth(mixed.va, timeline, calibration.half_windows)
-    return mixed._replace(va=_on_line(va, calibration.va_line), expr=_weigh(mixed.expr, calibration.expr_factors))
+    return Predictions(
+        va=_on_line(va, calibration.va_line),
+        expr=_weigh(_even(mixed.expr, timeline, half_expr), calibration.expr_factors),
+        au=_even(mixed.au, timeline, half_au),
+    )
 
 
 def fit(
-    members: Predictions, targets: Targets, timeline: Timeline, *, steps: tuple[str, ...], half_windows: tuple[int, ...]
+    members: Predictions, targets: Targets, timeline: Timeline, *, steps: Steps, half_windows: tuple[int, ...]
 ) -> Calibration:
-    """Find the parameters of `steps` on these rows; other steps are left as the plain mean has them."""
-    found = Calibration.plain_mean(len(members.va))
-    if "temperature" in steps:
-        found = found._replace(temperature=fit_temperatures(members, targets))
-    tempered = temper(members, found.temperature)
-    if "weights" in steps:
-        found = _fit_weights(tempered, targets, found, has_thresholds="thresholds" in steps)
-    mixed = _mix(tempered, found)
-    if "class_smoothing" in steps:
-        chosen = _choose_class_half_windows(mixed, targets, timeline, half_windows, at_half="thresholds" not in steps)
-        found = found._replace(class_half_windows=chosen)
-        mixed = _even_classes(mixed, found, timeline)
-    if "prior" in steps:
-        found = found._replace(expr_factors=_fit_prior(mixed.expr, targets))
-    if "thresholds" in steps:
-        known = targets.au_mask.astype(bool)
-        columns = zip(mixed.au.T, targets.au.T > 0, known.T)
-        found = found._replace(thresholds=np.array([f1_threshold(p[k], y[k]) for p, y, k in columns]))
-    if "smoothing" in steps:
-        found = found._replace(half_windows=_choose_half_windows(mixed.va, targets, timeline, half_windows))
-    if "moments" in steps:
-        found = found._replace(va_line=_match_moments(smooth(mixed.va, timeline, found.half_windows), targets))
+    """Find the parameters of `steps` on these rows; all else is left as the plain mean has it."""
+    found, tempered = Calibration.plain_mean(len(members.va)), members
+    at_half = "au" not in steps.get("thresholds", ())
+    for step in STEPS:
+        if tasks := steps.get(step):
+            more = fit_step(step, tempered, targets, timeline, found, half_windows=half_windows, at_half=at_half)
+            found = found.taking(more, step, tasks)
+        if step == "temperature":
+            tempered = temper(members, found.temperature)
     return found
+
+
+def fit_step(
+    step: str,
+    tempered: Predictions,
+    targets: Targets,
+    timeline: Timeline,
+    found: Calibration,
+    *,
+    half_windows: tuple[int, ...],
+    at_half: bool,
+) -> Calibration:
+    """Return `found` with the parameters of one more step, fitted for all its tasks on top of those that it has.
+
+    `tempered` are members with the temperatures of `found`. `at_half`: units will be called above 0.5, so that their F1
+    is taken there; else at the best threshold, for thresholds are to come.
+    """
+    if step == "temperature":
+        return found._replace(temperature=fit_temperatures(tempered, targets))
+    if step == "weights":
+        return _fit_weights(tempered, targets, found, at_half=at_half)
+    mixed, (half_expr, half_au) = _mix(tempered, found), found.class_half_windows
+    if step == "class_smoothing":
+        chosen = _choose_class_half_windows(mixed, targets, timeline, half_windows, at_half=at_half)
+        return found._replace(class_half_windows=chosen)
+    if step == "prior":
+        return found._replace(expr_factors=_fit_prior(_even(mixed.expr, timeline, half_expr), targets))
+    if step == "thresholds":
+        return found._replace(thresholds=_fit_thresholds(_even(mixed.au, timeline, half_au), targets))
+    if step == "smoothing":
+        return found._replace(half_windows=_choose_half_windows(mixed.va, targets, timeline, half_windows))
+    assert step == "moments"
+    return found._replace(va_line=_match_moments(smooth(mixed.va, timeline, found.half_windows), targets))
 
 
 def describe(calibration: Calibration, names: list[str], *, steps: tuple[str, ...]) -> dict[str, Any]:
@@ -154,12 +202,14 @@ def describe(calibration: Calibration, names: list[str], *, steps: tuple[str, ..
 
 
 def temper(members: Predictions, temperature: np.ndarray) -> Predictions:
-    """Divide every member's logits by its temperatures (M, 2) of EXPR and AU."""
-    if (temperature == 1).all():
-        return members
+    """Divide every member's logits by its temperatures (M, 2) of EXPR and AU; those of 1 leave all as it is."""
     expr, au = (temperature[:, task, None, None] for task in (0, 1))
-    powers = np.exp(np.log(members.expr.clip(LEAST_PROBABILITY, 1)) / expr)
-    return members._replace(expr=powers / powers.sum(-1, keepdims=True), au=_sigmoid(_logit(members.au) / au))
+    if (expr != 1).any():
+        powers = np.exp(np.log(members.expr.clip(LEAST_PROBABILITY, 1)) / expr)
+        members = members._replace(expr=powers / powers.sum(-1, keepdims=True))
+    if (au != 1).any():
+        members = members._replace(au=_sigmoid(_logit(members.au) / au))
+    return members
 
 
 def fit_temperatures(members: Predictions, targets: Targets) -> np.ndarray:
@@ -239,46 +289,24 @@ def _mix(members: Predictions, calibration: Calibration) -> Predictions:
     )
 
 
-def _fit_weights(members: Predictions, targets: Targets, found: Calibration, *, has_thresholds: bool) -> Calibration:
-    """Return `found` with the weights of every task and dimension; with thresholds to come F1 is taken at the best."""
+def _fit_weights(members: Predictions, targets: Targets, found: Calibration, *, at_half: bool) -> Calibration:
+    """Return `found` with the weights of every task and dimension."""
     if len(members.va) == 1:
         return found
     has_va, has_expr = targets.va_mask.astype(bool), targets.expr_mask.astype(bool)
     x, y = members.va[:, has_va].astype(np.float64), targets.va[has_va].astype(np.float64)
-    va = np.column_stack([concordance_weights(x[..., number], y[:, number]) for number in range(2)])
+    va = found.va_weights
+    if len(y) >= MIN_EXAMPLES:
+        va = np.column_stack([concordance_weights(x[..., number], y[:, number]) for number in range(2)])
 
     truth = targets.expr[has_expr].astype(np.int64)
     expr = select_members(members.expr[:, has_expr], lambda mixed: _macro_f1(mixed, truth))
 
     au, columns = np.empty_like(found.au_weights), np.ascontiguousarray(np.moveaxis(members.au, -1, 0))  # (12, M, n)
     for number, known in enumerate(targets.au_mask.astype(bool).T):
-        score = functools.partial(_best_f1, is_on=targets.au[known, number] > 0, at_half=not has_thresholds)
+        score = functools.partial(_best_f1, is_on=targets.au[known, number] > 0, at_half=at_half)
         au[:, number] = select_members(columns[number][:, known], score)
     return found._replace(va_weights=va, expr_weights=expr, au_weights=au)
-
-
-def select_members(parts: np.ndarray, score: Callable[[np.ndarray], float]) -> np.ndarray:
-    """Return the weights (M,) of ensemble selection (Caruana et al. 2004) on parts (M, n, ...).
-
-    From the plain mean on, one member is counted once more or once less, whichever raises the score of the mean most,
-    until nothing does. Likelihood would be smoother, but a mixture of calibrated members is underconfident, so that its
-    likelihood favours the best member alone, where F1 does not.
-    """
-    counts = np.ones(len(parts))
-    if not parts.shape[1]:
-        return counts / len(counts)
-    best = score(parts.mean(0))
-    for _ in range(MAX_ROUNDS):
-        total = np.tensordot(counts, parts, axes=1)
-        moves = [(member, by) for member in range(len(parts)) for by in (1, -1)]
-        moves = [(member, by) for member, by in moves if counts[member] + by >= 0 and counts.sum() + by >= 1]
-        found = [score((total + by * parts[member]) / (counts.sum() + by)) for member, by in moves]
-        if max(found) < best + LEAST_GAIN:
-            break
-        best = max(found)
-        member, by = moves[int(np.argmax(found))]
-        counts[member] += by
-    return counts / counts.sum()
 
 
 def _macro_f1(p: np.ndarray, truth: np.ndarray) -> float:
@@ -299,45 +327,6 @@ def _best_f1(p: np.ndarray, *, is_on: np.ndarray, at_half: bool) -> float:
     counts = np.bincount(level, minlength=2 * (NUM_LEVELS + 1)).reshape(2, -1)[:, ::-1].cumsum(1)
     called, hits = counts.sum(0), counts[1]
     return float((2 * hits / (called + is_on.sum())).max())
-
-
-def concordance_weights(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Return the weights (M,), at least 0 and of sum 1, that give the mean of x (M, n) the greatest CCC with y (n,).
-
-    With w on the simplex CCC is 2 c'w / (w'Qw + var y), Q the covariance of members plus the product of their
-    offsets: a linear over a convex function, whose only maximum Dinkelbach's method finds; each of its quadratic
-    programs by projected gradients.
-    """
-    weights = np.full(len(x), 1 / len(x))
-    if x.shape[1] < MIN_EXAMPLES:
-        return weights
-    offset, centred, label = x.mean(1) - y.mean(), x - x.mean(1, keepdims=True), y - y.mean()
-    quadratic = centred @ centred.T / len(y) + np.outer(offset, offset)
-    linear, spread = centred @ label / len(y), label.var()
-
-    def ccc(w: np.ndarray) -> float:
-        return float(2 * linear @ w / max(w @ quadratic @ w + spread, 1e-12))
-
-    start = max([weights, *np.eye(len(x))], key=ccc)  # the first of equals: the plain mean
-    if ccc(start) <= 0:
-        return weights
-    weights, steepest = start, np.linalg.eigvalsh(quadratic)[-1]
-    for _ in range(50):
-        ratio = ccc(weights)
-        found = weights
-        for _ in range(200):
-            found = _onto_simplex(found + (linear / ratio - quadratic @ found) / max(steepest, 1e-12))
-        if ccc(found) - ratio < 1e-9:
-            break
-        weights = found
-    return weights
-
-
-def _onto_simplex(w: np.ndarray) -> np.ndarray:
-    """Return the nearest point with entries at least 0 and sum 1 (Duchi et al. 2008)."""
-    descending = np.sort(w)[::-1]
-    excess = (np.cumsum(descending) - 1) / np.arange(1, len(w) + 1)
-    return np.maximum(w - excess[np.flatnonzero(descending > excess)[-1]], 0)
 
 
 # ---------------------------------------------------------------------------------------- lines, factors of classes
@@ -405,12 +394,14 @@ def f1_threshold(p: np.ndarray, is_on: np.ndarray) -> float:
     return float(middle[best[np.argmin(np.abs(middle[best] - AU_THRESHOLD))]])
 
 
-def _even_classes(mixed: Predictions, calibration: Calibration, timeline: Timeline) -> Predictions:
-    expr, au = calibration.class_half_windows
-    return mixed._replace(
-        expr=smooth(mixed.expr, timeline, np.full(NUM_EXPRESSIONS, expr)) if expr else mixed.expr,
-        au=smooth(mixed.au, timeline, np.full(NUM_AUS, au)) if au else mixed.au,
-    )
+def _fit_thresholds(au: np.ndarray, targets: Targets) -> np.ndarray:
+    """Return the thresholds (12,) of the greatest F1."""
+    columns = zip(au.T, targets.au.T > 0, targets.au_mask.T.astype(bool))
+    return np.array([f1_threshold(p[known], is_on[known]) for p, is_on, known in columns])
+
+
+def _even(p: np.ndarray, timeline: Timeline, half_window: int) -> np.ndarray:
+    return smooth(p, timeline, np.full(p.shape[1], half_window)) if half_window else p
 
 
 def _choose_class_half_windows(
@@ -420,8 +411,7 @@ def _choose_class_half_windows(
     has_expr, has_au = targets.expr_mask.astype(bool), targets.au_mask.astype(bool)
     truth, tried = targets.expr[has_expr].astype(np.int64), []
     for half in half_windows:
-        expr = smooth(mixed.expr, timeline, np.full(NUM_EXPRESSIONS, half))[has_expr]
-        au = smooth(mixed.au, timeline, np.full(NUM_AUS, half))
+        expr, au = _even(mixed.expr, timeline, half)[has_expr], _even(mixed.au, timeline, half)
         of_units = [
             _best_f1(p[known], is_on=on[known] > 0, at_half=at_half)
             for p, on, known in zip(au.T, targets.au.T, has_au.T)

@@ -7,13 +7,13 @@ would leave the others unused. What is applied to new data is fitted on all rows
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from mtl_dist.objective.calibration import STEPS, Calibration, combine_tempered, fit, take_rows, temper
-from mtl_dist.objective.metrics import MetricSums, Predictions, Targets, metric_sums
+from mtl_dist.objective.calibration import STEPS, Calibration, Steps, combine_tempered, fit, take_rows, temper, whole
+from mtl_dist.objective.metrics import SIZE, MetricSums, Predictions, Targets, grouped_sums
 from mtl_dist.timeline import Timeline
 
 PLAIN_MEAN = "plain mean"
@@ -25,7 +25,12 @@ class CrossFit(NamedTuple):
     calibrations: list[Calibration]  # of each fold, fitted on the others
     predictions: Predictions  # every row by its fold's calibration
     au_on: np.ndarray  # (n, 12) bool, by its fold's thresholds
-    sums: dict[str, MetricSums]  # over all rows: of the plain mean, then with each step added
+    video_sums: dict[str, np.ndarray]  # (V, SIZE) of every video: of the plain mean, then with each step added
+
+    @property
+    def sums(self) -> dict[str, MetricSums]:
+        """The sums over all rows: of the plain mean, then with each step added."""
+        return {name: MetricSums.unflatten(sums.sum(0)) for name, sums in self.video_sums.items()}
 
 
 def make_folds(groups: np.ndarray, num_folds: int, *, seed: int) -> np.ndarray:
@@ -49,34 +54,39 @@ def cross_fit(
     timeline: Timeline,
     *,
     folds: np.ndarray,
+    videos: np.ndarray,
     steps: tuple[str, ...],
     half_windows: tuple[int, ...],
+    kept: Sequence[Steps] | None = None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> CrossFit:
     """Fit `steps` for every fold on the other folds and score them there, one after the other added.
 
-    `members` as in `calibration.py`; folds (n,) as of `make_folds`. `progress` is told of every fold.
+    `members` as in `calibration.py`; folds (n,) as of `make_folds`, videos (n,) int64 numbers from 0. `kept`: what of
+    the steps each fold has, as of `choosing.choose_nested`; None: all. `progress` is told of every fold.
     """
-    num_rows = len(folds)
     names = [PLAIN_MEAN, *(f"+ {step}" for step in STEPS if step in steps)]
-    sums = {name: MetricSums.zero() for name in names}
-    predictions = Predictions(*(np.zeros((num_rows, array.shape[-1])) for array in members))
+    video_sums = {name: np.zeros((videos.max() + 1, SIZE)) for name in names}
+    predictions = Predictions(*(np.zeros((len(folds), array.shape[-1])) for array in members))
     au_on = np.zeros(predictions.au.shape, bool)
     calibrations = []
     for fold in range(folds.max() + 1):
         held_out, others = np.flatnonzero(folds == fold), np.flatnonzero(folds != fold)
-        calibration = fit(*_take(members, targets, timeline, others), steps=steps, half_windows=half_windows)
-        mine, labels, times = _take(members, targets, timeline, held_out)
+        own = kept[fold] if kept else whole(steps)
+        calibration = fit(*take_parts(members, targets, timeline, others), steps=own, half_windows=half_windows)
+        mine, labels, times = take_parts(members, targets, timeline, held_out)
         tempered = temper(mine, calibration.temperature)
+        scored_videos, video = np.unique(videos[held_out], return_inverse=True)
         for name, known in zip(names, _stages(calibration, steps)):
             scored = combine_tempered(mine if name == PLAIN_MEAN else tempered, known, times)
-            sums[name] = sums[name].plus(metric_sums(scored, labels, au_thresholds=known.thresholds))
-        for whole, part in zip(predictions, scored):
-            whole[held_out] = part
-        au_on[held_out] = scored.au > calibration.thresholds
+            called = scored.au > known.thresholds
+            video_sums[name][scored_videos] += grouped_sums(scored, labels, video, len(scored_videos), au_on=called)
+        for whole_part, part in zip(predictions, scored):
+            whole_part[held_out] = part
+        au_on[held_out] = called
         calibrations.append(calibration)
         progress(1)
-    return CrossFit(calibrations, predictions, au_on, sums)
+    return CrossFit(calibrations, predictions, au_on, video_sums)
 
 
 def _stages(calibration: Calibration, steps: tuple[str, ...]) -> list[Calibration]:
@@ -87,5 +97,8 @@ def _stages(calibration: Calibration, steps: tuple[str, ...]) -> list[Calibratio
     ]
 
 
-def _take(members: Predictions, targets: Targets, timeline: Timeline, rows: np.ndarray):
+def take_parts(
+    members: Predictions, targets: Targets, timeline: Timeline, rows: np.ndarray
+) -> tuple[Predictions, Targets, Timeline]:
+    """Return some rows of stacked members, of their labels and of their places in time."""
     return take_rows(members, rows), *(type(part)(*(array[rows] for array in part)) for part in (targets, timeline))

@@ -8,10 +8,11 @@ import numpy as np
 from markupsafe import Markup
 
 from mtl_dist.label_counts import LabelCounts
+from mtl_dist.objective.bootstrap import FEW_VIDEOS, LEAST_VIDEOS
 from mtl_dist.objective.scores import FIRST
 from mtl_dist.report.drawing import Figure
 from mtl_dist.report.evidence import Evidence
-from mtl_dist.report.intervals import FEW_VIDEOS, LEAST_VIDEOS
+from mtl_dist.report.gains import gains_tables
 from mtl_dist.report.likeness import likeness_table
 from mtl_dist.report.mistakes import Mistakes
 from mtl_dist.report.origin import ensemble_block, run_block
@@ -119,7 +120,7 @@ def compose(evidence: Evidence, drawings: Drawings) -> tuple[list[Table], list[P
     numbered, runs = paper_tables(methods, drawn), runs_table(methods)
     classes = classes_tables(methods, evidence.labels)
     results = [result for method in methods for result in method.results]
-    steps = steps_tables(results)
+    steps = [*steps_tables(results), *gains_tables(results)]
     settings = settings_table([result for result in results if result.member])
     of_scores = [headline, *_some(differences), *steps, *_some(more), *more_differences]
     likeness = likeness_table(methods)

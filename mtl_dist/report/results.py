@@ -40,7 +40,8 @@ ALL = slice(None)
 # Of score.json, before it was sealed.
 SCORE_KEYS = ("p", "p_calibrated", "covers", "scores", "steps", "calibration", "members", "rows", "test", "options")
 TRAINING_SET = "training set"  # what settings call the checksum of its index
-COMBINING = ("steps", "folds", "half_windows")  # options of an ensemble that make it another method
+# Options of an ensemble that make it another method, and what those had that were made before there was the option.
+COMBINING = {"steps": None, "calibrate": "all", "folds": None, "half_windows": None}
 
 
 class Result(NamedTuple):
@@ -244,7 +245,7 @@ def _combination(about: dict[str, Any], members: list[Member], labels: dict[str,
     runs = [(taken["view"], find_run(taken.get("run"), members)) for taken in about["members"]]
     options = about.get("options") or {}
     combined = sorted((view, labels[run.run_uri] if run else "") for view, run in runs)
-    return combined, list(about.get("steps") or ()), [options.get(name) for name in COMBINING]
+    return combined, list(about.get("steps") or ()), [options.get(name, before) for name, before in COMBINING.items()]
 
 
 def find_run(uri: str | None, members: list[Member]) -> Member | None:

@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from mtl_dist.label_counts import LabelCounts
+from mtl_dist.objective.bootstrap import FEW_VIDEOS
 from mtl_dist.objective.scores import FIRST, SCORES, Score, main_scores, more_scores
-from mtl_dist.report.intervals import FEW_VIDEOS, Bootstrap
+from mtl_dist.report.intervals import Bootstrap
 from mtl_dist.report.results import CONSTANT, ENSEMBLE, TRAINING_SET, Method, Result
 from mtl_dist.settings import flatten
 from mtl_dist.tasks import TASKS
