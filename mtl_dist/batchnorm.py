@@ -1,9 +1,9 @@
-"""The layers of BatchNorm of a model, and passes that leave their statistics as they are."""
+"""The layers of BatchNorm of a model; passes that leave their statistics as they are, or estimate them anew."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -12,6 +12,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 def find_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     """Return the layers of BatchNorm, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+
+
+def find_trained_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Return the layers of BatchNorm that learn, by name: not a frozen backbone's."""
+    return {name: norm for name, norm in find_norms(model).items() if all(p.requires_grad for p in norm.parameters())}
 
 
 @contextlib.contextmanager
@@ -28,3 +33,26 @@ def statistics_kept(model: nn.Module) -> Iterator[None]:
             norm.momentum = momentum
             if count is not None:
                 norm.num_batches_tracked.copy_(count)
+
+
+@contextlib.contextmanager
+def statistics_anew(model: nn.Module, norms: Mapping[str, _BatchNorm]) -> Iterator[None]:
+    """Have passes in training mode estimate the running statistics of `norms` from nothing: the mean over all batches.
+
+    As torch.optim.swa_utils.update_bn, but for the other layers of BatchNorm, which keep theirs. The model is in
+    training mode meanwhile, and afterwards in that it had.
+    """
+    was_training, momenta = model.training, {name: norm.momentum for name, norm in norms.items()}
+    model.train()
+    for name, norm in find_norms(model).items():
+        if name in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a cumulative average
+        else:
+            norm.eval()
+    try:
+        yield
+    finally:
+        for name, norm in norms.items():
+            norm.momentum = momenta[name]
+        model.train(was_training)

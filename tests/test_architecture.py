@@ -35,7 +35,7 @@ LAYERS = [
     {"mtl_dist.predicting"},
     {"mtl_dist.training"},
     {"mtl_dist.ensemble", "mtl_dist.export", "mtl_dist.report", "mtl_dist.features"},
-    {"mtl_dist.train", "mtl_dist.predict", "mtl_dist.prepare", "mtl_dist.shards.__main__"},
+    {"mtl_dist.train", "mtl_dist.predict", "mtl_dist.prepare", "mtl_dist.soup", "mtl_dist.shards.__main__"},
     {"mtl_dist.api"},
     {"tune", "cluster"},
     {"benchmarks"},

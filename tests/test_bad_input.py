@@ -613,6 +613,7 @@ def test_a_shard_that_disappears_during_training_is_named(copied):
         ("mtl_dist.export", ["missing from python -m mtl_dist.export:", "--out"]),
         ("mtl_dist.ensemble", ["missing from python -m mtl_dist.ensemble:", "--runs"]),
         ("mtl_dist.report", ["missing from python -m mtl_dist.report:", "--out"]),
+        ("mtl_dist.soup", ["missing from python -m mtl_dist.soup:", "--out"]),
         ("tune.search --search.trials 0", ["error: search.trials is 0: "]),
         ("cluster.demo --dta x", ["unrecognized options: --dta, x", "python -m cluster.demo --help"]),
         ("cluster.local upp", ["unrecognized options: upp", "subcommands: up, down, status"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ def trained(runs, tmp_path_factory) -> Path:
     small = ["--model.sequence.window", "4", "--model.sequence.hidden", "8", "--train.global-batch", "4"]
     done = run_here(
         "mtl_dist.train", "--local", "--preset", "small-c", "--run.storage", root, "--run.name", "c",
-        "--train.epochs", "2", *own, *small,
+        "--train.epochs", "2", "--checkpoint.keep-last", "2", *own, *small,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return root
@@ -139,6 +140,28 @@ def test_other_extractors_than_the_runs_are_one_message(runs, trained, tmp_path)
         "predict with each apart",
     )
     assert not (tmp_path / "out.csv").exists()
+
+
+def test_a_tail_average_of_a_model_of_features_is_read_as_a_run_is(runs, trained, tmp_path):
+    soup, val = tmp_path / "soup", trained / "cropped" / "val"
+    made = run_here("mtl_dist.soup", trained / "c", "--last", "2", "--out", soup)
+    assert made.returncode == 0, made.stderr
+    card = (soup / "README.md").read_text()
+    assert "It reads the rows of whole videos, of view `cropped`." in card
+    assert "Features of every frame, made by `small of run cropped, step" in card
+    assert "read_image" not in card
+    film = tmp_path / "pictures"
+    film.mkdir()
+    for number in range(3):
+        (film / f"{number}.png").write_bytes(encode_png(np.full((80, 80, 3), 80 * number, np.uint8)))
+    out = ["--input", film, "--out", tmp_path / "out.csv"]
+    assert_one_message(predict("--runs", soup, *out), "--extractors names 0; expected 1", "small of run")
+    done = predict("--runs", soup, "--extractors", runs / "cropped", *out)
+    assert done.returncode == 0, done.stderr
+    scored = run_here("mtl_dist.ensemble", "--runs", soup, "--val", val, "--out", tmp_path / "e", "--local", "--steps")
+    assert scored.returncode == 0, scored.stderr
+    score = json.loads((tmp_path / "e" / "score.json").read_text())["p"]
+    assert score == pytest.approx(json.loads((soup / "config.json").read_text())["scores"]["p"], abs=1e-6)
 
 
 def test_a_shard_set_is_scored_by_way_of_its_features(runs, trained, tmp_path):

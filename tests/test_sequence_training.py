@@ -20,6 +20,7 @@ from mtl_dist.predicting.predictions import read_predictions
 from mtl_dist.presets import load_preset
 from mtl_dist.report.__main__ import main as report
 from mtl_dist.runs.weights import load_weights, open_weights
+from mtl_dist.soup.__main__ import main as soup
 from mtl_dist.training.plan import open_data, plan_run
 from mtl_dist.training.tracking import read_records
 from tests.conftest import assert_one_message, run_here, write_features
@@ -203,8 +204,10 @@ def test_a_backbone_is_trained_with_its_encoder_on_windows_of_pictures(runs, sha
 
 @pytest.mark.whole
 def test_a_run_begins_with_another_of_the_same_features_only(runs, features, tmp_path):
-    start = {"run": {"start": f"{runs}/gru-1", "start_with": "model"}}
-    plan_run(config_of(features, tmp_path, "same", PLAIN, start, sets=("one", "two")))
+    soup([f"{runs}/gru-1", f"{runs}/gru-2", "--out", str(tmp_path / "soup")])  # an export keeps what made its features
+    starts = [{"run": {"start": uri, "start_with": "model"}} for uri in (f"{runs}/gru-1", f"{tmp_path}/soup")]
+    for start in starts:
+        plan_run(config_of(features, tmp_path, "same", PLAIN, start, sets=("one", "two")))
     other = features.parent / f"{features.name}-pooled"
     shutil.copytree(features, other, dirs_exist_ok=True)
     for split in ("train", "val"):
@@ -212,8 +215,9 @@ def test_a_run_begins_with_another_of_the_same_features_only(runs, features, tmp
         index = read_index(str(place), formats=(FEATURES,))
         pooled = index.model_copy(update={"extractor": index.extractor.model_copy(update={"pool": "max"})})
         (place / "index.json").write_bytes(dump_index(pooled))
-    with pytest.raises(InputError, match=r"was trained on features of .*give features of the same"):
-        plan_run(config_of(other, tmp_path, "other", PLAIN, start, sets=("one", "two")))
+    for start in starts:
+        with pytest.raises(InputError, match=r"was trained on features of .*give features of the same"):
+            plan_run(config_of(other, tmp_path, "other", PLAIN, start, sets=("one", "two")))
 
 
 def test_windows_of_pictures_are_checked_before_anything_starts(shards, tmp_path):

@@ -83,7 +83,7 @@ def make_ensemble(command: EnsembleCommand) -> None:
 def _open_runs(command: EnsembleCommand) -> dict[str, Member]:
     """Open the runs, by names that tell them apart."""
     opened = [
-        open_member(run, *command.val[place : place + 1], cache_dir=command.cache_dir)
+        open_member(run, *command.val[place : place + 1], reads_exports=True, cache_dir=command.cache_dir)
         for place, run in enumerate(command.runs)
     ]
     members = dict(zip(unique_names([member.run_uri for member in opened], taken=RESERVED), opened))

@@ -26,7 +26,8 @@ class EnsembleCommand:
 
     runs: tuple[str, ...]
     """Runs to ensemble, of either view, several of one too: <storage>/<name> of each, as training printed it. Runs of
-    all folds of the same sets (data.fold) are one member, which is scored out of fold."""
+    all folds of the same sets (data.fold) are one member, which is scored out of fold. Or
+    exported directories, such as those of mtl_dist.soup, with --val."""
     out: str
     """Directory or s3:// prefix to write to; what an earlier ensemble wrote there is replaced."""
     val: tuple[str, ...] = ()

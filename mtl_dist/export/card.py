@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from mtl_dist.data.index import NO_SET
-from mtl_dist.families import FAMILIES
+from mtl_dist.families import FAMILIES, FEATURES, reads_videos
 from mtl_dist.objective.scores import NO_SCORE, Score, main_scores, single_scores
 from mtl_dist.runs.checkpoint import MODEL
 from mtl_dist.runs.start import BEGAN_FROM
@@ -30,27 +31,45 @@ class Checked(NamedTuple):
     num_random: int
 
 
+class Averaged(NamedTuple):
+    """What weights are the mean of, where they are no checkpoint's."""
+
+    what: str  # in a sentence
+    chapter: str
+    scores: Mapping[str, dict[str, Any]]  # of rows that stand above its own
+
+
 def write_card(
-    weights: Weights, *, files: dict[str, dict[str, Any]], constant: dict[str, Any] | None, checked: Checked | None
+    weights: Weights,
+    *,
+    files: dict[str, dict[str, Any]],
+    constant: dict[str, Any] | None,
+    checked: Checked | None,
+    averaged: Averaged | None = None,
 ) -> str:
-    """Write README.md; `constant` are the constant predictor's scores on the validation set, where it could be read."""
-    size = weights.config.data.image_size
+    """Write README.md; `constant` are the constant predictor's scores on the validation set, where it could be read.
+
+    Of a mean of checkpoints `weights` has the state of the newest of them, and the mean's scores.
+    """
+    size, is_video = weights.config.data.image_size, reads_videos(weights.config.model.name)
+    others = averaged.scores if averaged else {}
     parts = [
-        _title(weights),
-        _io(weights),
-        _TORCH.format(size=size) if MODEL in files else "",
+        _title(weights, averaged.what if averaged else ""),
+        _io_of_videos(weights) if is_video else _io(weights),
+        _TORCH.format(size=size) if MODEL in files and not is_video else "",
         _ONNX.format(size=size, classes=list(EXPRESSIONS)) if ONNX in files else "",
         _files(files, checked),
+        averaged.chapter if averaged else "",
         _training(weights),
-        _scores(weights.state["scores"] if weights.checkpoint.scores else None, constant)
+        _scores(weights.state["scores"] if weights.checkpoint.scores else None, constant, others)
         if weights.is_scored
         else f"## Scores\n\n{NO_SCORE.capitalize()}.",
-        _LIMITS,
+        _LIMITS.format(frames=_OF_VIDEOS if is_video else _OF_FRAMES),
     ]
     return "\n".join(part.strip("\n") + "\n" for part in parts if part)
 
 
-def _title(weights: Weights) -> str:
+def _title(weights: Weights, averaged: str) -> str:
     model = weights.config.model
     is_bf16 = weights.config.engine.autocast == "bf16"
     bf16 = (
@@ -59,6 +78,10 @@ def _title(weights: Weights) -> str:
     view = weights.view
     cut = f" as those of view `{view}` are: {_VIEWS.get(view, 'that of its training data')}" if view else ""
     family = FAMILIES[model.name]
+    step = f"step {weights.checkpoint.step} of run `{weights.config.run.name}`"
+    reads = f"It reads one picture cut to one face{cut}"
+    if reads_videos(model.name):
+        reads = f"It reads the rows of whole videos{f', of view `{view}`' if view else ''}"
     return f"""
 ---
 library_name: mtl_dist
@@ -70,9 +93,19 @@ tags: [facial-affect, valence-arousal, facial-expression, action-units]
 # Facial affect: valence and arousal, 8 expressions, 12 action units
 
 Model `{model.name}` with backbone `{model.backbone}`, as in {family.what} ({family.paper}).
-Trained and exported by mtl_dist: step {weights.checkpoint.step} of run `{weights.config.run.name}`.
-It reads one picture cut to one face{cut}.{bf16}
+Trained and exported by mtl_dist: {averaged or step}.
+{reads}.{bf16}
 """
+
+
+def _io_of_videos(weights: Weights) -> str:
+    if weights.config.model.backbone == FEATURES:
+        made_by = [f"`{each.name}` (sha256 `{each.sha256}`)" for each in weights.extractors] or ["what is not known"]
+        return (
+            f"## Inputs\n\nFeatures of every frame, made by {' and '.join(made_by)}.\n\n"
+            "`python -m mtl_dist.predict --runs THIS_DIRECTORY --extractors ... --input film.mp4 --out film.csv`"
+        )
+    return "## Inputs\n\nWindows of pictures: `python -m mtl_dist.ensemble --runs THIS_DIRECTORY --val SET --out DIR`"
 
 
 def _io(weights: Weights) -> str:
@@ -168,12 +201,14 @@ def _training(weights: Weights) -> str:
     )
 
 
-def _scores(scores: dict[str, Any] | None, constant: dict[str, Any] | None) -> str:
-    """Write the table, a row for the constant predictor, with what it does not say."""
+def _scores(
+    scores: dict[str, Any] | None, constant: dict[str, Any] | None, others: Mapping[str, dict[str, Any]]
+) -> str:
+    """Write the table, a row for the constant predictor and each of the others, with what it does not say."""
     if scores is None:
         return "## Scores on the validation set\n\nThis checkpoint was not evaluated."
     rows = {"constant predictor": constant} if constant else {}
-    rows |= {"this model": scores}
+    rows |= {**others, "this model": scores}
     lines = [f"| | {' | '.join(score.title for score in main_scores())} |", f"|---{'|---' * len(main_scores())}|"]
     lines += [f"| {name} | {' | '.join(_cell(row, score) for score in main_scores())} |" for name, row in rows.items()]
     more = [score for score in single_scores() if not score.is_main and scores.get(score.key) is not None]
@@ -202,12 +237,13 @@ all 8, and all 12. The checkpoint was chosen by this very set: expect less elsew
 Read it beside the constant predictor, which gives the same answer for every picture.
 """.strip()
 
+_OF_FRAMES, _OF_VIDEOS = "Frames are judged one by one.", "A frame is judged by its neighbours in the video, too."
 _LIMITS = """
 ## Limits and licence
 
 - It estimates how a face looks to annotators, not what a person feels. It is no ground for decisions about people.
 - It finds no faces, and says nothing when there is none: cut faces out as those of the training data were.
-- Frames are judged one by one. Other cameras, ages, skin colours, poses and head coverings than those of the training
+- {frames} Other cameras, ages, skin colours, poses and head coverings than those of the training
   data were not tested; labels carry their annotators' habits.
 - The weights come from the training data and the initial weights above, whose licences bind you: s-Aff-Wild2 and
   AffectNet are for non-commercial research and may not be passed on. Set `license` above to what applies.

@@ -59,13 +59,13 @@ def export(command: ExportCommand) -> None:
         model = load_weights(weights)
         _check_weights(model, weights.uri)
         if "safetensors" in command.formats:
-            _write_weights(model, scratch / MODEL)
-            files[MODEL] = _about(scratch / MODEL)
+            write_weights(model, scratch / MODEL)
+            files[MODEL] = describe_file(scratch / MODEL)
         checked = None
         if "onnx" in command.formats:
             faces = _read_faces(command, weights, scratch)
             checked = _export_onnx(model, weights, faces, scratch / ONNX)
-            files[ONNX] = _about(scratch / ONNX)
+            files[ONNX] = describe_file(scratch / ONNX)
         card = write_card(weights, files=files, constant=_constant_scores(weights), checked=checked)
         # config.json is what makes it an export: away first, and there again when all else is.
         for name in (EXPORTED_CONFIG, MODEL, ONNX):
@@ -106,7 +106,8 @@ def _check_weights(model: nn.Module, uri: str) -> None:
         raise InputError(f"{uri} has weights that are not finite ({', '.join(wrong[:3])}); train it again")
 
 
-def _write_weights(model: nn.Module, path: Path) -> None:
+def write_weights(model: nn.Module, path: Path) -> None:
+    """Write the weights as an export has them."""
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, path, metadata={"format": "pt"})
 
@@ -180,5 +181,6 @@ def _constant_scores(weights: Weights) -> dict[str, Any] | None:
     return constant_scores(label_sums(val.labels)) if is_same else None
 
 
-def _about(path: Path) -> dict[str, Any]:
+def describe_file(path: Path) -> dict[str, Any]:
+    """Return what config.json says of a file."""
     return {"bytes": path.stat().st_size, "sha256": storage.sha256_of(path)}

@@ -19,7 +19,7 @@ from mtl_dist.objective.metrics import Predictions, Targets
 from mtl_dist.predicting.evaluate import predict
 from mtl_dist.predicting.inputs import Frames, ShardSet
 from mtl_dist.predicting.spread import Outcome
-from mtl_dist.runs.weights import FILE_SUFFIXES, Weights, extractors_of, is_local_file, load_weights
+from mtl_dist.runs.weights import FILE_SUFFIXES, Weights, is_local_file, load_weights
 from mtl_dist.tasks import Batch
 from mtl_dist.timeline import make_timeline
 
@@ -55,9 +55,9 @@ def check_models(runs: Sequence[str], models: Sequence[Weights], extractors: Seq
 
 def find_extractors(runs: Sequence[str], models: Sequence[Weights], given: Sequence[str]) -> list[FeatureNet]:
     """Return what makes the features that the models were trained on. Raises `InputError` where `given` is not that."""
-    wanted = extractors_of(models[0].state)
+    wanted = models[0].extractors
     for run, weights in zip(runs, models):
-        if [other.identity for other in extractors_of(weights.state)] != [extractor.identity for extractor in wanted]:
+        if [other.identity for other in weights.extractors] != [extractor.identity for extractor in wanted]:
             raise InputError(f"{runs[0]} and {run} were trained on other features; predict with each apart")
     if not wanted:
         raise InputError(f"{runs[0]} does not say what made its features: an export does not; name the run")

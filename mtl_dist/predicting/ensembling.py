@@ -132,8 +132,9 @@ def predict_members(
 
 def _key_of(member: Member, test: TestImages | None, how: MemberOptions) -> str:
     """What decides a prediction, but for the last bits that machines and batch sizes may change."""
-    files = member.weights.checkpoint.files
-    about = {"format": FORMAT, "model": files[MODEL]["sha256"], "state": files[STATE]["sha256"]}
+    files, exported = member.weights.checkpoint.files, member.weights.exported
+    state = exported.model_dump_json() if exported else files[STATE]["sha256"]
+    about = {"format": FORMAT, "model": files[MODEL]["sha256"], "state": state}
     about |= {"test": test.sha256} if test else {"val": member.val.sha256}
     if test:  # tables of before EXIF was read do not hold: they are of pictures as they are stored
         about |= {"exif": how.exif} | ({"skip_bad": True} if how.skip_bad else {})

@@ -24,7 +24,7 @@ from mtl_dist.objective.affect import PredictedRows
 from mtl_dist.objective.metrics import Predictions, Targets
 from mtl_dist.objective.scores import HOW_TO_SCORE, NO_SCORE
 from mtl_dist.predicting.evaluate import predict
-from mtl_dist.runs.weights import Weights, load_weights, open_best
+from mtl_dist.runs.weights import Weights, is_export, load_weights, open_best, open_weights
 from mtl_dist.settings import parse_fold
 from mtl_dist.shards.folds import part_by_fold
 from mtl_dist.timeline import video_names
@@ -48,32 +48,52 @@ class Member(NamedTuple):
         return parse_fold(self.fold)[1] if self.fold else 1
 
 
-def open_member(run_uri: str, val_uri: str | None = None, *, cache_dir: Path | None = None) -> Member:
+def open_member(
+    run_uri: str, val_uri: str | None = None, *, reads_exports: bool = False, cache_dir: Path | None = None
+) -> Member:
     """Find a run's best committed checkpoint and its validation set. Raises `InputError`.
 
-    `val_uri` is where that set is now; of a run that holds a fold out, where its training set is.
+    `val_uri` is where that set is now; of a run that holds a fold out, where its training set is. With `reads_exports`
+    also an exported directory, which does not say where its validation set is.
     """
-    return find_member(run_uri, open_best(run_uri), val_uri, cache_dir=cache_dir)
+    if reads_exports and is_export(run_uri):
+        weights = open_weights(run_uri)
+        if not val_uri:
+            raise InputError(
+                f"{run_uri} is an export, which does not say where its validation set is; give it with --val, one set "
+                "for each of --runs"
+            )
+    else:
+        weights = open_best(run_uri)
+    return find_member(run_uri, weights, val_uri, cache_dir=cache_dir)
 
 
 def find_member(run_uri: str, weights: Weights, val_uri: str | None, *, cache_dir: Path | None) -> Member:
     """Find the validation set of a run with these weights. Raises `InputError`."""
+    return Member(run_uri, weights, open_val(weights, run_uri, (val_uri,) if val_uri else (), cache_dir=cache_dir))
+
+
+def open_val(weights: Weights, given: str, val_uris: Sequence[str] = (), *, cache_dir: Path | None = None) -> Sets:
+    """Open the validation set that weights were scored on, at `val_uris` where these are given. Raises `InputError`.
+
+    `given` is what the weights are called.
+    """
     if not weights.is_scored:
-        raise InputError(f"run {run_uri} has {NO_SCORE}; {HOW_TO_SCORE}")
-    moved = "" if val_uri else "; where the set has moved since training, say where it is with --val, one set a run"
+        raise InputError(f"run {given} has {NO_SCORE}; {HOW_TO_SCORE}")
+    moved = "" if val_uris else "; where the set has moved since training, say where it is with --val, one set a run"
     data = weights.config.data
     try:
-        sets = read_sets((val_uri,) if val_uri else data.train if data.fold else data.val)
+        sets = read_sets(val_uris or (data.train if data.fold else data.val))
         for uri, index in sets.pairs():
             check_stored(uri, index)
         val = part_by_fold(sets, data.fold, Cache(cache_dir))[1] if data.fold else sets
     except InputError as error:
-        raise InputError(f"the validation set of run {run_uri}: {error}{moved}") from None
-    if val.sha256 != weights.state["identity"].get("validation set"):
+        raise InputError(f"the validation set of run {given}: {error}{moved}") from None
+    if val.sha256 != weights.identity.get("validation set"):
         raise InputError(
             f"{val} is not the validation set that {weights.uri} was scored on; give the right one with --val"
         )
-    return Member(run_uri, weights, val)
+    return val
 
 
 def unique_names(uris: Sequence[str], *, taken: tuple[str, ...] = ()) -> list[str]:

@@ -7,12 +7,14 @@ second later, and nodes may have the run at paths of their own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from mtl_dist import storage
 from mtl_dist.config import Config
+from mtl_dist.data.index import Extractor
 from mtl_dist.data.order import VERSIONS
 from mtl_dist.errors import Damaged, InputError
 from mtl_dist.models import build_model, non_finite
@@ -29,7 +31,7 @@ from mtl_dist.runs.checkpoint import (
     read_tensors,
 )
 from mtl_dist.runs.same_run import differences
-from mtl_dist.runs.weights import check_classes, deleted, find_weights, is_local_file, open_weights
+from mtl_dist.runs.weights import check_classes, deleted, extractors_of, find_weights, is_local_file, open_weights
 from mtl_dist.settings import Varies
 
 TRAINING_SET = "training set"  # what the identity of a run's data calls it
@@ -43,6 +45,7 @@ class Start(NamedTuple):
     checkpoint: Checkpoint | None  # None: for a backbone, `build_pretrained` opens it
     state: dict[str, Any]  # of the checkpoint; empty for files and exported directories
     note: dict[str, Any]  # what a run keeps of where it began: in its state.json, and in its --status
+    extractors: Sequence[Extractor] = ()  # what made the features that the checkpoint was trained on
 
 
 def find_start(config: Config, identity: dict[str, str], *, verifies: bool = False) -> Start | None:
@@ -62,12 +65,14 @@ def find_start(config: Config, identity: dict[str, str], *, verifies: bool = Fal
         return Start(uri, None, {}, {"with": start_with, "uri": uri, "sha256": sha256})
     if start_with == "model":
         opened = open_weights(start)
-        checkpoint, state = opened.checkpoint, opened.state
+        checkpoint, state, extractors = opened.checkpoint, opened.state, opened.extractors
     else:
         checkpoint, state = _open_everything(start, verifies=verifies)
         _check_everything(checkpoint, state, config, identity)
+        extractors = extractors_of(state)
     note = {"with": start_with, "uri": checkpoint.uri, "step": checkpoint.step}
-    return Start(checkpoint.uri, checkpoint, state, note | {"sha256": checkpoint.files[MODEL]["sha256"]})
+    note["sha256"] = checkpoint.files[MODEL]["sha256"]
+    return Start(checkpoint.uri, checkpoint, state, note, extractors)
 
 
 def check_pretrained(config: Config) -> None:

@@ -57,6 +57,7 @@ class Weights(NamedTuple):
     state: dict[str, Any]  # state.json of a checkpoint; empty for an exported directory
     view: str | None  # of the pictures it was trained on; None: saved before this was noted
     newest_step: int  # of all checkpoints of its run, where it lies in one
+    exported: ExportedConfig | None = None  # config.json of an exported directory
 
     @property
     def uri(self) -> str:
@@ -64,14 +65,24 @@ class Weights(NamedTuple):
         return self.checkpoint.uri
 
     @property
+    def identity(self) -> dict[str, str]:
+        """The sets it was trained and scored on, each with the sha256 of its index."""
+        return self.exported.data if self.exported else self.state.get("identity", {})
+
+    @property
+    def extractors(self) -> list[Extractor]:
+        """What made the features it was trained on; none where it reads pictures, or that is not known."""
+        return list(self.exported.extractors) if self.exported else extractors_of(self.state)
+
+    @property
     def train_sha256(self) -> str:
         """That of the index it was trained on; empty where this is not known."""
-        return self.state.get("identity", {}).get("training set", "")
+        return self.identity.get("training set", "")
 
     @property
     def is_scored(self) -> bool:
         """Whether its run has a validation set."""
-        return _is_scored(self.state)
+        return _is_scored(self.identity)
 
     @property
     def total_steps(self) -> int | None:
@@ -107,6 +118,7 @@ class ExportedConfig(BaseModel):
     saved_at: float  # Unix time
     files: dict[str, CommittedFile]
     data: dict[str, str]  # identity of the sets: {"training set": sha256, "validation set": sha256 or NO_SET}
+    extractors: tuple[Extractor, ...] = ()  # what made the features it was trained on
 
 
 def open_weights(uri: str) -> Weights:
@@ -115,11 +127,16 @@ def open_weights(uri: str) -> Weights:
     Raises `InputError`.
     """
     uri = uri.rstrip("/")
-    if storage.exists(storage.join(uri, EXPORTED_CONFIG)):
+    if is_export(uri):
         return _open_exported(uri)
     if DIRECTORY.fullmatch(uri.rpartition("/")[2]):
         return _open_directory(storage.absolute(uri))  # of several ways to write it one
     return open_best(uri)
+
+
+def is_export(uri: str) -> bool:
+    """Whether a URI is of an exported directory."""
+    return storage.exists(storage.join(uri, EXPORTED_CONFIG))
 
 
 def open_best(run_uri: str) -> Weights:
@@ -140,14 +157,33 @@ def _newest_unscored(checkpoints: list[Checkpoint]) -> Checkpoint | None:
     """Return the newest checkpoint of a run without a validation set; None of one that has one, and no score yet."""
     for checkpoint in reversed(checkpoints):
         try:
-            return None if _is_scored(read_state(checkpoint)) else checkpoint
+            return None if _is_scored(read_state(checkpoint).get("identity", {})) else checkpoint
         except (Damaged, FileNotFoundError):
             continue  # damaged, or deleted meanwhile
     return None
 
 
-def _is_scored(state: dict[str, Any]) -> bool:
-    return state.get("identity", {}).get("validation set") != NO_SET
+def _is_scored(identity: dict[str, str]) -> bool:
+    return identity.get("validation set") != NO_SET
+
+
+def open_last(run_uri: str, count: int) -> list[Weights]:
+    """Find a run's last `count` committed checkpoints, oldest first: of one step the one that was saved last.
+
+    Raises `InputError` where there are fewer.
+    """
+    found, skipped = committed(run_uri)
+    checkpoints = list({checkpoint.step: checkpoint for checkpoint in found}.values())
+    if len(checkpoints) < count:
+        reasons = f" ({'; '.join(skipped)})" if skipped else ""
+        raise InputError(
+            f"run {run_uri} has {len(checkpoints)} committed checkpoint(s){reasons}, and the last {count} are wanted; "
+            f"give a smaller number, or train with --checkpoint.keep-last {count} (few are kept by default; they are "
+            "saved after every evaluation, and each --checkpoint.every-steps)"
+        )
+    remedy = "delete it, and the one before it is taken in its place"
+    newest = checkpoints[-1].step
+    return [_open_checkpoint(chosen, newest_step=newest, remedy=remedy) for chosen in checkpoints[-count:]]
 
 
 def find_weights(uri: str) -> tuple[str, str | None]:
@@ -214,7 +250,8 @@ def exported_config(weights: Weights, files: dict[str, dict[str, Any]]) -> Expor
         scores=checkpoint.scores,
         saved_at=checkpoint.saved_at,
         files=files,
-        data=weights.state["identity"],
+        data=weights.identity,
+        extractors=tuple(weights.extractors),
     )
 
 
@@ -278,7 +315,7 @@ def _open_exported(uri: str) -> Weights:
     files = {name: file.model_dump() for name, file in exported.files.items()}
     checkpoint = Checkpoint(uri, exported.step, exported.scores, exported.saved_at, files)
     config = build_config(unflatten(exported.config))
-    return Weights(checkpoint, config, {}, exported.view, checkpoint.step)
+    return Weights(checkpoint, config, {}, exported.view, checkpoint.step, exported)
 
 
 def _check_exported(checkpoint: Checkpoint) -> None:

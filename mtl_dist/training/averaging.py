@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mtl_dist.batchnorm import find_norms
+from mtl_dist.batchnorm import find_norms, find_trained_norms
 from mtl_dist.config import Config
 from mtl_dist.errors import InputError
 
@@ -62,7 +62,7 @@ def check_batchnorm(model: nn.Module, *, rows: int, size: int) -> str:
 
     Raises `InputError` where one row of `size` pixels a side has but one value a channel, which has no variance.
     """
-    if rows >= FEW_ROWS or not _trained_norms(model):
+    if rows >= FEW_ROWS or not find_trained_norms(model):
         return ""
     remedy = "start fewer ranks, raise train.global_batch, lower train.accumulation, or set engine.batchnorm frozen"
     if rows <= 1:
@@ -76,12 +76,6 @@ def check_batchnorm(model: nn.Module, *, rows: int, size: int) -> str:
         f"note: BatchNorm takes its statistics of {max(rows, 1)} row(s), a rank's part of a forward pass; where scores "
         f"stay behind, {remedy} (sync on GPUs)"
     )
-
-
-def _trained_norms(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
-    """Return the layers of BatchNorm that learn, by name: not a frozen backbone's."""
-    norms = find_norms(model).items()
-    return {name: norm for name, norm in norms if all(p.requires_grad for p in norm.parameters())}
 
 
 @torch.no_grad()
@@ -130,7 +124,7 @@ def _own_statistics(model: nn.Module, config: Config) -> dict[str, torch.Tensor]
         return {}
     return {
         f"{name}.{key}": getattr(norm, key)
-        for name, norm in _trained_norms(model).items()
+        for name, norm in find_trained_norms(model).items()
         if norm.track_running_stats
         for key in ("running_mean", "running_var")
     }

@@ -271,9 +271,7 @@ def plan_run(config: Config, *, num_ranks: tuple[int, int] | None = None, compar
 
 def _check_extractors(start: Start | None, train: Sets) -> None:
     """Raise `InputError` where a model would go on with features that mean something else."""
-    from mtl_dist.runs.weights import extractors_of
-
-    theirs = extractors_of(start.state) if start else []
+    theirs = start.extractors if start else []
     if theirs and [each.identity for each in theirs] != [each.identity for each in train.extractors]:
         raise InputError(
             f"run.start {start.uri} was trained on features of {', '.join(each.name for each in theirs)}, and {train} "
