@@ -19,7 +19,7 @@ from mtl_dist.errors import InputError
 from mtl_dist.families import FAMILIES, FEATURES, objective_of, reads_videos
 from mtl_dist.ranks import on_rank_0
 from mtl_dist.runs.checkpoint import MODEL
-from mtl_dist.runs.weights import Weights, extractors_of, load_weights, open_weights
+from mtl_dist.runs.weights import Weights, load_weights, open_weights
 from mtl_dist.sections import EMA
 from mtl_dist.tasks import TASKS
 
@@ -104,7 +104,7 @@ def _find_misfit(weights: Weights, config: Config, train: Sets) -> str:
         return "reads videos, and this run single pictures"
     if model.backbone == FEATURES and model.sequence.dims != own.sequence.dims:
         return f"reads rows of {list(model.sequence.dims)} numbers, and this run of {list(own.sequence.dims)}"
-    extractors = extractors_of(weights.state)
+    extractors = weights.extractors
     if extractors and [each.identity for each in extractors] != [each.identity for each in train.extractors]:
         return f"reads features of {', '.join(each.name for each in extractors)}, and {train} has others"
     theirs, mine = weights.config.input_size, config.input_size

@@ -6,20 +6,17 @@ Ray Train.
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from mtl_dist import storage
 from mtl_dist.config import Config
 from mtl_dist.data.loader import eval_batches, lend, train_batches
 from mtl_dist.errors import NonFiniteLoss
-from mtl_dist.objective.gradients import describe_gram
-from mtl_dist.objective.module import StepLoss
 from mtl_dist.objective.scores import flat_scores
-from mtl_dist.predicting.evaluate import Scored, evaluate, list_rows
-from mtl_dist.ranks import gather_lists, on_rank_0
+from mtl_dist.predicting.evaluate import Scored, evaluate
+from mtl_dist.ranks import on_rank_0
 from mtl_dist.runs import CONFIG_NAME
 from mtl_dist.runs.lives import Life, begin_life
 from mtl_dist.settings import dump_yaml
@@ -28,6 +25,7 @@ from mtl_dist.training.averaging import average_batchnorm, freeze_batchnorm
 from mtl_dist.training.checks import describe_what_is_left
 from mtl_dist.training.engine import set_learning_rate
 from mtl_dist.training.learner import Learner, restore, save_checkpoint
+from mtl_dist.training.looking import Taken, look_at
 from mtl_dist.training.requests import ask_ranks, is_due, is_late
 from mtl_dist.training.saving import Saver
 from mtl_dist.training.setup import RunContext, Setup, set_up
@@ -48,19 +46,7 @@ class _Run:
     step: int  # completed
     scores: dict[str, Any]  # of the last evaluation
     saved_at: float  # monotonic
-    under_way: _Taken | None = None  # the last step, until its loss is looked at
-
-
-class _Taken(NamedTuple):
-    """A step whose loss has not been looked at yet: looking makes the host wait for the device."""
-
-    step: int
-    epoch: int
-    lr: float
-    loss: StepLoss
-    rows: list[int]
-    took_s: float  # since the step before was done, the wait for data included
-    waited_s: float
+    under_way: Taken | None = None  # the last step, until its loss is looked at
 
 
 def fit(config: Config, context: RunContext) -> dict[str, Any]:
@@ -139,7 +125,7 @@ def _train_epoch(run: _Run, epoch: int) -> bool:
         if run.saver.saved:
             context.observe(checkpoint_step=run.saver.saved.step)
         _look_at_loss(run)  # of the step before, which is there by now: this one is under way meanwhile
-        run.under_way = _Taken(run.step, epoch, lr, loss, rows, took_s, waited_s)
+        run.under_way = Taken(run.step, epoch, lr, loss, rows, took_s, waited_s)
 
         # ------------------------------------------------------------ once in a while: save in mid-epoch, stop
         is_amidst = run.step % setup.data.steps_per_epoch > 0  # what is due at its end comes after the evaluation
@@ -212,31 +198,8 @@ def _evaluate(run: _Run) -> Scored:
 
 
 def _look_at_loss(run: _Run) -> None:
-    """Record the loss of the step under way; stop the run where it is not finite. All ranks hold the same values."""
+    """Look at the step under way, whose loss may be waited for."""
     taken, run.under_way = run.under_way, None
-    if not taken:
-        return
-    setup, loss, objective = run.setup, taken.loss, run.learner.engine.module.objective
-    losses = {term: float(value) for term, value in loss.terms.items()} | {"total": float(loss.total)}
-    weights = {term: float(weight) for term, weight in loss.weights.items()}
-    wrong = {f"weight of {term}": weight for term, weight in weights.items() if not math.isfinite(weight)}
-    if wrong or not all(map(math.isfinite, losses.values())):
-        shown = ", ".join(f"{name} {value:g}" for name, value in (losses | wrong).items())
-        rows = list_rows(gather_lists(taken.rows))
-        raise NonFiniteLoss(f"step {taken.step}: the loss is not finite ({shown}); its rows: {rows}")
-    present = {term for term, is_present in loss.present.items() if bool(is_present)}
-    learned = setup.config.loss.balancing != "fixed"
-    run.tracker.step(
-        taken.step,
-        setup.total_steps,
-        taken.epoch,
-        taken.lr,
-        {name: value for name, value in losses.items() if name == "total" or name in present},
-        weights={term: weight for term, weight in weights.items() if learned and term in present},
-        taught={term: float(share) for term, share in objective.taught(loss.sums).items()},
-        gradients={} if loss.gram is None else describe_gram(loss.gram, tuple(loss.terms), present),
-        images=setup.config.train.global_batch * max(len(setup.data.tasks), 1),
-        took_s=taken.took_s,
-        waited_s=taken.waited_s,
-        saved_step=run.saver.saved.step if run.saver.saved else None,
-    )
+    if taken:
+        saved, objective = run.saver.saved, run.learner.engine.module.objective
+        look_at(taken, run.setup, objective, run.tracker, saved_step=saved.step if saved else None)
