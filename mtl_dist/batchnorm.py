@@ -21,18 +21,27 @@ def find_trained_norms(model: nn.Module) -> dict[str, _BatchNorm]:
 
 @contextlib.contextmanager
 def statistics_kept(model: nn.Module) -> Iterator[None]:
-    """Have passes leave the running statistics as they are, and the count of batches."""
-    norms = find_norms(model).values()
-    kept = [(m, m.momentum, None if m.num_batches_tracked is None else m.num_batches_tracked.clone()) for m in norms]
-    for norm in norms:
+    """Have passes leave the running statistics as they are; they count as batches."""
+    kept = [(norm, norm.momentum) for norm in find_norms(model).values()]
+    for norm, _ in kept:
         norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm, momentum, count in kept:
+        for norm, momentum in kept:
             norm.momentum = momentum
-            if count is not None:
-                norm.num_batches_tracked.copy_(count)
+
+
+@contextlib.contextmanager
+def counts_kept(model: nn.Module) -> Iterator[None]:
+    """Have passes not count as batches of BatchNorm, so that they show in no checkpoint."""
+    counted = [norm for norm in find_norms(model).values() if norm.num_batches_tracked is not None]
+    counts = [norm.num_batches_tracked.clone() for norm in counted]
+    try:
+        yield
+    finally:
+        for norm, count in zip(counted, counts):
+            norm.num_batches_tracked.copy_(count)
 
 
 @contextlib.contextmanager

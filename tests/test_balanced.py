@@ -275,19 +275,17 @@ def test_the_shards_ahead_are_those_that_the_samples_are_in_and_no_more_than_the
 
 
 @pytest.mark.parametrize("steps", [100, 25])
-def test_few_shards_are_in_hand_at_a_time(steps):
-    order = example().order
-    of_set = Order(order.of_set.shard_rows, 64, 16, 4, 0, steps)
-    lengths = order.lengths * steps // 100
-    lengths[0] += steps * 64 * UNIT - lengths.sum()
-    order = BalancedOrder(of_set, lengths, order.line)
+def test_few_shards_are_in_hand_at_a_time_though_a_part_of_an_epoch_is_of_all(steps):
+    """320 shards in 16 streams: 20 a stream, which 10 steps of 25 read 8 of, and 10 of 100 two."""
+    _, classes, _ = example(rows=20, shards=320)
+    order = build_balanced_order(classes, Order(np.full(320, 20), 64, 16, 1, 0, steps), power=0.5)
     for num_ranks in (4, 16):
-        most = order.shards_in_hand(num_ranks, num_steps=4)
+        most = order.shards_in_hand(num_ranks, num_steps=10)
+        assert most == 16 // num_ranks * (10 * 20 // steps + 2)
         for epoch in range(3):
             plan = order.plan(epoch=epoch, rank=1, num_ranks=num_ranks)
-            ahead = [plan.shards_ahead(step, 4) for step in range(0, steps, 4)]
-            assert max(map(len, ahead)) <= most
-    assert order.shards_in_hand(16, num_steps=4) < 20 < 64
+            ahead = [len(plan.shards_ahead(step, 10)) for step in range(0, steps, 10)]
+            assert most / 4 < max(ahead) <= most
 
 
 # ------------------------------------------------------------------------------------------------- classes of a set

@@ -273,7 +273,7 @@ def test_windows_of_features_are_of_the_videos_that_are_not_held_out(tmp_path):
 
 def test_windows_of_pictures_are_of_the_videos_that_are_not_held_out(sets):
     model = {"name": "c", "backbone": "small", "sequence": {"window": 4}}
-    data = {"train": sets.uris, "fold": "3/3", "image_size": 48, "workers": 0}
+    data = {"train": sets.uris, "fold": "3/3", "image_size": 80, "workers": 0}
     config = build_config({"data": data, "model": model, "train": {"global_batch": 2}})
     found = open_data(config)
     train, val = (open_samples(part, config, Cache()) for part in (found.train, found.val))

@@ -21,7 +21,7 @@ from mtl_dist.report import affect, attention, calibration, classes, curves
 from mtl_dist.report.affect import FEW, draw_affect
 from mtl_dist.report.calibration import draw_reliability, reliability, task_reliability
 from mtl_dist.report.classes import draw_confusion, draw_f1
-from mtl_dist.report.curves import _losses, draw_curves
+from mtl_dist.report.curves import draw_curves, mean_losses
 from mtl_dist.report.drawing import method_styles, save_png
 from mtl_dist.report.results import Method
 from mtl_dist.tasks import AUS, EXPRESSIONS
@@ -185,10 +185,10 @@ def test_no_letters_are_smaller_than_a_phone_shows_well(canvases, tmp_path):
 def test_the_loss_is_the_plain_sum_of_the_tasks_over_the_steps_that_have_them():
     loss = {"va": 0.5, "expr": 2.0, "au": 0.25, "total": -9.0}
     steps = [{"kind": "step", "step": step, "loss": loss} for step in range(1, 4)]
-    assert _losses([*steps, {"kind": "eval", "step": 3, "scores": {}}]) == [(1, 2.75), (2, 2.75), (3, 2.75)]
+    assert mean_losses([*steps, {"kind": "eval", "step": 3, "scores": {}}]) == [(1, 2.75), (2, 2.75), (3, 2.75)]
     sparse = [{"kind": "step", "step": n, "loss": {"va": 1.0} | ({"expr": 3.0} if n % 2 else {})} for n in range(400)]
-    assert {value for _, value in _losses(sparse)} == {4.0}
-    assert _losses([]) == []
+    assert {value for _, value in mean_losses(sparse)} == {4.0}
+    assert mean_losses([]) == []
 
 
 def test_reliability_equals_a_loop_over_predictions():

@@ -508,6 +508,17 @@ def test_fewer_checkpoints_than_asked_for_are_refused_with_how_to_keep_more(run,
     assert_one_message(done, "has 2 committed checkpoint(s), and the last 9 are wanted", "--checkpoint.keep-last 9")
 
 
+def test_what_is_no_whole_checkpoint_of_a_tail_is_passed_over_and_said(run, tmp_path, capsys):
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    newest = Path(open_last(str(copy), 2)[-1].uri)
+    (newest / "COMMIT.json").unlink()
+    capsys.readouterr()
+    assert len(open_last(str(copy), 1)) == 1
+    assert f"passed over {newest}: no COMMIT.json" in capsys.readouterr().out
+    done = run_here("mtl_dist.soup", copy, "--last", "2", "--out", tmp_path / "out")
+    assert_one_message(done, "has 1 committed checkpoint(s)", f"{newest}: no COMMIT.json", "the last 2 are wanted")
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

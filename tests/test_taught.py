@@ -154,7 +154,7 @@ def test_losses_are_the_written_out_formulas():
     for task in TASKS:
         assert 0 < weights[task] < entries[task]
         assert (found[task] - of_labels[task]).item() == pytest.approx(0.3 * errors[task] / entries[task], rel=1e-9)
-        assert float(shares[task]) == pytest.approx(weights[task] / entries[task], rel=1e-12)
+        assert shares[task].item() == pytest.approx(weights[task] / entries[task], rel=1e-12)
 
 
 @pytest.mark.parametrize("balancing", BALANCERS)
@@ -228,7 +228,7 @@ def test_padding_and_frames_for_the_sake_of_others_are_not_taught():
     apart = objective.sums(Outputs(*(output[kept] for output in outputs)), batch.take(kept))
     for task in TASKS:
         torch.testing.assert_close(total[task], apart[task], rtol=1e-13, atol=0)
-        assert float(total[task][-1]) == 3 * (12 if task == "au" else 1)
+        assert total[task][-1].item() == 3 * (12 if task == "au" else 1)
 
 
 def test_what_the_training_set_the_teacher_or_the_loss_does_not_know_is_not_taught():
@@ -240,8 +240,8 @@ def test_what_the_training_set_the_teacher_or_the_loss_does_not_know_is_not_taug
         config = LossConfig(teacher_confidence=0.0, **own)
         objective = Taught(Affect(config, counts), make_teacher(tasks=tasks), config, counts)
         total = objective.sums(outputs, batch)
-        assert float(total["au"][-1]) in (0, 70)
-        return {task: float(share) for task, share in objective.taught(total).items()}
+        assert total["au"][-1].item() in (0, 70)
+        return {task: share.item() for task, share in objective.taught(total).items()}
 
     assert shares().keys() == {"va", "au"}
     assert shares(tasks=("expr", "au")).keys() == {"au"}

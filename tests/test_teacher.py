@@ -100,6 +100,16 @@ def test_a_run_taught_by_another_reads_it_again_and_goes_on_bit_identically(runs
     assert f"taught by {weights.uri}, step {weights.checkpoint.step}" in printed
 
 
+def test_an_exports_page_says_that_a_run_was_taught_and_not_where_its_teacher_lay(runs, taught, tmp_path):
+    args = (f"{taught}/run-2", "--out", str(tmp_path / "out"), "--formats", "safetensors")
+    done = run_here("mtl_dist.export", *args)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "out" / "README.md").read_text()
+    sha256 = open_weights(str(runs / "cropped")).checkpoint.files["model.safetensors"]["sha256"]
+    assert f"missing were told by another run (sha256 of its weights `{sha256}`)" in page
+    assert str(runs) not in page
+
+
 def test_a_checkpoint_has_no_weights_of_a_teacher(taught):
     sizes = {}
     for name in ("run-2", "ema-2"):
@@ -127,7 +137,7 @@ def test_a_teacher_whose_run_has_a_better_checkpoint_by_now_is_still_the_one_tha
     known = note_teacher(find(settings_of(shards, tmp_path, of_run(other.uri))), config)
     assert find(config, known).uri == other.uri
     assert find(config, note_teacher(best, config)).uri == best.uri
-    cut_back(tmp_path, "teacher", min(other.step, best.step))  # of two the later one is gone
+    cut_back(tmp_path, "teacher", min(other.step, best.checkpoint.step))  # the later one is gone
     left = find(config)
     gone = note_teacher(best, config) if left.uri == other.uri else known
     with pytest.raises(

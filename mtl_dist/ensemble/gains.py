@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from mtl_dist.ensemble import by_task
 from mtl_dist.ensemble.by_task import ByTask
@@ -59,7 +59,7 @@ def render_gains(report: dict[str, Any]) -> str:
 def _gains_table(gains: dict[str, dict[str, Any]], calibration: dict[str, Any]) -> Table:
     keys, has_choices = (FIRST.key, *TASKS), "kept" in calibration
     chosen = ("kept", f"kept by how many of {len(calibration['folds'])} folds") if has_choices else ()
-    table = Table("", *(find_score(key).title for key in keys), *chosen)
+    table = Table(Column("", no_wrap=True), *(find_score(key).title for key in keys), *chosen)
     for name, of_step in gains.items():
         cells = [_cell(of_step.get(key)) for key in keys]
         table.add_row(name, *cells, *(_choice(name.removeprefix("+ "), calibration) if has_choices else ()))

@@ -146,14 +146,15 @@ def _run_torch(model: nn.Module, images: np.ndarray, config: Config) -> Predicti
 def _read_faces(command: ExportCommand, weights: Weights, scratch: Path) -> np.ndarray:
     """Read up to `NUM_FACES` pictures (n, 3, S, S) uint8 as the model takes them."""
     config = weights.config
-    uri = command.images or (config.data.val or config.data.train)[0]
+    split, sets = ("validation", config.data.val) if config.data.val else ("training", config.data.train)
+    uri = command.images or sets[0]
     try:
         frames = open_frames(uri, scratch=scratch, cache_dir=command.cache_dir)
     except InputError as error:
         if command.images:
             raise
         raise InputError(
-            f"the run's pictures, which torch and onnxruntime are compared on, cannot be read ({error}); give other "
+            f"the run's {split} set, which torch and onnxruntime are compared on, cannot be read ({error}); give other "
             "faces with --images, a directory or shard set"
         ) from None
     found, parts = 0, []

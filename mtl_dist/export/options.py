@@ -22,7 +22,8 @@ class ExportCommand:
     formats: tuple[Literal["safetensors", "onnx"], ...] = ("safetensors", "onnx")
     """What to write beside config.json and README.md."""
     images: str | None = None
-    """Faces to compare torch and onnxruntime on: a directory, list, video or shard set. None: the validation set."""
+    """Faces to compare torch and onnxruntime on: a directory, list, video or shard set. None: the validation set, or
+    the training set of a run without one."""
     cache_dir: Path | None = None
     """Per-node cache of shards; None: $MTL_CACHE_DIR or ~/.cache/mtl_dist/shards."""
 

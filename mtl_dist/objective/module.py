@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mtl_dist.batchnorm import statistics_kept
+from mtl_dist.batchnorm import counts_kept, statistics_kept
 from mtl_dist.config import Config
 from mtl_dist.families import objective_of
 from mtl_dist.label_counts import LabelCounts
@@ -102,7 +102,7 @@ class ObjectiveModule(nn.Module):
 
     def gram(self, batch: Batch, total: Sums, *, parts: int) -> Tensor:
         """Return this batch's part (K, K) of the Gram matrix of a step with these sums, as `sums` does."""
-        with statistics_kept(self.model), self._holding_shared() as held:
+        with statistics_kept(self.model), counts_kept(self.model), self._holding_shared() as held:
             local = self.objective.sums(self._predict(batch), batch)
         losses = global_losses(self.objective, local, total, scale=_num_ranks() * parts)
         return self._gram(term_gradients(losses, held), total, parts)

@@ -170,7 +170,7 @@ def _is_scored(identity: dict[str, str]) -> bool:
 def open_last(run_uri: str, count: int) -> list[Weights]:
     """Find a run's last `count` committed checkpoints, oldest first: of one step the one that was saved last.
 
-    Raises `InputError` where there are fewer.
+    Says which were passed over and why. Raises `InputError` where there are fewer.
     """
     found, skipped = committed(run_uri)
     checkpoints = list({checkpoint.step: checkpoint for checkpoint in found}.values())
@@ -181,6 +181,8 @@ def open_last(run_uri: str, count: int) -> list[Weights]:
             f"give a smaller number, or train with --checkpoint.keep-last {count} (few are kept by default; they are "
             "saved after every evaluation, and each --checkpoint.every-steps)"
         )
+    for reason in skipped:
+        print(f"passed over {reason}", flush=True)
     remedy = "delete it, and the one before it is taken in its place"
     newest = checkpoints[-1].step
     return [_open_checkpoint(chosen, newest_step=newest, remedy=remedy) for chosen in checkpoints[-count:]]
