@@ -24,7 +24,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 extras = [r for name in ('search', 'video', 'faces') for r in p['optional-dependencies'][name] if 'mtl_dist' not in r]; \
 print(*p['dependencies'], *extras, sep='\n')" > requirements.txt \
  && pip install -c constraints.txt -r requirements.txt
-COPY README.md ./
+COPY README.md LICENSE ./
 COPY mtl_dist mtl_dist
 COPY tune tune
 COPY cluster cluster

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DATA ?=
 
-.PHONY: help install demo results results-pretraining results-stages results-sequences results-faces results-end-to-end quick test test-all lint bench clean
+.PHONY: help install demo results results-pretraining results-stages results-sequences results-faces results-end-to-end quick test test-all lint bench docs clean
 
 help:
 	@echo "make install         virtual environment in .venv with everything"
@@ -21,6 +21,7 @@ help:
 	@echo "make test            the tests"
 	@echo "make test-all        the tests and the slow ones: every failure at every moment"
 	@echo "make bench           the loader beside its peers, and the order at scale"
+	@echo "make docs            what every module, class and function is, from their docstrings: build/docs/index.html"
 	@echo "make lint            ruff"
 	@echo "make clean           remove what demo and tests leave (not .venv)"
 
@@ -73,6 +74,9 @@ bench: $(STAMP)
 	$(BIN)/uv pip install --quiet --python $(VENV)-bench/bin/python --compile-bytecode --editable '.[bench]'
 	$(VENV)-bench/bin/python -m benchmarks.scale
 	$(VENV)-bench/bin/python -m benchmarks.loader
+
+docs: $(STAMP)
+	@$(BIN)/python docs/reference.py build/docs
 
 test-all: test
 	@$(BIN)/python -m pytest -m slow

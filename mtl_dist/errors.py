@@ -12,7 +12,13 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from mtl_dist import __version__
+
+SCRIPT_PREFIX = "mtl-"  # of the console scripts, as pyproject.toml names them
+Options = TypeVar("Options")
 
 
 class InputError(ValueError):
@@ -56,6 +62,20 @@ class PlainParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise `InputError`, where argparse would print its usage and exit."""
         raise InputError(f"{message}; see {self.prog} --help")
+
+
+def program(module: str) -> str:
+    """Return what started this command, as a user types it: a console script such as mtl-train, or python -m MODULE."""
+    name = Path(sys.argv[0]).name
+    return name if name.startswith(SCRIPT_PREFIX) else f"python -m {module}"
+
+
+def read_options(options: type[Options], args: list[str] | None, *, prog: str, description: str | None) -> Options:
+    """Build a command's options from its command line. Raises `InputError` for what it refuses."""
+    import tyro  # ranks and loader processes have no command line
+
+    with plain_refusals(prog):
+        return tyro.cli(options, args=args, prog=prog, description=description)
 
 
 @contextlib.contextmanager
@@ -123,8 +143,11 @@ def run_command(
 
     2: `InputError`, which the user can mend. 3: `StorageError`; the same command may succeed later. 1: `RunFailed`.
     130: Ctrl-C; `interrupted` tells what is left then. Every other exception is a fault of ours and keeps its
-    traceback. With `MTL_TRACEBACK=1` all keep it.
+    traceback. With `MTL_TRACEBACK=1` all keep it. `--version` in the place of all flags prints the version.
     """
+    if sys.argv[1:] == ["--version"]:
+        print(f"mtl_dist {__version__}")
+        return
     faulthandler.enable(sys.__stderr__)  # a crash in C code, or a mapped file that was cut short, says where
     try:
         main()

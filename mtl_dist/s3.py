@@ -143,6 +143,11 @@ def list_objects(uri: str, prefix: str) -> list[tuple[str, int, str]]:
     return _request(uri, list_pages)
 
 
+def written_at(uri: str) -> float:
+    """Return when an object was written, by the server's clock, in whole seconds since 1970."""
+    return _request(uri, lambda client, **where: client.head_object(**where)["LastModified"].timestamp())
+
+
 def delete(uri: str) -> None:
     """Delete an object. One that is not there is no error."""
     _request(uri, lambda client, **where: client.delete_object(**where))

@@ -179,6 +179,14 @@ def list_versions(uri: str) -> dict[str, tuple[int, str]]:
     return {name.removeprefix(prefix): (size, etag) for name, size, etag in found if name != prefix}
 
 
+def written_at(uri: str) -> float:
+    """Return when this object was written, by the store's clock, in seconds since 1970; on S3 they are whole ones.
+
+    Raises FileNotFoundError where there is none.
+    """
+    return _s3().written_at(uri) if is_s3(uri) else local_path(uri).stat().st_mtime
+
+
 def delete(uri: str) -> None:
     """Delete one object; nothing happens where there is none."""
     if is_s3(uri):

@@ -11,7 +11,14 @@ import pytest
 
 from tests.conftest import REPO, run_here
 
-PAGES = ("README.md", "cluster/README.md", "shards/README.md", "shards/FEATURES.md", "docs/winning.md")
+PAGES = (
+    "README.md",
+    "cluster/README.md",
+    "shards/README.md",
+    "shards/FEATURES.md",
+    "docs/winning.md",
+    "docs/cluster.md",
+)
 
 
 def commands(page: str) -> list[tuple[str, list[str]]]:

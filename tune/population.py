@@ -29,7 +29,7 @@ from pydantic import Field
 from mtl_dist import storage
 from mtl_dist.config import Config, build_config
 from mtl_dist.data.widths import fill_in_widths
-from mtl_dist.errors import InputError, NonFiniteLoss, run_command
+from mtl_dist.errors import InputError, NonFiniteLoss, program, run_command
 from mtl_dist.families import objective_of
 from mtl_dist.objective.scores import Score, find_score, flat_scores
 from mtl_dist.presets import CommandConfig, config_of, parse_command
@@ -79,7 +79,7 @@ class Planned(NamedTuple):
 
 
 def main(args: list[str] | None = None) -> None:
-    command = parse_command(PopulationCommand, args, prog="python -m tune.population", description=__doc__)
+    command = parse_command(PopulationCommand, args, prog=program("tune.population"), description=__doc__)
     config, population = fill_in_widths(config_of(command)), command.population
     score = find_score(population.metric or objective_of(config.model.name).score, setting="population.metric")
     from mtl_dist.training.plan import check_scored, open_data, plan_run
@@ -344,5 +344,10 @@ def _settings(config: Config, population: PopulationConfig) -> dict[str, Any]:
     return {key: value for key, value in flatten(config).items() if key not in free} | own
 
 
-if __name__ == "__main__":
+def script() -> None:
+    """Be `mtl-population`, or python -m tune.population."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    script()

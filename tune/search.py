@@ -29,7 +29,7 @@ from pydantic import Field
 from mtl_dist import storage
 from mtl_dist.config import Config
 from mtl_dist.data.widths import fill_in_widths
-from mtl_dist.errors import Damaged, InputError, run_command
+from mtl_dist.errors import Damaged, InputError, program, run_command
 from mtl_dist.families import objective_of
 from mtl_dist.objective.scores import FIRST, Score, find_score
 from mtl_dist.presets import CommandConfig, config_of, parse_command
@@ -79,7 +79,7 @@ class SearchCommand(CommandConfig):
 
 
 def main(args: list[str] | None = None) -> None:
-    command = parse_command(SearchCommand, args, prog="python -m tune.search", description=__doc__)
+    command = parse_command(SearchCommand, args, prog=program("tune.search"), description=__doc__)
     config, search = fill_in_widths(config_of(command)), command.search
     score = find_score(metric_of(config, search), setting="search.metric")
     from mtl_dist.training.plan import check_scored, open_data, plan_run
@@ -353,5 +353,10 @@ def _settings(config: Config, search: SearchConfig) -> dict[str, Any]:
     return settings | {f"search.{key}": value for key, value in own.items()}
 
 
-if __name__ == "__main__":
+def script() -> None:
+    """Be `mtl-search`, or python -m tune.search."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    script()

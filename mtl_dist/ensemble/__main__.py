@@ -29,23 +29,23 @@ test list also test_predictions.parquet and submission.txt, the challenge's file
 
 from __future__ import annotations
 
-import tyro
-
 from mtl_dist.ensemble.options import EnsembleCommand, check_command
-from mtl_dist.errors import plain_refusals, run_command
-
-PROG = "python -m mtl_dist.ensemble"
+from mtl_dist.errors import program, read_options, run_command
 
 
 def main(args: list[str] | None = None) -> None:
     """Read the command line, then ensemble. Raises `InputError` for what the user can mend."""
-    with plain_refusals(PROG):
-        command = tyro.cli(EnsembleCommand, args=args, prog=PROG, description=__doc__)
+    command = read_options(EnsembleCommand, args, prog=program("mtl_dist.ensemble"), description=__doc__)
     check_command(command)
     from mtl_dist.ensemble.job import make_ensemble  # torch and all, which --help does not wait for
 
     make_ensemble(command)
 
 
-if __name__ == "__main__":
+def script() -> None:
+    """Be `mtl-ensemble`, or python -m mtl_dist.ensemble."""
     run_command(main, interrupted="what members were predicted is kept, and the same command continues")
+
+
+if __name__ == "__main__":
+    script()

@@ -13,23 +13,23 @@ and the exit code is 1. `python -m mtl_dist.predict --runs OUT` predicts with wh
 
 from __future__ import annotations
 
-import tyro
-
-from mtl_dist.errors import plain_refusals, run_command
+from mtl_dist.errors import program, read_options, run_command
 from mtl_dist.export.options import ExportCommand, check_command
-
-PROG = "python -m mtl_dist.export"
 
 
 def main(args: list[str] | None = None) -> None:
     """Read the command line, then export. Raises `InputError` for what the user can mend."""
-    with plain_refusals(PROG):
-        command = tyro.cli(ExportCommand, args=args, prog=PROG, description=__doc__)
+    command = read_options(ExportCommand, args, prog=program("mtl_dist.export"), description=__doc__)
     check_command(command)
     from mtl_dist.export.job import export  # torch and all, which --help does not wait for
 
     export(command)
 
 
-if __name__ == "__main__":
+def script() -> None:
+    """Be `mtl-export`, or python -m mtl_dist.export."""
     run_command(main, interrupted="nothing was written")
+
+
+if __name__ == "__main__":
+    script()

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import tyro
 
 from mtl_dist import storage
-from mtl_dist.errors import InputError, check_numbers, choose_command, run_command
+from mtl_dist.errors import InputError, check_numbers, choose_command, program, run_command
 from mtl_dist.features.options import BOUNDS, CreateOptions, check_options
 from mtl_dist.machine import num_cpus
 from mtl_dist.progress import progress_bar
@@ -159,13 +159,17 @@ def _read(uri: str) -> Any:
 
 
 COMMANDS = {"create": create, "verify": verify, "inspect": inspect, "folds": folds}
-PROG = "python -m mtl_dist.features"
 
 
 def main(args: list[str] | None = None) -> None:
     """Read the command line, then run its command. Raises `InputError` for what the user can mend."""
-    choose_command(COMMANDS, args, prog=PROG, description=__doc__)()
+    choose_command(COMMANDS, args, prog=program("mtl_dist.features"), description=__doc__)()
+
+
+def script() -> None:
+    """Be `mtl-features`, or python -m mtl_dist.features."""
+    run_command(main)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    script()

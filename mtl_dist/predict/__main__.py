@@ -26,23 +26,23 @@ the file of the challenge (AUs on above 0.5).
 
 from __future__ import annotations
 
-import tyro
-
-from mtl_dist.errors import plain_refusals, run_command
+from mtl_dist.errors import program, read_options, run_command
 from mtl_dist.predict.options import PredictCommand, check_command
-
-PROG = "python -m mtl_dist.predict"
 
 
 def main(args: list[str] | None = None) -> None:
     """Read the command line, then predict. Raises `InputError` for what the user can mend."""
-    with plain_refusals(PROG):
-        command = tyro.cli(PredictCommand, args=args, prog=PROG, description=__doc__)
+    command = read_options(PredictCommand, args, prog=program("mtl_dist.predict"), description=__doc__)
     check_command(command)
     from mtl_dist.predict.job import predict_input  # torch and all, which --help does not wait for
 
     predict_input(command)
 
 
-if __name__ == "__main__":
+def script() -> None:
+    """Be `mtl-predict`, or python -m mtl_dist.predict."""
     run_command(main, interrupted="nothing was written")
+
+
+if __name__ == "__main__":
+    script()

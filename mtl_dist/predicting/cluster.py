@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -70,6 +71,29 @@ def map_over_cluster(
     finally:
         for left in names:
             ray.cancel(left, force=True)
+
+
+def ask_every_node(function: Callable[[Any, float], Any], item: Any, *, timeout_s: float) -> Iterator[tuple[str, Any]]:
+    """Call `function(item, its GPUs)` on every node of the cluster; yield (address, what it returned).
+
+    Where a task fails, or does not answer within `timeout_s`, the `RayError` stands for its answer. Tasks ask for no
+    CPU and no GPU: they run on heads, and beside what is running.
+    """
+    import ray
+    from ray.exceptions import RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    ends_at, tasks = time.monotonic() + timeout_s, {}
+    for node in ray.nodes():
+        if node["Alive"]:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            task = ray.remote(function).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+            tasks[node["NodeManagerAddress"]] = task.remote(item, node["Resources"].get("GPU", 0.0))
+    for address, task in tasks.items():
+        try:
+            yield address, ray.get(task, timeout=max(0.0, ends_at - time.monotonic()))
+        except RayError as error:
+            yield address, error
 
 
 def _lack_of_room(cpus: float, gpus: float) -> str:

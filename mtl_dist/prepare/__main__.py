@@ -22,23 +22,23 @@ Under `ray job submit`, or with RAY_ADDRESS, videos are searched over the cluste
 
 from __future__ import annotations
 
-import tyro
-
-from mtl_dist.errors import plain_refusals, run_command
+from mtl_dist.errors import program, read_options, run_command
 from mtl_dist.prepare.options import PrepareCommand, check_command
-
-PROG = "python -m mtl_dist.prepare"
 
 
 def main(args: list[str] | None = None) -> None:
     """Read the command line, then cut faces out. Raises `InputError` for what the user can mend."""
-    with plain_refusals(PROG):
-        command = tyro.cli(PrepareCommand, args=args, prog=PROG, description=__doc__)
+    command = read_options(PrepareCommand, args, prog=program("mtl_dist.prepare"), description=__doc__)
     check_command(command)
     from mtl_dist.prepare.job import prepare  # Arrow and all, which --help does not wait for
 
     prepare(command)
 
 
-if __name__ == "__main__":
+def script() -> None:
+    """Be `mtl-prepare`, or python -m mtl_dist.prepare."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    script()

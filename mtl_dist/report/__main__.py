@@ -14,18 +14,13 @@ from __future__ import annotations
 import shlex
 import sys
 
-import tyro
-
-from mtl_dist.errors import plain_refusals, run_command
+from mtl_dist.errors import program, read_options, run_command
 from mtl_dist.report.options import ReportCommand, check_command
-
-PROG = "python -m mtl_dist.report"
 
 
 def main(args: list[str] | None = None) -> None:
     """Read the command line, then write the report. Raises `InputError` for what the user can mend."""
-    with plain_refusals(PROG):
-        command = tyro.cli(ReportCommand, args=args, prog=PROG, description=__doc__)
+    command = read_options(ReportCommand, args, prog=program("mtl_dist.report"), description=__doc__)
     check_command(command)
     from mtl_dist.report.writing import write_report  # torch and all, which --help does not wait for
 
@@ -34,5 +29,10 @@ def main(args: list[str] | None = None) -> None:
     print(f"wrote {page}")
 
 
-if __name__ == "__main__":
+def script() -> None:
+    """Be `mtl-report`, or python -m mtl_dist.report."""
     run_command(main, interrupted="predictions are kept, and the same command makes the page")
+
+
+if __name__ == "__main__":
+    script()

@@ -22,7 +22,7 @@ import tyro
 
 from mtl_dist import storage
 from mtl_dist.data.decode import Exif
-from mtl_dist.errors import OPTION_BOUNDS, InputError, check_numbers, choose_command, run_command
+from mtl_dist.errors import OPTION_BOUNDS, InputError, check_numbers, choose_command, program, run_command
 from mtl_dist.machine import num_cpus
 from mtl_dist.progress import progress_bar
 from mtl_dist.shards.columns import NO_OPTIONS, TableOptions
@@ -244,13 +244,17 @@ def synth(
 
 
 COMMANDS = {"create": create, "verify": verify, "inspect": inspect, "synth": synth}
-PROG = "python -m mtl_dist.shards"
 
 
 def main(args: list[str] | None = None) -> None:
     """Read the command line, then run its command. Raises `InputError` for what the user can mend."""
-    choose_command(COMMANDS, args, prog=PROG, description=__doc__)()
+    choose_command(COMMANDS, args, prog=program("mtl_dist.shards"), description=__doc__)()
+
+
+def script() -> None:
+    """Be `mtl-shards`, or python -m mtl_dist.shards."""
+    run_command(main)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    script()

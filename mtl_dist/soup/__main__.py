@@ -20,23 +20,23 @@ export, which `python -m mtl_dist.predict --runs OUT`, --run.start and `python -
 
 from __future__ import annotations
 
-import tyro
-
-from mtl_dist.errors import plain_refusals, run_command
+from mtl_dist.errors import program, read_options, run_command
 from mtl_dist.soup.options import SoupCommand, check_command
-
-PROG = "python -m mtl_dist.soup"
 
 
 def main(args: list[str] | None = None) -> None:
     """Read the command line, then average. Raises `InputError` for what the user can mend."""
-    with plain_refusals(PROG):
-        command = tyro.cli(SoupCommand, args=args, prog=PROG, description=__doc__)
+    command = read_options(SoupCommand, args, prog=program("mtl_dist.soup"), description=__doc__)
     check_command(command)
     from mtl_dist.soup.job import make_soup  # torch and all, which --help does not wait for
 
     make_soup(command)
 
 
-if __name__ == "__main__":
+def script() -> None:
+    """Be `mtl-soup`, or python -m mtl_dist.soup."""
     run_command(main, interrupted="nothing was written")
+
+
+if __name__ == "__main__":
+    script()

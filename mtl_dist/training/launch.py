@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import uuid
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,12 +20,15 @@ import torch.distributed as dist
 
 from mtl_dist import storage
 from mtl_dist.config import Config
-from mtl_dist.errors import Damaged, InputError, RunFailed, StorageError
-from mtl_dist.joining import join_cluster, note_idle_gpus
+from mtl_dist.errors import SCRIPT_PREFIX, Damaged, InputError, RunFailed, StorageError
+from mtl_dist.joining import has_cluster, join_cluster, note_idle_gpus
 from mtl_dist.machine import num_cpus
 from mtl_dist.runs.checkpoint import committed
 from mtl_dist.sealed import seal, unseal
+from mtl_dist.settings import dump_yaml
 from mtl_dist.training.engine import collective_timeout
+from mtl_dist.training.learner import check_start
+from mtl_dist.training.plan import Plan
 from mtl_dist.training.same_disk import check_seen, seen_by_all
 from mtl_dist.training.stopping import StopFlag, driver_signals
 from mtl_dist.training.torchrun import is_torchrun, join_torchrun, torchrun_rank
@@ -130,6 +134,15 @@ class RayContext:
         return is_new
 
 
+def rehearse(config: Config, plan: Plan, *, is_local: bool, num_ranks: tuple[int, int]) -> str:
+    """Do all that a start does before training, and say what would be trained. Raises `InputError`."""
+    has_gpu = has_gpus() if is_local else config.ray.gpus_per_rank > 0
+    start = check_start(config, has_gpu=has_gpu, num_ranks=num_ranks, begins=plan.begins)
+    if has_cluster() and not is_local:
+        connect(config)
+    return f"{dump_yaml(config)}\n{plan}\n{start}"
+
+
 def run_local(config: Config) -> None:
     """Train in this process: alone, or as one rank of torchrun. Exits with 128 + signal where one stopped it."""
     from mtl_dist.errors import NonFiniteLoss
@@ -170,7 +183,8 @@ def run_local(config: Config) -> None:
 
 def typed_command() -> str:
     """Return the command that started this process, for people to read and repeat."""
-    return shlex.join(["python", *sys.orig_argv[1:]])
+    name = Path(sys.argv[0]).name
+    return shlex.join([name, *sys.argv[1:]] if name.startswith(SCRIPT_PREFIX) else ["python", *sys.orig_argv[1:]])
 
 
 def has_gpus() -> bool:
