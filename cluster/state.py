@@ -20,6 +20,7 @@ import shutil
 import socket
 import string
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from mtl_dist.errors import InputError
 BUCKET = "mtl"
 MARKER = ".mtl_cluster"  # in the S3 server's directory; not a bucket, since buckets are directories
 REGION = "us-east-1"  # rclone accepts any; clients refuse to sign without one
+FORK_S = 2.0  # that a process may take from its fork to its program, on a busy machine
 # Below the kernel's ephemeral range: no outgoing connection takes a port between our check and the server's bind.
 # Above the 10002-19999 of other Ray clusters' workers.
 PORT_RANGE = range(20_000, 32_000)
@@ -218,10 +220,22 @@ def lock(dir: Path) -> Iterator[None]:
     """Hold the directory: the kernel lets go of it when this process dies, however it dies."""
     descriptor = os.open(dir, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"another `up`, `down` or `start` is at work in {dir}: wait for it or end it") from None
-    else:
+        _take(descriptor, dir)
         yield
     finally:
         os.close(descriptor)
+
+
+def _take(descriptor: int, dir: Path) -> None:
+    """Take the lock. What a killed one was just starting has it too, until that is a program of its own."""
+    until = time.monotonic() + FORK_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise InputError(
+                    f"another `up`, `down` or `start` is at work in {dir}: wait for it or end it"
+                ) from None
+        time.sleep(0.05)
