@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -556,10 +557,10 @@ def read_gains(out: Path) -> tuple[dict, dict[str, list[str]]]:
 
 
 def cells_of(text: str, name: str) -> list[str]:
-    """The cells of a row of the table of gains, those of its lines joined."""
+    """The cells of a row of the table of gains, those of its lines joined: a long name has several, too."""
     lines = text[text.index("what each step gains") :].splitlines()
-    first = next(number for number, line in enumerate(lines) if line.startswith(f"│ {name}"))
-    last = next(number for number in range(first + 1, len(lines)) if not lines[number].startswith("│  "))
+    begins = [n for n, line in enumerate(lines) if line.startswith(("│ + ", "│ each", "└"))]
+    first, last = next((n, after) for n, after in pairwise(begins) if lines[n].startswith(f"│ {name[:9]}"))
     columns = zip(*(line.strip("│").split("│") for line in lines[first:last]))
     return [" ".join(part.strip() for part in column if part.strip()) for column in columns][1:]
 

@@ -81,6 +81,11 @@ def test_the_report_says_what_training_and_the_ensemble_scored(runs, ensembled, 
         "ensemble",
         "ensemble, calibrated",
     ]
+    assert [row["Step"] for row in read_csv(written / "tables/gains_1.csv")] == list(score["gains"])
+    for row, gains in zip(read_csv(written / "tables/gains_1.csv"), score["gains"].values()):
+        gain = gains["p"]
+        assert row["P"] == f"{gain['gain']:+.4f} {gain['low']:+.4f} to {gain['high']:+.4f}"
+        assert row["P"].split(" ", 1)[1] in (written / "report.html").read_text()
     assert len(list((written / "tables").glob("table?_*.csv"))) == 5
     assert "checkpoints with the highest P on this very set" in (written / "report.html").read_text()
 
@@ -158,7 +163,7 @@ def test_a_second_report_reads_the_predictions_of_the_first(runs, written, tmp_p
     listed = unseal((tmp_path / "out/data/written.json").read_bytes())["files"]
     left = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").glob("[ft]*s/*")}
     assert left == {*listed, "figures/mine.png"}
-    assert not [name for name in left if "attention" in name or "steps_" in name]
+    assert not [name for name in left if "attention" in name or "steps_" in name or "gains_" in name]
 
 
 def test_a_run_from_before_au_accuracy_and_one_without_records_are_reported_to_s3(runs, tmp_path, s3):

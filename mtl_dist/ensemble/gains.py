@@ -47,13 +47,21 @@ def about_gains(
 
 def render_gains(report: dict[str, Any]) -> str:
     """Return the gains that score.json has as a table of text; nothing where there are none."""
-    console = Console(highlight=False, file=io.StringIO(), width=WIDTH)
+    console = Console(highlight=False, file=io.StringIO())
+    print_gains(report, console)
+    return console.file.getvalue()
+
+
+def print_gains(report: dict[str, Any], console: Console | None = None) -> None:
+    """Print the gains that score.json has as a table; nothing where there are none."""
+    console = console or Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDTH
     if report["gains"]:
-        console.print(TITLE)
+        console.print(TITLE, soft_wrap=True)
         console.print(_gains_table(report["gains"], report["calibration"] or {}))
         for note in _notes(report):
             console.print(note, soft_wrap=True)
-    return console.file.getvalue()
 
 
 def _gains_table(gains: dict[str, dict[str, Any]], calibration: dict[str, Any]) -> Table:

@@ -11,7 +11,7 @@ from mtl_dist.ensemble.by_task import NAME as BY_TASK
 from mtl_dist.ensemble.by_task import ByTask, choose_by_task, open_best_of_tasks
 from mtl_dist.ensemble.calibrated import about_calibration, calibrate
 from mtl_dist.ensemble.folded import group_members, join_tables
-from mtl_dist.ensemble.gains import about_gains, render_gains
+from mtl_dist.ensemble.gains import about_gains, print_gains, render_gains
 from mtl_dist.ensemble.options import RECORDED, EnsembleCommand
 from mtl_dist.ensemble.outputs import render_tables, render_test, write_files
 from mtl_dist.errors import InputError
@@ -219,7 +219,7 @@ def _say(report: dict[str, Any], notes: list[str], *, num_folds: int) -> None:
         print_scores(
             _step_rows(steps), title=f"what each step adds, fitted on other videos ({num_folds} folds)", brief=True
         )
-    print(render_gains(report), end="")
+    print_gains(report)
     if report["steps"] and report["test"] and report["p_calibrated"] < report["p"]:
         print(
             "note: submission.txt is calibrated, which lowered P on other videos; name the --steps to keep, none, or "

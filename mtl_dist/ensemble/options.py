@@ -38,7 +38,7 @@ class EnsembleCommand:
     moments, valence and arousal with the labels' mean and deviation."""
     calibrate: Literal["all", "auto"] = "all"
     """With all of --steps; or auto: each task without those that do not raise its score on videos that they were not
-    fitted on. What a fold leaves out is chosen on the other folds alone. About five times as many fits."""
+    fitted on. What a fold leaves out is chosen on the other folds alone. Fitting takes about six times as long."""
     folds: int = 5
     """Folds of videos to fit and score the steps on."""
     half_windows: tuple[int, ...] = (0, 5, 10, 15, 25, 50)
