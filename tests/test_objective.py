@@ -132,10 +132,14 @@ def test_gradients_of_many_ranks_are_those_of_one(num_ranks, parts, balancing, t
     if balancing in ("dwa", "famo"):  # in the midst of training
         getattr(module.balancer, {"dwa": "found", "famo": "logits"}[balancing]).copy_(torch.tensor([0.9, 1.4, 0.7]))
     batch = sorted_so_that_ranks_lack_tasks(make_batch(24))
+    check_many_ranks(module, batch, config, num_ranks, parts, tmp_path)
+
+
+def check_many_ranks(module, batch, config, num_ranks, parts, tmp_path) -> None:
+    """Check the losses and gradients of real ranks, of micro-batches each, against those of the whole batch."""
     whole = copy.deepcopy(module)
     loss = whole(batch)
     loss.total.backward()
-
     results = forkserver.Queue()
     args = (CUTS[num_ranks], tmp_path / "store", config, module, batch, parts, results)
     processes = start_ranks(rank_main, args, num_ranks, join=False)

@@ -22,15 +22,13 @@ from mtl_dist.presets import load_preset
 from mtl_dist.sections import LossConfig
 from mtl_dist.tasks import TASKS, Batch, Labels, Outputs
 from mtl_dist.training.averaging import WeightAverage
-from tests.ranks import forkserver, start_ranks
 from tests.test_objective import (
     COUNTS,
-    CUTS,
     TinyModel,
+    check_many_ranks,
     gradients,
     losses_of,
     make_batch,
-    rank_main,
     sorted_so_that_ranks_lack_tasks,
 )
 
@@ -102,19 +100,9 @@ def test_any_split_of_a_batch_has_the_losses_and_gradients_of_the_whole(rows, se
 @pytest.mark.parametrize(("num_ranks", "parts", "balancing"), [(2, 1, "fixed"), (2, 3, "upgrad"), (5, 1, "famo")])
 def test_gradients_of_many_ranks_are_those_of_one(num_ranks, parts, balancing, tmp_path):
     """Ranks that lack a task's labels altogether, and have only targets of it."""
-    config = LossConfig()
     module = make_module(make_teacher(), balancing=balancing)
-    batch, whole = sorted_so_that_ranks_lack_tasks(make_batch(24)), copy.deepcopy(module)
-    loss = whole(batch)
-    loss.total.backward()
-    results = forkserver.Queue()
-    args = (CUTS[num_ranks], tmp_path / "store", config, module, batch, parts, results)
-    processes = start_ranks(rank_main, args, num_ranks, join=False)
-    found = [results.get(timeout=90) for _ in range(num_ranks)]
-    processes.join()
-    for _, mean, total in found:
-        torch.testing.assert_close(torch.tensor(mean, dtype=torch.float64), gradients(whole), rtol=1e-12, atol=1e-15)
-        assert total == pytest.approx(loss.total.item(), rel=1e-13)
+    batch = sorted_so_that_ranks_lack_tasks(make_batch(24))
+    check_many_ranks(module, batch, LossConfig(), num_ranks, parts, tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------------- the formulas
