@@ -131,6 +131,15 @@ def _check_balance(data: DataConfig, model: ModelConfig) -> None:
         )
 
 
+def check_compiled(engine: EngineConfig, loss: LossConfig) -> None:
+    """Check that what is compiled is run: not where every step looks inside the model."""
+    if engine.compile and loss.balancing in get_args(GradientBalancing):
+        raise ValueError(
+            f"engine.compile is set, and loss.balancing {loss.balancing} takes the model apart in every step, which a "
+            "compiled one does not allow; leave engine.compile out, or choose fixed, uncertainty, dwa or famo"
+        )
+
+
 def check_ranks(ray: RayConfig, engine: EngineConfig, *, streams: int) -> None:
     """Check that ranks have what each needs: `streams` of the order, one at least, and a device."""
     if ray.gpus_per_rank not in (0, 1):

@@ -33,6 +33,7 @@ class Config(Section):
         clashes.check_images(self.model, self.augment, size=self.input_size)
         clashes.check_losses(self.loss, self.model, self.data, self.train)
         clashes.check_order(self.data, self.train, self.model)
+        clashes.check_compiled(self.engine, self.loss)
         clashes.check_ranks(self.ray, self.engine, streams=self.num_streams)
         return self
 

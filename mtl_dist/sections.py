@@ -233,8 +233,15 @@ class EngineConfig(Section):
     zero_stage: Annotated[Literal[0, 1, 2], Varies.BY_PART] = 0
     """DeepSpeed ZeRO stage. A run continues at any, on any number of ranks. Stage 3 would shard 30 M parameters that
     fit any GPU, and allow one forward a step."""
-    autocast: Annotated[Literal["none", "bf16"], Varies.BY_RUN] = "none"
-    """bf16: forward and backward under torch autocast; weights and optimizer stay fp32."""
+    autocast: Annotated[Literal["auto", "none", "bf16"], Varies.BY_RUN] = "auto"
+    """bf16: forward and backward under torch autocast; weights and optimizer stay fp32. auto: when a run begins, bf16
+    on GPUs that have it, none elsewhere; the run keeps it wherever it is continued."""
+    tf32: Annotated[bool, Varies.BY_RUN] = True
+    """On GPUs: matrix products and convolutions of fp32 by TF32, of 10 bits instead of 23."""
+    cudnn_benchmark: Annotated[bool, Varies.BY_PART] = True
+    """On GPUs: cuDNN tries its convolutions and takes the quickest. Off where a rerun is to have the same last bits."""
+    compile: Annotated[bool, Varies.BY_PART] = False
+    """Train with the model compiled by torch.compile; steps whose gradients are looked at take it as it is."""
     batchnorm: Literal["local", "sync", "frozen"] = "local"
     """local: statistics of the rank's batch, the running ones averaged over ranks before evaluation; sync: over all
     ranks (GPU only); frozen: running statistics."""

@@ -57,6 +57,8 @@ def find_unread(config: Config) -> dict[str, str]:
         unread["data.prefetch"] = "data.workers is 0; it is for 1 or more"
     if config.data.balance == "none":
         unread["data.balance_power"] = "data.balance is none; it is for expr, au or video"
+    if config.engine.device == "cpu":
+        unread |= {f"engine.{name}": "engine.device is cpu; it is for GPUs" for name in ("tf32", "cudnn_benchmark")}
     if config.run.start:
         unread["model.weights"] = f"run.start is {config.run.start}, which is there instead"
     else:

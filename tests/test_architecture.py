@@ -26,7 +26,7 @@ LAYERS = [
     {"mtl_dist.clashes"},
     {"mtl_dist.config"},
     {"mtl_dist.unread"},
-    {"mtl_dist.presets", "mtl_dist.device", "mtl_dist.batchnorm"},
+    {"mtl_dist.presets", "mtl_dist.device", "mtl_dist.batchnorm", "mtl_dist.transfer", "mtl_dist.constants"},
     {"mtl_dist.data", "mtl_dist.models", "mtl_dist.objective"},
     {"mtl_dist.faces"},
     {"mtl_dist.shards"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +26,8 @@ from mtl_dist.presets import PRESETS, load_preset
 from mtl_dist.runs.checkpoint import MODEL, TRAIN, committed, read_state, read_tensors
 from mtl_dist.runs.lives import begin_life, read_lives
 from mtl_dist.training.averaging import check_batchnorm
-from mtl_dist.training.engine import build_engine, build_optimizer
+from mtl_dist.training.clipping import clip_gradients
+from mtl_dist.training.engine import build_engine, build_optimizer, read_optimizer, restore_optimizer
 from mtl_dist.training.loop import fit
 from mtl_dist.training.plan import build_order, open_data
 from mtl_dist.training.saving import Saver
@@ -161,3 +163,42 @@ def test_who_asks_to_stop_during_an_evaluation_is_heard_when_it_ends(shards, tmp
     fit(config, StoppedMeanwhile(0, 1, "first"))
     assert [checkpoint.step for checkpoint in committed(config.run.uri)[0]] == [5]
     assert "stopped at step 5 of 10, saved; the same command continues" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("max_norm", [0.1, 1e6])
+def test_gradients_are_clipped_as_deepspeed_clips_them_to_the_last_bit(group, max_norm):
+    from deepspeed.runtime.utils import clip_grad_norm_
+
+    generator = torch.Generator().manual_seed(0)
+    mine, theirs = (nn.ParameterList(torch.zeros(shape) for shape in ((7, 5), (3,), (11, 2, 3, 3), ())) for _ in "ab")
+    for one, other in zip(mine, theirs):
+        one.grad = torch.randn(one.shape, generator=generator)
+        other.grad = one.grad.clone()
+    mine.append(nn.Parameter(torch.zeros(2)))  # without a gradient
+    clip_grad_norm_(theirs.parameters(), max_norm)
+    clip_gradients(mine.parameters(), max_norm)
+    assert all(torch.equal(one.grad, other.grad) for one, other in zip(mine, theirs))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_fused_kernels_go_on_with_the_state_of_a_checkpoint(name):
+    config = build_config({"optim": {"name": name}, "train": {"global_batch": 1}})
+
+    def make(*, fused):
+        torch.manual_seed(0)
+        module = nn.Linear(3, 2)
+        return SimpleNamespace(module=module, optimizer=build_optimizer(module, config, fused=fused))
+
+    def step(engine, seed):
+        engine.module.zero_grad()
+        engine.module(torch.randn(4, 3, generator=torch.Generator().manual_seed(seed))).square().sum().backward()
+        engine.optimizer.step()
+
+    plain, fused = make(fused=False), make(fused=True)
+    for number in range(2):
+        step(plain, number)
+    fused.module.load_state_dict(plain.module.state_dict())
+    restore_optimizer(fused, config, read_optimizer(plain, config), steps=2)
+    step(plain, 2)
+    step(fused, 2)
+    torch.testing.assert_close(fused.module.state_dict(), plain.module.state_dict())

@@ -19,7 +19,7 @@ from mtl_dist.objective.losses import add_sums, global_losses, total_sums
 from mtl_dist.objective.module import ObjectiveModule
 from mtl_dist.sections import LossConfig
 from mtl_dist.tasks import Batch, Labels, Outputs
-from mtl_dist.training.step import split_batch
+from mtl_dist.training.micro_batches import split_batch
 from tests.ranks import forkserver, start_ranks
 from tests.windows import all_valid
 

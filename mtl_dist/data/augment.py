@@ -18,12 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtl_dist.config import Config
+from mtl_dist.constants import Constant
 from mtl_dist.families import preparation_of, reads_videos
 from mtl_dist.sections import AugmentConfig
 from mtl_dist.tasks import GREY, IMAGENET_MEAN, IMAGENET_STD, Batch
 
 NUM_FIRST_DRAWS = 12
 NUM_DRAWS = 14  # those that came later are drawn beside the first: what the first are must not change
+_MEAN, _STD, _GREY = (
+    Constant(torch.tensor(values, dtype=torch.float64)[:, None, None]) for values in (IMAGENET_MEAN, IMAGENET_STD, GREY)
+)
 
 
 class Preparation(Protocol):
@@ -164,10 +168,10 @@ def _jitter(images: Tensor, u: Tensor, config: AugmentConfig) -> Tensor:
         1 + c * (2 * u[:, 5 + i, None, None, None] - 1)
         for i, c in enumerate((config.brightness, config.contrast, config.saturation))
     ]
-    images = images * factors[0]
-    grey = (images * images.new_tensor(GREY)[:, None, None]).sum(1, keepdim=True)
+    images, shares = images * factors[0], _GREY.like(images)
+    grey = (images * shares).sum(1, keepdim=True)
     images = torch.lerp(grey.mean((2, 3), keepdim=True), images, factors[1])
-    grey = (images * images.new_tensor(GREY)[:, None, None]).sum(1, keepdim=True)
+    grey = (images * shares).sum(1, keepdim=True)
     images = torch.lerp(grey, images, factors[2]).clamp(0, 1)
     return turn_hue(images, (2 * u[:, 12] - 1) * config.hue) if config.hue else images
 
@@ -209,5 +213,4 @@ def _erase(images: Tensor, u: Tensor, probability: float) -> Tensor:
 
 
 def _standardise(images: Tensor) -> Tensor:
-    mean, std = (images.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (images - mean) / std
+    return (images - _MEAN.like(images)) / _STD.like(images)

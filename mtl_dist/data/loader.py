@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 import numpy as np
+import torch
 
 from mtl_dist.data.balanced import BalancedOrder
 from mtl_dist.data.mixed import MixedOrder
@@ -24,6 +25,7 @@ from mtl_dist.data.task_orders import TaskOrders
 from mtl_dist.data.windows import eval_videos
 from mtl_dist.tasks import Batch
 from mtl_dist.threads import DaemonThreads
+from mtl_dist.transfer import CPU, Event, mark, pin_batch
 
 PLAN_STEPS = 16  # whose samples are found at once
 FETCH_AHEAD_STEPS = 4 * PLAN_STEPS  # how far ahead of the loader shards are fetched from the store
@@ -43,8 +45,9 @@ def train_batches(
     num_ranks: int,
     workers: int,
     prefetch: int,
+    device: torch.device = CPU,
 ) -> Generator[Batch]:
-    """Yield this rank's part of every step of an epoch from `start_step` on.
+    """Yield this rank's part of every step of an epoch from `start_step` on, in memory that `device` copies from.
 
     Of `TaskOrders` a `Batch` is as many samples of every task, one task behind the other, with the labels of it alone.
     """
@@ -52,7 +55,7 @@ def train_batches(
     fetchers = DaemonThreads(FETCH_THREADS, "fetch")
 
     def load(numbers: np.ndarray) -> Batch:
-        return keep_own_labels(samples.read(numbers), order.tasks)
+        return pin_batch(keep_own_labels(samples.read(numbers), order.tasks), device)
 
     def loads() -> Iterator[Callable[[], Batch]]:
         for begin in range(start_step, order.num_steps, PLAN_STEPS):
@@ -80,7 +83,14 @@ def keep_own_labels(batch: Batch, tasks: tuple[str, ...]) -> Batch:
 
 
 def eval_batches(
-    samples: Samples, *, batch: int, rank: int, num_ranks: int, workers: int, prefetch: int
+    samples: Samples,
+    *,
+    batch: int,
+    rank: int,
+    num_ranks: int,
+    workers: int,
+    prefetch: int,
+    device: torch.device = CPU,
 ) -> Generator[Batch]:
     """Yield this rank's samples of a set, every row exactly once over all ranks; the last batch is smaller.
 
@@ -92,15 +102,30 @@ def eval_batches(
     else:
         start, stop = eval_range(int(samples.group_sizes.sum()), rank=rank, num_ranks=num_ranks)
         batches = (np.arange(begin, min(begin + batch, stop)) for begin in range(start, stop, batch))
-    loads = (functools.partial(samples.read, numbers) for numbers in batches)
+
+    def load(numbers: np.ndarray) -> Batch:
+        return pin_batch(samples.read(numbers), device)
+
+    loads = (functools.partial(load, numbers) for numbers in batches)
     yield from ahead(loads, workers=workers, prefetch=prefetch)
 
 
-def lend(samples: Samples, batches: Generator[Batch]) -> Generator[Batch]:
-    """Yield batches of which each is the caller's until it asks for the next one: then its memory is used again."""
+def lend(samples: Samples, batches: Generator[Batch], device: torch.device = CPU) -> Generator[Batch]:
+    """Yield batches of which each is the caller's until it asks for the next one.
+
+    Then its memory is used again, once `device` has done what it was given by then: it may still be copying.
+    """
+    lent: deque[tuple[Batch, Event]] = deque()  # that the caller is done with, and the device perhaps not
     with contextlib.closing(batches):
-        for batch in batches:
-            yield batch
+        try:
+            for batch in batches:
+                yield batch
+                lent.append((batch, mark(device)))
+                while lent and lent[0][1].query():
+                    samples.give_back(lent.popleft()[0])
+        finally:
+            mark(device).synchronize()  # nothing is freed under a copy
+        for batch, _ in lent:
             samples.give_back(batch)
 
 

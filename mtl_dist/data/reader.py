@@ -21,6 +21,7 @@ from mtl_dist.data.mapped import MappedShards
 from mtl_dist.data.sidecar import Sidecar, check_places, parse_sidecar
 from mtl_dist.errors import InputError
 from mtl_dist.tasks import TASKS, Batch
+from mtl_dist.transfer import CPU, new_bytes
 
 ROW_BYTES = 8 * TABLE_WIDTH
 MAX_BUFFERS = 16  # of one size, that are free
@@ -83,6 +84,10 @@ class ShardReader(MappedShards[_OpenShard]):
         """Use the memory of a batch's pixels again. Nobody may read them any more."""
         self._buffers.give_back(batch.inputs.data_ptr())
 
+    def decode_for(self, device: torch.device) -> None:
+        """Decode into memory that a device copies from by itself, where it has such."""
+        self._buffers.device = device
+
     def names(self) -> Names:
         """Return the names of every sample of the set, in its order."""
         return names_of(list(self.sidecars()))
@@ -117,6 +122,7 @@ class _Buffers:
     decoding. They begin at a cache line, which is worth 3%. One that nobody gives back is freed like any other."""
 
     def __init__(self):
+        self.device = CPU  # that copies from them
         self._free: dict[int, list[np.ndarray]] = {}  # by their bytes
         self._lent: weakref.WeakValueDictionary[int, np.ndarray] = weakref.WeakValueDictionary()  # by address
         self._lock = threading.Lock()
@@ -125,7 +131,7 @@ class _Buffers:
         with self._lock:
             num_bytes = math.prod(shape)
             free = self._free.get(num_bytes + CACHE_LINE)
-            owner = free.pop() if free else np.empty(num_bytes + CACHE_LINE, np.uint8)
+            owner = free.pop() if free else new_bytes(num_bytes + CACHE_LINE, self.device)
             begin = -owner.ctypes.data % CACHE_LINE
             pixels = owner[begin : begin + num_bytes].reshape(shape)
             self._lent[pixels.ctypes.data] = owner  # which every view of it keeps alive

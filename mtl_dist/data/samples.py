@@ -50,6 +50,9 @@ class Samples(Protocol):
     def give_back(self, batch: Batch) -> None:
         """Let the inputs of a batch be overwritten: nobody reads them any more. New memory costs time."""
 
+    def decode_for(self, device: torch.device) -> None:
+        """Read into memory that a device copies from by itself, where that saves a copy on the host."""
+
     def warm(self, groups: Iterable[int]) -> None:
         """Fetch groups ahead of need."""
 
@@ -105,6 +108,9 @@ class ImageSamples:
     def give_back(self, batch: Batch) -> None:
         self.reader.give_back(batch)
 
+    def decode_for(self, device: torch.device) -> None:
+        self.reader.decode_for(device)
+
     def warm(self, groups: Iterable[int]) -> None:
         self.reader.warm(groups)
 
@@ -152,6 +158,9 @@ class PartSamples:
 
     def give_back(self, batch: Batch) -> None:
         self.every.give_back(batch)
+
+    def decode_for(self, device: torch.device) -> None:
+        self.every.decode_for(device)
 
     def warm(self, groups: Iterable[int]) -> None:
         self.every.warm(groups)
@@ -212,6 +221,9 @@ class Mixture:
 
     def give_back(self, batch: Batch) -> None:
         """Its memory is its own."""
+
+    def decode_for(self, device: torch.device) -> None:
+        """What was read is put together in other memory."""
 
     def warm(self, groups: Iterable[int]) -> None:
         for group in groups:

@@ -124,6 +124,9 @@ class _OfVideos:
     def give_back(self, batch: Batch) -> None:
         """Its memory is its own."""
 
+    def decode_for(self, device: torch.device) -> None:
+        """What was read is put together in other memory."""
+
     def warm(self, groups: Iterable[int]) -> None:
         self.source.warm(groups)
 

@@ -105,19 +105,25 @@ class ConvolutionBlock(nn.Module):
 
 
 class Embedded(nn.Module):
-    """An encoder over a linear layer, which makes vectors as wide as it wants them; with their positions or without."""
+    """An encoder over a linear layer, which makes vectors as wide as it wants them; with their positions, or with none
+    where `num_positions`, the rows of the longest sequence in training, is 0."""
 
-    def __init__(self, in_width: int, encoder: nn.Module, *, has_positions: bool):
+    def __init__(self, in_width: int, encoder: nn.Module, *, num_positions: int):
         super().__init__()
-        self.width, self.has_positions = encoder.width, has_positions
+        self.width = encoder.width
+        self.register_buffer("positions", sinusoid(num_positions, encoder.width), persistent=False)
         self.embed = nn.Linear(in_width, encoder.width)
         self.encoder = encoder
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
         x = self.embed(x)
-        if self.has_positions:
-            x = x + sinusoid(x.shape[1], self.width).to(x)
+        if len(self.positions):
+            x = x + self._positions(x.shape[1]).to(x)
         return self.encoder(x, valid)
+
+    def _positions(self, length: int) -> Tensor:
+        """Return those of a sequence; of one that is longer than training's they come from the host."""
+        return self.positions[:length] if length <= len(self.positions) else sinusoid(length, self.width)
 
 
 def sinusoid(length: int, width: int) -> Tensor:
@@ -146,4 +152,5 @@ def build_trunk(config: SequenceConfig, in_width: int, *, layers: int, dropout: 
     if config.encoder in RECURRENT:
         return build_layers(config, in_width, layers=layers, dropout=dropout)
     encoder = build_layers(config, config.hidden, layers=layers, dropout=dropout)
-    return Embedded(in_width, encoder, has_positions=config.encoder == "transformer")
+    num_positions = config.window + config.context if config.encoder == "transformer" else 0
+    return Embedded(in_width, encoder, num_positions=num_positions)

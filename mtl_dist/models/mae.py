@@ -45,7 +45,8 @@ class MaskedAutoencoder(nn.Module):
 
     def forward(self, inputs: Tensor, valid: Tensor) -> Reconstruction:
         """Reconstruct the n valid frames of (B, T, 4, H, W): normalised images, and the places of `data.masks`."""
-        images, places = split_places(inputs[valid], self.patch)
+        # A sample has a frame at least: of single images there is nothing to look for, which a GPU would wait for.
+        images, places = split_places(inputs[:, 0] if inputs.shape[1] == 1 else inputs[valid], self.patch)
         patches = cut_patches(images, self.patch)
         num_seen = int(patches.shape[1] * (1 - self.share_hidden))
         hidden = places >= num_seen

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtl_dist.config import Config
+from mtl_dist.constants import Constant
 from mtl_dist.label_counts import LabelCounts
 from mtl_dist.objective.losses import Sums
 from mtl_dist.objective.metrics import MetricSums, Predictions, Targets, metric_sums
@@ -52,7 +53,11 @@ class Affect:
         self.fixed = {task: config.weight(task) for task in TASKS}
         self.va_ccc, self.va_mse, self.after = config.va_ccc, config.va_mse, {"va": config.va_after}
         self.classes, self.label_smoothing = build_class_weights(config, counts), config.label_smoothing
-        self.expr_focal, self.log_prior = config.expr_focal, build_log_prior(config, counts)
+        self.expr_focal, log_prior = config.expr_focal, build_log_prior(config, counts)
+        # None where there is none.
+        self._expr_weights, self._au_weights, self._log_prior = (
+            Constant(values) if len(values) else None for values in (*self.classes, log_prior)
+        )
         self.au_gammas, self.au_margin = (config.au_gamma_pos, config.au_gamma_neg), config.au_margin
 
     def begin_epoch(self, epoch: int) -> None:
@@ -84,8 +89,8 @@ class Affect:
     def _expr_sums(self, outputs: Outputs, labels: Labels) -> Tensor:
         logits = at_least_float32(outputs.expr_logits.flatten(0, 1))
         target, mask = labels.expr.flatten(), labels.expr_mask.flatten()
-        classes = self.classes.expr.to(logits) if len(self.classes.expr) else None
-        logits = logits + self.log_prior.to(logits) if len(self.log_prior) else logits
+        classes = self._expr_weights.like(logits) if self._expr_weights else None
+        logits = logits + self._log_prior.like(logits) if self._log_prior else logits
         loss = F.cross_entropy(logits, target, weight=classes, reduction="none", label_smoothing=self.label_smoothing)
         if self.expr_focal:
             loss = loss * _power(1 - logits.softmax(-1).gather(-1, target[:, None])[:, 0], self.expr_focal)
@@ -94,7 +99,7 @@ class Affect:
 
     def _au_sums(self, outputs: Outputs, labels: Labels) -> Tensor:
         logits = at_least_float32(outputs.au_logits)
-        pos_weight = self.classes.au.to(logits) if len(self.classes.au) else None
+        pos_weight = self._au_weights.like(logits) if self._au_weights else None
         if any(self.au_gammas) or self.au_margin:
             loss = asymmetric_loss(logits, labels.au.to(logits), *self.au_gammas, self.au_margin, pos_weight=pos_weight)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
@@ -54,6 +54,7 @@ class ObjectiveModule(nn.Module):
         self.model = model
         self.objective = objective
         self.balancer = build_balancer(balancing, objective.fixed)
+        self.compiled: Callable | None = None  # what runs in the model's place where nothing looks inside
 
     def forward(
         self,
@@ -71,7 +72,7 @@ class ObjectiveModule(nn.Module):
         """
         looks = self.looks_at_gradients(looks_at_gradients)
         with self._holding_shared() if looks else contextlib.nullcontext([]) as held:
-            local = self.objective.sums(self._predict(batch), batch)
+            local = self.objective.sums(self._predict(batch, looks=looks), batch)
         total = total if total is not None else total_sums(local)
         losses = global_losses(self.objective, local, total, scale=_num_ranks() * parts)
         present = find_present(self.objective, total)
@@ -103,7 +104,7 @@ class ObjectiveModule(nn.Module):
     def gram(self, batch: Batch, total: Sums, *, parts: int) -> Tensor:
         """Return this batch's part (K, K) of the Gram matrix of a step with these sums, as `sums` does."""
         with statistics_kept(self.model), counts_kept(self.model), self._holding_shared() as held:
-            local = self.objective.sums(self._predict(batch), batch)
+            local = self.objective.sums(self._predict(batch, looks=True), batch)
         losses = global_losses(self.objective, local, total, scale=_num_ranks() * parts)
         return self._gram(term_gradients(losses, held), total, parts)
 
@@ -113,12 +114,13 @@ class ObjectiveModule(nn.Module):
     def _holding_shared(self) -> contextlib.AbstractContextManager[list[Held]]:
         return hold_shared(self.model, self.shared, cut=self.balancer.reads_gradients)
 
-    def _predict(self, batch: Batch) -> Any:
+    def _predict(self, batch: Batch, *, looks: bool = False) -> Any:
+        model = self.model if looks or not self.compiled else self.compiled
         if self.passes == 1:
-            return self.model(batch.inputs, batch.valid)
+            return model(batch.inputs, batch.valid)
         size = len(batch.inputs) // self.passes
         passes = zip(batch.inputs.split(size), batch.valid.split(size))
-        return Outputs(*(torch.cat(parts) for parts in zip(*(self.model(*each) for each in passes))))
+        return Outputs(*(torch.cat(parts) for parts in zip(*(model(*each) for each in passes))))
 
 
 def _num_ranks() -> int:

@@ -26,11 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mtl_dist.constants import Constant
 from mtl_dist.label_counts import LabelCounts
 from mtl_dist.objective.affect import Affect, AffectMeter, at_least_float32
 from mtl_dist.objective.losses import Sums
 from mtl_dist.sections import LossConfig
 from mtl_dist.tasks import Batch, Outputs
+from mtl_dist.transfer import send
 
 SHAPES = {"va": (2, 6), "expr": (2,), "au": (2,)}  # of the sums of labels
 
@@ -67,6 +69,7 @@ class Taught:
             task: (torch.tensor(labelled[task]) > 0) & (task in teacher.tasks) & (config.weight(task) > 0)
             for task in self.terms
         }
+        self._is_taught = {task: Constant(values) for task, values in self.is_taught.items()}
 
     def begin_epoch(self, epoch: int) -> None:
         self.has_begun = epoch >= self.begins_after
@@ -97,10 +100,10 @@ class Taught:
         return self.by_labels.meter()
 
     def _taught_sums(self, outputs: Outputs, batch: Batch) -> Sums:
-        counts = (batch.rows >= 0).to(outputs.va.device)[..., None]
+        counts = send(batch.rows >= 0, outputs.va.device)[..., None]
         found = {}
         for task, (error, weight, labelled) in self._ask(outputs, batch).items():
-            entries = counts & self.is_taught[task].to(counts)
+            entries = counts & self._is_taught[task].like(counts)
             wanted = entries & ~labelled & (weight >= self.least)
             # where, not a product: what is not finite elsewhere must not poison the sum.
             parts = torch.where(wanted, weight * error, 0.0), torch.where(wanted, weight, 0.0), entries

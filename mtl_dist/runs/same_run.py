@@ -11,6 +11,7 @@ from mtl_dist.settings import Varies, flatten, varying
 from mtl_dist.unread import find_unread, why_unread
 
 NAMING_WEIGHTS = ("model.weights", "run.start", "loss.teacher")  # URIs, which nodes may have by other paths
+DECIDED_AT_THE_START = "engine.autocast"  # where it is auto
 
 
 def find_lack(state: dict[str, Any]) -> str:
@@ -36,6 +37,7 @@ def differences(state: dict[str, Any], config: Config, level: Varies) -> dict[st
     for key in sorted(theirs.keys() | mine.keys()):
         pair = theirs.get(key), mine.get(key)
         same = weights_name(pair[0]) == weights_name(pair[1]) if key in NAMING_WEIGHTS else pair[0] == pair[1]
+        same |= key == DECIDED_AT_THE_START and "auto" in pair
         if not same and key not in free and not why_unread(key, unread):
             unlike[key] = pair
     return unlike

@@ -103,7 +103,7 @@ def start_on_ranks(config: Config, identity: dict[str, str]) -> Start | None:
 def load_everything(start: Start) -> Restored:
     """Read what training goes on with. Raises `InputError` where it is gone or damaged."""
     # Scores are those of the other run, and its number of ranks was its own.
-    state = {key: start.state[key] for key in ("step", "order") if key in start.state} | {"scores": {}}
+    state = {key: start.state[key] for key in ("step", "order", "config") if key in start.state} | {"scores": {}}
     return Restored(state, _read(start.checkpoint, MODEL), _read(start.checkpoint, TRAIN))
 
 

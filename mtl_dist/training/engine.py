@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from mtl_dist.config import Config
+from mtl_dist.training.clipping import clip_gradients
 from mtl_dist.training.rates import Share, check_layers, learning_rate, share_of
 
 
@@ -33,10 +35,15 @@ def build_engine(module: nn.Module, config: Config, *, num_ranks: int, device: t
     module.to(device)
     engine, *_ = deepspeed.initialize(
         model=module,
-        optimizer=build_optimizer(module, config),
+        optimizer=build_optimizer(module, config, fused=device.type == "cuda"),
         config=_deepspeed_config(config, num_ranks),
         dist_init_required=False,
     )
+    if config.optim.clip_norm and not config.engine.zero_stage:
+        # DeepSpeed's own copies two numbers from the host in every step, which waits for the device.
+        engine.clip_fp32_gradients = functools.partial(
+            clip_gradients, list(module.parameters()), config.optim.clip_norm
+        )
     return engine
 
 
@@ -45,8 +52,8 @@ def collective_timeout(config: Config) -> timedelta:
     return timedelta(seconds=max(1800.0, 2 * config.engine.hang_s))
 
 
-def build_optimizer(module: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """SGD or AdamW; only what features are multiplied with is decayed."""
+def build_optimizer(module: nn.Module, config: Config, *, fused: bool = False) -> torch.optim.Optimizer:
+    """SGD or AdamW; only what features are multiplied with is decayed. `fused`: torch's few kernels for all of it."""
     check_layers(module, config)
     groups: dict[tuple[Share, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
@@ -58,11 +65,10 @@ def build_optimizer(module: nn.Module, config: Config) -> torch.optim.Optimizer:
         for share, decayed in sorted(groups, reverse=True)
     ]
     if config.optim.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.optim.lr, betas=config.optim.betas)
+        return torch.optim.AdamW(groups, lr=config.optim.lr, betas=config.optim.betas, fused=fused or None)
     momentum = config.optim.momentum
-    return torch.optim.SGD(
-        groups, lr=config.optim.lr, momentum=momentum, nesterov=config.optim.nesterov and momentum > 0
-    )
+    nesterov = config.optim.nesterov and momentum > 0
+    return torch.optim.SGD(groups, lr=config.optim.lr, momentum=momentum, nesterov=nesterov, fused=fused or None)
 
 
 def is_decayed(module: nn.Module, name: str) -> bool:
@@ -114,7 +120,8 @@ def restore_optimizer(engine, config: Config, tensors: dict[str, torch.Tensor], 
         # Each rank holds slices of the flattened parameter groups. torch would make their state in the first step, and
         # DeepSpeed 0.19.8 links all of it to the parameters after the first *group's*: the second's would be lost.
         for flat in optimizer.single_partition_of_fp32_groups:
-            optimizer.optimizer.state[flat] = _with_steps({key: torch.zeros_like(flat) for key in keys}, config, steps)
+            state = {key: torch.zeros_like(flat) for key in keys}
+            optimizer.optimizer.state[flat] = _with_steps(state, config, steps)
         optimizer._lazy_init_hp_params_optimizer_state()
     for name, parameter in _trained(engine):
         state = {key: tensors[f"{key}/{name}"].to(parameter.device) for key in keys if f"{key}/{name}" in tensors}
@@ -136,7 +143,10 @@ def _state_keys(config: Config) -> tuple[str, ...]:
 
 
 def _with_steps(state: dict[str, torch.Tensor], config: Config, steps: int) -> dict[str, torch.Tensor]:
-    return state | ({"step": torch.tensor(float(steps))} if config.optim.name == "adamw" else {})
+    """Put AdamW's number of steps beside a parameter's state: on its device, where fused kernels read it."""
+    if config.optim.name != "adamw":
+        return state
+    return state | {"step": torch.tensor(float(steps), device=next(iter(state.values())).device)}
 
 
 def _deepspeed_config(config: Config, num_ranks: int) -> dict:

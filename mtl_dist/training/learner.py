@@ -38,7 +38,9 @@ from mtl_dist.training.averaging import (
     write_batchnorm,
 )
 from mtl_dist.training.checks import check_finite, check_num_ranks, check_size, describe_size, note_batchnorm
+from mtl_dist.training.compiling import compile_model
 from mtl_dist.training.engine import build_engine, read_optimizer, restore_optimizer
+from mtl_dist.training.precision import ARITHMETIC, describe_arithmetic, note_arithmetic, set_precision, settle_autocast
 from mtl_dist.training.rates import describe_rates
 from mtl_dist.training.saving import Saver
 from mtl_dist.training.setup import Setup
@@ -88,7 +90,7 @@ def check_start(config: Config, *, has_gpu: bool, num_ranks: tuple[int, int], be
 def restore(setup: Setup) -> tuple[Setup, Learner, int, dict[str, Any]]:
     """Build what is trained, with its newest checkpoint; return it, the steps it has had, and its last scores.
 
-    The setup comes back with the order that the run was begun with.
+    The setup comes back with the order and the precision that the run was begun with.
     """
     config, watchdog, num_ranks = setup.config, setup.watchdog, setup.context.num_ranks
     watchdog.moved(Phase.RESTORING)
@@ -100,6 +102,9 @@ def restore(setup: Setup) -> tuple[Setup, Learner, int, dict[str, Any]]:
     known = restored.state.get(TAUGHT_BY) if restored else None
     teaching = find_teacher_on_ranks(config, setup.data.train, known)
     watchdog.moved(Phase.BUILDING)
+    config = settle_autocast(config, setup.device, restored.state.get("config", {}) if restored else None)
+    set_precision(config, setup.device)
+    setup = setup._replace(config=config)
     step, scores = (restored.state["step"], restored.state["scores"]) if restored else (0, {})
     if restored:
         setup = setup._replace(order=setup.order.of_version(restored.state.get("order", 1)))
@@ -107,7 +112,9 @@ def restore(setup: Setup) -> tuple[Setup, Learner, int, dict[str, Any]]:
     began = BEGUN_BEFORE if restored and "order" not in restored.state else ""
     loaded = model.backbone.loaded
     what_loaded = f"weights {loaded}" if loaded else ""
-    for note in (began, what_loaded, note_batchnorm(model, config, num_ranks), _describe_start(setup, model)):
+    arithmetic = note_arithmetic(config, setup.device, restored.state.get(ARITHMETIC) if restored else None)
+    few_rows = note_batchnorm(model, config, num_ranks)
+    for note in (began, arithmetic, what_loaded, few_rows, _describe_start(setup, model)):
         if note and setup.context.rank == 0:
             print(note, flush=True)
     average = WeightAverage(model, config.train.ema) if config.train.ema else None
@@ -125,6 +132,8 @@ def restore(setup: Setup) -> tuple[Setup, Learner, int, dict[str, Any]]:
             average.copy_buffers(module.model)
     if config.engine.batchnorm == "sync":
         module = sync_batchnorm(module, config)
+    if config.engine.compile:
+        compile_model(module, setup.device)
     engine = build_engine(module, config, num_ranks=num_ranks, device=setup.device)
     if average:
         average.model.to(setup.device)
@@ -139,7 +148,8 @@ def _describe_start(setup: Setup, model: nn.Module) -> str:
     device, num_ranks, num_threads = setup.device, setup.context.num_ranks, torch.get_num_threads()
     what = f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else "cpu"
     parts = f"{num_ranks} rank{'s' * (num_ranks > 1)} on {what}", f"{num_threads} thread{'s' * (num_threads > 1)} each"
-    return f"start   {', '.join(parts)}; {describe_size(model)}"
+    autocast = ", bf16" if setup.config.engine.autocast == "bf16" else ""
+    return f"start   {', '.join(parts)}{autocast}; {describe_size(model)}"
 
 
 def _build_model(config: Config, *, begins: bool, start: Start | None, train: Sets | None = None) -> nn.Module:
@@ -207,6 +217,7 @@ def save_checkpoint(
         "config": flatten(config),
         "identity": setup.data.identity(),
         "order": setup.order.version,
+        ARITHMETIC: describe_arithmetic(config, setup.device),
         "view": setup.data.train.view,
         EXTRACTORS: [extractor.model_dump() for extractor in setup.data.train.extractors],
         "total_steps": setup.total_steps,

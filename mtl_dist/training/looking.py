@@ -11,6 +11,7 @@ from mtl_dist.objective.losses import Objective
 from mtl_dist.objective.module import StepLoss
 from mtl_dist.predicting.evaluate import list_rows
 from mtl_dist.ranks import gather_lists
+from mtl_dist.training.pending import Pending
 from mtl_dist.training.setup import Setup
 from mtl_dist.training.tracking import NoTracker, Tracker
 
@@ -21,7 +22,7 @@ class Taken(NamedTuple):
     step: int
     epoch: int
     lr: float
-    loss: StepLoss
+    loss: Pending[StepLoss]
     rows: list[int]
     took_s: float  # since the step before was done, the wait for data included
     waited_s: float
@@ -32,7 +33,7 @@ def look_at(
 ) -> None:
     """Record a step. Raises `NonFiniteLoss`, on all ranks: they hold the same values. `saved_step`: of the newest
     checkpoint."""
-    loss = taken.loss
+    loss = taken.loss.read()
     losses = {term: float(value) for term, value in loss.terms.items()} | {"total": float(loss.total)}
     weights = {term: float(weight) for term, weight in loss.weights.items()}
     wrong = {f"weight of {term}": weight for term, weight in weights.items() if not math.isfinite(weight)}

@@ -26,6 +26,7 @@ from mtl_dist.training.checks import describe_what_is_left
 from mtl_dist.training.engine import set_learning_rate
 from mtl_dist.training.learner import Learner, restore, save_checkpoint
 from mtl_dist.training.looking import Taken, look_at
+from mtl_dist.training.pending import Pending
 from mtl_dist.training.requests import ask_ranks, is_due, is_late
 from mtl_dist.training.saving import Saver
 from mtl_dist.training.setup import RunContext, Setup, set_up
@@ -104,7 +105,7 @@ def _train_epoch(run: _Run, epoch: int) -> bool:
     module.objective.begin_epoch(epoch)
     start_step = run.step % setup.data.steps_per_epoch
     batches = train_batches(setup.train, setup.order, epoch=epoch, start_step=start_step, **setup.reading)
-    batches = lend(setup.train, batches)
+    batches = lend(setup.train, batches, setup.device)
     asked = ended = time.monotonic()
     watchdog.moved(Phase.DATA, run.step + 1)
     for batch in batches:
@@ -125,7 +126,7 @@ def _train_epoch(run: _Run, epoch: int) -> bool:
         if run.saver.saved:
             context.observe(checkpoint_step=run.saver.saved.step)
         _look_at_loss(run)  # of the step before, which is there by now: this one is under way meanwhile
-        run.under_way = Taken(run.step, epoch, lr, loss, rows, took_s, waited_s)
+        run.under_way = Taken(run.step, epoch, lr, Pending(loss), rows, took_s, waited_s)
 
         # ------------------------------------------------------------ once in a while: save in mid-epoch, stop
         is_amidst = run.step % setup.data.steps_per_epoch > 0  # what is due at its end comes after the evaluation
@@ -188,7 +189,7 @@ def _evaluate(run: _Run) -> Scored:
     return evaluate(
         learner.evaluated,
         learner.engine.module.objective,
-        lend(setup.val, batches),
+        lend(setup.val, batches, setup.device),
         step=run.step,
         device=setup.device,
         prepare=setup.prepare,

@@ -62,9 +62,9 @@ class Setup(NamedTuple):
         return self.data.steps_per_epoch * self.config.train.epochs
 
     @property
-    def reading(self) -> dict[str, int]:
-        """What this rank reads of every set, and how far ahead."""
-        ranks = {"rank": self.context.rank, "num_ranks": self.context.num_ranks}
+    def reading(self) -> dict[str, Any]:
+        """What this rank reads of every set, how far ahead, and for which device."""
+        ranks = {"rank": self.context.rank, "num_ranks": self.context.num_ranks, "device": self.device}
         return ranks | {"workers": self.config.data.workers, "prefetch": self.config.data.prefetch}
 
 
@@ -79,6 +79,9 @@ def set_up(config: Config, context: RunContext, watchdog: Watchdog) -> Setup:
     check_num_ranks(config, context.num_ranks)
     cache = Cache(config.data.cache_dir, max_bytes=int(config.data.cache_gib * GIB))
     train, val = (sets and open_samples(sets, config, cache) for sets in (data.train, data.val))
+    for samples in (train, val):
+        if samples:
+            samples.decode_for(device)
     shows = (data.tasks or config.data.balance != "none") and context.rank == 0
     with progress_bar("reading labels", len(data.train.shards)) if shows else contextlib.nullcontext() as advance:
 

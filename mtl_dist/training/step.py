@@ -16,7 +16,9 @@ from mtl_dist.objective.gradients import total_gram
 from mtl_dist.objective.losses import Sums, add_sums, global_losses, total_sums
 from mtl_dist.objective.module import ObjectiveModule, StepLoss
 from mtl_dist.tasks import Batch
+from mtl_dist.training.micro_batches import split_batch
 from mtl_dist.training.requests import is_due
+from mtl_dist.transfer import pin_batch, send
 
 Found = TypeVar("Found")
 
@@ -29,8 +31,8 @@ def train_step(
     turn = step if config.data.repeats_rows else epoch  # a row has other draws each time that it is read
     draws = draw_passes(prepare, batch.rows, seed=config.run.seed, epoch=turn, passes=module.passes)
     device = next(module.parameters()).device
-    batch = batch.to(device)
-    batch = batch._replace(inputs=prepare(batch, draws.to(device)))
+    batch = pin_batch(batch, device).to(device)  # what the loader has pinned stays as it is
+    batch = batch._replace(inputs=prepare(batch, send(draws, device)))
     parts = split_batch(batch, parts=config.train.accumulation, passes=module.passes)
 
     # The losses of the whole batch need the sums of the whole batch before the first backward: CCC is no mean.
@@ -61,14 +63,6 @@ def draw_passes(prepare: Preparation, rows: Tensor, *, seed: int, epoch: int, pa
     """
     parts = enumerate(rows.tensor_split(passes))
     return torch.cat([prepare.draw(part, seed=seed, epoch=epoch * passes + number) for number, part in parts])
-
-
-def split_batch(batch: Batch, *, parts: int, passes: int) -> list[Batch]:
-    """Cut a batch into micro-batches, each with its part of all `passes` equal parts of it (the samples of a task)."""
-    if parts == 1:
-        return [batch]
-    of_passes = [places.tensor_split(parts) for places in torch.arange(len(batch.samples)).chunk(passes)]
-    return [batch.take(torch.cat(places)) for places in zip(*of_passes)]
 
 
 def _sum_up(module: ObjectiveModule, parts: list[Batch], config: Config, *, step: int, rank: int) -> Sums:
