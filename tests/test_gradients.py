@@ -54,7 +54,7 @@ def orders_of(gram: np.ndarray) -> np.ndarray:
 
 # ---------------------------------------------------------------------------------------------------------- the weights
 
-# Of torchjd 0.18; CAGrad's are of scipy's SLSQP, that of the authors.
+# Of torchjd 0.18; CAGrad's are of scipy's SLSQP, that of the authors: torchjd's own solver stops 5e-5 beside them.
 PUBLISHED = {
     "upgrad": {
         "agree": [0.333333333, 0.333333333, 0.333333333],
@@ -101,9 +101,7 @@ def test_weights_are_those_of_another_implementation(method, name):
     np.testing.assert_allclose(found, PUBLISHED[method][name], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("method", "name"), itertools.product(["upgrad", "imtl_g", "aligned", "mgda", "pcgrad"], GRAMS)
-)
+@pytest.mark.parametrize(("method", "name"), itertools.product(SOLVERS, GRAMS))
 def test_the_weights_that_stand_here_are_torchjds(method, name, monkeypatch):
     oracles = pytest.importorskip("torchjd.aggregation")
     gram = torch.from_numpy(normalised(name))
@@ -113,10 +111,12 @@ def test_the_weights_that_stand_here_are_torchjds(method, name, monkeypatch):
         "aligned": lambda: oracles.AlignedMTLWeighting(),
         "mgda": lambda: oracles.MGDAWeighting(1e-9, 20_000),
         "pcgrad": lambda: oracles.PCGradWeighting(),
+        "cagrad": lambda: oracles.CAGradWeighting(CAGRAD_RADIUS),
     }[method]()
     orders = iter(ORDERS)
     monkeypatch.setattr(torch, "randperm", lambda number: torch.from_numpy(next(orders)))
-    np.testing.assert_allclose(theirs(gram).numpy(), PUBLISHED[method][name], rtol=1e-5, atol=1e-6)
+    off = 1e-4 if method == "cagrad" else 1e-6
+    np.testing.assert_allclose(theirs(gram).numpy(), PUBLISHED[method][name], rtol=1e-5, atol=off)
 
 
 @given(grams())
