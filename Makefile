@@ -1,4 +1,4 @@
-# The commands of README. `make` alone lists them.
+# The commands of README and docs/. `make` alone lists them.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -300,10 +300,11 @@ def finish(console: Console, demo: Path, data: Path | None, seconds: float) -> N
         f"  {demo / 'cluster' / 's3' / 'mtl'}  (shards, runs and checkpoints, as the S3 server keeps them)\n",
         markup=False,
     )
-    source = (
-        "your own data: make demo DATA=/path/to/s-Aff-Wild2" if data is None else "README: your own bucket and cluster"
+    of_rendered, of_own = (
+        "your own data: make demo DATA=/path/to/s-Aff-Wild2",
+        "your own bucket and cluster: docs/cluster.md",
     )
-    console.print(f"next: {source}", markup=False)
+    console.print(f"next: {of_rendered if data is None else of_own}", markup=False)
 
 
 if __name__ == "__main__":

@@ -177,10 +177,10 @@ def test_the_baseline_has_no_attention_to_show(models):
     assert hasattr(models["a", "vgg_small"], "attention_maps")
 
 
-def test_a_family_has_a_row_in_readme_and_settings_that_exist():
-    readme = (REPO / "README.md").read_text()
+def test_a_family_has_a_row_in_the_manual_and_settings_that_exist():
+    manual = (REPO / "docs/models.md").read_text()
     for name, family in FAMILIES.items():
-        assert re.search(rf"^\| `{name}` \| .*{re.escape(family.what.partition(',')[0])}", readme, re.MULTILINE), name
+        assert re.search(rf"^\| `{name}` \| .*{re.escape(family.what.partition(',')[0])}", manual, re.MULTILINE), name
         assert set(family.reads) <= ModelConfig.model_fields.keys()
 
 

@@ -33,7 +33,7 @@ def join_torchrun(backend: str, timeout: timedelta) -> str:
 
     Ranks that torchrun starts again meet in the store of the first ones, among the keys those left, and wait for ever.
     A prefix for every attempt mends it on one node. Several nodes count attempts each for itself: there torchrun
-    needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, as README says.
+    needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, as docs/cluster.md says.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("GROUP_WORLD_SIZE") != "1":
         dist.init_process_group(backend, timeout=timeout)
