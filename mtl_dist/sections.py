@@ -35,6 +35,10 @@ class RunConfig(Section):
     """Seeds the order, augmentation, initialisation and dropout."""
     audit_dir: Annotated[Path | None, Varies.BY_RANK] = None
     """Also write the samples of every step here, a file a process: what a failure lost or repeated can be counted."""
+    track: Annotated[tuple[Literal["tensorboard", "mlflow", "wandb"], ...], Varies.BY_PART] = ("tensorboard",)
+    """Where the run is drawn while it trains; mlflow and wandb as their own environment variables say."""
+    profile: Annotated[int | None, Varies.BY_PART] = Field(None, ge=1, le=MAX_COUNT)
+    """Record a profile of three steps from this one on, of rank 0; written to the run's profile/."""
 
     @property
     def uri(self) -> str:

@@ -16,7 +16,7 @@ FILES = [path for package in PACKAGES for path in sorted((REPO / package).rglob(
 
 # From the bottom up. A module imports from layers below its own, and from its own package.
 LAYERS = [
-    {"mtl_dist.tasks", "mtl_dist.errors", "mtl_dist.threads"},
+    {"mtl_dist.tasks", "mtl_dist.errors", "mtl_dist.threads", "mtl_dist.spans"},
     {"mtl_dist.parsing", "mtl_dist.timeline", "mtl_dist.processes", "mtl_dist.label_counts"},
     {"mtl_dist.families", "mtl_dist.s3", "mtl_dist.sealed", "mtl_dist.machine", "mtl_dist.ranks", "mtl_dist.joining"},
     {"mtl_dist.storage", "mtl_dist.progress"},
@@ -55,6 +55,8 @@ ONLY_IMPORTERS = {
         "tune",
         "cluster",
     ),
+    "mlflow": ("mtl_dist.training.sinks.mlflow",),
+    "wandb": ("mtl_dist.training.sinks.wandb",),
     "pickle": ("tune.search",),  # for the name of an exception, which Ray's reading of its own state raises
     "concurrent.futures.ProcessPoolExecutor": ("mtl_dist.processes",),  # whose processes end with their parent
     "multiprocessing": ("mtl_dist.processes", "mtl_dist.predicting.spread"),

@@ -453,7 +453,7 @@ VARYING = {
         "engine.threads",
     },
     Varies.BY_PART: {
-        "run.storage", "loss.gradients_every",
+        "run.storage", "run.track", "run.profile", "loss.gradients_every",
         "engine.device", "engine.zero_stage", "engine.hang_s", "engine.cudnn_benchmark", "engine.compile",
         "train.eval_batch", "train.stop_epoch",
         "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep_last", "checkpoint.keep_best",

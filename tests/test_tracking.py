@@ -12,7 +12,8 @@ from tensorboardX.proto.event_pb2 import Event
 
 from mtl_dist import storage
 from mtl_dist.errors import InputError
-from mtl_dist.training import tracking
+from mtl_dist.training import growing
+from mtl_dist.training.sinks.tensorboard import TensorBoard
 from mtl_dist.training.tracking import METRICS, Tracker, read_records
 
 
@@ -27,7 +28,7 @@ def test_the_speed_of_a_single_last_step_counts_its_time_and_a_run_that_goes_on_
 
 
 def test_what_a_teacher_told_of_a_step_is_on_the_line_and_in_its_record_and_nothing_without_one(tmp_path, capsys):
-    tracker, shares = Tracker(str(tmp_path), resumed_at=0, num_ranks=1), {"va": 0.25, "au": 0.0}
+    tracker, shares = open_tracker(tmp_path), {"va": 0.25, "au": 0.0}
     for step, taught in ((2, {}), (2, shares)):  # the last of two is told of at once
         tracker.step(
             step, 2, 0, 0.1, {"total": 1.0}, weights={}, gradients={}, taught=taught, images=8, took_s=1.0,
@@ -67,7 +68,8 @@ def test_records_are_strict_json_also_where_an_older_run_wrote_nan(tmp_path):
 
 
 def open_tracker(run: Path, resumed_at: int = 0) -> Tracker:
-    return Tracker(str(run), resumed_at=resumed_at, num_ranks=1)
+    board = TensorBoard(purge_step=resumed_at + 1)
+    return Tracker(str(run), resumed_at=resumed_at, num_ranks=1, sinks=[board])
 
 
 def take_steps(tracker: Tracker, first: int, last: int, *, total: int = 10**6) -> None:
@@ -104,7 +106,7 @@ def read_events(run: Path) -> list[tuple[str, Event]]:
 
 def test_the_records_of_many_saves_cost_what_is_new_and_read_as_one(tmp_path, monkeypatch):
     """A save every 10 steps: the second thousand steps write as many bytes as the first."""
-    monkeypatch.setattr(tracking, "PART_BYTES", 5000)
+    monkeypatch.setattr(growing, "PART_BYTES", 5000)
     tracker, written = open_tracker(tmp_path), []
     for half in (0, 1000):
         written.append(0)
@@ -134,7 +136,7 @@ def test_what_tensorboard_shows_has_the_last_scores(tmp_path):
 
 @pytest.mark.parametrize("resumed_at", [0, 3, 25, 60, 99, 100])
 def test_a_run_that_goes_on_drops_the_later_steps_in_every_part(resumed_at, tmp_path, monkeypatch):
-    monkeypatch.setattr(tracking, "PART_BYTES", 1500)
+    monkeypatch.setattr(growing, "PART_BYTES", 1500)
     tracker = open_tracker(tmp_path)
     take_steps(tracker, 1, 100)
     store(tracker, tmp_path)
@@ -150,7 +152,7 @@ def test_a_run_that_goes_on_drops_the_later_steps_in_every_part(resumed_at, tmp_
 
 
 def test_a_run_from_before_there_were_parts_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(tracking, "PART_BYTES", 1500)
+    monkeypatch.setattr(growing, "PART_BYTES", 1500)
     old = [{"kind": "step", "step": step, "epoch": 0, "lr": 0.1, "loss": {"total": 1.0}} for step in range(1, 51)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in old))
     tracker = open_tracker(tmp_path, 40)
@@ -163,7 +165,7 @@ def test_a_run_from_before_there_were_parts_goes_on(tmp_path, monkeypatch):
 @pytest.mark.parametrize("text", ["{", "[1]", "1", '{"kind": "step"}', '{"step": 1}', "[" * 10**5])
 @pytest.mark.parametrize("name", ["metrics.jsonl", "metrics/000001.jsonl"])
 def test_a_damaged_part_is_one_message_and_without_it_the_others_are_read(name, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(tracking, "PART_BYTES", 1500)
+    monkeypatch.setattr(growing, "PART_BYTES", 1500)
     tracker = open_tracker(tmp_path)
     take_steps(tracker, 1, 60)
     store(tracker, tmp_path)

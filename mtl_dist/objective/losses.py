@@ -21,6 +21,7 @@ from torch import Tensor
 from mtl_dist.config import Config
 from mtl_dist.label_counts import LabelCounts
 from mtl_dist.objective.scores import Meter
+from mtl_dist.spans import RANKS, span
 from mtl_dist.tasks import Batch
 
 Sums = dict[str, Tensor]  # by term
@@ -63,6 +64,7 @@ def add_sums(mine: Sums | None, other: Sums) -> Sums:
     return other if mine is None else {term: mine[term] + part for term, part in other.items()}
 
 
+@span(RANKS)
 def total_sums(local: Sums) -> Sums:
     """Add up over all ranks, without gradients. A collective where there are several ranks."""
     flat = torch.cat([part.detach().flatten() for part in local.values()])

@@ -15,6 +15,7 @@ from mtl_dist.errors import NonFiniteLoss
 from mtl_dist.objective.affect import AffectMeter, PredictedRows
 from mtl_dist.objective.losses import Objective
 from mtl_dist.ranks import gather_lists
+from mtl_dist.spans import EVALUATION, span
 from mtl_dist.tasks import SET_BITS, Batch
 
 MAX_LISTED = 32  # rows in one message
@@ -72,6 +73,7 @@ class Scored(NamedTuple):
     pictures: dict[str, np.ndarray]  # of this rank's first frames, where there is something to look at
 
 
+@span(EVALUATION)
 def evaluate(
     model: nn.Module,
     objective: Objective,

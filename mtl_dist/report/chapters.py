@@ -39,6 +39,7 @@ class Drawings(NamedTuple):
     curves: list[Figure]
     curve_notes: list[str]
     gradients: list[Figure]
+    paces: list[Figure]
     confusion: list[Figure]
     f1: list[Figure]
     reliability: Figure | None
@@ -52,7 +53,8 @@ class Drawings(NamedTuple):
     def figures(self) -> list[Figure]:
         """All figures, in the order of the page."""
         some = [self.reliability] if self.reliability else []
-        return [*self.curves, *self.gradients, *self.confusion, *self.f1, *some, *self.affect, *self.attention]
+        trained = [*self.curves, *self.gradients, *self.paces]
+        return [*trained, *self.confusion, *self.f1, *some, *self.affect, *self.attention]
 
 
 def lead(evidence: Evidence, *, num_draws: int) -> list[str]:
@@ -156,6 +158,9 @@ def _curves_blocks(drawings: Drawings) -> list[Markup]:
     if drawings.gradients:
         blocks.append(html.heading("What the tasks ask of what they share"))
         blocks.append(html.grid([html.figure(figure, level=4) for figure in drawings.gradients]))
+    if drawings.paces:
+        blocks.append(html.heading("Where time went"))
+        blocks.append(html.grid([html.figure(figure, level=4) for figure in drawings.paces]))
     return blocks + [html.paragraph(note, kind="soft") for note in drawings.curve_notes]
 
 

@@ -12,6 +12,7 @@ from mtl_dist.report.curves import mean_losses
 from mtl_dist.report.drawing import COLOURS, Figure, canvas, save_png
 from mtl_dist.report.options import ReportCommand
 from mtl_dist.report.origin import weights_block
+from mtl_dist.report.pace import draw_pace
 from mtl_dist.report.page import Part, html
 from mtl_dist.report.tables import write_csv
 from mtl_dist.runs.weights import Weights
@@ -41,6 +42,7 @@ def write_unscored(runs: dict[str, tuple[str, Weights]]) -> tuple[list[Figure], 
         reads_labels = objective_of(weights.config.model.name).reads_labels
         lines[name] = mean_losses(read_records(uri), TASKS if reads_labels else (TERM,))
     figures = [_draw(lines)] if any(lines.values()) else []
+    figures += filter(None, (draw_pace(name, name, uri, n) for n, (name, (uri, _)) in enumerate(runs.items(), start=1)))
     blocks = [
         weights_block(name, uri, FAMILIES[weights.config.model.name].title, weights, validation=NO_SCORE)
         for name, (uri, weights) in runs.items()

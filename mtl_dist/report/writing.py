@@ -26,6 +26,7 @@ from mtl_dist.report.evidence import Evidence, gather
 from mtl_dist.report.gradients import draw_gradients
 from mtl_dist.report.mistakes import worst_mistakes
 from mtl_dist.report.options import ReportCommand
+from mtl_dist.report.pace import draw_pace
 from mtl_dist.report.page import html
 from mtl_dist.report.pictures import Pictures
 from mtl_dist.report.reconstruction import check_alike, write_parts
@@ -132,6 +133,10 @@ def draw(
     with progress_bar("drawing", 4 + 2 * len(real) + len(trained)) as advance:
         curves, notes = draw_curves(methods, styles)
         gradients = [draw_gradients(method, place) for place, method in enumerate(trained, start=1)]
+        paces = [
+            draw_pace(method.label, method.shown.name, method.shown.uri, place)
+            for place, method in enumerate(trained, start=1)
+        ]
         advance(1)
         f1 = draw_f1(methods, styles, evidence.labels)
         advance(1)
@@ -157,9 +162,9 @@ def draw(
             pictures = Pictures(shown_from, cache_dir)
             mistakes = worst_mistakes(evidence.best.shown, pictures, images, video, count=num_errors)
         advance(1)
-    confusion, gradients = ([figure for figure in figures if figure] for figures in (confusion, gradients))
+    confusion, gradients, paces = (list(filter(None, figures)) for figures in (confusion, gradients, paces))
     return Drawings(
-        curves, notes, gradients, confusion, f1, reliability, calibration, affect, attention, without, mistakes
+        curves, notes, gradients, paces, confusion, f1, reliability, calibration, affect, attention, without, mistakes
     )
 
 

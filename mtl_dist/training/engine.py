@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import os
@@ -12,8 +11,9 @@ import torch
 from torch import nn
 
 from mtl_dist.config import Config
-from mtl_dist.training.clipping import clip_gradients
+from mtl_dist.training.clipping import Clipper
 from mtl_dist.training.rates import Share, check_layers, learning_rate, share_of
+from mtl_dist.training.times import name_parts
 
 
 def build_engine(module: nn.Module, config: Config, *, num_ranks: int, device: torch.device):
@@ -39,12 +39,19 @@ def build_engine(module: nn.Module, config: Config, *, num_ranks: int, device: t
         config=_deepspeed_config(config, num_ranks),
         dist_init_required=False,
     )
-    if config.optim.clip_norm and not config.engine.zero_stage:
+    if not config.engine.zero_stage:
         # DeepSpeed's own copies two numbers from the host in every step, which waits for the device.
-        engine.clip_fp32_gradients = functools.partial(
-            clip_gradients, list(module.parameters()), config.optim.clip_norm
-        )
+        engine.clip_fp32_gradients = clipper = Clipper(module.parameters(), config.optim.clip_norm)
+        if not config.optim.clip_norm:  # DeepSpeed does not call it
+            engine.optimizer.register_step_pre_hook(lambda *step: clipper())
+    name_parts(engine)
     return engine
+
+
+def gradient_norm(engine) -> torch.Tensor | float | None:
+    """Return the norm of all gradients of the last step, before they were clipped, on the device; None: not known."""
+    clipper = engine.clip_fp32_gradients
+    return clipper.norm if isinstance(clipper, Clipper) else engine.get_global_grad_norm()
 
 
 def collective_timeout(config: Config) -> timedelta:

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,10 @@ from mtl_dist.machine import num_cpus
 from mtl_dist.runs.checkpoint import committed
 from mtl_dist.sealed import seal, unseal
 from mtl_dist.settings import dump_yaml
+from mtl_dist.spans import RANKS, span
 from mtl_dist.training.engine import collective_timeout
 from mtl_dist.training.learner import check_start
+from mtl_dist.training.measurements import MEASUREMENTS, shown_scores
 from mtl_dist.training.plan import Plan
 from mtl_dist.training.same_disk import check_seen, seen_by_all
 from mtl_dist.training.stopping import StopFlag, driver_signals
@@ -36,14 +39,6 @@ from mtl_dist.training.torchrun import is_torchrun, join_torchrun, torchrun_rank
 if TYPE_CHECKING:
     from ray.train import WorkerGroupError
 
-# What a rank shows to Prometheus, each as mtl_dist_<name>{run, rank}.
-MEASUREMENTS = {
-    "step_s": "seconds of a step, the wait for its data included",
-    "data_wait_s": "seconds a step waited for its data",
-    "images_per_s": "images of this rank a second",
-    "checkpoint_step": "step of the latest checkpoint",
-    "restarts": "starts of the run after its first",
-}
 # A worker that does not answer, and ranks that do not all start, are given up after so long; Ray's own defaults are
 # 600 s and 60 s.
 RAY_TIMEOUTS = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30"}
@@ -67,7 +62,7 @@ class LocalContext:
     def publish(self, metrics: dict[str, Any]) -> None:
         pass
 
-    def observe(self, **values: float) -> None:
+    def observe(self, **values: float | Mapping[str, float]) -> None:
         pass
 
     def should_stop(self) -> bool:
@@ -101,7 +96,8 @@ class RayContext:
         self.has_gpu = config.ray.gpus_per_rank > 0  # Ray hides no GPU from a worker that asked for none
         self._asked, self._notice = 0.0, None
         self._gauges = {
-            name: Gauge(f"mtl_dist_{name}", what, tag_keys=("run", "rank")) for name, what in MEASUREMENTS.items()
+            name: Gauge(f"mtl_dist_{name}", about.what, tag_keys=("run", "rank", *filter(None, [about.of])))
+            for name, about in MEASUREMENTS.items()
         }
         for gauge in self._gauges.values():
             gauge.set_default_tags({"run": config.run.name, "rank": str(self.rank)})
@@ -109,12 +105,16 @@ class RayContext:
     def publish(self, metrics: dict[str, Any]) -> None:
         import ray.train
 
-        ray.train.report(metrics)
+        if self.rank == 0:
+            self.observe(score=shown_scores(metrics))
+        with span(RANKS):
+            ray.train.report(metrics)
 
-    def observe(self, **values: float) -> None:
+    def observe(self, **values: float | Mapping[str, float]) -> None:
         """Set Prometheus gauges, which Ray's node agents serve."""
         for name, value in values.items():
-            self._gauges[name].set(value)
+            for of, each in value.items() if isinstance(value, Mapping) else [(None, value)]:
+                self._gauges[name].set(each, tags=None if of is None else {MEASUREMENTS[name].of: of})
 
     def should_stop(self) -> bool:
         return self.rank == 0 and self._stop.ask()

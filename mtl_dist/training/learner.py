@@ -29,6 +29,7 @@ from mtl_dist.runs.teacher import TAUGHT_BY, find_teacher_on_ranks, load_teacher
 from mtl_dist.runs.weights import EXTRACTORS, Weights
 from mtl_dist.sections import EMA
 from mtl_dist.settings import flatten
+from mtl_dist.spans import SAVE, span
 from mtl_dist.tasks import TASKS
 from mtl_dist.training.averaging import (
     WeightAverage,
@@ -187,6 +188,7 @@ def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tens
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
+@span(SAVE)
 def save_checkpoint(
     setup: Setup,
     learner: Learner,

@@ -10,28 +10,26 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from mtl_dist import storage
 from mtl_dist.config import Config
 from mtl_dist.data.loader import eval_batches, lend, train_batches
 from mtl_dist.errors import NonFiniteLoss
 from mtl_dist.objective.scores import flat_scores
 from mtl_dist.predicting.evaluate import Scored, evaluate
-from mtl_dist.ranks import on_rank_0
-from mtl_dist.runs import CONFIG_NAME
-from mtl_dist.runs.lives import Life, begin_life
-from mtl_dist.settings import dump_yaml
+from mtl_dist.runs.lives import begin_life
+from mtl_dist.spans import DATA, spanned
 from mtl_dist.training.audit import Audit
 from mtl_dist.training.averaging import average_batchnorm, freeze_batchnorm
 from mtl_dist.training.checks import describe_what_is_left
-from mtl_dist.training.engine import set_learning_rate
+from mtl_dist.training.engine import gradient_norm, set_learning_rate
+from mtl_dist.training.instruments import Instruments, open_instruments
 from mtl_dist.training.learner import Learner, restore, save_checkpoint
 from mtl_dist.training.looking import Taken, look_at
 from mtl_dist.training.pending import Pending
+from mtl_dist.training.rates import group_rates
 from mtl_dist.training.requests import ask_ranks, is_due, is_late
 from mtl_dist.training.saving import Saver
 from mtl_dist.training.setup import RunContext, Setup, set_up
 from mtl_dist.training.step import train_step
-from mtl_dist.training.tracking import NoTracker, Tracker
 from mtl_dist.training.watchdog import Phase, Watchdog
 
 
@@ -41,7 +39,7 @@ class _Run:
 
     setup: Setup
     learner: Learner
-    tracker: Tracker | NoTracker
+    seen: Instruments
     audit: Audit
     saver: Saver
     step: int  # completed
@@ -61,13 +59,13 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
         started_by = {"launcher": context.launcher, "command_line": context.command_line}
         life = begin_life(config.run.uri, **started_by, num_ranks=context.num_ranks)
         setup, learner, step, scores = restore(setup)
-        tracker = _open_tracker(setup, life=life, step=step, scores=scores)
         with (
+            open_instruments(setup, life=life, step=step, scores=scores) as seen,
             Audit(config.run.audit_dir, config.run.name, life=life.name, rank=context.rank) as audit,
             Saver(config.run.uri, config.checkpoint, life=life) as saver,
         ):
             try:
-                return _train(_Run(setup, learner, tracker, audit, saver, step, scores, time.monotonic()))
+                return _train(_Run(setup, learner, seen, audit, saver, step, scores, time.monotonic()))
             except NonFiniteLoss as error:
                 raise NonFiniteLoss(f"{error}. {describe_what_is_left(saver, begun_at=step)}") from None
 
@@ -86,7 +84,7 @@ def _train(run: _Run) -> dict[str, Any]:
         if is_evaluated:
             if setup.val:
                 run.scores, constant, pictures = _evaluate(run)
-                run.tracker.evaluated(run.step, epoch, run.scores, constant, pictures)
+                run.seen.tracker.evaluated(run.step, epoch, run.scores, constant, pictures)
             _save(run, run.scores)
             setup.context.publish({"step": run.step, "epoch": epoch + 1, **flat_scores(run.scores)})
         if _heed_requests(run, is_saved=is_evaluated):
@@ -105,7 +103,7 @@ def _train_epoch(run: _Run, epoch: int) -> bool:
     module.objective.begin_epoch(epoch)
     start_step = run.step % setup.data.steps_per_epoch
     batches = train_batches(setup.train, setup.order, epoch=epoch, start_step=start_step, **setup.reading)
-    batches = lend(setup.train, batches, setup.device)
+    batches = spanned(DATA, lend(setup.train, batches, setup.device))
     asked = ended = time.monotonic()
     watchdog.moved(Phase.DATA, run.step + 1)
     for batch in batches:
@@ -122,11 +120,10 @@ def _train_epoch(run: _Run, epoch: int) -> bool:
 
         # -------------------------------------------------------------------------------------------- log
         rows, took_s, ended = batch.valid_rows(), time.monotonic() - ended, time.monotonic()
-        context.observe(step_s=took_s, data_wait_s=waited_s, images_per_s=len(rows) / took_s)
-        if run.saver.saved:
-            context.observe(checkpoint_step=run.saver.saved.step)
+        parts, found = run.seen.cut(run.step), Pending((loss, gradient_norm(engine)))  # whose event comes last
         _look_at_loss(run)  # of the step before, which is there by now: this one is under way meanwhile
-        run.under_way = Taken(run.step, epoch, lr, Pending(loss), rows, took_s, waited_s)
+        rates = group_rates(engine.optimizer.param_groups)
+        run.under_way = Taken(run.step, epoch, lr, rates, found, parts, rows, took_s, waited_s)
 
         # ------------------------------------------------------------ once in a while: save in mid-epoch, stop
         is_amidst = run.step % setup.data.steps_per_epoch > 0  # what is due at its end comes after the evaluation
@@ -142,13 +139,15 @@ def _train_epoch(run: _Run, epoch: int) -> bool:
 def _heed_requests(run: _Run, *, step: int | None = None, is_saved: bool = False) -> bool:
     """Save, unless that is done, where it is due or any rank was asked to; return whether all are to stop here."""
     setup, checkpoint = run.setup, run.setup.config.checkpoint
-    asked_for = ask_ranks(setup.context, late=is_late(run.saved_at, checkpoint.every_minutes), step=step)
+    late = is_late(run.saved_at, checkpoint.every_minutes)
+    asked_for = ask_ranks(setup.context, late=late, step=step, own_s=run.seen.pace.own_s)
+    run.seen.pace.heard(asked_for.own_s)
     if not is_saved and (asked_for.any or is_due(run.step, checkpoint.every_steps)):
         _save(run, {})
     if asked_for.stop or asked_for.now:
         run.saver.wait()
     if asked_for.stop and run.step < setup.total_steps:
-        run.tracker.say(f"stopped at step {run.step} of {setup.total_steps}, saved; the same command continues")
+        run.seen.tracker.say(f"stopped at step {run.step} of {setup.total_steps}, saved; the same command continues")
     return asked_for.stop
 
 
@@ -156,27 +155,8 @@ def _save(run: _Run, scored: dict[str, Any]) -> None:
     """Save a checkpoint; `scored` are the scores of these very weights, where they have some."""
     _look_at_loss(run)
     state = {"step": run.step, "scores": run.scores, "num_ranks": run.setup.context.num_ranks}
-    save_checkpoint(run.setup, run.learner, run.saver, run.tracker, state=state, scored=scored)
+    save_checkpoint(run.setup, run.learner, run.saver, run.seen.tracker, state=state, scored=scored)
     run.saved_at = time.monotonic()
-
-
-def _open_tracker(setup: Setup, *, life: Life, step: int, scores: dict[str, Any]) -> Tracker | NoTracker:
-    """Open what rank 0 writes of the run, and say where the run stands."""
-    config, context, tracker = setup.config, setup.context, NoTracker()
-
-    def open_tracker() -> None:
-        nonlocal tracker
-        life.note_step(step)
-        tracker = Tracker(config.run.uri, resumed_at=step, num_ranks=context.num_ranks)
-        storage.write_bytes(storage.join(config.run.uri, CONFIG_NAME), dump_yaml(config).encode())
-        context.observe(restarts=len(life.known) - 1)
-
-    on_rank_0(open_tracker)
-    if step >= setup.data.steps_per_epoch * config.last_epoch:
-        context.publish({"step": step, "epoch": config.last_epoch, **flat_scores(scores)})
-        where = f"step {step} of {setup.total_steps}"
-        tracker.say(f"run '{config.run.name}' is finished ({where}); nothing is left to do")
-    return tracker
 
 
 def _evaluate(run: _Run) -> Scored:
@@ -203,4 +183,4 @@ def _look_at_loss(run: _Run) -> None:
     taken, run.under_way = run.under_way, None
     if taken:
         saved, objective = run.saver.saved, run.learner.engine.module.objective
-        look_at(taken, run.setup, objective, run.tracker, saved_step=saved.step if saved else None)
+        look_at(taken, run.setup, objective, run.seen, saved_step=saved.step if saved else None)

@@ -26,6 +26,7 @@ from mtl_dist.progress import progress_bar
 from mtl_dist.shards.folds import part_by_fold
 from mtl_dist.shards.overlap import check_shared, find_shared
 from mtl_dist.training.balance import Balance, build_balance, describe_balance
+from mtl_dist.training.sinks.opening import check_installed
 
 if TYPE_CHECKING:
     from mtl_dist.runs.start import Start
@@ -234,6 +235,7 @@ def plan_run(config: Config, *, num_ranks: tuple[int, int] | None = None, compar
     from mtl_dist.runs.start import check_pretrained, describe_start, find_start
     from mtl_dist.runs.teacher import TAUGHT_BY, describe_teacher, find_teacher
 
+    check_installed(config.run.track)
     for key in config.checkpoint.best_of:
         find_score(key, setting="checkpoint.best_of")
     data = open_data(config)
@@ -264,9 +266,18 @@ def plan_run(config: Config, *, num_ranks: tuple[int, int] | None = None, compar
         shared = find_shared(data.train, data.val)
         check_shared(shared, data.train, data.val)
         notes += filter(None, [shared.note()])
+    notes += _note_profile(config, data, done)
     text = _describe(config, data, notes, done=done, num_ranks=num_ranks or config.ray.num_ranks, begins=begins)
     drawn = _describe_drawn(config, data) if compares and config.data.balance != "none" else []
     return Plan("\n".join([text, *drawn]), begins=not done)
+
+
+def _note_profile(config: Config, data: Data, done: int) -> list[str]:
+    """Say where there is no step to profile. Raises `InputError` where there never is one."""
+    first, last = config.run.profile, data.steps_per_epoch * config.last_epoch
+    if first and first > last:
+        raise InputError(f"run.profile is {first}, and the run ends at step {last}; give an earlier step")
+    return [f"run.profile is {first}, and step {done} is done: there is no profile"] if first and first <= done else []
 
 
 def _check_extractors(start: Start | None, train: Sets) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -70,6 +70,13 @@ def check_layers(module: nn.Module, config: Config) -> None:
             f"optim.layer_decay is {config.optim.layer_decay:g}, and model.backbone {config.model.backbone} is no ViT; "
             "leave it out, or give one"
         )
+
+
+def group_rates(groups: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the learning rates of an optimizer's groups, by what they are; nothing where all have the same."""
+    rates = {("heads" if share == Share(1.0, False) else f"backbone x{share.of_lr:.3g}"): group["lr"]
+             for group in groups for share in [group["share"]]}  # fmt: skip
+    return rates if len(rates) > 1 else {}
 
 
 def describe_rates(module: nn.Module, config: Config) -> str:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from mtl_dist.spans import RANKS, span
 from mtl_dist.training.setup import RunContext
 
 ASK_EVERY_STEPS = 8
@@ -19,6 +20,7 @@ class AskedFor(NamedTuple):
     stop: bool  # save and leave the loop
     now: bool  # save, and wait until it is stored
     late: bool  # save
+    own_s: tuple[float, ...] = ()  # what each rank has said; nothing where they were not asked
 
     @property
     def any(self) -> bool:
@@ -26,8 +28,11 @@ class AskedFor(NamedTuple):
         return self.stop or self.now or self.late
 
 
-def ask_ranks(context: RunContext, *, late: bool, step: int | None = None) -> AskedFor:
+@span(RANKS)
+def ask_ranks(context: RunContext, *, late: bool, step: int | None = None, own_s: float = 0.0) -> AskedFor:
     """What any rank was asked for: all ranks must save and leave the loop at the same step. Rank 0's clock counts.
+
+    `own_s` is what this rank has to say to all: seconds of its own.
 
     Several ranks ask each other at some steps only, since the answer makes the host wait for the device. None: always.
     """
@@ -37,9 +42,11 @@ def ask_ranks(context: RunContext, *, late: bool, step: int | None = None) -> As
         return AskedFor(False, False, False)
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     mine = (context.should_stop(), context.should_save(), late and context.rank == 0)
-    flags = torch.tensor(mine, dtype=torch.float32, device=device)
-    dist.all_reduce(flags)
-    return AskedFor(*(bool(flag) for flag in flags))
+    said = [own_s if rank == context.rank else 0.0 for rank in range(context.num_ranks)]
+    added = torch.tensor([*mine, *said], dtype=torch.float32, device=device)
+    dist.all_reduce(added)
+    stop, now, late, *of_ranks = added.tolist()
+    return AskedFor(bool(stop), bool(now), bool(late), tuple(of_ranks))
 
 
 def is_due(count: int, every: int | None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -33,8 +34,8 @@ class RunContext(Protocol):
     def publish(self, metrics: dict[str, Any]) -> None:
         """Report an evaluation. Every rank calls it, with the same metrics."""
 
-    def observe(self, **values: float) -> None:
-        """Show measurements of this rank to whoever watches the cluster."""
+    def observe(self, **values: float | Mapping[str, float]) -> None:
+        """Show `MEASUREMENTS` of this rank to whoever watches the cluster."""
 
     def should_stop(self) -> bool:
         """Whether this rank was asked to stop (a signal); ranks may disagree."""

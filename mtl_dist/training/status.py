@@ -23,6 +23,7 @@ from mtl_dist.runs.checkpoint import Checkpoint, best, committed, find_damage, r
 from mtl_dist.runs.lives import read_lives
 from mtl_dist.runs.start import BEGAN_FROM, describe_start
 from mtl_dist.runs.teacher import TAUGHT_BY
+from mtl_dist.training.pace import describe_pace
 from mtl_dist.training.plan import open_data
 from mtl_dist.training.tracking import print_scores, read_records
 
@@ -59,6 +60,11 @@ def print_status(run_uri: str) -> None:
     if lives and lives[-1].get("typed"):
         console.print(f"command      {plain(lives[-1]['typed'])}", markup=False, soft_wrap=True)
     console.print(_lives_table(lives))
+
+    if paces := [record for record in records if record["kind"] == "pace"]:
+        norms = [record["gradient_norm"] for record in records if "gradient_norm" in record]
+        norm = f"; norm of the gradient {norms[-1]:.3g}" if norms else ""
+        console.print(f"steps        {plain(describe_pace(paces[-1]))}{norm}", markup=False, soft_wrap=True)
 
     top, damage = best(checkpoints), {}
     with progress_bar("reading checkpoints", len(checkpoints)) as advance:

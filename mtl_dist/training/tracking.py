@@ -1,54 +1,60 @@
-"""What a run tells: metrics.jsonl in its storage is the truth, console and TensorBoard are views of it. Rank 0 only.
+"""What a run tells: metrics.jsonl in its storage is the truth, console and `sinks` are views of it. Rank 0 only.
 
-Both are stored with every checkpoint, in parts of about 1 MiB: metrics.jsonl goes on in metrics/000001.jsonl, and an
-event file in another one. A part that is full is not written again, so that saves cost what is new, however long the
-run; object stores cannot append.
+It is stored with every checkpoint, in parts: metrics.jsonl goes on in metrics/000001.jsonl.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import re
-import socket
-import struct
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import masked_crc32c
 
 from mtl_dist import storage
 from mtl_dist.errors import InputError, plain
 from mtl_dist.objective.scores import FIRST, Score, flat_scores, main_scores, more_scores, table_of
 from mtl_dist.tasks import TASKS
+from mtl_dist.training.growing import Growing
+from mtl_dist.training.sinks.sink import Ending, Row, Sink
 
-METRICS, BOARD = "metrics.jsonl", "tensorboard"
+METRICS = "metrics.jsonl"
 MORE_METRICS = re.compile(r"\d{6}\.jsonl")  # in metrics/, the parts after the first
-PART_BYTES = 1 << 20
 LINE_EVERY_S = 10.0
 NO_LABELS, NOT_KNOWN = "no labels", "–"
 
 
 class Tracker:
-    """Collects records of a run; what `files` returns is stored in the run with every checkpoint."""
+    """Collects records of a run; what `files` returns is stored in the run with every checkpoint.
 
-    def __init__(self, run_uri: str, *, resumed_at: int, num_ranks: int):
-        self.num_ranks = num_ranks
-        self._lines = _open_metrics(run_uri, resumed_at)
+    `last_step` ends the run; `kept` are files that the sinks are given at its end, beside the last scores.
+    """
+
+    def __init__(
+        self,
+        run_uri: str,
+        *,
+        resumed_at: int,
+        num_ranks: int,
+        last_step: int | None = None,
+        sinks: Sequence[Sink] = (),
+        kept: Mapping[str, bytes] = MappingProxyType({}),
+    ):
+        self.num_ranks, self._sinks, self._kept = num_ranks, sinks, kept
+        self._lines, self._last_scores = _open_metrics(run_uri, resumed_at)
         self.console = Console(highlight=False)
         self._window, self._saved_step = _Window(), resumed_at or None
         self._last_line = time.monotonic()
-        self._board = _Board(purge_step=resumed_at + 1)
+        self._step, self._last_step = resumed_at, last_step
 
     def step(
         self,
@@ -61,6 +67,8 @@ class Tracker:
         weights: dict[str, float],
         gradients: dict[str, dict[str, float]],
         taught: Mapping[str, float] = MappingProxyType({}),
+        gradient_norm: float | None = None,
+        rates: Mapping[str, float] = MappingProxyType({}),
         images: int,
         took_s: float,
         waited_s: float,
@@ -69,23 +77,21 @@ class Tracker:
         """Take note of a finished step; print a line now and then.
 
         `weights` are those of the task losses, where they change, `gradients` what was found of these, where that was
-        looked at; `taught` is how much of each task was a teacher's; `took_s` counts from the end of the step before.
+        looked at; `taught` is how much of each task was a teacher's; `gradient_norm` is that of all gradients, `rates`
+        are the learning rates of groups that have others; `took_s` counts from the end of the step before.
         """
         record = {"kind": "step", "step": step, "epoch": epoch, "lr": lr, "loss": losses}
         more = {"weights": weights, "gradients": gradients, "taught": dict(taught)}
-        self._lines.append(_line(record | {name: values for name, values in more.items() if values}))
+        more |= {"gradient_norm": gradient_norm, "rates": dict(rates)}
+        self._record(record | {name: values for name, values in more.items() if values})
         self._window.add(images, took_s, waited_s)
         self._saved_step = self._saved_step if saved_step is None else saved_step
-        drawn = {"loss": losses, "weight": weights, "taught": taught}
-        drawn |= {f"gradient_{name}": of for name, of in gradients.items()}
-        named = {f"{kind}/{name}": value for kind, values in drawn.items() for name, value in values.items()}
-        self._board.add(step, {"lr": lr} | named)
         now = time.monotonic()
         if now - self._last_line < (1.0 if self.console.is_terminal else LINE_EVERY_S) and step < total:
             return
         self._last_line = now
         speed, waiting = self._window.rates()
-        self._board.add(step, {"speed/images_per_s": speed, "speed/waiting_for_data": waiting})
+        self._tell(step, {"speed/images_per_s": speed, "speed/waiting_for_data": waiting})
         left = (total - step) * self._window.seconds / max(self._window.steps, 1)
         shown = "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
         shown += "  taught" * bool(taught) + "".join(f" {name} {share:.0%}" for name, share in taught.items())
@@ -107,11 +113,11 @@ class Tracker:
     ) -> None:
         """Take note of an evaluation and print its scores beside the constant predictor's; pictures go to the board."""
         record = {"kind": "eval", "step": step, "epoch": epoch, "scores": scores, "constant": constant}
-        self._lines.append(_line(record))
-        flat = flat_scores(scores)
-        self._board.add(step, {f"score/{key}": value for key, value in flat.items()})
-        for name, pixels in pictures.items():
-            self._board.show(step, name, pixels)
+        self._record(record)
+        self._last_scores, flat = record, flat_scores(scores)
+        for sink in self._sinks:
+            for name, pixels in pictures.items():
+                sink.show(step, name, pixels)
         parts = "  ".join(f"{score.title} {flat[score.key]:.4f}" for score in main_scores(scores) if score.key in flat)
         first = table_of(scores)[0]
         floor = f"(constant predictor: {first.title} {constant[first.key]:.4f})"
@@ -121,13 +127,39 @@ class Tracker:
             parts = "  ".join(f"{title} {cells}" for title, cells in more.items())
             self.console.print(f"epoch {epoch + 1} also    {parts}", soft_wrap=True)
 
+    def timed(self, step: int, epoch: int, told: Mapping[str, Any]) -> None:
+        """Take note of how fast the steps since the last time were (`Pace.take`)."""
+        self._record({"kind": "pace", "step": step, "epoch": epoch, **told})
+
     def say(self, text: str) -> None:
         """Say something once for all ranks."""
         print(text, flush=True)
 
     def files(self) -> dict[str, list[bytes]]:
         """Return what to store in the run: name -> content in pieces, of what has changed since the last call."""
-        return self._lines.take_changed() | self._board.parts.take_changed()
+        files = self._lines.take_changed()
+        for sink in self._sinks:
+            files |= sink.files()
+        return files
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        """Tell the sinks how it has ended. They take a bounded time."""
+        is_finished = self._last_step is not None and self._step >= self._last_step
+        ending: Ending = "failed" if kind else "finished" if is_finished else "stopped"
+        for sink in self._sinks:
+            sink.close(ending, {**self._kept, **_score_files(self._last_scores)})
+
+    def _record(self, record: dict[str, Any]) -> None:
+        self._lines.append(_line(record))
+        self._step = record["step"]
+        self._tell(record["step"], values_of(record))
+
+    def _tell(self, step: int, values: Mapping[str, float]) -> None:
+        for sink in self._sinks:
+            sink.add(step, values)
 
 
 class NoTracker:
@@ -139,6 +171,9 @@ class NoTracker:
     def evaluated(self, *args: Any) -> None:
         """Write nothing."""
 
+    def timed(self, *args: Any) -> None:
+        """Write nothing."""
+
     def say(self, text: str) -> None:
         """Print nothing."""
 
@@ -146,70 +181,60 @@ class NoTracker:
         """Return no files: rank 0 stores them."""
         return {}
 
+    def __enter__(self) -> NoTracker:
+        return self
 
-class _Parts:
-    """A growing file, in parts: `name` gives the name of each by its number, `content` is that of the last."""
-
-    def __init__(self, name: Callable[[int], str], *, number: int = 0, content: Iterable[bytes] = ()):
-        self._name, self._number, self._content = name, number, list(content)
-        self._bytes = sum(map(len, self._content))
-        self._changed: dict[str, list[bytes]] = {}
-
-    def append(self, piece: bytes) -> None:
-        if self._bytes >= PART_BYTES:
-            self._number, self._content, self._bytes = self._number + 1, [], 0
-        self._content.append(piece)
-        self._bytes += len(piece)
-        self._changed[self._name(self._number)] = self._content
-
-    def replace(self, number: int, content: list[bytes]) -> None:
-        self._changed[self._name(number)] = content
-
-    def take_changed(self) -> dict[str, list[bytes]]:
-        """Return the parts that have changed since the last call, in an order of writing that never leaves a gap."""
-        changed, self._changed = self._changed, {}
-        return {name: list(changed[name]) for name in sorted(changed, key=lambda name: (len(changed[name]) > 0, name))}
+    def __exit__(self, *error) -> None:
+        """Tell nobody."""
 
 
-class _Board:
-    """Event files of TensorBoard, of their own for every start of the run."""
-
-    def __init__(self, *, purge_step: int):
-        begun = f"{BOARD}/events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}"
-        # TensorBoard reads files in the order of their names, and drops what earlier ones have from this step on.
-        self.parts = _Parts(lambda number: f"{begun}.{number:06d}" if number else begun)
-        self._write(Event(file_version="brain.Event:2"))
-        self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
-
-    def add(self, step: int, values: dict[str, float]) -> None:
-        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        self._write(Event(step=step, summary=Summary(value=scalars)))
-
-    def show(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """Show a picture, (H, W, 3) uint8."""
-        (height, width), png = pixels.shape[:2], io.BytesIO()
-        Image.fromarray(pixels).save(png, "PNG")
-        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png.getvalue())
-        self._write(Event(step=step, summary=Summary(value=[Summary.Value(tag=name, image=image)])))
-
-    def _write(self, event: Event) -> None:
-        event.wall_time = time.time()
-        data = event.SerializeToString()
-        length = struct.pack("<Q", len(data))
-        checks = (struct.pack("<I", masked_crc32c(part)) for part in (length, data))
-        self.parts.append(length + next(checks) + data + next(checks))
+def values_of(record: dict[str, Any]) -> dict[str, float]:
+    """Return what of a record is drawn over steps, by name."""
+    if record["kind"] == "eval":
+        return {f"score/{key}": value for key, value in flat_scores(record["scores"]).items()}
+    if record["kind"] == "pace":
+        slowest = {f"slowest/{name}": value for name, value in record.get("slowest", {}).items() if name != "host"}
+        memory = {"memory/gpu_gib": record["gpu_gib"]} if "gpu_gib" in record else {}
+        return {f"time/{name}": value for name, value in record["seconds"].items()} | slowest | memory
+    kinds = {"loss": record.get("loss"), "weight": record.get("weights"), "taught": record.get("taught")}
+    kinds |= {"lr": record.get("rates")}
+    kinds |= {f"gradient_{name}": of for name, of in record.get("gradients", {}).items()}
+    named = {f"{kind}/{name}": value for kind, values in kinds.items() for name, value in (values or {}).items()}
+    norm = {"gradient_norm/total": record["gradient_norm"]} if "gradient_norm" in record else {}
+    return {"lr": record["lr"]} | named | norm
 
 
-def _open_metrics(run_uri: str, resumed_at: int) -> _Parts:
-    """Open a run's records to go on after `resumed_at`: later steps are done again, and their old records go."""
+def rows_until(run_uri: str, last_step: int) -> Iterator[Row]:
+    """Yield all that is recorded of every step up to one."""
+    records = (record for record in read_records(run_uri) if record["step"] <= last_step)
+    for step, of_step in itertools.groupby(records, key=lambda record: record["step"]):
+        values = {name: value for record in of_step for name, value in values_of(record).items()}
+        yield Row(step, {name: value for name, value in values.items() if value is not None}, {})
+
+
+def _score_files(record: dict[str, Any] | None) -> dict[str, bytes]:
+    """Return an evaluation as files: its record, and its tables as they are printed."""
+    if record is None:
+        return {}
+    floor = {"constant predictor": record["constant"]} if "constant" in record else {}
+    tables = render_scores(floor | {f"epoch {record['epoch'] + 1}": record["scores"]})
+    return {"scores.json": json.dumps(record, indent=1).encode(), "scores.txt": tables.encode()}
+
+
+def _open_metrics(run_uri: str, resumed_at: int) -> tuple[Growing, dict[str, Any] | None]:
+    """Open a run's records to go on after `resumed_at`: later steps are done again, and their old records go.
+
+    With the last evaluation that is kept.
+    """
     parts = _read_parts(run_uri)
     kept = [[record for record in records if record["step"] <= resumed_at] for records in parts]
     last = max((number for number, records in enumerate(kept) if records), default=0)
-    lines = _Parts(_part_name, number=last, content=map(_line, kept[last] if kept else ()))
+    lines = Growing(_part_name, number=last, content=map(_line, kept[last] if kept else ()))
     for number, (left, records) in enumerate(zip(kept, parts)):
         if len(left) < len(records):
             lines.replace(number, [_line(record) for record in left])
-    return lines
+    evaluations = [record for records in kept for record in records if record["kind"] == "eval"]
+    return lines, evaluations[-1] if evaluations else None
 
 
 def _part_name(number: int) -> str:
