@@ -34,9 +34,10 @@ from mtl_dist.objective.affect import Affect
 from mtl_dist.objective.module import ObjectiveModule
 from mtl_dist.presets import load_preset
 from mtl_dist.tasks import TASKS, Batch
+from mtl_dist.training.draws import draw_passes
 from mtl_dist.training.engine import build_engine, build_optimizer, restore_optimizer
 from mtl_dist.training.pending import Pending
-from mtl_dist.training.step import draw_passes, train_step
+from mtl_dist.training.step import train_step
 
 OURS, BARE, THREE = "ours", "bare", "three"
 

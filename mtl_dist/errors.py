@@ -42,6 +42,10 @@ class RunFailed(RuntimeError):
     """What was begun failed, and neither the user nor another try mends it. The message says where it stands."""
 
 
+class OutOfMemory(RunFailed):
+    """Memory ran out on a rank. Unlike other failures this one is mended by another start, which does with less."""
+
+
 # What options of several commands may be: (least, most).
 MAX_SEED = 2**63 - 1  # of what numpy and torch take
 OPTION_BOUNDS = {"seed": (0, MAX_SEED), "batch": (1, 2**16), "workers": (0, 1024), "jobs": (1, 1024)}

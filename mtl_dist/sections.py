@@ -264,9 +264,11 @@ class TrainConfig(Section):
     epochs: Annotated[int, Varies.BY_RUN] = Field(50, ge=1, le=10**6)
     stop_epoch: Annotated[int | None, Varies.BY_PART] = Field(None, ge=1, le=10**6)
     """Stop after so many epochs, evaluated and saved, in the schedule of train.epochs. None: after the last one."""
-    accumulation: Annotated[int, Varies.BY_RUN] = Field(1, ge=1, le=MAX_BATCH)
-    """Micro-batches a rank splits its part of the global batch into. Losses stay those of the whole batch, at the
-    price of one more forward pass."""
+    patience: Annotated[int, Varies.BY_PART] = Field(0, ge=0, le=10**6)
+    """Stop after so many evaluations without a better score of checkpoint.best_of, its first. 0: never."""
+    accumulation: Annotated[int, Varies.BY_RUN] = Field(1, ge=0, le=MAX_BATCH)
+    """Micro-batches a rank splits its part of the global batch into; twice as many from where memory runs out. 0: as
+    few as fit, when the run begins. Losses stay those of the whole batch, at the price of one more forward pass."""
     eval_batch: Annotated[int, Varies.BY_PART] = Field(64, ge=1, le=2**16)
     """Images per rank and forward pass in evaluation."""
     eval_every: Annotated[int, Varies.BY_RUN] = Field(1, ge=1, le=MAX_COUNT)

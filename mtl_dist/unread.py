@@ -52,7 +52,9 @@ def find_unread(config: Config) -> dict[str, str]:
         unread["augment.jitter_p"] = "augment.brightness, contrast, saturation and hue are all 0"
     if config.data.train and not (config.data.val or config.data.fold):
         why = "there is no validation set, and so no score; it is for data.val, or data.fold"
-        unread |= {name: why for name in ("train.eval_batch", "checkpoint.keep_best", "checkpoint.best_of")}
+        unread |= {
+            name: why for name in ("train.eval_batch", "train.patience", "checkpoint.keep_best", "checkpoint.best_of")
+        }
     if not config.data.workers:
         unread["data.prefetch"] = "data.workers is 0; it is for 1 or more"
     if config.data.balance == "none":

@@ -455,7 +455,7 @@ VARYING = {
     Varies.BY_PART: {
         "run.storage", "run.track", "run.profile", "loss.gradients_every",
         "engine.device", "engine.zero_stage", "engine.hang_s", "engine.cudnn_benchmark", "engine.compile",
-        "train.eval_batch", "train.stop_epoch",
+        "train.eval_batch", "train.stop_epoch", "train.patience",
         "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep_last", "checkpoint.keep_best",
         "checkpoint.keep_every_hours", "checkpoint.best_of",
         "ray.num_ranks", "ray.cpus_per_rank", "ray.gpus_per_rank", "ray.placement", "ray.autoscaling",

@@ -32,11 +32,12 @@ from mtl_dist.shards.__main__ import create
 from mtl_dist.tasks import TASKS, Batch, Labels, Outputs
 from mtl_dist.training.audit import read_audit
 from mtl_dist.training.checks import check_ranks_agree
+from mtl_dist.training.draws import draw_passes, seed_dropout
 from mtl_dist.training.loop import fit
 from mtl_dist.training.micro_batches import split_batch
 from mtl_dist.training.plan import open_data, plan_run
 from mtl_dist.training.rates import learning_rate
-from mtl_dist.training.step import draw_passes, seed_dropout, train_step
+from mtl_dist.training.step import train_step
 from mtl_dist.training.tracking import read_records
 from tests.conftest import write_dataset
 from tests.ranks import forkserver, start_ranks

@@ -281,7 +281,12 @@ def test_sinks_hear_how_a_start_has_ended_and_are_given_its_scores(tmp_path):
     heard = Heard()
     for resumed_at, is_failing in ((0, False), (0, True), (8, False)):
         tracker = Tracker(
-            str(tmp_path), resumed_at=resumed_at, num_ranks=1, last_step=8, sinks=[heard], kept={"config.yaml": b""}
+            str(tmp_path),
+            resumed_at=resumed_at,
+            num_ranks=1,
+            is_over=lambda step: step >= 8,
+            sinks=[heard],
+            kept={"config.yaml": b""},
         )
         try:
             with tracker:

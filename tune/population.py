@@ -125,6 +125,11 @@ def check_population(config: Config, population: PopulationConfig, space: Space)
         )
     if config.run.start or config.train.stop_epoch:
         raise InputError("run.start and train.stop_epoch are the population's own here; leave them out")
+    if config.train.patience:  # members are compared after as many epochs each
+        raise InputError(
+            f"train.patience is {config.train.patience}, which ends a run by itself; a population gives its weak "
+            "members up: leave it out"
+        )
     if fixed := [key for key in space if key not in varying(Config, Varies.BY_RUN)]:
         raise InputError(
             f"the space has {', '.join(fixed)}, which cannot change within a run; give settings such as loss.va, "

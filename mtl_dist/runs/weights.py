@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from mtl_dist.runs.checkpoint import (
     read_state,
     read_tensors,
 )
+from mtl_dist.runs.patience import ENDED
 from mtl_dist.runs.same_run import find_lack
 from mtl_dist.sealed import unseal
 from mtl_dist.settings import explain_validation, flatten, unflatten
@@ -58,6 +60,7 @@ class Weights(NamedTuple):
     view: str | None  # of the pictures it was trained on; None: saved before this was noted
     newest_step: int  # of all checkpoints of its run, where it lies in one
     exported: ExportedConfig | None = None  # config.json of an exported directory
+    ended: str = ""  # why its run has ended before its last epoch, where it has
 
     @property
     def uri(self) -> str:
@@ -92,7 +95,7 @@ class Weights(NamedTuple):
     @property
     def is_finished(self) -> bool:
         """Whether its run was trained to the end: of its epochs, or where it was to stop."""
-        if self.total_steps is None:
+        if self.total_steps is None or self.ended:
             return True
         return self.newest_step >= self.total_steps // self.config.train.epochs * self.config.last_epoch
 
@@ -149,7 +152,7 @@ def open_best(run_uri: str) -> Weights:
             f"run {run_uri} has no committed checkpoint with a score{reasons}; train it first, or correct the name"
         )
     return _open_checkpoint(
-        chosen, newest_step=checkpoints[-1].step, remedy=f"delete {chosen.uri} to use the next best checkpoint"
+        chosen, newest=checkpoints[-1], remedy=f"delete {chosen.uri} to use the next best checkpoint"
     )
 
 
@@ -184,8 +187,8 @@ def open_last(run_uri: str, count: int) -> list[Weights]:
     for reason in skipped:
         print(f"passed over {reason}", flush=True)
     remedy = "delete it, and the one before it is taken in its place"
-    newest = checkpoints[-1].step
-    return [_open_checkpoint(chosen, newest_step=newest, remedy=remedy) for chosen in checkpoints[-count:]]
+    newest = checkpoints[-1]
+    return [_open_checkpoint(chosen, newest=newest, remedy=remedy) for chosen in checkpoints[-count:]]
 
 
 def find_weights(uri: str) -> tuple[str, str | None]:
@@ -264,7 +267,7 @@ def _open_directory(uri: str) -> Weights:
     found, skipped = committed(run_uri)
     if checkpoint := next((checkpoint for checkpoint in found if checkpoint.uri == uri), None):
         remedy = "name another checkpoint, or the run"
-        return _open_checkpoint(checkpoint, newest_step=found[-1].step, remedy=remedy)
+        return _open_checkpoint(checkpoint, newest=found[-1], remedy=remedy)
     why = [reason for reason in skipped if reason.startswith(f"{uri}:")] or [f"{uri} does not exist"]
     raise InputError(f"no finished checkpoint: {why[0]}; name another, or the run {run_uri}")
 
@@ -278,11 +281,14 @@ def _open_copy(uri: str) -> Weights:
         raise InputError(f"{where} has no {COMMIT}: its save did not finish; give another one") from None
     except Damaged as error:
         raise InputError(f"{where} has a damaged {COMMIT} ({error}); give another one") from None
-    return _open_checkpoint(checkpoint, newest_step=checkpoint.step, remedy="give another one")
+    return _open_checkpoint(checkpoint, newest=checkpoint, remedy="give another one")
 
 
-def _open_checkpoint(checkpoint: Checkpoint, *, newest_step: int, remedy: str) -> Weights:
-    """Read and check what a checkpoint says of itself; `remedy` is what to do where that is damaged."""
+def _open_checkpoint(checkpoint: Checkpoint, *, newest: Checkpoint, remedy: str) -> Weights:
+    """Read and check what a checkpoint says of itself, and `newest`, the last of its run, of the run's end.
+
+    `remedy` is what to do where the former is damaged.
+    """
     try:
         state = read_state(checkpoint)
     except FileNotFoundError:
@@ -291,7 +297,11 @@ def _open_checkpoint(checkpoint: Checkpoint, *, newest_step: int, remedy: str) -
         raise InputError(f"{error}; {remedy}") from None
     check_classes(checkpoint, state)
     config = build_config(unflatten(state["config"]))
-    return Weights(checkpoint, config, state, state.get("view"), newest_step)
+    ended = state.get(ENDED, "")
+    if newest.uri != checkpoint.uri and newest.step < state.get("total_steps", 0):
+        with contextlib.suppress(Damaged, FileNotFoundError):  # damaged, or deleted meanwhile
+            ended = read_state(newest).get(ENDED, "")
+    return Weights(checkpoint, config, state, state.get("view"), newest.step, ended=ended)
 
 
 def _open_exported(uri: str) -> Weights:

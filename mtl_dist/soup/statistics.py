@@ -26,8 +26,8 @@ from mtl_dist.machine import allow_open_files
 from mtl_dist.predicting.members import Member
 from mtl_dist.runs.start import TRAINING_SET
 from mtl_dist.soup.options import SoupCommand
+from mtl_dist.training.draws import draw_passes, seed_dropout
 from mtl_dist.training.plan import AnyOrder, build_order, open_data
-from mtl_dist.training.step import draw_passes, seed_dropout
 
 
 class TrainingPass(NamedTuple):

@@ -29,11 +29,16 @@ def check_num_ranks(config: Config, num_ranks: int) -> None:
             f"{num_ranks} ranks for {config.num_streams} streams: a rank reads one at least; start "
             "fewer ranks, or raise train.global_batch or data.streams"
         )
+    check_parts(config, num_ranks, config.train.accumulation)
+
+
+def check_parts(config: Config, num_ranks: int, parts: int) -> None:
+    """Raise `InputError` where a rank's part of a step cannot be cut into so many micro-batches."""
     least_rows = min_rows(config, num_ranks)
-    if config.engine.batchnorm == "sync" and config.train.accumulation > least_rows:
+    if config.engine.batchnorm == "sync" and parts > least_rows:
         raise InputError(
-            f"train.accumulation is {config.train.accumulation}, but a rank has {least_rows} rows of a step: with "
-            "engine.batchnorm sync every part needs one at least; use fewer parts, or local"
+            f"train.accumulation is {parts}, but a rank has {least_rows} rows of a step: with "
+            "engine.batchnorm sync every part needs one at least; use fewer parts, fewer ranks, or local"
         )
 
 
@@ -56,11 +61,14 @@ def check_ranks_agree(config: Config, data: Data) -> None:
                 )
 
 
-def note_batchnorm(model: nn.Module, config: Config, num_ranks: int) -> str:
-    """Say where a rank has few rows for BatchNorm's statistics. Raises `InputError` where it has too few."""
+def note_batchnorm(model: nn.Module, config: Config, num_ranks: int, *, parts: int) -> str:
+    """Say where a rank has few rows for BatchNorm's statistics, in so many micro-batches.
+
+    Raises `InputError` where it has too few.
+    """
     if config.engine.batchnorm != "local":
         return ""
-    rows = min_rows(config, num_ranks) // config.train.accumulation
+    rows = min_rows(config, num_ranks) // parts
     return check_batchnorm(model, rows=rows, size=config.input_size)
 
 

@@ -54,6 +54,16 @@ def gradient_norm(engine) -> torch.Tensor | float | None:
     return clipper.norm if isinstance(clipper, Clipper) else engine.get_global_grad_norm()
 
 
+def set_accumulation(engine, parts: int) -> None:
+    """Have steps of so many micro-batches, from the next one on; what the passes of this one have made is dropped."""
+    if engine.gradient_accumulation_steps() != parts:
+        rows = engine.train_micro_batch_size_per_gpu() * engine.gradient_accumulation_steps()  # nominal
+        micro_batch = math.ceil(rows / parts)
+        engine.set_train_micro_batch_size(micro_batch)
+        engine.set_train_batch_size(micro_batch * parts * engine.dp_world_size)
+    engine.micro_steps = 0  # DeepSpeed's step is where their number is divisible
+
+
 def collective_timeout(config: Config) -> timedelta:
     """Longer than the watchdog waits, which knows who hangs and says so; NCCL's own 10 minutes are not."""
     return timedelta(seconds=max(1800.0, 2 * config.engine.hang_s))
@@ -157,7 +167,7 @@ def _with_steps(state: dict[str, torch.Tensor], config: Config, steps: int) -> d
 
 
 def _deepspeed_config(config: Config, num_ranks: int) -> dict:
-    accumulation = config.train.accumulation
+    accumulation = max(config.train.accumulation, 1)  # `set_accumulation` has the last word
     micro_batch = math.ceil(config.train.global_batch / (num_ranks * accumulation))
     settings = {
         # Nominal: ranks may hold unequal parts of the global batch, which our losses account for.

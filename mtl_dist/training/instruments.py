@@ -13,6 +13,7 @@ from mtl_dist.objective.scores import flat_scores
 from mtl_dist.ranks import gather_lists, on_rank_0
 from mtl_dist.runs import CONFIG_NAME
 from mtl_dist.runs.lives import Life
+from mtl_dist.runs.patience import Patience
 from mtl_dist.settings import dump_yaml
 from mtl_dist.spans import listening
 from mtl_dist.training.pace import Pace
@@ -40,13 +41,15 @@ class Instruments:
 
 
 @contextlib.contextmanager
-def open_instruments(setup: Setup, *, life: Life, step: int, scores: dict[str, Any]) -> Iterator[Instruments]:
+def open_instruments(
+    setup: Setup, *, life: Life, step: int, scores: dict[str, Any], patience: Patience
+) -> Iterator[Instruments]:
     """Watch a run that goes on after `step`, and say where it stands. Every rank calls it."""
     context, device = setup.context, setup.device
     hosts, times = gather_lists([socket.gethostname()]), build_times(device)
     first = setup.config.run.profile if context.rank == 0 else None
     profile = Profile(setup.config.run.uri, times, first, device)
-    with _open_tracker(setup, life=life, step=step, scores=scores) as tracker, listening(times):
+    with _open_tracker(setup, life=life, step=step, scores=scores, patience=patience) as tracker, listening(times):
         profile.passed(step)
         try:
             yield Instruments(tracker, times, Pace(hosts, device), profile)
@@ -54,24 +57,29 @@ def open_instruments(setup: Setup, *, life: Life, step: int, scores: dict[str, A
             profile.end()
 
 
-def _open_tracker(setup: Setup, *, life: Life, step: int, scores: dict[str, Any]) -> Tracker | NoTracker:
+def _open_tracker(
+    setup: Setup, *, life: Life, step: int, scores: dict[str, Any], patience: Patience
+) -> Tracker | NoTracker:
     """Open what rank 0 writes of the run."""
     config, context, tracker = setup.config, setup.context, NoTracker()
     uri, last_step = config.run.uri, setup.data.steps_per_epoch * config.last_epoch
+
+    def is_over(step: int) -> bool:
+        return bool(patience.ended) or step >= last_step
 
     def open_it() -> None:
         nonlocal tracker
         life.note_step(step)
         written = dump_yaml(config).encode()
         sinks = open_sinks(config, resumed_at=step, history=lambda: rows_until(uri, step))
-        how = {"num_ranks": context.num_ranks, "last_step": last_step, "kept": {CONFIG_NAME: written}}
+        how = {"num_ranks": context.num_ranks, "is_over": is_over, "kept": {CONFIG_NAME: written}}
         tracker = Tracker(uri, resumed_at=step, sinks=sinks, **how)
         storage.write_bytes(storage.join(uri, CONFIG_NAME), written)
         context.observe(restarts=len(life.known) - 1)
 
     on_rank_0(open_it)
-    if step >= last_step:
-        context.publish({"step": step, "epoch": config.last_epoch, **flat_scores(scores)})
-        where = f"step {step} of {setup.total_steps}"
+    if is_over(step):
+        context.publish({"step": step, "epoch": step // setup.data.steps_per_epoch, **flat_scores(scores)})
+        where = f"step {step} of {setup.total_steps}{patience.ended and f'; {patience.ended}'}"
         tracker.say(f"run '{config.run.name}' is finished ({where}); nothing is left to do")
     return tracker

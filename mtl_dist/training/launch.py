@@ -31,6 +31,7 @@ from mtl_dist.spans import RANKS, span
 from mtl_dist.training.engine import collective_timeout
 from mtl_dist.training.learner import check_start
 from mtl_dist.training.measurements import MEASUREMENTS, shown_scores
+from mtl_dist.training.micro_batches import read_changes
 from mtl_dist.training.plan import Plan
 from mtl_dist.training.same_disk import check_seen, seen_by_all
 from mtl_dist.training.stopping import StopFlag, driver_signals
@@ -208,7 +209,7 @@ def run_ray(config: Config, *, callbacks: list | None = None) -> None:
     note = storage.join(config.run.uri, f"failed-{uuid.uuid4().hex[:12]}.json")
     with seen_by_all(note), driver_signals(_stop_name(note)) as signals:
         while True:
-            begun = newest_step(config.run.uri)
+            begun = _how_far(config.run.uri)
             trainer = build_trainer(config, note=note, callbacks=callbacks)
             if signals:  # Ray's own handler, which fit() would put in the place of ours, aborts without saving
                 trainer._register_sigint_handler = lambda controller: None
@@ -218,17 +219,22 @@ def run_ray(config: Config, *, callbacks: list | None = None) -> None:
             except WorkerGroupError as error:
                 if reported := _read_note(note) or _input_error_of(error):
                     raise reported from None
-                reached = newest_step(config.run.uri)
+                reached = _how_far(config.run.uri)
                 is_stopped = signals is not None and signals.signal
                 if reached <= begun or not config.ray.max_failures or is_stopped:
-                    raise _gave_up(config, error, reached) from error
-                print(f"ranks failed often, but step {reached} is stored: failures are counted anew", flush=True)
+                    raise _gave_up(config, error, reached[0]) from error
+                print(f"ranks failed often, but step {reached[0]} is stored: failures are counted anew", flush=True)
             except Exception as error:
                 raise _read_note(note) or error from None
     if reported := _read_note(note):
         raise reported
     if signals and signals.signal:
         sys.exit(128 + signals.signal)
+
+
+def _how_far(run_uri: str) -> tuple[int, int]:
+    """Return the step of a run's newest checkpoint, and how often it has changed to smaller micro-batches."""
+    return newest_step(run_uri), len(read_changes(run_uri))
 
 
 def newest_step(run_uri: str) -> int:

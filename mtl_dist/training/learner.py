@@ -16,6 +16,7 @@ from mtl_dist.models import build_model
 from mtl_dist.objective.module import ObjectiveModule, build_objective
 from mtl_dist.objective.taught import Taught, Teacher
 from mtl_dist.runs.checkpoint import Restored, load_checkpoint
+from mtl_dist.runs.patience import Patience
 from mtl_dist.runs.start import (
     BEGAN_FROM,
     Start,
@@ -38,9 +39,19 @@ from mtl_dist.training.averaging import (
     sync_batchnorm,
     write_batchnorm,
 )
-from mtl_dist.training.checks import check_finite, check_num_ranks, check_size, describe_size, note_batchnorm
+from mtl_dist.training.checks import (
+    check_finite,
+    check_num_ranks,
+    check_parts,
+    check_size,
+    describe_size,
+    note_batchnorm,
+)
 from mtl_dist.training.compiling import compile_model
 from mtl_dist.training.engine import build_engine, read_optimizer, restore_optimizer
+from mtl_dist.training.fitting import settle_micro_batches
+from mtl_dist.training.memory import Memory
+from mtl_dist.training.micro_batches import MicroBatches
 from mtl_dist.training.precision import ARITHMETIC, describe_arithmetic, note_arithmetic, set_precision, settle_autocast
 from mtl_dist.training.rates import describe_rates
 from mtl_dist.training.saving import Saver
@@ -64,6 +75,8 @@ class Learner(NamedTuple):
     began_from: dict[str, Any] | None  # `Start.note`
     loaded: dict[str, Any] | None  # `Loaded.note` of the backbone's weights
     taught_by: dict[str, Any] | None  # `note_teacher` of the run that teaches
+    patience: Patience
+    memory: Memory
 
     @property
     def evaluated(self) -> nn.Module:
@@ -83,7 +96,7 @@ def check_start(config: Config, *, has_gpu: bool, num_ranks: tuple[int, int], be
         f"start   on {device}; {describe_size(model)}",
         describe_rates(nn.ModuleDict({"model": model}), config),
         f"weights {model.backbone.loaded}" if model.backbone.loaded else "",
-        note_batchnorm(model, config, num_ranks[1]),
+        note_batchnorm(model, config, num_ranks[1], parts=max(config.train.accumulation, 1)),
     ]
     return "\n".join(filter(None, lines))
 
@@ -114,7 +127,9 @@ def restore(setup: Setup) -> tuple[Setup, Learner, int, dict[str, Any]]:
     loaded = model.backbone.loaded
     what_loaded = f"weights {loaded}" if loaded else ""
     arithmetic = note_arithmetic(config, setup.device, restored.state.get(ARITHMETIC) if restored else None)
-    few_rows = note_batchnorm(model, config, num_ranks)
+    micro_batches = MicroBatches(config.run.uri, config.train.accumulation)
+    check_parts(config, num_ranks, num_parts := micro_batches.at(step + 1))
+    few_rows = note_batchnorm(model, config, num_ranks, parts=num_parts)
     for note in (began, arithmetic, what_loaded, few_rows, _describe_start(setup, model)):
         if note and setup.context.rank == 0:
             print(note, flush=True)
@@ -141,7 +156,10 @@ def restore(setup: Setup) -> tuple[Setup, Learner, int, dict[str, Any]]:
     restore_optimizer(engine, config, _part(restored.train, OPTIMIZER) if restored else {}, steps=step)
     loaded = restored.state.get(LOADED) if restored else loaded and loaded.note()
     taught_by = note_teacher(teaching, config) if teaching else None
-    return setup, Learner(engine, average, began_from, loaded, taught_by), step, scores
+    patience = Patience(config, restored.state if restored else {})
+    settle_micro_batches(setup, engine, micro_batches, step=step)
+    memory = Memory(engine, config, micro_batches, rank=setup.context.rank, num_ranks=num_ranks)
+    return setup, Learner(engine, average, began_from, loaded, taught_by, patience, memory), step, scores
 
 
 def _describe_start(setup: Setup, model: nn.Module) -> str:
@@ -223,6 +241,7 @@ def save_checkpoint(
         "view": setup.data.train.view,
         EXTRACTORS: [extractor.model_dump() for extractor in setup.data.train.extractors],
         "total_steps": setup.total_steps,
+        **learner.patience.note(),
         **({BEGAN_FROM: learner.began_from} if learner.began_from else {}),
         **({LOADED: learner.loaded} if learner.loaded else {}),
         **({TAUGHT_BY: learner.taught_by} if learner.taught_by else {}),

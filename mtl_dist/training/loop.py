@@ -60,7 +60,7 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
         life = begin_life(config.run.uri, **started_by, num_ranks=context.num_ranks)
         setup, learner, step, scores = restore(setup)
         with (
-            open_instruments(setup, life=life, step=step, scores=scores) as seen,
+            open_instruments(setup, life=life, step=step, scores=scores, patience=learner.patience) as seen,
             Audit(config.run.audit_dir, config.run.name, life=life.name, rank=context.rank) as audit,
             Saver(config.run.uri, config.checkpoint, life=life) as saver,
         ):
@@ -75,7 +75,7 @@ def _train(run: _Run) -> dict[str, Any]:
     setup, num_epochs = run.setup, run.setup.config.last_epoch
     run.saver.on_wait = lambda: setup.watchdog.moved(Phase.STORING, run.step)
     for epoch in range(run.step // setup.data.steps_per_epoch, num_epochs):
-        if not _train_epoch(run, epoch):
+        if run.learner.patience.ended or not _train_epoch(run, epoch):
             break
         run.learner.engine.module.balancer.finished_epoch()
 
@@ -85,6 +85,7 @@ def _train(run: _Run) -> dict[str, Any]:
             if setup.val:
                 run.scores, constant, pictures = _evaluate(run)
                 run.seen.tracker.evaluated(run.step, epoch, run.scores, constant, pictures)
+                run.learner.patience.take(run.scores, epoch)
             _save(run, run.scores)
             setup.context.publish({"step": run.step, "epoch": epoch + 1, **flat_scores(run.scores)})
         if _heed_requests(run, is_saved=is_evaluated):
@@ -112,7 +113,8 @@ def _train_epoch(run: _Run, epoch: int) -> bool:
         # ------------------------------------------------------------------------------------------- step
         watchdog.moved(Phase.STEP, run.step + 1)
         lr = set_learning_rate(engine, config, run.step, setup.total_steps)
-        loss = train_step(engine, batch, config, prepare=setup.prepare, epoch=epoch, step=run.step, rank=context.rank)
+        how = {"prepare": setup.prepare, "rank": context.rank, "memory": run.learner.memory}
+        loss = train_step(engine, batch, config, epoch=epoch, step=run.step, **how)
         run.step += 1
         if average:
             average.update(module.model, run.step)
@@ -166,16 +168,10 @@ def _evaluate(run: _Run) -> Scored:
     if learner.average:
         learner.average.copy_buffers(learner.engine.module.model)
     batches = eval_batches(setup.val, batch=config.train.eval_batch, **setup.reading)
-    return evaluate(
-        learner.evaluated,
-        learner.engine.module.objective,
-        lend(setup.val, batches, setup.device),
-        step=run.step,
-        device=setup.device,
-        prepare=setup.prepare,
-        bf16=config.engine.autocast == "bf16",
-        progress=lambda count: setup.watchdog.moved(Phase.EVALUATION, run.step),
-    )
+    batches = lend(setup.val, batches, setup.device)
+    how = {"device": setup.device, "prepare": setup.prepare, "bf16": config.engine.autocast == "bf16"}
+    how |= {"progress": lambda count: setup.watchdog.moved(Phase.EVALUATION, run.step)}
+    return evaluate(learner.evaluated, learner.engine.module.objective, batches, step=run.step, **how)
 
 
 def _look_at_loss(run: _Run) -> None:

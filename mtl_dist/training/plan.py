@@ -231,6 +231,7 @@ def plan_run(config: Config, *, num_ranks: tuple[int, int] | None = None, compar
     have, for which up to 128 MiB are read, and read all labels for balanced sampling.
     """
     from mtl_dist.runs.checkpoint import committed, read_state
+    from mtl_dist.runs.patience import Patience, watched_score
     from mtl_dist.runs.same_run import check_same_run
     from mtl_dist.runs.start import check_pretrained, describe_start, find_start
     from mtl_dist.runs.teacher import TAUGHT_BY, describe_teacher, find_teacher
@@ -239,6 +240,8 @@ def plan_run(config: Config, *, num_ranks: tuple[int, int] | None = None, compar
     for key in config.checkpoint.best_of:
         find_score(key, setting="checkpoint.best_of")
     data = open_data(config)
+    if config.train.patience:
+        check_scored(data, watched_score(config), setting="checkpoint.best_of", what="run of train.patience")
     for uri, index in data.train.pairs() + (data.val.pairs() if data.val and not data.val.part else []):
         check_stored(uri, index)
     storage.check_writable(config.run.uri)
@@ -267,7 +270,8 @@ def plan_run(config: Config, *, num_ranks: tuple[int, int] | None = None, compar
         check_shared(shared, data.train, data.val)
         notes += filter(None, [shared.note()])
     notes += _note_profile(config, data, done)
-    text = _describe(config, data, notes, done=done, num_ranks=num_ranks or config.ray.num_ranks, begins=begins)
+    how = {"done": done, "ended": Patience(config, state).ended, "num_ranks": num_ranks or config.ray.num_ranks}
+    text = _describe(config, data, notes, begins=begins, **how)
     drawn = _describe_drawn(config, data) if compares and config.data.balance != "none" else []
     return Plan("\n".join([text, *drawn]), begins=not done)
 
@@ -308,14 +312,14 @@ def _steps_before(config: Config, data: Data, start: Start | None) -> int:
 
 
 def _describe(
-    config: Config, data: Data, notes: list[str], *, done: int, num_ranks: tuple[int, int], begins: bool
+    config: Config, data: Data, notes: list[str], *, done: int, ended: str, num_ranks: tuple[int, int], begins: bool
 ) -> str:
     train, val, steps = data.train, data.val, data.steps_per_epoch
     total = steps * config.train.epochs
     low, high = num_ranks
     where = f", {'begins after' if begins else 'continues from'} step {done}" if done else ", begins"
-    if done >= steps * config.last_epoch:
-        where = f", is finished (step {done} of {total}): nothing is left to do"
+    if ended or done >= steps * config.last_epoch:
+        where = f", is finished (step {done} of {total}{ended and f'; {ended}'}): nothing is left to do"
     weights = f"of {config.run.start}" if config.run.start else config.model.weights
     frozen = " (frozen)" if config.model.freeze_backbone else ""
     batch = config.train.global_batch

@@ -21,6 +21,7 @@ from mtl_dist.progress import progress_bar
 from mtl_dist.runs import CONFIG_NAME
 from mtl_dist.runs.checkpoint import Checkpoint, best, committed, find_damage, read_state
 from mtl_dist.runs.lives import read_lives
+from mtl_dist.runs.patience import ENDED
 from mtl_dist.runs.start import BEGAN_FROM, describe_start
 from mtl_dist.runs.teacher import TAUGHT_BY
 from mtl_dist.training.pace import describe_pace
@@ -49,6 +50,8 @@ def print_status(run_uri: str) -> None:
         state = "finished" if step >= total else "the same command continues it from there"
         if config.last_epoch < epochs and step >= total // epochs * config.last_epoch:
             state = f"finished, at train.stop_epoch {config.last_epoch}"
+        elif step < total and ENDED in newest:
+            state = f"finished, {newest[ENDED]}"
         console.print(f"saved        step {step} of {total} (epoch {step / total * epochs:.2f} of {epochs}); {state}")
     else:
         console.print(f"saved        step {step}; of how many its data tells, which is not to be read here")

@@ -11,7 +11,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -36,7 +36,8 @@ NO_LABELS, NOT_KNOWN = "no labels", "–"
 class Tracker:
     """Collects records of a run; what `files` returns is stored in the run with every checkpoint.
 
-    `last_step` ends the run; `kept` are files that the sinks are given at its end, beside the last scores.
+    `is_over` says whether a run that has come to a step is finished; `kept` are files that the sinks are given at its
+    end, beside the last scores.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Tracker:
         *,
         resumed_at: int,
         num_ranks: int,
-        last_step: int | None = None,
+        is_over: Callable[[int], bool] = lambda step: False,
         sinks: Sequence[Sink] = (),
         kept: Mapping[str, bytes] = MappingProxyType({}),
     ):
@@ -54,7 +55,7 @@ class Tracker:
         self.console = Console(highlight=False)
         self._window, self._saved_step = _Window(), resumed_at or None
         self._last_line = time.monotonic()
-        self._step, self._last_step = resumed_at, last_step
+        self._step, self._is_over = resumed_at, is_over
 
     def step(
         self,
@@ -147,8 +148,7 @@ class Tracker:
 
     def __exit__(self, kind, error, trace) -> None:
         """Tell the sinks how it has ended. They take a bounded time."""
-        is_finished = self._last_step is not None and self._step >= self._last_step
-        ending: Ending = "failed" if kind else "finished" if is_finished else "stopped"
+        ending: Ending = "failed" if kind else "finished" if self._is_over(self._step) else "stopped"
         for sink in self._sinks:
             sink.close(ending, {**self._kept, **_score_files(self._last_scores)})
 

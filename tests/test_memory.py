@@ -1,0 +1,189 @@
+"""A step that runs out of memory is the same step in smaller micro-batches, on one rank and on several."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mtl_dist.runs.checkpoint import committed
+from mtl_dist.training.memory import is_out_of_memory
+from mtl_dist.training.micro_batches import MicroBatches, plan_parts, read_changes
+from tests.conftest import assert_one_message, run_here
+from tests.ranks import start_ranks
+from tests.starving import starving
+from tests.test_recipes import FROZEN, assert_close_losses, config_of, rank_main
+from tests.test_training import STEPS_PER_EPOCH, cut_back, final_weights, losses, train, train_args
+
+WITHOUT_BATCHNORM = ("--engine.batchnorm", "frozen")
+
+
+def assert_same_weights(one: tuple[Path, str], other: tuple[Path, str]) -> None:
+    mine, theirs = final_weights(*one), final_weights(*other)
+    assert mine.keys() == theirs.keys()
+    assert [name for name in theirs if mine[name].tobytes() != theirs[name].tobytes()] == []
+
+
+def with_change(storage: Path, name: str, step: int, parts: int) -> None:
+    """Give a run that has not begun a change to so many micro-batches at a step."""
+    MicroBatches(f"{storage}/{name}", 1).write(step, parts, "a test")
+
+
+def test_a_step_has_as_many_micro_batches_as_the_changes_up_to_it_say(tmp_path):
+    run = str(tmp_path)
+    assert read_changes(run) == []
+    micro_batches = MicroBatches(run, 0)
+    for step, parts in ((7, 4), (3, 2), (7, 4)):
+        micro_batches.write(step, parts, "why")
+        micro_batches.take(step, parts)
+    (tmp_path / "micro_batches" / "notes.txt").write_text("somebody's")
+    assert read_changes(run) == [(3, 2), (7, 4)]
+    again = MicroBatches(run, 0)
+    assert [again.at(step) for step in range(1, 9)] == [micro_batches.at(step) for step in range(1, 9)]
+    assert [again.at(step) for step in range(1, 9)] == [1, 1, 2, 2, 2, 2, 4, 4]
+    assert [plan_parts(3, read_changes(run), step) for step in (1, 3, 7)] == [3, 3, 4]
+
+
+def test_what_says_that_memory_ran_out_is_known():
+    with pytest.raises(RuntimeError) as real:
+        torch.empty(1 << 50)
+    assert is_out_of_memory(real.value)
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError("std::bad_alloc")):
+        assert is_out_of_memory(error)
+    for error in (RuntimeError("shape mismatch"), RuntimeError("CUDA error: an illegal memory access"), ValueError()):
+        assert not is_out_of_memory(error)
+
+
+# ----------------------------------------------------------------------------------------------------------- one rank
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize(
+    ("where", "more"),
+    [("forward", ()), ("backward", ("--loss.balancing", "famo", "--train.ema", "0.5"))],
+)
+def test_a_step_that_runs_out_is_taken_again_as_if_the_run_had_begun_so(where, more, shards, tmp_path):
+    """Bit for bit: BatchNorm's statistics, dropout and gradients of the failed passes leave nothing behind."""
+    with starving(2, where=where) as failed:
+        said = train(shards, tmp_path, "starved", *more).stdout
+    assert failed == [8, 4]
+    assert "out of memory at step 1: micro-batches of 4 instead of 8 from here on; losses stay" in said
+    assert "out of memory at step 1: micro-batches of 2 instead of 4 from here on; losses stay" in said
+    assert "note: BatchNorm takes its statistics of 2 row(s)" in said
+    train(shards, tmp_path, "told", *more, "--train.accumulation", "4")
+    assert losses(tmp_path, "starved") == losses(tmp_path, "told")
+    assert_same_weights((tmp_path, "starved"), (tmp_path, "told"))
+
+
+@pytest.mark.whole
+def test_a_run_that_changes_in_its_midst_goes_on_from_there_and_a_killed_one_does_the_same(shards, tmp_path):
+    plain = train(shards, tmp_path, "plain", "--checkpoint.keep-last", "2").stdout
+    assert "out of memory" not in plain
+    begin, parts = STEPS_PER_EPOCH + 1, ("--train.accumulation", "2")
+    with starving(4, from_step=begin, where="backward") as failed:
+        train(shards, tmp_path, "starved", "--checkpoint.keep-last", "2")
+    assert failed == [8]
+    assert losses(tmp_path, "starved")[:STEPS_PER_EPOCH] == losses(tmp_path, "plain")[:STEPS_PER_EPOCH]
+    first = committed(f"{tmp_path}/plain")[0][0].uri
+    train(shards, tmp_path, "later", "--run.start", first, "--run.start-with", "everything", *parts)
+    assert losses(tmp_path, "starved")[STEPS_PER_EPOCH:] == losses(tmp_path, "later")
+    assert_same_weights((tmp_path, "starved"), (tmp_path, "later"))
+
+    # Killed after the change, before a checkpoint that has it; it would fit now, and what was done is done again.
+    shutil.copytree(tmp_path / "starved", tmp_path / "killed" / "starved")
+    cut_back(tmp_path / "killed", "starved", STEPS_PER_EPOCH)
+    assert "continuing from" in train(shards, tmp_path / "killed", "starved").stdout
+    assert losses(tmp_path / "killed", "starved") == losses(tmp_path, "starved")
+    assert_same_weights((tmp_path / "killed", "starved"), (tmp_path, "starved"))
+
+
+@pytest.mark.whole
+def test_without_batchnorm_losses_are_those_of_a_run_that_fits_and_what_cannot_fit_is_said(shards, tmp_path):
+    train(shards, tmp_path, "plain", *WITHOUT_BATCHNORM)
+    with starving(4):
+        said = train(shards, tmp_path, "starved", *WITHOUT_BATCHNORM).stdout
+    assert "micro-batches of 4 instead of 8 from here on\n" in said  # nothing of BatchNorm
+    assert_close_losses(losses(tmp_path, "starved"), losses(tmp_path, "plain"))
+    with starving(0) as failed:
+        done = run_here(*train_args(shards, tmp_path, "hopeless", *WITHOUT_BATCHNORM))
+    assert failed == [8, 4, 2, 1]
+    assert_one_message(done, "out of memory at step 1, with a micro-batch of one row: take a smaller model")
+
+
+# ------------------------------------------------------------------------------------------------ the fewest that fit
+
+
+@pytest.mark.whole
+def test_the_fewest_micro_batches_that_fit_are_found_without_a_trace_and_kept(shards, tmp_path):
+    train(shards, tmp_path, "one")
+    said = train(shards, tmp_path, "found-1", "--train.accumulation", "0").stdout
+    assert "memory  micro-batches of 8, 1 a step: the fewest that fit (train.accumulation 0)" in said
+    assert losses(tmp_path, "found-1") == losses(tmp_path, "one")
+    assert_same_weights((tmp_path, "found-1"), (tmp_path, "one"))
+
+    train(shards, tmp_path, "four", "--train.accumulation", "4")
+    with starving(3, where="backward") as failed:
+        said = train(shards, tmp_path, "found-4", "--train.accumulation", "0", "--checkpoint.keep-last", "2").stdout
+    assert failed == [8, 4]
+    assert "memory  micro-batches of 2, 4 a step" in said
+    assert_same_weights((tmp_path, "found-4"), (tmp_path, "four"))
+    cut_back(tmp_path, "found-4", STEPS_PER_EPOCH)
+    again = train(shards, tmp_path, "found-4", "--train.accumulation", "0").stdout  # with memory enough now
+    assert "memory  " not in again
+    assert_same_weights((tmp_path, "found-4"), (tmp_path, "four"))
+
+
+# -------------------------------------------------------------------------------------------------------- several ranks
+
+
+def starved_rank_main(rank: int, starved: dict[str, Any], *args) -> None:
+    """Rank 1 has less memory than the others."""
+    with starving(**starved if rank == 1 else {"most_rows": 99}):
+        rank_main(rank, *args)
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(shards, tmp_path_factory) -> Path:
+    """Runs whose rank 1 runs out at step 3, started again as torchrun and Ray do; and ones that are told to change."""
+    storage = tmp_path_factory.mktemp("two")
+
+    def start(most_rows: int, name: str, *layers: dict[str, Any]) -> None:
+        starved = {"most_rows": most_rows, "where": "backward", "from_step": 3}
+        jobs = [(config_of(shards, storage, name, {"checkpoint": {"every_steps": 1}}, *layers), None)]
+        start_ranks(starved_rank_main, (starved, 2, str(storage / f"store-{len(list(storage.iterdir()))}"), jobs), 2)
+
+    for name, layers in {"local": (), "zero": (FROZEN | {"engine": FROZEN["engine"] | {"zero_stage": 2}},)}.items():
+        with pytest.raises(Exception, match=r"out of memory|Connection|Broken|peer"):  # of whichever is seen first
+            start(2, name, *layers)
+        start(2, name, *layers)
+        with_change(storage, f"{name}-told", 3, 2)
+        start(99, f"{name}-told", *layers)
+    start(99, "zero-plain", FROZEN)
+    return storage
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("name", ["local", "zero"])
+def test_where_one_of_two_ranks_runs_out_both_change_at_its_step(on_two_ranks, name):
+    assert read_changes(f"{on_two_ranks}/{name}") == [(3, 2)]
+    (why,) = (on_two_ranks / name / "micro_batches").iterdir()
+    assert why.read_text().startswith("out of memory at step 3: micro-batches of 2 instead of 4 from here on")
+    assert why.read_text().endswith("; rank 1\n")
+    assert losses(on_two_ranks, name) == losses(on_two_ranks, f"{name}-told")
+    assert_same_weights((on_two_ranks, name), (on_two_ranks, f"{name}-told"))
+
+
+@pytest.mark.whole
+def test_losses_of_two_ranks_stay_those_of_the_whole_batch(on_two_ranks):
+    assert_close_losses(losses(on_two_ranks, "zero"), losses(on_two_ranks, "zero-plain"))
+
+
+@pytest.mark.whole
+def test_two_ranks_take_what_the_poorer_needs(shards, tmp_path):
+    jobs = [(config_of(shards, tmp_path, "run", {"train": {"accumulation": 0, "epochs": 1}}), None)]
+    start_ranks(starved_rank_main, ({"most_rows": 1}, 2, str(tmp_path / "store"), jobs), 2)
+    assert read_changes(f"{tmp_path}/run") == [(1, 4)]
+    assert len(losses(tmp_path, "run")) == STEPS_PER_EPOCH
