@@ -538,7 +538,7 @@ def test_a_run_without_a_validation_set_saves_as_others_do_and_its_last_checkpoi
     run = f"{unscored}/all"
     found, _ = committed(run)
     assert [(checkpoint.step, checkpoint.scores) for checkpoint in found] == [(7, {}), (10, {}), (14, {})]
-    assert {record["kind"] for record in read_records(run)} == {"step"}
+    assert {record["kind"] for record in read_records(run)} == {"step", "pace"}
     weights = open_weights(run)
     assert (weights.checkpoint.step, weights.is_scored, weights.is_finished) == (14, False, True)
     assert weights.state["identity"]["validation set"] == NO_SET

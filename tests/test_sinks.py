@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from mtl_dist.config import build_config
 from mtl_dist.errors import InputError
 from mtl_dist.runs.checkpoint import committed
+from mtl_dist.runs.lives import Stale
 from mtl_dist.training.sinks import mlflow, opening, sending
 from mtl_dist.training.sinks.opening import IDENTITY, check_installed, describe_run, open_sinks
 from mtl_dist.training.sinks.sending import Sender
@@ -207,6 +208,30 @@ def test_what_a_service_cannot_take_for_long_is_left_to_the_next_start(monkeypat
     sender = Sender(Client(server), history(100))
     sender.close("finished", {})
     assert Counter(server.points) == Counter((name, step) for step in range(1, 101) for name in values(step))
+
+
+def test_a_process_that_has_a_successor_sends_nothing_more(monkeypatch, capsys):
+    """It was frozen: the first thing that it does is to ask."""
+    monkeypatch.setattr(sending, "CHECK_EVERY_S", 0.0)
+    server, has_successor = Server(), threading.Event()
+
+    def check() -> None:
+        if has_successor.is_set():
+            raise Stale
+
+    sender = Sender(Client(server), check=check)
+    tell(sender, 1, 3)
+    deadline = time.monotonic() + 10
+    while len(server.points) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    has_successor.set()
+    tell(sender, 4, 9)
+    with within(2):
+        sender.close("finished", {})
+    assert server.points == [("loss/total", 1), ("loss/total", 2)]
+    assert server.endings == []
+    assert "server" not in capsys.readouterr().out
 
 
 def test_a_run_has_one_id_for_ever_and_a_new_run_of_the_name_another(tmp_path):

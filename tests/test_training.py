@@ -251,7 +251,7 @@ def test_bf16_and_uncertainty_train_and_a_run_says_what_it_begins_with_and_what_
     assert f"run     {tmp_path}/run, begins\n" in said
     assert re.search(r"^train   .*: 40 rows of cropped, labelled va \d+, expr \d+, au \d+, ", said, re.MULTILINE)
     assert re.search(
-        r"^start   1 rank on \w+.*, 1 thread each; 1,3\d\d,\d{3} parameters, all trained$", said, re.MULTILINE
+        r"^start   1 rank on \w+.*, 1 thread each, bf16; 1,3\d\d,\d{3} parameters, all trained$", said, re.MULTILINE
     )
     (checkpoint,) = committed(str(tmp_path / "run"))[0]
     assert f"best    {checkpoint.uri} (P {checkpoint.score:.4f})" in said

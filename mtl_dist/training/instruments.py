@@ -71,7 +71,7 @@ def _open_tracker(
         nonlocal tracker
         life.note_step(step)
         written = dump_yaml(config).encode()
-        sinks = open_sinks(config, resumed_at=step, history=lambda: rows_until(uri, step))
+        sinks = open_sinks(config, resumed_at=step, history=lambda: rows_until(uri, step), check=life.check_current)
         how = {"num_ranks": context.num_ranks, "is_over": is_over, "kept": {CONFIG_NAME: written}}
         tracker = Tracker(uri, resumed_at=step, sinks=sinks, **how)
         storage.write_bytes(storage.join(uri, CONFIG_NAME), written)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from mtl_dist.spans import BACKWARD, DATA, FORWARD, OPTIMIZER, RANKS, SAVE, span
+from mtl_dist.spans import BACKWARD, DATA, EVALUATION, FORWARD, OPTIMIZER, RANKS, SAVE, span
 
 REST = "rest"  # what no span names: copies to the device, augmentation, the next batch's order
 # In this order wherever they are shown. ranks: waiting for other ranks, and adding up with them.
@@ -88,6 +88,8 @@ class Times:
         named = torch.profiler.record_function(f"mtl_dist.{name}") if self.in_profile else None
         if named:
             named.__enter__()
+        if self._within and self._within[-1][0] == EVALUATION:
+            name = EVALUATION  # with all that is within
         self._within.append((name, named))
         self._marks.append((name, self._clock.mark()))
 

@@ -32,17 +32,23 @@ def check_installed(names: Iterable[str]) -> None:
             )
 
 
-def open_sinks(config: Config, *, resumed_at: int, history: Callable[[], Iterable[Row]]) -> list[Sink]:
+def open_sinks(
+    config: Config,
+    *,
+    resumed_at: int,
+    history: Callable[[], Iterable[Row]],
+    check: Callable[[], None] = lambda: None,
+) -> list[Sink]:
     """Open what `run.track` names, for a run that goes on after a step. Raises `InputError`.
 
-    `history` gives the steps up to that one.
+    `history` gives the steps up to that one; `check` is that of `Sender`.
     """
     names = dict.fromkeys(config.run.track)
     check_installed(names)
     sinks: list[Sink] = [TensorBoard(purge_step=resumed_at + 1)] if "tensorboard" in names else []
     if services := [SERVICES[name] for name in names if name in SERVICES]:
         about = describe_run(config)
-        sinks += [Sender(service(about), history) for service in services]
+        sinks += [Sender(service(about), history, check) for service in services]
     return sinks
 
 

@@ -3,6 +3,8 @@
 Every step is there once, whatever failed. A service says which steps it has when it is found (again), and is sent later
 ones only: those that a killed run does again are not repeated. What it lacks of the steps before the checkpoint that a
 run continues from comes from metrics.jsonl. So what is not sent to the end is sent by the next start.
+
+A process that was frozen or cut off, and has a successor, sends nothing more: the successor sends the same steps.
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 from mtl_dist.errors import plain
+from mtl_dist.runs.lives import Stale, Superseded
 from mtl_dist.training.sinks.sink import Ending, Known, Row, Service
 
 SEND_EVERY_S, RETRY_EVERY_S = 2.0, 30.0
+CHECK_EVERY_S = 10.0  # whether this is the latest start of the run
 PATIENCE_S: dict[Ending, float] = {"finished": 20.0, "stopped": 10.0, "failed": 5.0}  # at the end
 MAX_WAITING = 20_000  # steps that are not sent; with more than these it is left to the next start
 ROWS_AT_ONCE = 500
@@ -26,10 +30,19 @@ MAX_REASON = 200  # characters
 
 
 class Sender:
-    """A `Sink` of a service. `history` gives the steps before this start, as metrics.jsonl has them."""
+    """A `Sink` of a service. `history` gives the steps before this start, as metrics.jsonl has them.
 
-    def __init__(self, service: Service, history: Callable[[], Iterable[Row]] = list):
-        self._service, self._history = service, history
+    `check` raises `Superseded` or `Stale` where a later start has the run.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        history: Callable[[], Iterable[Row]] = list,
+        check: Callable[[], None] = lambda: None,
+    ):
+        self._service, self._history, self._check = service, history, check
+        self._checked = float("-inf")
         self._row: Row | None = None  # of the last step: more may come of it
         self._waiting: deque[Row] = deque()
         self._ended: tuple[Ending, Mapping[str, bytes]] | None = None
@@ -67,7 +80,7 @@ class Sender:
         row, self._row = self._row, None
         if len(self._waiting) >= MAX_WAITING and not self._is_full:
             self._is_full = True  # for good: of what it has the next start knows only where it ends
-            self._warn("it has not taken so many steps")
+            self._warn(f"{MAX_WAITING} steps wait for it, and no more will")
         if row and not self._is_full:
             self._waiting.append(row)
 
@@ -78,6 +91,8 @@ class Sender:
             try:
                 self._tell()
                 self._is_over = True
+            except (Superseded, Stale):  # the next save ends this process, and says so
+                self._is_over = True
             except Exception as error:  # of a client of others, which raises what it likes
                 self._warn(f"{type(error).__name__}: {error}")
                 if not is_last:
@@ -85,6 +100,8 @@ class Sender:
 
     def _tell(self) -> None:
         """Find the service, and send it all that it lacks until the run has ended."""
+        self._checked = float("-inf")
+        self._check_current()
         known = self._service.begin()
         self._send(known, self._history())
         while True:
@@ -94,6 +111,7 @@ class Sender:
                 for _ in rows:  # sent: what fails before stays
                     self._waiting.popleft()
             if is_closing and self._ended:
+                self._check_current()
                 self._service.finish(*self._ended)
                 return
 
@@ -101,8 +119,15 @@ class Sender:
         lacking = [row for row in map(known.lacks, rows) if row.values]
         for begin in range(0, len(lacking), ROWS_AT_ONCE):
             part = lacking[begin : begin + ROWS_AT_ONCE]
+            self._check_current()
             self._service.send(part)
             known.note(part)
+
+    def _check_current(self) -> None:
+        """Ask now and then whether this is the latest start: after a long silence, always."""
+        if time.monotonic() - self._checked > CHECK_EVERY_S:
+            self._check()
+            self._checked = time.monotonic()
 
     def _warn(self, reason: str) -> None:
         """Say once that the service fails."""

@@ -29,10 +29,13 @@ class WandB:
 
         about = self._about
         if self._run is None:
-            # The console is the run's own, and at the end nobody waits for long.
-            how = wandb.Settings(console="off", init_timeout=INIT_S, finish_timeout=PATIENCE_S["finished"])
+            # The console is the run's own, and nobody waits for long.
+            waits = {"init_timeout": INIT_S, "login_timeout": INIT_S, "finish_timeout": PATIENCE_S["finished"]}
+            how = wandb.Settings(console="off", silent=True, **waits)
             project = os.environ.get("WANDB_PROJECT") or PROJECT
             self._run = wandb.init(project=project, id=about.id, name=about.name, resume="allow", settings=how)
+            where = self._run.dir if self._run.offline else self._run.url
+            print(f"wandb   run {about.id} of {project}, {where}", flush=True)
             self._run.config.update(about.settings | {"run.uri": about.uri}, allow_val_change=True)
         return Known(all=max(self._run.starting_step - 1, 0) if self._run.resumed else 0)
 
