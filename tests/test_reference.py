@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import REPO
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_every_public_module_has_a_page_that_opens_offline(tmp_path):
     pytest.importorskip("pdoc", reason="pdoc comes with make install")
     done = subprocess.run(

@@ -21,7 +21,7 @@ import yaml
 
 from tests.conftest import REPO
 from tests.test_cluster_configs import KUBERAY, SECRET_NAME, SECRET_VALUE, StrictLoader, flags, load, quantity
-from tests.test_readme import help_of
+from tests.test_readme import flags_of
 
 BUDGETS, QUEUE = REPO / "cluster/kubernetes/pdb.yaml", REPO / "cluster/kubernetes/kueue.yaml"
 TRAINJOB, SKYPILOT = REPO / "cluster/kubeflow/trainjob.yaml", REPO / "cluster/skypilot/train.yaml"
@@ -190,7 +190,7 @@ def test_the_command_has_its_flags(path):
     named = {word.partition("=")[0] for word in train_command(path) if word.startswith("--")}
     assert "--run.name" in named
     for flag in named:
-        assert flag in help_of("mtl_dist.train"), flag
+        assert flag in flags_of("mtl_dist.train"), flag
 
 
 # ---- Slurm ----

@@ -54,7 +54,10 @@ def waits_of_steps(system, changes) -> list[str]:
     return noted.found
 
 
-@pytest.mark.parametrize(("system", "changes"), STEPS + MORE)
+@pytest.mark.parametrize(
+    ("system", "changes"),
+    [pytest.param(*each, marks=pytest.mark.slow if each[0].endswith("-paper") else ()) for each in STEPS + MORE],
+)
 def test_a_steady_step_does_not_wait_for_the_device(system, changes, no_autocast):  # noqa: F811
     assert waits_of_steps(system, changes) == []
 
