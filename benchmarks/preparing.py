@@ -36,7 +36,7 @@ SCENES = ((640, 360), (1280, 720))
 FRAMES = 25
 FILM_FPS, FILM_S = 1, 7200
 CLIPS, CLIP_FRAMES = 20, 130
-JOB_FRAMES = 250  # of a clip of `jobs`: long beside the seconds that a process takes to start
+JOB_FRAMES = 1000  # of a clip of `jobs`: long beside the seconds that a process takes to start
 
 
 def main() -> None:
@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("what", nargs="*", choices=[*MEASURES, []])
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--clips", type=int, default=CLIPS)
+    parser.add_argument("--frames", type=int, default=JOB_FRAMES, help="of each clip of jobs")
     parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)  # what a process of `jobs` does
     parser.add_argument("--picture", type=Path, help="also draw a clip of two people and what comes out of it (.png)")
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
@@ -101,7 +102,7 @@ def measure_throughput(scratch: Path, args: argparse.Namespace) -> dict[str, Any
 
 def measure_jobs(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
     """How much quicker two videos are in two processes: of `prepare`, and of detector and decoder alone."""
-    clips = [write_scene(scratch / f"in/{number}.mp4", seed=number, num_frames=JOB_FRAMES) for number in range(2)]
+    clips = [write_scene(scratch / f"in/{number}.mp4", seed=number, num_frames=args.frames) for number in range(2)]
     bare = [[sys.executable, "-m", "benchmarks.preparing", "--bare", str(clip)] for clip in clips]
     found: dict[str, list[float]] = {"prepare": [], "alone": []}
     for number in range(args.rounds):
