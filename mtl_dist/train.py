@@ -14,7 +14,7 @@ from __future__ import annotations
 from mtl_dist import storage
 from mtl_dist.errors import program, run_command
 from mtl_dist.presets import CommandConfig, config_of, parse_command
-from mtl_dist.training.restarts import ending_restarts
+from mtl_dist.training.restarts import ending_restarts, is_torchrun, leaving_standing
 
 
 class TrainCommand(CommandConfig):
@@ -49,7 +49,7 @@ def main(args: list[str] | None = None) -> None:
     from mtl_dist.training.launch import connect, rehearse, run_local, run_ray
     from mtl_dist.training.plan import plan_run
     from mtl_dist.training.status import print_ending
-    from mtl_dist.training.torchrun import is_first_of_node, is_torchrun, torchrun_rank
+    from mtl_dist.training.torchrun import is_first_of_node, torchrun_rank
 
     config = fill_in_widths(config_of(command))
     is_local = command.local or is_torchrun()
@@ -74,7 +74,8 @@ def main(args: list[str] | None = None) -> None:
 
 def script() -> None:
     """Be `mtl-train`, or python -m mtl_dist.train."""
-    run_command(main)
+    with leaving_standing():
+        run_command(main)
 
 
 if __name__ == "__main__":

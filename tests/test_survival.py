@@ -117,6 +117,25 @@ def test_a_rank_that_hangs_is_named_and_ended(shards, tmp_path):
     assert f"exitcode  : {EXIT_CODE}" in printed
 
 
+@pytest.mark.parametrize("ends", ["pass", "sys.exit(3)"])
+def test_a_rank_of_torchrun_leaves_with_its_exit_code_and_tears_nothing_down(ends):
+    script = f"""
+import atexit, os, sys
+from mtl_dist.training.restarts import leaving_standing
+
+atexit.register(os._exit, 77)  # as gloo's threads abort now and then
+with leaving_standing():
+    print("said")
+    {ends}
+"""
+    for environment, codes in ({"TORCHELASTIC_RUN_ID": "one"}, (0, 3)), ({}, (77, 77)):
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=os.environ | environment, cwd=REPO, capture_output=True, text=True
+        )
+        assert done.returncode == codes[ends != "pass"], done.stderr
+        assert done.stdout == "said\n" or not environment
+
+
 def test_torchrun_is_one_command_through_restarts_and_another_at_every_launch(alone, tmp_path):
     """With static rendezvous: id, address and port are the same each time."""
     with socket.create_server(("127.0.0.1", 0)) as free:

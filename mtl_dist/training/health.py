@@ -39,8 +39,9 @@ from mtl_dist.machine import num_cpus
 from mtl_dist.predicting.cluster import ask_every_node
 from mtl_dist.training.launch import connect, has_gpus
 from mtl_dist.training.plan import open_data
+from mtl_dist.training.restarts import is_torchrun
 from mtl_dist.training.same_disk import check_seen, seen_by_all
-from mtl_dist.training.torchrun import is_first_of_node, is_torchrun, join_torchrun, torchrun_rank
+from mtl_dist.training.torchrun import is_first_of_node, join_torchrun, torchrun_rank
 
 MAX_SKEW_S = 60.0  # a server of S3 refuses requests at 900; what others have abandoned is told by its age
 TICK_S = 1.0  # S3 tells times in whole seconds

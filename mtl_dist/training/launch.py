@@ -33,9 +33,10 @@ from mtl_dist.training.learner import check_start
 from mtl_dist.training.measurements import MEASUREMENTS, shown_scores
 from mtl_dist.training.micro_batches import read_changes
 from mtl_dist.training.plan import Plan
+from mtl_dist.training.restarts import is_torchrun
 from mtl_dist.training.same_disk import check_seen, seen_by_all
 from mtl_dist.training.stopping import StopFlag, driver_signals
-from mtl_dist.training.torchrun import is_torchrun, join_torchrun, torchrun_rank
+from mtl_dist.training.torchrun import join_torchrun, torchrun_rank
 
 if TYPE_CHECKING:
     from ray.train import WorkerGroupError
@@ -169,17 +170,13 @@ def run_local(config: Config) -> None:
         raise
     status = 128 + context.signal if context.signal else 0
     if is_torchrun():
-        # Rank 0 comes when all is stored. Gloo's threads abort a process now and then while it tears them down
-        # ("terminate called without an active exception", 2 of 15 runs of three ranks): leave without tearing down.
-        dist.barrier()
-        if context.rank == 0 and not status:
-            print_ending(config)
-        sys.stdout.flush()
-        os._exit(status)
-    dist.destroy_process_group()
+        dist.barrier()  # rank 0 comes when all is stored; see `leaving_standing` for what is not torn down
+    else:
+        dist.destroy_process_group()
     if status:
         sys.exit(status)
-    print_ending(config)
+    if not context.rank:
+        print_ending(config)
 
 
 def typed_command() -> str:

@@ -13,11 +13,6 @@ import torch.distributed as dist
 from mtl_dist.training.restarts import launch_dir
 
 
-def is_torchrun() -> bool:
-    """Whether this process is one of torchrun's ranks."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
 def torchrun_rank() -> tuple[int, int]:
     """Return this process's rank of how many; (0, 1) where it is alone."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
