@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save
 from mtl_dist import storage
 from mtl_dist.data.augment import ImagePreparation
 from mtl_dist.data.decode import decode
-from mtl_dist.data.frames import unlabelled
+from mtl_dist.data.unlabelled import unlabelled
 from mtl_dist.errors import Damaged, InputError
 from mtl_dist.export import __main__ as export
 from mtl_dist.export import job

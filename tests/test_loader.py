@@ -20,13 +20,13 @@ from mtl_dist import storage
 from mtl_dist.data.augment import NUM_DRAWS, augment, make_draws, normalise, turn_hue
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.decode import DecodeError, decode, decode_into
-from mtl_dist.data.frames import unlabelled
 from mtl_dist.data.index import Index, read_index
 from mtl_dist.data.loader import eval_batches, lend, train_batches
 from mtl_dist.data.order import EpochPlan, Order
 from mtl_dist.data.reader import ShardReader
 from mtl_dist.data.samples import ImageSamples
 from mtl_dist.data.sidecar import parse_sidecar
+from mtl_dist.data.unlabelled import unlabelled
 from mtl_dist.errors import InputError
 from mtl_dist.sections import AugmentConfig
 from mtl_dist.shards.__main__ import create

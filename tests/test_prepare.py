@@ -647,3 +647,16 @@ def test_a_photograph_of_8000_pixels_is_cut_whole(tmp_path):
     assert 5000 < middle(row)[0] < 6024
     assert 3000 < middle(row)[1] < 4024
     assert read_image(tmp_path / "out/cropped/in/large.jpg").shape == (256, 256, 3)
+
+
+def test_a_process_that_cuts_faces_out_does_not_wait_for_torch(tmp_path):
+    """Loading it takes longer than all else that a process begins with, and each process of a pool begins anew."""
+    clip(tmp_path / "in" / "one.mp4", ALONE, ALONE, ALONE)
+    script = f"""
+import sys
+from mtl_dist.prepare.__main__ import main
+main([{str(tmp_path / "in")!r}, {str(tmp_path / "out")!r}, "--jobs", "1"])
+print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("False\n"), done.stdout

@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from sklearn.metrics import confusion_matrix
 
-from mtl_dist.data.frames import unlabelled
+from mtl_dist.data.unlabelled import unlabelled
 from mtl_dist.objective.scores import scores
 from mtl_dist.report import affect, attention, calibration, classes, curves
 from mtl_dist.report.affect import FEW, draw_affect

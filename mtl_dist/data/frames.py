@@ -7,12 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import torch
 
 from mtl_dist import storage
 from mtl_dist.data.decode import (
@@ -26,7 +24,7 @@ from mtl_dist.data.decode import (
     decode_picture,
 )
 from mtl_dist.errors import InputError
-from mtl_dist.tasks import NUM_AUS, Batch, Labels
+from mtl_dist.tasks import Batch
 from mtl_dist.threads import DaemonThreads
 
 Read = TypeVar("Read")
@@ -115,6 +113,8 @@ def image_batches(
     the number of parts. `workers` threads decode; 0 decodes in this one. Raises `InputError` naming the file; with
     `skip_bad` the row of a `BadImage` is in no batch. `seen` is told of what looks unlike a face's picture.
     """
+    from mtl_dist.data.unlabelled import batched  # torch and all, which who only wants pictures does not wait for
+
     seen = Seen() if seen is None else seen
     rows = [row for row in range(len(paths)) if row // batch % num_parts == part]
     read = partial(_read_if_good if skip_bad else read_picture, size=size, exif=exif)
@@ -191,31 +191,3 @@ def read_in_order(
             yield pending.popleft().result()
     finally:
         pool.close(patience_s=0)  # what is read of a slow store after Ctrl-C is of no use to anyone
-
-
-def batched(pictures: Iterable[tuple[int, np.ndarray]], *, batch: int) -> Iterator[Batch]:
-    """Stack (row, (S, S, 3) pixels) into batches without labels; the last is smaller."""
-    pictures = iter(pictures)
-    while taken := list(islice(pictures, batch)):
-        yield unlabelled(np.stack([pixels for _, pixels in taken]), [row for row, _ in taken])
-
-
-def unlabelled(pixels: np.ndarray, rows: Sequence[int]) -> Batch:
-    """Return (n, H, W, 3) uint8 pixels as a batch without labels."""
-    n = len(pixels)
-    inputs = torch.from_numpy(pixels.transpose(0, 3, 1, 2)[:, None])
-    numbers = torch.tensor(rows, dtype=torch.int64)
-    return Batch(inputs, torch.ones(n, 1, dtype=torch.bool), no_labels(n, 1), numbers[:, None], numbers)
-
-
-def no_labels(samples: int, frames: int) -> Labels:
-    """Return the labels of (samples, frames) of which nothing is labelled."""
-    shape = (samples, frames)
-    return Labels(
-        va=torch.zeros(*shape, 2),
-        expr=torch.zeros(shape, dtype=torch.int64),
-        au=torch.zeros(*shape, NUM_AUS),
-        va_mask=torch.zeros(shape, dtype=torch.bool),
-        expr_mask=torch.zeros(shape, dtype=torch.bool),
-        au_mask=torch.zeros(*shape, NUM_AUS, dtype=torch.bool),
-    )

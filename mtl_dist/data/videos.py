@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from mtl_dist.data.decode import MAX_SIDE, flatten, resize, turn
-from mtl_dist.data.frames import LARGEST, Seen, batched
+from mtl_dist.data.frames import LARGEST, Seen
 from mtl_dist.errors import InputError
 from mtl_dist.tasks import Batch
 
@@ -84,6 +84,8 @@ def video_batches(
     batches only (as `image_batches` parts them). Raises `InputError` naming a file that is no video, or is damaged, and
     where, or of whose `announced` frames (`count_frames`) too many are not there.
     """
+    from mtl_dist.data.unlabelled import batched  # torch and all, which who only wants frames does not wait for
+
     seen = Seen() if seen is None else seen
     numbers = count(first_row, every)
     wanted = (

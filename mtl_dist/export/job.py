@@ -15,8 +15,8 @@ from torch import nn
 from mtl_dist import storage
 from mtl_dist.config import Config
 from mtl_dist.data.augment import build_preparation
-from mtl_dist.data.frames import unlabelled
 from mtl_dist.data.index import read_sets
+from mtl_dist.data.unlabelled import unlabelled
 from mtl_dist.errors import InputError
 from mtl_dist.export.card import ONNX, Checked, write_card
 from mtl_dist.export.graph import check_onnx_installed, largest_difference, run_onnx, write_onnx

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from mtl_dist.data.augment import build_preparation, normalise
-from mtl_dist.data.frames import Seen, no_labels
+from mtl_dist.data.frames import Seen
+from mtl_dist.data.unlabelled import no_labels
 from mtl_dist.errors import InputError
 from mtl_dist.families import FEATURES, reads_videos
 from mtl_dist.features.extractors import FeatureNet, build, find_feature_nets

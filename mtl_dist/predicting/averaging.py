@@ -11,7 +11,7 @@ from torch import nn
 
 from mtl_dist.config import Config
 from mtl_dist.data.augment import build_preparation
-from mtl_dist.data.frames import unlabelled
+from mtl_dist.data.unlabelled import unlabelled
 from mtl_dist.errors import InputError
 from mtl_dist.objective.affect import PredictedRows
 from mtl_dist.objective.metrics import Predictions, Targets
