@@ -36,7 +36,7 @@ SCENES = ((640, 360), (1280, 720))
 FRAMES = 25
 FILM_FPS, FILM_S = 1, 7200
 CLIPS, CLIP_FRAMES = 20, 130
-JOB_FRAMES = 1000  # of a clip of `jobs`: long beside the seconds that a process takes to start
+JOB_FRAMES = 500  # of a clip of `jobs`: long beside the seconds that a process takes to start
 
 
 def main() -> None:

@@ -22,7 +22,8 @@ from mtl_dist.errors import InputError
 
 # A forked copy of a process that holds connections, threads or CUDA is not safe to use.
 spawn = multiprocessing.get_context("spawn")
-LOOK_EVERY_S = 0.5  # whether what is told has ended, and for Ctrl-C
+LOOK_EVERY_S = 0.5  # for Ctrl-C
+LISTEN_S = 0.1  # for more that is told, once all is done
 
 Key, Item, Result = TypeVar("Key"), TypeVar("Item"), TypeVar("Result")
 
@@ -67,7 +68,7 @@ def telling(progress: Callable[[int], None]) -> Iterator[Any]:
     def listen() -> None:
         while True:
             try:
-                progress(told.get(timeout=LOOK_EVERY_S))
+                progress(told.get(timeout=LISTEN_S))
             except queue.Empty:
                 if is_over.is_set():
                     return
