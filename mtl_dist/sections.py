@@ -214,8 +214,7 @@ class OptimConfig(Section):
     layer_decay: Annotated[float, Varies.BY_RUN] = Field(1.0, gt=0, le=1)
     """Of a ViT: what a layer has of the rate of the layer above it (0.65 to 0.75 where it was pre-trained)."""
     freeze_backbone_for: Annotated[float, Varies.BY_RUN] = Field(0.0, ge=0, le=1)
-    """Share of training in which the backbone's rate is 0, while what follows it is trained; its BatchNorm statistics
-    go on."""
+    """Share of training in which the backbone's rate is 0; its BatchNorm statistics go on."""
     momentum: float = Field(0.9, ge=0, lt=1)
     nesterov: bool = True
     """Nesterov's form of SGD's momentum."""
@@ -235,8 +234,9 @@ class OptimConfig(Section):
 
 class EngineConfig(Section):
     zero_stage: Annotated[Literal[0, 1, 2], Varies.BY_PART] = 0
-    """DeepSpeed ZeRO stage. A run continues at any, on any number of ranks. Stage 3 would shard 30 M parameters that
-    fit any GPU, and allow one forward a step."""
+    """DeepSpeed ZeRO stage. A run continues at any, on any number of ranks. Stage 3 would allow one forward a step."""
+    overlap: Annotated[bool, Varies.BY_PART] = True
+    """On several GPUs at ZeRO 0: add gradients up over ranks while the backward pass goes on. Off: after it."""
     autocast: Annotated[Literal["auto", "none", "bf16"], Varies.BY_RUN] = "auto"
     """bf16: forward and backward under torch autocast; weights and optimizer stay fp32. auto: when a run begins, bf16
     on GPUs that have it, none elsewhere; the run keeps it wherever it is continued."""

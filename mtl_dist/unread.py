@@ -60,7 +60,10 @@ def find_unread(config: Config) -> dict[str, str]:
     if config.data.balance == "none":
         unread["data.balance_power"] = "data.balance is none; it is for expr, au or video"
     if config.engine.device == "cpu":
-        unread |= {f"engine.{name}": "engine.device is cpu; it is for GPUs" for name in ("tf32", "cudnn_benchmark")}
+        names = ("tf32", "cudnn_benchmark", "overlap")
+        unread |= {f"engine.{name}": "engine.device is cpu; it is for GPUs" for name in names}
+    elif config.engine.zero_stage:
+        unread["engine.overlap"] = f"engine.zero_stage is {config.engine.zero_stage}; it is for 0"
     if config.run.start:
         unread["model.weights"] = f"run.start is {config.run.start}, which is there instead"
     else:

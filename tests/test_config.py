@@ -454,7 +454,8 @@ VARYING = {
     },
     Varies.BY_PART: {
         "run.storage", "run.track", "run.profile", "loss.gradients_every",
-        "engine.device", "engine.zero_stage", "engine.hang_s", "engine.cudnn_benchmark", "engine.compile",
+        "engine.device", "engine.zero_stage", "engine.overlap", "engine.hang_s", "engine.cudnn_benchmark",
+        "engine.compile",
         "train.eval_batch", "train.stop_epoch", "train.patience",
         "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep_last", "checkpoint.keep_best",
         "checkpoint.keep_every_hours", "checkpoint.best_of",

@@ -12,6 +12,7 @@ from torch import nn
 
 from mtl_dist.config import Config
 from mtl_dist.training.clipping import Clipper
+from mtl_dist.training.overlap import Overlap, overlaps
 from mtl_dist.training.rates import Share, check_layers, learning_rate, share_of
 from mtl_dist.training.times import name_parts
 
@@ -31,7 +32,7 @@ def build_engine(module: nn.Module, config: Config, *, num_ranks: int, device: t
     deepspeed.init_distributed(dist_backend=backend, dist_init_required=False, verbose=False)
     # The group of all its collectives. One that it makes itself has NCCL's timeout of 10 minutes, whatever ours is.
     groups._WORLD_GROUP = torch.distributed.new_group(timeout=collective_timeout(config))
-    # Weights stay contiguous (DeepSpeed broadcasts them as bytes, ZeRO flattens them); inputs are channels_last.
+    # Weights stay contiguous (DeepSpeed broadcasts them as bytes, ZeRO views gradients flat); inputs are channels_last.
     module.to(device)
     engine, *_ = deepspeed.initialize(
         model=module,
@@ -44,6 +45,8 @@ def build_engine(module: nn.Module, config: Config, *, num_ranks: int, device: t
         engine.clip_fp32_gradients = clipper = Clipper(module.parameters(), config.optim.clip_norm)
         if not config.optim.clip_norm:  # DeepSpeed does not call it
             engine.optimizer.register_step_pre_hook(lambda *step: clipper())
+    if overlaps(config, device, num_ranks):
+        engine.allreduce_gradients = Overlap(engine)
     name_parts(engine)
     return engine
 
