@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from mtl_dist.config import build_config
+from mtl_dist.errors import InputError
 from mtl_dist.runs.checkpoint import committed
+from mtl_dist.training.checks import check_parts
 from mtl_dist.training.memory import is_out_of_memory
 from mtl_dist.training.micro_batches import MicroBatches, plan_parts, read_changes
 from tests.conftest import assert_one_message, run_here
@@ -45,6 +48,20 @@ def test_a_step_has_as_many_micro_batches_as_the_changes_up_to_it_say(tmp_path):
     assert [again.at(step) for step in range(1, 9)] == [micro_batches.at(step) for step in range(1, 9)]
     assert [again.at(step) for step in range(1, 9)] == [1, 1, 2, 2, 2, 2, 4, 4]
     assert [plan_parts(3, read_changes(run), step) for step in (1, 3, 7)] == [3, 3, 4]
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_no_micro_batch_is_without_rows_at_zero_2(zero_stage):
+    """Of 8 rows three ranks have 3, 3 and 2: a third micro-batch of the last has none."""
+    config = build_config({"train": {"global_batch": 8}, "engine": {"zero_stage": zero_stage}})
+    check_parts(config, 3, 2)
+    if zero_stage < 2:
+        check_parts(config, 3, 3)
+        return
+    with pytest.raises(
+        InputError, match=r"accumulation is 3, but a rank has 2 rows .*zero_stage 2 .*; use fewer parts"
+    ):
+        check_parts(config, 3, 3)
 
 
 def test_what_says_that_memory_ran_out_is_known():

@@ -40,6 +40,12 @@ def check_parts(config: Config, num_ranks: int, parts: int) -> None:
             f"train.accumulation is {parts}, but a rank has {least_rows} rows of a step: with "
             "engine.batchnorm sync every part needs one at least; use fewer parts, fewer ranks, or local"
         )
+    if config.engine.zero_stage == 2 and parts > least_rows:
+        # DeepSpeed 0.19.8 adds gradients up in the order of each rank's pass, and a pass without rows has another.
+        raise InputError(
+            f"train.accumulation is {parts}, but a rank has {least_rows} rows of a step: at engine.zero_stage 2 "
+            "every part needs one at least; use fewer parts, fewer ranks, or --engine.zero-stage 0"
+        )
 
 
 def check_ranks_agree(config: Config, data: Data) -> None:
