@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -23,6 +24,9 @@ from hypothesis import strategies as st
 
 from mtl_dist.config import build_config
 from mtl_dist.errors import InputError
+from mtl_dist.report import attaching
+from mtl_dist.report.attaching import PLACE, attach_page
+from mtl_dist.report.options import ReportCommand
 from mtl_dist.runs.checkpoint import committed
 from mtl_dist.runs.lives import Stale
 from mtl_dist.training.sinks import mlflow, opening, sending
@@ -245,6 +249,34 @@ def test_a_run_has_one_id_for_ever_and_a_new_run_of_the_name_another(tmp_path):
     assert describe_run(config).id != first.id
 
 
+def test_a_page_is_attached_only_to_a_run_that_was_tracked(monkeypatch, tmp_path):
+    """Before anything is predicted or written; the run gets no id by being asked for it."""
+    monkeypatch.setattr(opening, "find_spec", lambda package: True)
+    for name in ("mlflow", "wandb"):
+        done = run_here("mtl_dist.report", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--attach", name)
+        assert_one_message(done, f"run {tmp_path}/run was never tracked", "--run.track")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_service_that_refuses_a_page_is_one_message_and_says_where_the_page_is(monkeypatch, tmp_path):
+    class Refusing:
+        def __init__(self, about: About): ...
+
+        def attach(self, history, files) -> bool:
+            if files[PLACE] == b"fails":
+                raise ConnectionError("refused")
+            return False
+
+    monkeypatch.setitem(opening.SERVICES, "mlflow", Refusing)
+    weights = SimpleNamespace(config=build_config({"run": {"name": "run"}}), newest_step=1)
+    monkeypatch.setattr(attaching, "open_best", lambda uri: weights)
+    for page, reason in (("fails", "ConnectionError: refused"), ("page", "it has no such run")):
+        (tmp_path / "page.html").write_text(page)
+        command = ReportCommand((f"{tmp_path}/run",), out="", attach=("mlflow",))
+        with pytest.raises(InputError, match=rf"{reason}.* it is at {tmp_path}/page.html"):
+            attach_page(command, str(tmp_path / "page.html"))
+
+
 def test_no_password_of_an_address_is_told(tmp_path):
     config = build_config({"run": {"storage": str(tmp_path)}, "data": {"train": "https://user:secret@host/faces"}})
     assert describe_run(config).settings["data.train"] == "https://host/faces"
@@ -341,16 +373,51 @@ def store(tmp_path_factory) -> str:
 
 
 @pytest.fixture
-def client(store, tmp_path, monkeypatch):
+def client(store, tmp_path, monkeypatch, request):
+    """A client of a store in a file, or, of parameter "server", of a real server with that file behind it."""
     (tmp_path / "mlflow.db").write_bytes(store)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    local = f"sqlite:///{tmp_path}/mlflow.db"
+    with served(local, tmp_path) if getattr(request, "param", "") == "server" else contextlib.nullcontext(local) as uri:
+        yield connect(uri, tmp_path, monkeypatch)
+
+
+def connect(uri: str, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.chdir(tmp_path)  # where a local store keeps files
     monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
     monkeypatch.delenv("MLFLOW_EXPERIMENT_ID", raising=False)
     from mlflow import MlflowClient
 
-    MlflowClient().create_experiment("mtl_dist", artifact_location=str(tmp_path / "artifacts"))
+    place = None if uri.startswith("http") else str(tmp_path / "artifacts")  # None: the server serves them
+    MlflowClient().create_experiment("mtl_dist", artifact_location=place)
     return MlflowClient()
+
+
+@contextlib.contextmanager
+def served(store_uri: str, tmp_path: Path):
+    """A real server of MLflow, on a free port."""
+    pytest.importorskip("flask")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store_uri, "--workers", "1"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--artifacts-destination", str(tmp_path / "served")]
+    server = subprocess.Popen(command, cwd=tmp_path, start_new_session=True)
+    try:
+        wait_for(port)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def wait_for(port: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.2)
+    raise AssertionError("the server did not start")
 
 
 def runs_of(client) -> list:
@@ -401,6 +468,7 @@ def test_mlflow_has_one_run_with_every_value_once_however_often_it_is_found(clie
 
 @needs_mlflow
 @pytest.mark.whole
+@pytest.mark.parametrize("client", ["file", "server"], indirect=True)
 def test_a_training_that_was_killed_and_continued_is_one_run_of_mlflow_with_every_step_once(
     client, shards, tmp_path, monkeypatch
 ):
@@ -436,6 +504,21 @@ def test_a_training_that_was_killed_and_continued_is_one_run_of_mlflow_with_ever
     assert not (tmp_path / "run" / "tensorboard").exists(), "it was not asked for"
     dump = "\n".join(sqlite3.connect(tmp_path / "mlflow.db").iterdump())
     assert "verysecret" not in dump
+    for page in (b"<p>first", b"<p>second"):
+        (tmp_path / "page.html").write_bytes(page)
+        attach_page(ReportCommand((f"{tmp_path}/run",), out="", attach=("mlflow",)), str(tmp_path / "page.html"))
+    (after,) = runs_of(client)
+    assert (after.info.status, after.data.metrics) == (run.info.status, run.data.metrics)
+    (there,) = client.list_artifacts(run.info.run_id, "report")
+    assert there.path == PLACE
+    assert Path(client.download_artifacts(run.info.run_id, PLACE)).read_bytes() == b"<p>second"
+
+
+@needs_mlflow
+@pytest.mark.whole
+def test_a_run_that_the_server_does_not_know_gets_no_page_and_is_not_made(client):
+    assert not mlflow.MLflow(ABOUT).attach([], {PLACE: b"<p>"})
+    assert runs_of(client) == []
 
 
 @needs_mlflow
@@ -467,13 +550,8 @@ def test_a_real_server_of_mlflow_that_is_killed_meanwhile_has_every_step_once(st
 
     def start() -> subprocess.Popen:
         server = subprocess.Popen(command, cwd=tmp_path, start_new_session=True)
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    return server
-            time.sleep(0.2)
-        raise AssertionError("the server did not start")
+        wait_for(port)
+        return server
 
     server = start()
     try:
@@ -555,3 +633,13 @@ def test_offline_wandb_has_the_run_from_its_first_step_on_in_what_a_continued_st
     for name in ("loss/total", "loss/va", "lr", "gradient_norm/total", "score/p"):
         assert found[name] == [step for step, _ in expected[name]], name
     assert found["loss/total"] == list(range(1, 2 * STEPS_PER_EPOCH + 1))
+    (tmp_path / "page.html").write_text("<p>page")
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    attach_page(ReportCommand((f"{tmp_path}/run",), out="", attach=("wandb",)), str(tmp_path / "page.html"))
+    (new,) = set(tmp_path.glob("wandb/offline-run-*/*.wandb")) - set(logs)
+    assert new.name == logs[-1].name, "the same run"
+    assert wandb_history(new)["loss/total"] == found["loss/total"]
+    kept = [record.artifact for record in read_wandb(new) if record.HasField("artifact")]
+    kept += [record.request.log_artifact.artifact for record in read_wandb(new) if record.HasField("request")]
+    assert [entry.path for artifact in kept for entry in artifact.manifest.contents] == [PLACE]

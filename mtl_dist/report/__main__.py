@@ -22,11 +22,16 @@ def main(args: list[str] | None = None) -> None:
     """Read the command line, then write the report. Raises `InputError` for what the user can mend."""
     command = read_options(ReportCommand, args, prog=program("mtl_dist.report"), description=__doc__)
     check_command(command)
+    from mtl_dist.report.attaching import attach_page, check_attachable
     from mtl_dist.report.writing import write_report  # torch and all, which --help does not wait for
 
     written = shlex.join(["python", "-m", "mtl_dist.report", *(sys.argv[1:] if args is None else args)])
+    if command.attach:
+        check_attachable(command)
     page = write_report(command, written=written)
     print(f"wrote {page}")
+    if command.attach:
+        attach_page(command, page)
 
 
 def script() -> None:

@@ -25,6 +25,8 @@ class ReportCommand:
     """What mtl_dist.ensemble wrote with --out; those of the same methods, combined in the same way, are one."""
     val: tuple[str, ...] = ()
     """Validation sets in the order of the runs, where they have moved since training."""
+    attach: tuple[Literal["mlflow", "wandb"], ...] = ()
+    """Attach the page to each run in MLflow or W&B, where it was tracked (run.track); it replaces an earlier one."""
     title: str = "Valence and arousal, expressions, action units"
     """Heading of the page."""
     draws: int = 1000

@@ -7,7 +7,7 @@ step of every metric. A parameter keeps its first value: MLflow refuses another.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from mtl_dist.training.sinks.sending import milliseconds
 from mtl_dist.training.sinks.sink import About, Ending, Known, Row
@@ -28,17 +28,13 @@ class MLflow:
         self._about, self._run_id = about, None
 
     def begin(self) -> Known:
-        for name, value in DEFAULTS.items():
-            os.environ.setdefault(name, value)
-        from mlflow import MlflowClient
         from mlflow.entities import Param
 
-        about, self._client = self._about, MlflowClient()
-        experiment = _find_experiment(self._client)
-        mine = f"tags.`{TAG}` = '{about.id}'"
-        found = self._client.search_runs([experiment], mine, order_by=["attributes.start_time ASC"], max_results=1)
+        about, self._client = self._about, _client()
+        experiment = _find_experiment(self._client) or self._client.create_experiment(_experiment_name())
         tags = {TAG: about.id, "mtl_dist.uri": about.uri}
-        run = found[0] if found else self._client.create_run(experiment, run_name=about.name, tags=tags)
+        found = _find_run(self._client, experiment, about.id)
+        run = found or self._client.create_run(experiment, run_name=about.name, tags=tags)
         if self._run_id is None:
             print(f"mlflow  run {run.info.run_id} of experiment {experiment}", flush=True)
         self._run_id = run.info.run_id
@@ -67,11 +63,38 @@ class MLflow:
         finally:
             self._client.set_terminated(self._run_id, STATUS[ending])
 
+    def attach(self, history: Iterable[Row], files: Mapping[str, bytes]) -> bool:
+        client = _client()
+        experiment = _find_experiment(client)
+        run = experiment and _find_run(client, experiment, self._about.id)
+        if run:
+            for name, content in files.items():
+                client.log_text(run.info.run_id, content.decode(), name)
+        return bool(run)
 
-def _find_experiment(client) -> str:
-    """Return the id of the experiment that MLflow's variables name, or of ours; made where there is none."""
+
+def _client():
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    return MlflowClient()
+
+
+def _experiment_name() -> str:
+    return os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+
+
+def _find_experiment(client) -> str | None:
+    """Return the id of the experiment that MLflow's variables name, or of ours; None where there is none."""
     if number := os.environ.get("MLFLOW_EXPERIMENT_ID"):
         return number
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
-    found = client.get_experiment_by_name(name)
-    return found.experiment_id if found else client.create_experiment(name)
+    found = client.get_experiment_by_name(_experiment_name())
+    return found.experiment_id if found else None
+
+
+def _find_run(client, experiment: str, run_id: str):
+    """Return the run of MLflow that has our id as its tag, or None."""
+    mine = f"tags.`{TAG}` = '{run_id}'"
+    found = client.search_runs([experiment], mine, order_by=["attributes.start_time ASC"], max_results=1)
+    return found[0] if found else None

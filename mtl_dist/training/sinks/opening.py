@@ -22,12 +22,12 @@ SERVICES: dict[str, Callable[[About], Service]] = {"mlflow": MLflow, "wandb": Wa
 IDENTITY = "tracked.json"
 
 
-def check_installed(names: Iterable[str]) -> None:
-    """Raise `InputError` for a service whose package is not there."""
+def check_installed(names: Iterable[str], *, where: str = "run.track") -> None:
+    """Raise `InputError` for a service whose package is not there; `where` is the setting that names it."""
     for name in names:
         if name in SERVICES and find_spec(name) is None:
             raise InputError(
-                f"run.track has {name}, and the package {name} is not installed here; give every node "
+                f"{where} has {name}, and the package {name} is not installed here; give every node "
                 f"pip install 'mtl_dist[{name}]', or leave {name} out"
             )
 
@@ -52,10 +52,20 @@ def open_sinks(
     return sinks
 
 
-def describe_run(config: Config) -> About:
-    """Say what a service is told of a run. Rank 0 of the latest start alone calls it."""
+def describe_run(config: Config, run_uri: str = "") -> About:
+    """Say what a service is told of a run, wherever it lies now; of one that trains, rank 0 of its latest start."""
+    uri = run_uri or config.run.uri
     settings = {name: _without_password(value) for name, value in flatten(config).items()}
-    return About(_identity(config.run.uri), config.run.name, _without_password(config.run.uri), settings)
+    return About(_identity(uri), config.run.name, _without_password(uri), settings)
+
+
+def check_tracked(run_uri: str) -> None:
+    """Raise `InputError` for a run that no service was ever told of."""
+    if not storage.exists(storage.join(run_uri, IDENTITY)):
+        raise InputError(
+            f"run {run_uri} was never tracked by MLflow or W&B, so it has no run there; leave out --attach, "
+            "or continue the run with --run.track"
+        )
 
 
 def _without_password(value):

@@ -79,3 +79,10 @@ class Service(Protocol):
 
     def finish(self, ending: Ending, files: Mapping[str, bytes]) -> None:
         """Say how this start of the run has ended, and keep the files."""
+
+    def attach(self, history: Iterable[Row], files: Mapping[str, bytes]) -> bool:
+        """Give files to a run that has ended, in the place of those of their names; False where it is not there.
+
+        `history` is what the run has recorded. Of a new object, alone.
+        """
+        ...

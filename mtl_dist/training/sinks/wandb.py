@@ -7,7 +7,7 @@ those of one run `wandb sync` lets the later replace the earlier: so each holds 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from mtl_dist.training.sinks.sending import PATIENCE_S
 from mtl_dist.training.sinks.sink import About, Ending, Known, Row
@@ -25,6 +25,9 @@ class WandB:
         self._about, self._run = about, None
 
     def begin(self) -> Known:
+        return self._open(resume="allow")
+
+    def _open(self, *, resume: str) -> Known:
         import wandb
 
         about = self._about
@@ -33,7 +36,7 @@ class WandB:
             waits = {"init_timeout": INIT_S, "login_timeout": INIT_S, "finish_timeout": PATIENCE_S["finished"]}
             how = wandb.Settings(console="off", silent=True, **waits)
             project = os.environ.get("WANDB_PROJECT") or PROJECT
-            self._run = wandb.init(project=project, id=about.id, name=about.name, resume="allow", settings=how)
+            self._run = wandb.init(project=project, id=about.id, name=about.name, resume=resume, settings=how)
             where = self._run.dir if self._run.offline else self._run.url
             print(f"wandb   run {about.id} of {project}, {where}", flush=True)
             self._run.config.update(about.settings | {"run.uri": about.uri}, allow_val_change=True)
@@ -47,12 +50,23 @@ class WandB:
             self._run.log(row.values | pictures, step=row.step)
 
     def finish(self, ending: Ending, files: Mapping[str, bytes]) -> None:
+        self._keep("results", f"{self._about.name}-{self._about.id}", files)
+        self._run.finish(exit_code=int(ending == "failed"))
+
+    def attach(self, history: Iterable[Row], files: Mapping[str, bytes]) -> bool:
+        """Keep files as the latest version of the run's report. Offline that is a directory with the whole run."""
+        known = self._open(resume="must")
+        self.send([row for row in map(known.lacks, history) if row.values])
+        self._keep("report", f"{self._about.name}-{self._about.id}-report", files)
+        self._run.finish()
+        return True
+
+    def _keep(self, kind: str, name: str, files: Mapping[str, bytes]) -> None:
         import wandb
 
         if files:
-            kept = wandb.Artifact(f"{self._about.name}-{self._about.id}", type="results")
-            for name, content in files.items():
-                with kept.new_file(name, mode="wb") as file:
+            kept = wandb.Artifact(name, type=kind)
+            for path, content in files.items():
+                with kept.new_file(path, mode="wb") as file:
                     file.write(content)
             self._run.log_artifact(kept)
-        self._run.finish(exit_code=int(ending == "failed"))
