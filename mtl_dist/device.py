@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 
 import torch
 
 from mtl_dist.config import Config
 from mtl_dist.errors import InputError
 from mtl_dist.machine import num_cpus
+
+# What is no exception of its own: of torch's allocator on CPUs, of CUDA and its libraries.
+_WORDS_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+MEMORY_REMEDY = "take a smaller model, smaller inputs or shorter windows, more ranks, or a device with more memory"
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
@@ -56,3 +66,16 @@ def keep_freed_memory() -> None:
     if mallopt:
         mallopt(_M_TRIM_THRESHOLD, 1 << 30)
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most it takes
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out."""
+    is_own = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return is_own or any(words in str(error) for words in _WORDS_OF_MEMORY)
+
+
+def free_memory() -> None:
+    """Give back what nobody holds any more."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mtl_dist.config import build_config
+from mtl_dist.data.unlabelled import no_labels
+from mtl_dist.device import is_out_of_memory
 from mtl_dist.errors import InputError
+from mtl_dist.predicting.evaluate import forward_all
 from mtl_dist.runs.checkpoint import committed
+from mtl_dist.tasks import Batch
 from mtl_dist.training.checks import check_parts
-from mtl_dist.training.memory import is_out_of_memory
 from mtl_dist.training.micro_batches import MicroBatches, plan_parts, read_changes
 from tests.conftest import assert_one_message, run_here
 from tests.ranks import start_ranks
@@ -128,6 +136,83 @@ def test_without_batchnorm_losses_are_those_of_a_run_that_fits_and_what_cannot_f
         done = run_here(*train_args(shards, tmp_path, "hopeless", *WITHOUT_BATCHNORM))
     assert failed == [8, 4, 2, 1]
     assert_one_message(done, "out of memory at step 1, with a micro-batch of one row: take a smaller model")
+
+
+@pytest.mark.whole
+def test_an_optimizer_that_runs_out_ends_the_run_which_continues_from_its_last_checkpoint(shards, tmp_path):
+    from deepspeed import DeepSpeedEngine
+
+    update, saves = DeepSpeedEngine._take_model_step, ("--checkpoint.every-steps", "1")
+
+    def starved_update(engine, *args, **how):
+        if engine.global_steps == 1:
+            with torch.no_grad():
+                next(engine.module.parameters()).zero_()  # half of the update
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+        return update(engine, *args, **how)
+
+    with mock.patch.object(DeepSpeedEngine, "_take_model_step", starved_update):
+        done = run_here(*train_args(shards, tmp_path, "starved", *saves))
+    assert done.returncode == 1
+    assert "error: out of memory while the optimizer updated the weights in step 2; none of these" in done.stderr
+    assert not read_changes(f"{tmp_path}/starved")
+    assert [checkpoint.step for checkpoint in committed(f"{tmp_path}/starved")[0]] == [1]
+    train(shards, tmp_path, "starved", *saves)
+    train(shards, tmp_path, "plain", *saves)
+    assert_same_weights((tmp_path, "starved"), (tmp_path, "plain"))
+
+
+# --------------------------------------------------------------------------------------------- without gradients
+
+
+class SmallMemory(torch.nn.Module):
+    """Adds up what is valid of every sample, of `most` at a time."""
+
+    def __init__(self, most: int):
+        super().__init__()
+        self.most, self.passed = most, []
+
+    def forward(self, inputs, valid):
+        self.passed.append(len(inputs))
+        if len(inputs) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+        return (inputs * valid).sum(1)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(sizes=st.lists(st.integers(1, 17), min_size=1, max_size=4), most=st.integers(1, 17))
+def test_what_runs_out_without_gradients_is_done_again_in_smaller_batches_in_the_same_order(sizes, most):
+    rows = torch.arange(1, sum(sizes) + 1).split(sizes)
+    batches = [
+        Batch(
+            own[:, None].repeat(1, 2), torch.tensor([True, False]).repeat(len(own), 1), no_labels(len(own), 2), own, own
+        )
+        for own in rows
+    ]
+    model = SmallMemory(most)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        found = list(forward_all(model, batches, prepare=lambda batch, draws: batch.inputs, device=torch.device("cpu")))
+    assert torch.cat([batch.samples for batch, _ in found]).tolist() == list(range(1, sum(sizes) + 1))
+    assert torch.cat([outputs for _, outputs in found]).tolist() == list(range(1, sum(sizes) + 1))
+    failed = [size for size in model.passed if size > most]
+    assert failed == sorted(set(failed), reverse=True)  # what did not fit once is not tried again
+    assert said.getvalue().count("note: out of memory: batches of ") == len(failed)
+    if max(sizes) <= most:
+        assert [batch for batch, _ in found] == batches  # as they came
+
+
+def test_a_sample_that_does_not_fit_and_what_is_no_lack_of_memory_end_it(capsys):
+    batch = Batch(torch.ones(3, 2), torch.ones(3, 2, dtype=torch.bool), no_labels(3, 2), torch.ones(3), torch.ones(3))
+    how = {"prepare": lambda batch, draws: batch.inputs, "device": torch.device("cpu")}
+    with pytest.raises(InputError, match="out of memory with a batch of one sample: take a smaller model"):
+        list(forward_all(SmallMemory(0), [batch], **how))
+    assert [line.split("here")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "note: out of memory: batches of 2 sample(s) instead of 3 from ",
+        "note: out of memory: batches of 1 sample(s) instead of 2 from ",
+    ]
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        list(forward_all(SmallMemory(9), [batch._replace(inputs=torch.ones(3, 5))], **how))
 
 
 # ------------------------------------------------------------------------------------------------ the fewest that fit

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -11,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mtl_dist.data.augment import Preparation
-from mtl_dist.errors import NonFiniteLoss
+from mtl_dist.device import MEMORY_REMEDY, free_memory, is_out_of_memory
+from mtl_dist.errors import InputError, NonFiniteLoss
 from mtl_dist.objective.affect import AffectMeter, PredictedRows
 from mtl_dist.objective.losses import Objective
 from mtl_dist.ranks import gather_lists
@@ -34,18 +37,46 @@ def forward_all(
     """Yield every batch, as it came, with what the model makes of it, on the device: `tasks.Outputs`, say.
 
     `forward` is asked in the model's place where that is wanted, with the same arguments: inputs, and which frames are
-    valid. The model is in evaluation mode meanwhile.
+    valid. The model is in evaluation mode meanwhile. What runs out of memory is done again in batches of half as many
+    samples, which are yielded in their order. Raises `InputError` where one sample does not fit.
     """
-    was_training = model.training
+
+    def pass_on(batch: Batch) -> Any:
+        there = batch.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            return (forward or model)(prepare(there, None), there.valid)
+
+    was_training, most = model.training, sys.maxsize
     model.eval()
     try:
         for batch in batches:
-            there = batch.to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                outputs = (forward or model)(prepare(there, None), there.valid)
-            yield batch, outputs
+            first, num_samples = 0, len(batch.samples)
+            while first < num_samples:
+                size = min(most, num_samples - first)
+                part = batch if size == num_samples else batch.take(slice(first, first + size))
+                try:
+                    outputs = pass_on(part)
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    outputs = None
+                if outputs is None:  # not in the handler: the exception holds what the pass has made
+                    most = _halve(size)
+                    continue
+                yield part, outputs
+                first += size
     finally:
         model.train(was_training)
+
+
+def _halve(size: int) -> int:
+    """Return how many samples batches have from now on, and say so."""
+    if size == 1:
+        raise InputError(f"out of memory with a batch of one sample: {MEMORY_REMEDY}")
+    free_memory()
+    less = math.ceil(size / 2)
+    print(f"note: out of memory: batches of {less} sample(s) instead of {size} from here on", flush=True)
+    return less
 
 
 def predict(

@@ -40,10 +40,10 @@ def draw_attention(
     rows = result.predicted.rows[faces]
     pictures = Pictures(result.member, cache_dir)
     batch = pictures.read(rows, result.member.weights.config.data.image_size)
-    ((_, maps),) = forward_all(
+    passed = forward_all(
         model, [batch], prepare=build_preparation(result.member.weights.config), device=device,
         forward=lambda inputs, valid: model.attention_maps(inputs[valid]))  # fmt: skip
-    maps = maps[:, :NUM_AUS].float()
+    maps = torch.cat([part for _, part in passed])[:, :NUM_AUS].float()
     large = F.interpolate(maps, size=(SIDE, SIDE), mode="bilinear", align_corners=False).cpu().numpy()
     return _draw(method, place, result, faces, images, pictures.pixels(rows, SIDE), maps.cpu().numpy(), large)
 

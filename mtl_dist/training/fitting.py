@@ -12,6 +12,7 @@ import contextlib
 import torch
 
 from mtl_dist.data.loader import train_batches
+from mtl_dist.device import MEMORY_REMEDY, free_memory, is_out_of_memory
 from mtl_dist.errors import InputError
 from mtl_dist.objective.module import ObjectiveModule
 from mtl_dist.ranks import gather_lists, on_rank_0
@@ -19,7 +20,7 @@ from mtl_dist.tasks import Batch
 from mtl_dist.training.averaging import freeze_batchnorm
 from mtl_dist.training.checks import STATES, check_parts, note_batchnorm
 from mtl_dist.training.draws import draw_passes
-from mtl_dist.training.memory import REMEDY, describe_parts, free_memory, is_out_of_memory
+from mtl_dist.training.memory import describe_parts
 from mtl_dist.training.micro_batches import MicroBatches, split_batch
 from mtl_dist.training.setup import Setup
 from mtl_dist.transfer import pin_batch, send
@@ -39,7 +40,7 @@ def settle_micro_batches(setup: Setup, engine, micro_batches: MicroBatches, *, s
     tried |= {"bf16": config.engine.autocast == "bf16", "looks": config.loss.gradients_every is not None}
     of_ranks = gather_lists([find_parts(engine.module, batch, **tried)])
     if None in of_ranks:
-        raise InputError(f"a step runs out of memory with a micro-batch of one row: {REMEDY}")
+        raise InputError(f"a step runs out of memory with a micro-batch of one row: {MEMORY_REMEDY}")
     parts = max(of_ranks)
     check_parts(config, num_ranks, parts)
     note = note_batchnorm(engine.module.model, config, num_ranks, parts=parts) if parts > 1 else ""

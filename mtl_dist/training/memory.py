@@ -17,7 +17,6 @@ step as here. It takes as long as any restart, and happens as often as a batch c
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Callable
 from typing import TypeVar
@@ -26,26 +25,13 @@ import torch
 
 from mtl_dist.batchnorm import find_trained_norms
 from mtl_dist.config import Config
-from mtl_dist.errors import InputError, OutOfMemory
+from mtl_dist.device import MEMORY_REMEDY, free_memory, is_out_of_memory
+from mtl_dist.errors import InputError, OutOfMemory, RunFailed
 from mtl_dist.training.checks import check_parts, note_batchnorm
 from mtl_dist.training.engine import set_accumulation
 from mtl_dist.training.micro_batches import MicroBatches
 
 Made = TypeVar("Made")
-
-# What is no exception of its own: of torch's allocator on CPUs, of CUDA and its libraries.
-WORDS = (
-    "DefaultCPUAllocator: can't allocate memory",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-)
-REMEDY = "take a smaller model, smaller inputs or shorter windows, more ranks, or a device with more memory"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in WORDS)
 
 
 class Memory:
@@ -78,7 +64,7 @@ class Memory:
     def _halve(self, parts: int, step: int, rows: int) -> int:
         """Store that steps have twice as many micro-batches from this one on; return how many."""
         if parts * self._engine.module.passes >= rows:
-            raise InputError(f"out of memory at step {step}, with a micro-batch of one row: {REMEDY}")
+            raise InputError(f"out of memory at step {step}, with a micro-batch of one row: {MEMORY_REMEDY}")
         more, config, model = 2 * parts, self._config, self._engine.module.model
         check_parts(config, self._num_ranks, more)
         note = note_batchnorm(model, config, self._num_ranks, parts=more)  # raises where one row is too few
@@ -102,16 +88,27 @@ class Memory:
         return more
 
 
+def update_weights(engine, step: int) -> None:
+    """Take the optimizer's step of this number. Raises `RunFailed` where it runs out of memory.
+
+    Some weights are of after it then, others of before, and micro-batches have no part in what it needs.
+    """
+    try:
+        engine.step()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunFailed(
+            f"out of memory while the optimizer updated the weights in step {step}; none of these is stored, and "
+            "smaller micro-batches do not help. The same command continues from the last checkpoint: on several ranks "
+            "with --engine.zero-stage 1, or on a device with more memory. A new run may take optim.name sgd, or a "
+            "smaller model"
+        ) from error
+
+
 def describe_parts(parts: int, rows: int) -> str:
     """Say how large micro-batches are."""
     return f"micro-batches of {_size(parts, rows)}"
-
-
-def free_memory() -> None:
-    """Give back what nobody holds any more."""
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
 
 
 def _size(parts: int, rows: int) -> int:

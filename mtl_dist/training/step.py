@@ -15,7 +15,7 @@ from mtl_dist.objective.losses import Sums, add_sums, global_losses, total_sums
 from mtl_dist.objective.module import ObjectiveModule, StepLoss
 from mtl_dist.tasks import Batch
 from mtl_dist.training.draws import draw_passes, seed_dropout
-from mtl_dist.training.memory import Memory
+from mtl_dist.training.memory import Memory, update_weights
 from mtl_dist.training.micro_batches import split_batch
 from mtl_dist.training.requests import is_due
 from mtl_dist.transfer import pin_batch, send
@@ -43,7 +43,7 @@ def train_step(
     batch = batch._replace(inputs=prepare(batch, send(draws, device)))
     passes = partial(_pass_batch, engine, batch, config, step=step, rank=rank)
     loss, parts = memory.fit(passes, step, rows=len(batch.samples)) if memory else passes(config.train.accumulation)
-    engine.step()
+    update_weights(engine, step + 1)
     after = None
     if module.balancer.looks_after_steps:
         sums = _sum_up(module, parts, config, step=step, rank=rank)
