@@ -2,14 +2,16 @@
 
     python -m benchmarks.winning mixture options scarce after [--dir winning] [--seeds 3] [--epochs 6] [--out FILE]
 
-options   preset small on images of 75 pixels, as it is, and with one option at a time: balanced weights, focal loss,
-          logit adjustment, asymmetric loss, a balanced sampler
+options   preset small on images of 75 pixels, as it is, which is with weights for rare classes and units; without
+          these; and beside them with one option at a time: focal loss, logit adjustment, asymmetric loss, a balanced
+          sampler
 scarce    of each task only the labels of a fifth of the videos: as it is, with an average of the weights, and with
           pseudo-labels of this average
 mixture   half of the videos with VA and EXPR alone, the other half with AU alone: trained on either, on both as one
           set, and on both with `data.mix 1 1`, as many steps
-after     the mean of the last three checkpoints (`mtl_dist.soup`) beside the best one; and what each step of
-          calibration gains, out of fold, for an ensemble of each seed's runs of `options`: intervals are of one seed
+after     the mean of the last three checkpoints (`mtl_dist.soup`) of runs three times as long, one an epoch, beside
+          their best one; and what each step of calibration gains, out of fold, for an ensemble of each seed's runs of
+          `options`: intervals are of one seed
 
 Scores are of validation videos, of the checkpoint with the highest P on them, of as many in every arm. Intervals are
 of differences between means over seeds, bootstrapped over these videos. One run a core; interrupted, it continues.
@@ -42,10 +44,11 @@ SHARE_KEPT = 0.2  # of the videos that have labels of a task, in `scarce`; drawn
 KEYS = ("p", *TASKS)
 PARTS = ("mixture", "options", "scarce", "after")
 LAST = 3  # checkpoints of a soup
+LONGER = 3  # times as many epochs have the runs whose checkpoints make soups
 PLAIN = "as it is"
 OPTIONS = {
     PLAIN: [],
-    "balanced weights": ["--loss.expr-weights", "balanced", "--loss.au-weights", "balanced"],
+    "plain weights": ["--loss.expr-weights", "none", "--loss.au-weights", "none"],
     "focal loss": ["--loss.expr-focal", 2, "--loss.au-gamma-pos", 2, "--loss.au-gamma-neg", 2],
     "logit adjustment": ["--loss.expr-prior", 1],
     "asymmetric loss": ["--loss.au-gamma-neg", 4, "--loss.au-margin", 0.05],
@@ -143,11 +146,13 @@ def video_of(row: list[str]) -> str:
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def training(args: argparse.Namespace, name: str, seed: int, data: Path, epochs: int, *flags: object) -> tuple:
-    """Return a run's name and command."""
+def training(
+    args: argparse.Namespace, name: str, seed: int, data: Path, epochs: int, *flags: object, every: int | None = None
+) -> tuple:
+    """Return a run's name and command; it is evaluated `every` so many epochs."""
     run = f"{name.replace(', ', '-').replace(' ', '-').lower()}-{seed}"
     own = ["--run.seed", seed, "--data.image-size", SIZE, "--train.epochs", epochs, "--checkpoint.keep-last", LAST]
-    own += ["--train.eval-every", -(-epochs // EVALUATIONS), *flags]
+    own += ["--train.eval-every", every or -(-epochs // EVALUATIONS), *flags]
     return run, [*train_args(args.dir / "runs", run, "small", data / VIEW), *map(str, own)]
 
 
@@ -210,22 +215,25 @@ def train_and_compare(
 
 
 def after(args: argparse.Namespace) -> dict[str, Any]:
-    """Average the last checkpoints of the plain runs, and calibrate an ensemble of each seed's runs."""
-    methods = option_runs(args, "all", OPTIONS)
-    run_all("training, options", [each for of_method in methods.values() for each in of_method], args.dir / "logs")
+    """Average the last checkpoints of longer runs, and calibrate an ensemble of each seed's runs of `options`."""
+    methods, epochs = option_runs(args, "all", OPTIONS), LONGER * args.epochs
+    longer = [training(args, "all longer", seed, args.dir / "sets/all", epochs, every=1) for seed in range(args.seeds)]
+    trainings = [*longer, *(each for of_method in methods.values() for each in of_method)]
+    run_all("training, after", trainings, args.dir / "logs")
     of_seeds = [
         [str(args.dir / "runs" / of_method[seed][0]) for of_method in methods.values()] for seed in range(args.seeds)
     ]
+    long_runs = [str(args.dir / "runs" / name) for name, _ in longer]
     soups = [
-        (f"soup-{seed}", ["mtl_dist.soup", runs[0], "--last", str(LAST), "--out", str(args.dir / f"soups/{seed}")])
-        for seed, runs in enumerate(of_seeds)
+        (f"soup-{seed}", ["mtl_dist.soup", run, "--last", str(LAST), "--out", str(args.dir / f"soups/{seed}")])
+        for seed, run in enumerate(long_runs)
     ]
     run_all("soups", soups, args.dir / "logs")
     val, jobs = str(args.dir / "sets/all" / VIEW / "val"), []
     for seed, runs in enumerate(of_seeds):
-        plain, soup = runs[0], str(args.dir / f"soups/{seed}")
+        soup = str(args.dir / f"soups/{seed}")
         jobs += [
-            ensemble(args, f"best-{seed}", [plain], "--steps"),
+            ensemble(args, f"best-{seed}", [long_runs[seed]], "--steps"),
             ensemble(args, f"last-{seed}", [soup], "--val", val, "--steps"),
             ensemble(args, f"all-{seed}", runs, "--each-task", "--steps", *STEPS),
         ]
