@@ -14,6 +14,7 @@ from mtl_dist.machine import num_cpus
 # What is no exception of its own: of torch's allocator on CPUs, of CUDA and its libraries.
 _WORDS_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
+    "posix_memalign failed",
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",

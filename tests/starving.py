@@ -1,9 +1,12 @@
-"""Memory that is not there: a model that says so of batches of many rows."""
+"""Memory that is not there: a model that says so of batches of many rows, and a process that may have no more."""
 
 from __future__ import annotations
 
 import contextlib
+import re
+import resource
 from collections.abc import Iterator
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -47,3 +50,19 @@ def starving(most_rows: int, *, where: str = "forward", from_step: int = 1) -> I
 
     with mock.patch.object(ObjectiveModule, "_predict", starved_predict), mock.patch.object(Memory, "fit", noting_fit):
         yield failed
+
+
+@contextlib.contextmanager
+def limited(mebibytes: int) -> Iterator[None]:
+    """Have the kernel give this process so much more memory than it has before its first step, for good."""
+    fit, is_limited = Memory.fit, []
+
+    def limiting_fit(self, passes, done, **how):
+        if not is_limited:
+            is_limited.append(True)
+            held = int(re.search(r"VmSize:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
+            resource.setrlimit(resource.RLIMIT_AS, (held + (mebibytes << 20), resource.RLIM_INFINITY))
+        return fit(self, passes, done, **how)
+
+    with mock.patch.object(Memory, "fit", limiting_fit):
+        yield
