@@ -147,7 +147,7 @@ def limited_rank_main(rank: int, mebibytes: int, *args) -> None:
 
 @pytest.mark.whole
 def test_a_process_that_gets_no_more_memory_trains_on_in_smaller_micro_batches(shards, tmp_path):
-    """For once the allocator itself says so. A step of 40 rows takes some 400 MiB in one pass or two, 130 in four, 70 in 8."""
+    """The allocator itself says so. A step of 40 rows takes some 400 MiB in one pass or two, 130 in 4, 70 in 8."""
     more = {"data": {"image_size": 160}, "train": {"global_batch": 40, "epochs": 1}}
     for name, mebibytes in (("limited", 220), ("plain", 0)):
         jobs = [(config_of(shards, tmp_path, name, FROZEN, more), None)]
