@@ -5,8 +5,8 @@
 options   preset small on images of 75 pixels, as it is, which is with weights for rare classes and units; without
           these; and beside them with one option at a time: focal loss, logit adjustment, asymmetric loss, a balanced
           sampler
-scarce    of each task only the labels of a fifth of the videos: as it is, with an average of the weights, and with
-          pseudo-labels of this average
+scarce    of each task only the labels of a fifth of the videos: as it is, with pseudo-labels of that run, with an
+          average of the weights, and with pseudo-labels of this average
 mixture   half of the videos with VA and EXPR alone, the other half with AU alone: trained on either, on both as one
           set, and on both with `data.mix 1 1`, as many steps
 after     the mean of the last three checkpoints (`mtl_dist.soup`) of runs three times as long, one an epoch, beside
@@ -54,9 +54,14 @@ OPTIONS = {
     "asymmetric loss": ["--loss.au-gamma-neg", 4, "--loss.au-margin", 0.05],
     "balanced sampler, EXPR": ["--data.balance", "expr"],
     "balanced sampler, AU": ["--data.balance", "au"],
+    "balanced sampler, video": ["--data.balance", "video"],
 }
 AVERAGE = ["--train.ema", 0.99]  # what a teacher of its own needs; the same run without it is the reference
-TAUGHT = {"average": AVERAGE, "average that teaches": [*AVERAGE, "--loss.teacher", "ema"]}
+TAUGHT = {
+    "run that teaches": ["--loss.teacher", "{runs}/scarce-as-it-is-{seed}"],
+    "average": AVERAGE,
+    "average that teaches": [*AVERAGE, "--loss.teacher", "ema"],
+}
 COLUMNS = {"va": slice(1, 3), "expr": slice(3, 4), "au": slice(4, 4 + NUM_AUS)}  # of the annotation files
 MISSING = {"va": "-5.0", "expr": "-1", "au": "-1"}
 
@@ -152,7 +157,8 @@ def training(
     """Return a run's name and command; it is evaluated `every` so many epochs."""
     run = f"{name.replace(', ', '-').replace(' ', '-').lower()}-{seed}"
     own = ["--run.seed", seed, "--data.image-size", SIZE, "--train.epochs", epochs, "--checkpoint.keep-last", LAST]
-    own += ["--train.eval-every", every or -(-epochs // EVALUATIONS), *flags]
+    own += ["--train.eval-every", every or -(-epochs // EVALUATIONS)]
+    own += [str(flag).format(runs=args.dir / "runs", seed=seed) for flag in flags]
     return run, [*train_args(args.dir / "runs", run, "small", data / VIEW), *map(str, own)]
 
 
@@ -170,7 +176,7 @@ def option_runs(args: argparse.Namespace, data: str, of: dict[str, list[Any]]) -
 def options(args: argparse.Namespace, data: str, of: dict[str, list[Any]]) -> dict[str, Any]:
     """Train with every option, and compare each with the run without."""
     pairs = [(name, PLAIN) for name in of if name != PLAIN]
-    pairs += [tuple(reversed(TAUGHT))] if TAUGHT.keys() <= of.keys() else []
+    pairs += [("average that teaches", "average")] if TAUGHT.keys() <= of.keys() else []
     return train_and_compare(args, "options" if data == "all" else data, option_runs(args, data, of), pairs)
 
 
@@ -179,7 +185,11 @@ def measure(args: argparse.Namespace, what: str) -> dict[str, Any]:
         return mixture(args)
     if what == "after":
         return after(args)
-    return options(args, "all", OPTIONS) if what == "options" else options(args, "scarce", {PLAIN: []} | TAUGHT)
+    if what == "options":
+        return options(args, "all", OPTIONS)
+    teachers = option_runs(args, "scarce", {PLAIN: []})[PLAIN]
+    run_all("training, teachers", teachers, args.dir / "logs")
+    return options(args, "scarce", {PLAIN: []} | TAUGHT)
 
 
 def mixture(args: argparse.Namespace) -> dict[str, Any]:
