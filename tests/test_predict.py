@@ -260,6 +260,22 @@ def test_a_checkpoint_that_tells_no_view_predicts_with_any(run, runs, tmp_path):
     assert len(read_rows(tmp_path / "out.csv")) == 20
 
 
+@pytest.mark.parametrize(
+    ("of_models", "expected"),
+    [
+        ([{"p": 1.2, "va": 0.5, "expr": 0.3, "au": 0.4}], ""),
+        ([{"p": 0.3, "expr": 0.3}], "labels of va, au: what is said of them was never checked"),
+        ([{"p": 0.3, "expr": 0.3}, {"p": 0.4, "au": 0.4}], "labels of va: "),
+        ([{}], ""),  # a checkpoint that was never scored says nothing of labels
+        ([{}, {"p": 0.9, "ccc_a": 0.5, "expr": 0.3}], "labels of au: "),
+    ],
+)
+def test_what_no_validation_set_had_labels_of_is_said(of_models, expected):
+    said = job._note_unscored([SimpleNamespace(checkpoint=SimpleNamespace(scores=scores)) for scores in of_models])
+    assert expected in said
+    assert bool(said) == bool(expected)
+
+
 def test_two_processes_predict_what_one_predicts_in_its_order(run, faces, tmp_path):
     for processes in ("1", "2"):
         run_predict(run, faces, tmp_path / f"{processes}.csv", "--batch", "5", "--processes", processes)

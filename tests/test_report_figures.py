@@ -17,7 +17,7 @@ from sklearn.metrics import confusion_matrix
 
 from mtl_dist.data.unlabelled import unlabelled
 from mtl_dist.objective.scores import scores
-from mtl_dist.report import affect, attention, calibration, classes, curves
+from mtl_dist.report import affect, attention, calibration, classes, curves, gradients
 from mtl_dist.report.affect import FEW, draw_affect
 from mtl_dist.report.calibration import draw_reliability, reliability, task_reliability
 from mtl_dist.report.classes import draw_confusion, draw_f1
@@ -35,7 +35,7 @@ SMALLEST_POINTS, SMALLEST_DENSE, SMALLEST_PHOTO = 9, 8, 7
 def canvases(monkeypatch) -> list:
     """The figures that are drawn from now on, as matplotlib has them."""
     kept = []
-    for module in (affect, attention, calibration, classes, curves):
+    for module in (affect, attention, calibration, classes, curves, gradients):
         monkeypatch.setattr(module, "save_png", lambda figure, **how: kept.append(figure) or save_png(figure, **how))
     return kept
 
@@ -236,3 +236,14 @@ def test_from_the_eighth_method_on_bars_look_other_too(canvases):
         handles = legend.legend_handles
         assert [text.get_text() for text in legend.get_texts()] == [method.label for method in many]
         assert len({(handle.get_facecolor(), handle.get_hatch()) for handle in handles}) == 12
+
+
+@pytest.mark.filterwarnings("error")  # matplotlib's about a legend of nothing
+@pytest.mark.parametrize(("cosines", "panels"), [({"va expr": 0.25}, 2), ({}, 1)])
+def test_a_single_task_has_norms_and_no_cosines(cosines, panels, canvases, monkeypatch):
+    records = [{"step": step, "gradients": {"norm": {"va": 1.0 + step}, "cosine": cosines}} for step in range(1, 4)]
+    monkeypatch.setattr(gradients, "read_records", lambda uri: records)
+    shown = SimpleNamespace(uri="a run", name="run")
+    figure = gradients.draw_gradients(SimpleNamespace(shown=shown, label="A"), 1)
+    assert len(canvases[0].axes) == panels
+    assert f"mean cosines: {'va and expr +0.25' if cosines else 'none'}." in figure.alt

@@ -16,7 +16,7 @@ from mtl_dist.device import named_device
 from mtl_dist.errors import InputError
 from mtl_dist.objective.affect import PredictedRows
 from mtl_dist.objective.metrics import AU_THRESHOLD, metric_sums
-from mtl_dist.objective.scores import constant_scores, scores
+from mtl_dist.objective.scores import constant_scores, scores, single_scores
 from mtl_dist.predict.annotate import check_drawing, draw_all
 from mtl_dist.predict.faces import WholePictures, predict_faces
 from mtl_dist.predict.options import CUT_FIRST, PredictCommand
@@ -30,6 +30,7 @@ from mtl_dist.predicting.submission import submission_text
 from mtl_dist.predicting.views import Views, open_views
 from mtl_dist.progress import progress_bar
 from mtl_dist.runs.weights import Weights, open_weights
+from mtl_dist.tasks import TASKS
 from mtl_dist.training.tracking import print_scores
 
 MAX_REASONS = 100  # images that are read again, to say what is wrong with them
@@ -81,8 +82,8 @@ def predict_input(command: PredictCommand) -> None:
     if left_out := getattr(frames, "left_out", ()):
         print(f"note: of {command.input} other files were left out: {', '.join(left_out)}")
     _report(command, predicted, skipped, num_expected=frames.num_frames)
-    if filled:
-        print(f"note: {filled}")
+    for note in filter(None, (filled, _note_unscored(models))):
+        print(f"note: {note}")
 
 
 def _predict_faces(command: PredictCommand, models: Sequence[Weights]) -> None:
@@ -114,6 +115,21 @@ def _predict_faces(command: PredictCommand, models: Sequence[Weights]) -> None:
         print(f"note: of {command.input} other files were left out: {', '.join(left_out)}")
     drawn = f"; drew {command.draw}" if command.draw else ""
     print(f"wrote {command.out}: {found.summary()}, mean of {len(command.runs)} model(s){drawn}")
+    if note := _note_unscored(models):
+        print(f"note: {note}")
+
+
+def _note_unscored(models: Sequence[Weights]) -> str:
+    """Say which tasks no model has a score of, where some have scores: a network says something of each."""
+    scored = [model.checkpoint.scores for model in models if model.checkpoint.scores]
+    known = {score.task for score in single_scores() for scores_of in scored if score.key in scores_of}
+    unknown = [task for task in TASKS if task not in known]
+    if not scored or not unknown:
+        return ""
+    return (
+        f"no validation set of the model(s) had labels of {', '.join(unknown)}: what is said of them was never "
+        "checked, and means nothing where it was not trained"
+    )
 
 
 def _seconds(seen: Seen, rows: np.ndarray) -> np.ndarray:

@@ -23,12 +23,12 @@ def draw_gradients(method: Method, place: int) -> Figure | None:
 
     result = method.shown
     records = [record for record in read_records(result.uri) if record.get("gradients")]
-    found = {kind: _lines(records, kind) for kind in PANELS}
-    if not found["norm"]:
+    found = {kind: lines for kind in PANELS if (lines := _lines(records, kind))}  # a single task has no cosines
+    if not found:
         return None
     rows: list[tuple] = [("kind", "tasks", "step", "value")]
     with canvas(5.7, 3.1) as figure:
-        for axes, (kind, lines) in zip(figure.subplots(1, 2), found.items()):
+        for axes, (kind, lines) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items()):
             for colour, (name, points) in zip(COLOURS, lines.items()):
                 axes.plot(*zip(*points), color=colour, label=name.replace(" ", ", ").upper(), linewidth=1.4)
                 rows += [(kind, name, step, f"{value:.6g}") for step, value in points]
@@ -45,7 +45,8 @@ def draw_gradients(method: Method, place: int) -> Figure | None:
                 loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize=8, columnspacing=1, handlelength=1
             )
         png = save_png(figure)
-    told = ", ".join(f"{name.replace(' ', ' and ')} {_mean(points):+.2f}" for name, points in found["cosine"].items())
+    cosines = found.get("cosine", {})
+    told = ", ".join(f"{name.replace(' ', ' and ')} {_mean(points):+.2f}" for name, points in cosines.items())
     caption = (
         f"{result.name}. Gradients of the tasks' losses, before any weight, by the last tensor that all tasks share; "
         "means of neighbouring steps. Below 0 two tasks pull apart. Good fixed weights are known to do as well as "
