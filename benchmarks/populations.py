@@ -4,14 +4,17 @@
 
 Both have the same members, which begin with the same draws of the learning rate and the loss weights, and are trained
 for as many epochs: `tune.population` in four generations, and in one, which is random search. Members compete on half
-of the validation videos; scores are those of each seed's best run on the other half. Intervals are of differences
-between means over seeds, bootstrapped over these videos. Two at a time on two cores; interrupted, it continues.
+of the validation videos by their last scores. Scores are those of the best checkpoint of each seed's best run, on the
+other half: random search has the choice of all evaluations of a run, a population of its last generation's. Intervals
+are of differences between means over seeds, bootstrapped over these videos. Two at a time on two cores; interrupted, it
+continues.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import math
 import shutil
 from pathlib import Path
 
@@ -94,7 +97,7 @@ def best_run(root: Path, name: str) -> Path:
     """Return the run of the last generation with the highest score."""
     with (root / "searches" / name / "lineage.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    last = [row for row in rows if row["generation"] == rows[-1]["generation"]]
+    last = [row for row in rows if row["generation"] == rows[-1]["generation"] and math.isfinite(float(row["p"]))]
     return root / "searches" / name / "runs" / max(last, key=lambda row: float(row["p"]))["run"]
 
 

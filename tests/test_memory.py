@@ -174,8 +174,7 @@ def test_an_optimizer_that_runs_out_ends_the_run_which_continues_from_its_last_c
 
     with mock.patch.object(DeepSpeedEngine, "_take_model_step", starved_update):
         done = run_here(*train_args(shards, tmp_path, "starved", *saves))
-    assert done.returncode == 1
-    assert "error: out of memory while the optimizer updated the weights in step 2; none of these" in done.stderr
+    assert_one_message(done, "out of memory while the optimizer updated the weights in step 2; none of these is stored")
     assert not read_changes(f"{tmp_path}/starved")
     assert [checkpoint.step for checkpoint in committed(f"{tmp_path}/starved")[0]] == [1]
     train(shards, tmp_path, "starved", *saves)
@@ -228,9 +227,9 @@ def test_a_sample_that_does_not_fit_and_what_is_no_lack_of_memory_end_it(capsys)
     how = {"prepare": lambda batch, draws: batch.inputs, "device": torch.device("cpu")}
     with pytest.raises(InputError, match="out of memory with a batch of one sample: take a smaller model"):
         list(forward_all(SmallMemory(0), [batch], **how))
-    assert [line.split("here")[0] for line in capsys.readouterr().out.splitlines()] == [
-        "note: out of memory: batches of 2 sample(s) instead of 3 from ",
-        "note: out of memory: batches of 1 sample(s) instead of 2 from ",
+    assert capsys.readouterr().out.splitlines() == [
+        "note: out of memory: batches of 2 sample(s) instead of 3 for the rest of this pass",
+        "note: out of memory: batches of 1 sample(s) instead of 2 for the rest of this pass",
     ]
     with pytest.raises(RuntimeError, match="size of tensor"):
         list(forward_all(SmallMemory(9), [batch._replace(inputs=torch.ones(3, 5))], **how))

@@ -114,10 +114,14 @@ def train(rank: int, num_ranks: int, layer: dict, *, overlap: bool, rows_of: lis
     torch.manual_seed(0)
     module, parts = Branches(), layer.get("train", {}).get("accumulation", 1)
     config = build_config({"train": {"global_batch": 8}, "optim": {"lr": 0.1, "clip_norm": 1.0}}, layer)
-    with (
-        mock.patch.object(engines, "overlaps", return_value=overlap),
-        mock.patch.object(engines, "Overlap", lambda engine: Overlap(engine, most=30)),
-    ):
+    made: list[Overlap] = []
+
+    def make(engine) -> Overlap:
+        made.append(Overlap(engine, most=30))
+        made[0]._send = mock.Mock(side_effect=made[0]._send)
+        return made[0]
+
+    with mock.patch.object(engines, "overlaps", return_value=overlap), mock.patch.object(engines, "Overlap", make):
         engine = build_engine(module, config, num_ranks=num_ranks, device=CPU)
     engines.restore_optimizer(engine, config, {}, steps=0)
     for step in range(3):
@@ -126,6 +130,7 @@ def train(rank: int, num_ranks: int, layer: dict, *, overlap: bool, rows_of: lis
             generator = torch.Generator().manual_seed(100 * step + 10 * part + rank)
             engine.backward(engine(torch.randn(rows_of[rank], 5, generator=generator)))
             engine.step()
+    assert [each._send.call_count for each in made] == ([3 * len(made[0]._buckets)] if overlap else [])
     return [parameter.detach().clone() for parameter in module.parameters()]
 
 

@@ -264,10 +264,10 @@ def test_a_checkpoint_that_tells_no_view_predicts_with_any(run, runs, tmp_path):
     ("of_models", "expected"),
     [
         ([{"p": 1.2, "va": 0.5, "expr": 0.3, "au": 0.4}], ""),
-        ([{"p": 0.3, "expr": 0.3}], "labels of va, au: what is said of them was never checked"),
-        ([{"p": 0.3, "expr": 0.3}, {"p": 0.4, "au": 0.4}], "labels of va: "),
+        ([{"p": 0.3, "expr": 0.3}], "no model was scored on va, au, for want of labels: what is said of them"),
+        ([{"p": 0.3, "expr": 0.3}, {"p": 0.4, "au": 0.4}], "scored on va, "),
         ([{}], ""),  # a checkpoint that was never scored says nothing of labels
-        ([{}, {"p": 0.9, "ccc_a": 0.5, "expr": 0.3}], "labels of au: "),
+        ([{}, {"p": 0.9, "ccc_a": 0.5, "expr": 0.3}], "scored on au, "),
     ],
 )
 def test_what_no_validation_set_had_labels_of_is_said(of_models, expected):

@@ -264,13 +264,13 @@ def test_a_service_that_refuses_a_page_is_one_message_and_says_where_the_page_is
 
         def attach(self, history, files) -> bool:
             if files[PLACE] == b"fails":
-                raise ConnectionError("refused")
+                raise ConnectionError("refused by https://user:verysecret@host/api")
             return False
 
     monkeypatch.setitem(opening.SERVICES, "mlflow", Refusing)
     weights = SimpleNamespace(config=build_config({"run": {"name": "run"}}), newest_step=1)
     monkeypatch.setattr(attaching, "open_best", lambda uri: weights)
-    for page, reason in (("fails", "ConnectionError: refused"), ("page", "it has no such run")):
+    for page, reason in (("fails", "ConnectionError: refused by https://host/api"), ("page", "it has no such run")):
         (tmp_path / "page.html").write_text(page)
         command = ReportCommand((f"{tmp_path}/run",), out="", attach=("mlflow",))
         with pytest.raises(InputError, match=rf"{reason}.* it is at {tmp_path}/page.html"):

@@ -127,8 +127,8 @@ def _note_unscored(models: Sequence[Weights]) -> str:
     if not scored or not unknown:
         return ""
     return (
-        f"no validation set of the model(s) had labels of {', '.join(unknown)}: what is said of them was never "
-        "checked, and means nothing where it was not trained"
+        f"no model was scored on {', '.join(unknown)}, for want of labels: what is said of them was not checked, and "
+        "means nothing where it was not trained"
     )
 
 

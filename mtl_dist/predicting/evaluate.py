@@ -75,7 +75,7 @@ def _halve(size: int) -> int:
         raise InputError(f"out of memory with a batch of one sample: {MEMORY_REMEDY}")
     free_memory()
     less = math.ceil(size / 2)
-    print(f"note: out of memory: batches of {less} sample(s) instead of {size} from here on", flush=True)
+    print(f"note: out of memory: batches of {less} sample(s) instead of {size} for the rest of this pass", flush=True)
     return less
 
 

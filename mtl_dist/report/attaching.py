@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from mtl_dist import storage
-from mtl_dist.errors import InputError, plain
+from mtl_dist.errors import InputError
 from mtl_dist.report.options import ReportCommand
 from mtl_dist.runs.weights import open_best
 from mtl_dist.training.sinks.opening import SERVICES, check_installed, check_tracked, describe_run
+from mtl_dist.training.sinks.sending import tellable
 from mtl_dist.training.tracking import rows_until
 
 PLACE = "report/report.html"
@@ -31,7 +32,7 @@ def attach_page(command: ReportCommand, page_uri: str) -> None:
             except InputError:
                 raise
             except Exception as error:  # of a client of others, which raises what it likes
-                raise _refusal(name, uri, page_uri, f"{type(error).__name__}: {plain(str(error))}") from None
+                raise _refusal(name, uri, page_uri, tellable(f"{type(error).__name__}: {error}")) from None
             if not is_there:
                 raise _refusal(name, uri, page_uri, "it has no such run")
             print(f"attached to {uri} in {name} as {PLACE}")

@@ -22,6 +22,7 @@ from mtl_dist.training.checks import STATES, check_parts, note_batchnorm
 from mtl_dist.training.draws import draw_passes
 from mtl_dist.training.memory import describe_parts
 from mtl_dist.training.micro_batches import MicroBatches, split_batch
+from mtl_dist.training.overlap import overlaps
 from mtl_dist.training.setup import Setup
 from mtl_dist.transfer import pin_batch, send
 
@@ -38,6 +39,8 @@ def settle_micro_batches(setup: Setup, engine, micro_batches: MicroBatches, *, s
     batch = _next_batch(setup, engine.module.passes, step)
     rows, tried = len(batch.samples), {"num_states": 0 if engine.optimizer.state else STATES[config.optim.name]}
     tried |= {"bf16": config.engine.autocast == "bf16", "looks": config.loss.gradients_every is not None}
+    if overlaps(config, setup.device, num_ranks):
+        tried["num_states"] += 1  # gradients on their way to other ranks, while the pass goes on
     of_ranks = gather_lists([find_parts(engine.module, batch, **tried)])
     if None in of_ranks:
         raise InputError(f"a step runs out of memory with a micro-batch of one row: {MEMORY_REMEDY}")

@@ -26,7 +26,7 @@ import torch
 from mtl_dist.batchnorm import find_trained_norms
 from mtl_dist.config import Config
 from mtl_dist.device import MEMORY_REMEDY, free_memory, is_out_of_memory
-from mtl_dist.errors import InputError, OutOfMemory, RunFailed
+from mtl_dist.errors import InputError, OutOfMemory
 from mtl_dist.training.checks import check_parts, note_batchnorm
 from mtl_dist.training.engine import set_accumulation
 from mtl_dist.training.micro_batches import MicroBatches
@@ -89,7 +89,7 @@ class Memory:
 
 
 def update_weights(engine, step: int) -> None:
-    """Take the optimizer's step of this number. Raises `RunFailed` where it runs out of memory.
+    """Take the optimizer's step of this number. Raises `InputError` where it runs out of memory, as another try would.
 
     Some weights are of after it then, others of before, and micro-batches have no part in what it needs.
     """
@@ -98,7 +98,7 @@ def update_weights(engine, step: int) -> None:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise RunFailed(
+        raise InputError(
             f"out of memory while the optimizer updated the weights in step {step}; none of these is stored, and "
             "smaller micro-batches do not help. The same command continues from the last checkpoint: on several ranks "
             "with --engine.zero-stage 1, or on a device with more memory. A new run may take optim.name sgd, or a "

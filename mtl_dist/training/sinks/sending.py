@@ -133,12 +133,16 @@ class Sender:
         """Say once that the service fails."""
         if not self._has_warned:
             self._has_warned = True
-            reason = re.sub(r"//[^/@\s]+@", "//", " ".join(plain(reason).split()))[:MAX_REASON]  # no password
             print(
-                f"{self._service.name} does not answer ({reason}): the run goes on; what is missing there is sent when "
-                "it does, or when the same command starts again",
+                f"{self._service.name} does not answer ({tellable(reason)}): the run goes on; what is missing there is "
+                "sent when it does, or when the same command starts again",
                 flush=True,
             )
+
+
+def tellable(reason: str) -> str:
+    """Return what a client of others says as we may say it: in a line, of bounded length, without a password."""
+    return re.sub(r"//[^/@\s]+@", "//", " ".join(plain(reason).split()))[:MAX_REASON]
 
 
 def milliseconds() -> int:

@@ -14,6 +14,7 @@ from mtl_dist.training.sinks.sink import About, Ending, Known, Row
 
 PROJECT = "mtl_dist"
 INIT_S = 30.0
+UPLOAD_S = 600.0  # of the report: who attaches it waits until it is there
 
 
 class WandB:
@@ -25,21 +26,21 @@ class WandB:
         self._about, self._run = about, None
 
     def begin(self) -> Known:
-        return self._open(resume="allow")
+        return self._open(resume="allow", finish_timeout=PATIENCE_S["finished"])
 
-    def _open(self, *, resume: str) -> Known:
+    def _open(self, *, resume: str, **waits: float) -> Known:
         import wandb
 
         about = self._about
         if self._run is None:
             # The console is the run's own, and nobody waits for long.
-            waits = {"init_timeout": INIT_S, "login_timeout": INIT_S, "finish_timeout": PATIENCE_S["finished"]}
-            how = wandb.Settings(console="off", silent=True, **waits)
+            how = wandb.Settings(console="off", silent=True, init_timeout=INIT_S, login_timeout=INIT_S, **waits)
             project = os.environ.get("WANDB_PROJECT") or PROJECT
             self._run = wandb.init(project=project, id=about.id, name=about.name, resume=resume, settings=how)
             where = self._run.dir if self._run.offline else self._run.url
             print(f"wandb   run {about.id} of {project}, {where}", flush=True)
-            self._run.config.update(about.settings | {"run.uri": about.uri}, allow_val_change=True)
+            if resume == "allow" or self._run.offline:  # what is attached to a run on a server leaves its settings
+                self._run.config.update(about.settings | {"run.uri": about.uri}, allow_val_change=True)
         return Known(all=max(self._run.starting_step - 1, 0) if self._run.resumed else 0)
 
     def send(self, rows: list[Row]) -> None:
@@ -55,7 +56,7 @@ class WandB:
 
     def attach(self, history: Iterable[Row], files: Mapping[str, bytes]) -> bool:
         """Keep files as the latest version of the run's report. Offline that is a directory with the whole run."""
-        known = self._open(resume="must")
+        known = self._open(resume="must", finish_timeout=UPLOAD_S, finish_timeout_raises=True)
         self.send([row for row in map(known.lacks, history) if row.values])
         self._keep("report", f"{self._about.name}-{self._about.id}-report", files)
         self._run.finish()
