@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-import shutil
 from pathlib import Path
 
 import torch
@@ -23,13 +22,12 @@ import torch
 from benchmarks.comparators import read_spent, run_all, timed
 from benchmarks.leads import Predicted, compare, print_comparison
 from benchmarks.loader import write_results
-from benchmarks.winning import KEYS, SIZE, VIEW, half_of
+from benchmarks.winning import KEYS, SIZE, VIEW, create_sets, half_of, render
 from mtl_dist.data.index import read_sets
 from mtl_dist.errors import run_command
 from mtl_dist.predicting.members import Member, predict_member, row_names
 from mtl_dist.report.intervals import number_videos
 from mtl_dist.runs.weights import open_best
-from mtl_dist.shards.annotations import FILES
 
 NUM_TRAIN, NUM_VAL = 1000, 1600
 GENERATIONS = 4
@@ -65,21 +63,8 @@ def main() -> None:
 
 def make_sets(root: Path) -> None:
     """Render faces; make one set of the training videos, and of every half of the validation videos."""
-    faces = root / "faces"
-    synth = ["mtl_dist.shards", "synth", str(faces), "--num-train", str(NUM_TRAIN), "--num-val", str(NUM_VAL)]
-    run_all("rendering", [("synth", synth)], root / "logs")
-    header, *lines = (faces / FILES["val"]).read_text().splitlines()
-    rows, commands = [line.split(",") for line in lines], []
-    for name, kept in (("first", half_of(rows, 0)), ("other", half_of(rows, 1))):
-        source = root / "sources" / name
-        shutil.rmtree(source, ignore_errors=True)
-        source.mkdir(parents=True)
-        (source / VIEW).symlink_to((faces / VIEW).absolute())
-        shutil.copy(faces / FILES["train"], source)
-        (source / FILES["val"]).write_text("\n".join([header, *map(",".join, kept)]) + "\n")
-        create = ["mtl_dist.shards", "create", str(source), str(root / "sets" / name), "--views", VIEW]
-        commands.append((f"create-{name}", [*create, "--frames-per-shard", "128"]))
-    run_all("shards", commands, root / "logs")
+    rows = render(root, NUM_TRAIN, NUM_VAL, "val")
+    create_sets(root, "val", {"first": half_of(rows, 0), "other": half_of(rows, 1)})
 
 
 def search(args: argparse.Namespace, method: str, generations: int, seed: int) -> tuple[str, list[str]]:

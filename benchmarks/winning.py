@@ -93,11 +93,7 @@ def main() -> None:
 
 def make_sets(root: Path) -> None:
     """Render faces; make sets of all their labels, of a few, and of the halves that have other labels each."""
-    faces = root / "faces"
-    synth = ["mtl_dist.shards", "synth", str(faces), "--num-train", str(NUM_TRAIN), "--num-val", str(NUM_VAL)]
-    run_all("rendering", [("synth", synth)], root / "logs")
-    header, *lines = (faces / FILES["train"]).read_text().splitlines()
-    rows = [line.split(",") for line in lines]
+    rows = render(root, NUM_TRAIN, NUM_VAL, "train")
     halves = half_of(rows, 0), half_of(rows, 1)
     parts = {
         "all": rows,
@@ -105,14 +101,28 @@ def make_sets(root: Path) -> None:
         "va-expr": hide(halves[0], ["au"]),
         "au": hide(halves[1], ["va", "expr"]),
     }
-    commands = []
+    create_sets(root, "train", parts)
+
+
+def render(root: Path, num_train: int, num_val: int, split: str) -> list[list[str]]:
+    """Render faces to `root`/faces; return the rows of a split's annotations, without their header."""
+    faces = root / "faces"
+    synth = ["mtl_dist.shards", "synth", str(faces), "--num-train", str(num_train), "--num-val", str(num_val)]
+    run_all("rendering", [("synth", synth)], root / "logs")
+    return [line.split(",") for line in (faces / FILES[split]).read_text().splitlines()[1:]]
+
+
+def create_sets(root: Path, split: str, parts: dict[str, list[list[str]]]) -> None:
+    """Make a set of each part of a split's rows, with the other split as it is, of what was rendered to `root`."""
+    faces, (other,) = root / "faces", FILES.keys() - {split}
+    header, commands = (faces / FILES[split]).read_text().splitlines()[0], []
     for name, kept in parts.items():
         source = root / "sources" / name
         shutil.rmtree(source, ignore_errors=True)
         source.mkdir(parents=True)
         (source / VIEW).symlink_to((faces / VIEW).absolute())
-        shutil.copy(faces / FILES["val"], source)
-        (source / FILES["train"]).write_text("\n".join([header, *map(",".join, kept)]) + "\n")
+        shutil.copy(faces / FILES[other], source)
+        (source / FILES[split]).write_text("\n".join([header, *map(",".join, kept)]) + "\n")
         create = ["mtl_dist.shards", "create", str(source), str(root / "sets" / name), "--views", VIEW]
         commands.append((f"create-{name}", [*create, "--frames-per-shard", "128"]))
     run_all("shards", commands, root / "logs")
