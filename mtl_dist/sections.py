@@ -266,8 +266,8 @@ class TrainConfig(Section):
     """Stop after so many epochs, evaluated and saved, in the schedule of train.epochs. None: after the last one."""
     patience: Annotated[int, Varies.BY_PART] = Field(0, ge=0, le=10**6)
     """Stop after so many evaluations without a better score of checkpoint.best_of, its first. 0: never."""
-    accumulation: Annotated[int, Varies.BY_RUN] = Field(1, ge=0, le=MAX_BATCH)
-    """Micro-batches a rank splits its part of the global batch into; twice as many from where memory runs out. 0: as
+    accumulation: Annotated[Literal["auto"] | Annotated[int, Field(ge=1, le=MAX_BATCH)], Varies.BY_RUN] = 1
+    """Micro-batches a rank splits its part of the global batch into; twice as many from where memory runs out. auto: as
     few as fit, when the run begins. Losses stay those of the whole batch, at the price of one more forward pass."""
     eval_batch: Annotated[int, Varies.BY_PART] = Field(64, ge=1, le=2**16)
     """Images per rank and forward pass in evaluation."""
@@ -275,6 +275,11 @@ class TrainConfig(Section):
     """Evaluate every so many epochs, and after the last."""
     ema: float = Field(0.0, ge=0, lt=1)
     """Evaluate and save an exponential moving average of the weights with this decay (0.999); 0: the last weights."""
+
+    @property
+    def least_parts(self) -> int:
+        """Micro-batches that a rank's part of a step has at least."""
+        return 1 if self.accumulation == "auto" else self.accumulation
 
 
 class CheckpointConfig(Section):

@@ -18,6 +18,7 @@ from mtl_dist.errors import InputError, nearest
 MAX_SHOWN = 200  # characters of a value in a message
 MAX_PARTS = 8  # of a dotted key: more are those of no setting
 MAX_FOLDS = 1000
+ALTERNATIVES = {"literal['auto']", "constrained-int"}  # pydantic's names of what a value may be either of
 
 
 class Varies(enum.IntEnum):
@@ -47,7 +48,15 @@ class Section(BaseModel):
             super().__init__(**values)
         except pydantic.ValidationError as error:
             # One line a fault: pydantic's own text is for programmers, and the command line shows what is raised here.
-            raise InputError(explain_validation(error)) from None
+            raise Faults(find_faults(error)) from None
+
+
+class Faults(InputError):
+    """What is wrong with a section, a line a fault: a section above puts its name before each."""
+
+    def __init__(self, lines: list[str]):
+        super().__init__("; ".join(lines))
+        self.lines = lines
 
 
 def _check_name(name: str) -> str:
@@ -77,18 +86,25 @@ Fold = Annotated[str, AfterValidator(_check_fold)]  # K/N; empty: none
 
 
 def explain_validation(error: pydantic.ValidationError) -> str:
+    """Write a pydantic error as one line."""
+    return "; ".join(find_faults(error))
+
+
+def find_faults(error: pydantic.ValidationError) -> list[str]:
     """Write a pydantic error as one line a fault: dotted path, value, what was expected."""
-    lines = []
+    lines: list[str] = []
+    expected: dict[str, list[str]] = {}  # what a value may be: one of these
     for fault in error.errors():
-        path = ".".join(str(part) for part in fault["loc"])
+        path = ".".join(str(part) for part in fault["loc"] if part not in ALTERNATIVES)
         message = fault["msg"].removeprefix("Value error, ")
-        if isinstance(fault.get("ctx", {}).get("error"), InputError):  # of a section below: it names its key itself
-            lines.append(f"{path}.{message}")
+        below = fault.get("ctx", {}).get("error")
+        if isinstance(below, InputError):  # of a section below: it names its key itself
+            lines += [f"{path}.{line}" for line in (below.lines if isinstance(below, Faults) else [str(below)])]
             continue
         shown = repr(fault["input"])[:MAX_SHOWN]
         value = "" if not path or isinstance(fault["input"], dict | BaseModel) else f" is {shown}"
-        lines.append(f"{path}{value}: {message}" if path else message)
-    return "; ".join(lines)
+        expected.setdefault(f"{path}{value}: " if path else "", []).append(message)
+    return [*lines, *(f"{what}{', or '.join(messages)}" for what, messages in expected.items())]
 
 
 def check_keys(layer: dict[str, Any], model: type[BaseModel], path: str) -> None:

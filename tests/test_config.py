@@ -189,6 +189,11 @@ def test_building_leaves_its_layers_and_the_presets_as_they_were():
         ({"model": {"name": "e"}}, "model.name is 'e'"),
         ({"engine": {"zero_stage": 3}}, "engine.zero_stage is 3: Input should be 0, 1 or 2"),
         ({"optim": {"betas": [0.9, 1]}}, "optim.betas.1 is 1: Input should be less than 1"),
+        (
+            {"train": {"accumulation": 0, "ema": 7}},  # a value of two kinds; two faults of one section
+            "train.accumulation is 0: Input should be 'auto', or Input should be greater than or equal to 1; "
+            "train.ema is 7: Input should be less than 1",
+        ),
         ({"data": {"streams": 5}}, "data.streams 5 does not divide train.global_batch 24"),
         ({"ray": {"num_ranks": [1, 30]}}, "ray.num_ranks goes up to 30 but there are 24 streams"),
         ({"ray": {"gpus_per_rank": 2}}, "ray.gpus_per_rank is 2; a rank computes on one GPU: 0 or 1"),
@@ -206,7 +211,8 @@ def numbers_of(section: type[Section]) -> list[tuple[str, type]]:
     """(name, int or float) of every setting that is a number or a pair of them."""
     found = []
     for name, field in section.model_fields.items():
-        kinds = {field.annotation, *get_args(field.annotation)} & {int, float}
+        one_of = [getattr(kind, "__origin__", kind) for kind in get_args(field.annotation)]  # Annotated[int, ...]: int
+        kinds = {field.annotation, *one_of} & {int, float}
         found += [(name, kind) for kind in kinds if get_origin(field.annotation) is not Literal]
     return found
 
@@ -220,6 +226,7 @@ def test_the_settings_that_are_numbers_are_found():
     assert {
         ("run", "seed", int),
         ("optim", "lr", float),
+        ("train", "accumulation", int),
         ("ray", "num_ranks", int),
         ("augment", "crop_scale", float),
     } <= {*NUMBERS}

@@ -205,6 +205,7 @@ MODES = {
 }
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("mode", MODES)
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(num_ranks=st.integers(1, 5), number=st.integers(1, 3), epoch=st.integers(0, 3))

@@ -46,13 +46,13 @@ def with_change(storage: Path, name: str, step: int, parts: int) -> None:
 def test_a_step_has_as_many_micro_batches_as_the_changes_up_to_it_say(tmp_path):
     run = str(tmp_path)
     assert read_changes(run) == []
-    micro_batches = MicroBatches(run, 0)
+    micro_batches = MicroBatches(run, 1)
     for step, parts in ((7, 4), (3, 2), (7, 4)):
         micro_batches.write(step, parts, "why")
         micro_batches.take(step, parts)
     (tmp_path / "micro_batches" / "notes.txt").write_text("somebody's")
     assert read_changes(run) == [(3, 2), (7, 4)]
-    again = MicroBatches(run, 0)
+    again = MicroBatches(run, 1)
     assert [again.at(step) for step in range(1, 9)] == [micro_batches.at(step) for step in range(1, 9)]
     assert [again.at(step) for step in range(1, 9)] == [1, 1, 2, 2, 2, 2, 4, 4]
     assert [plan_parts(3, read_changes(run), step) for step in (1, 3, 7)] == [3, 3, 4]
@@ -199,6 +199,7 @@ class SmallMemory(torch.nn.Module):
         return (inputs * valid).sum(1)
 
 
+@pytest.mark.whole
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(sizes=st.lists(st.integers(1, 17), min_size=1, max_size=4), most=st.integers(1, 17))
 def test_what_runs_out_without_gradients_is_done_again_in_smaller_batches_in_the_same_order(sizes, most):
@@ -220,6 +221,9 @@ def test_what_runs_out_without_gradients_is_done_again_in_smaller_batches_in_the
     assert said.getvalue().count("note: out of memory: batches of ") == len(failed)
     if max(sizes) <= most:
         assert [batch for batch, _ in found] == batches  # as they came
+    model.passed.clear()
+    list(forward_all(model, batches, prepare=lambda batch, draws: batch.inputs, device=torch.device("cpu")))
+    assert max(model.passed) <= most  # nor in the next evaluation
 
 
 def test_a_sample_that_does_not_fit_and_what_is_no_lack_of_memory_end_it(capsys):
@@ -228,8 +232,8 @@ def test_a_sample_that_does_not_fit_and_what_is_no_lack_of_memory_end_it(capsys)
     with pytest.raises(InputError, match="out of memory with a batch of one sample: take a smaller model"):
         list(forward_all(SmallMemory(0), [batch], **how))
     assert capsys.readouterr().out.splitlines() == [
-        "note: out of memory: batches of 2 sample(s) instead of 3 for the rest of this pass",
-        "note: out of memory: batches of 1 sample(s) instead of 2 for the rest of this pass",
+        "note: out of memory: batches of 2 sample(s) instead of 3 from here on",
+        "note: out of memory: batches of 1 sample(s) instead of 2 from here on",
     ]
     with pytest.raises(RuntimeError, match="size of tensor"):
         list(forward_all(SmallMemory(9), [batch._replace(inputs=torch.ones(3, 5))], **how))
@@ -241,19 +245,19 @@ def test_a_sample_that_does_not_fit_and_what_is_no_lack_of_memory_end_it(capsys)
 @pytest.mark.whole
 def test_the_fewest_micro_batches_that_fit_are_found_without_a_trace_and_kept(shards, tmp_path):
     train(shards, tmp_path, "one")
-    said = train(shards, tmp_path, "found-1", "--train.accumulation", "0").stdout
-    assert "memory  micro-batches of 8, 1 a step: the fewest that fit (train.accumulation 0)" in said
+    said = train(shards, tmp_path, "found-1", "--train.accumulation", "auto").stdout
+    assert "memory  micro-batches of 8, 1 a step: the fewest that fit (train.accumulation auto)" in said
     assert losses(tmp_path, "found-1") == losses(tmp_path, "one")
     assert_same_weights((tmp_path, "found-1"), (tmp_path, "one"))
 
     train(shards, tmp_path, "four", "--train.accumulation", "4")
     with starving(3, where="backward") as failed:
-        said = train(shards, tmp_path, "found-4", "--train.accumulation", "0", "--checkpoint.keep-last", "2").stdout
+        said = train(shards, tmp_path, "found-4", "--train.accumulation", "auto", "--checkpoint.keep-last", "2").stdout
     assert failed == [8, 4]
     assert "memory  micro-batches of 2, 4 a step" in said
     assert_same_weights((tmp_path, "found-4"), (tmp_path, "four"))
     cut_back(tmp_path, "found-4", STEPS_PER_EPOCH)
-    again = train(shards, tmp_path, "found-4", "--train.accumulation", "0").stdout  # with memory enough now
+    again = train(shards, tmp_path, "found-4", "--train.accumulation", "auto").stdout  # with memory enough now
     assert "memory  " not in again
     assert_same_weights((tmp_path, "found-4"), (tmp_path, "four"))
 
@@ -305,7 +309,7 @@ def test_losses_of_two_ranks_stay_those_of_the_whole_batch(on_two_ranks):
 
 @pytest.mark.whole
 def test_two_ranks_take_what_the_poorer_needs(shards, tmp_path):
-    jobs = [(config_of(shards, tmp_path, "run", {"train": {"accumulation": 0, "epochs": 1}}), None)]
+    jobs = [(config_of(shards, tmp_path, "run", {"train": {"accumulation": "auto", "epochs": 1}}), None)]
     start_ranks(starved_rank_main, ({"most_rows": 1}, 2, str(tmp_path / "store"), jobs), 2)
     assert read_changes(f"{tmp_path}/run") == [(1, 4)]
     assert len(losses(tmp_path, "run")) == STEPS_PER_EPOCH

@@ -25,10 +25,11 @@ from hypothesis import strategies as st
 from mtl_dist.config import build_config
 from mtl_dist.errors import InputError
 from mtl_dist.report import attaching
-from mtl_dist.report.attaching import PLACE, attach_page
+from mtl_dist.report.attaching import PLACE, attach_page, check_attachable
 from mtl_dist.report.options import ReportCommand
 from mtl_dist.runs.checkpoint import committed
 from mtl_dist.runs.lives import Stale
+from mtl_dist.runs.weights import open_best
 from mtl_dist.training.sinks import mlflow, opening, sending
 from mtl_dist.training.sinks.opening import IDENTITY, check_installed, describe_run, open_sinks
 from mtl_dist.training.sinks.sending import Sender
@@ -256,6 +257,21 @@ def test_a_page_is_attached_only_to_a_run_that_was_tracked(monkeypatch, tmp_path
         done = run_here("mtl_dist.report", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--attach", name)
         assert_one_message(done, f"run {tmp_path}/run was never tracked", "--run.track")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.whole
+def test_a_page_is_attached_only_to_a_run_that_has_ended(monkeypatch, shards, tmp_path):
+    """Its service would take the page for its end."""
+    train(shards, tmp_path, "run", "--train.epochs", "2", "--train.stop-epoch", "1")
+    describe_run(build_config({"run": {"storage": str(tmp_path), "name": "run"}}))  # as if it was tracked
+    monkeypatch.setattr(opening, "find_spec", lambda package: True)
+    command = ReportCommand((f"{tmp_path}/run",), out="", attach=("mlflow",))
+    check_attachable(command)
+    weights = open_best(f"{tmp_path}/run")
+    config = weights.config.model_copy(update={"train": weights.config.train.model_copy(update={"stop_epoch": None})})
+    monkeypatch.setattr(attaching, "open_best", lambda uri: weights._replace(config=config))
+    with pytest.raises(InputError, match=rf"run {tmp_path}/run has not ended: step 5 of 10; .*leave out --attach"):
+        check_attachable(command)
 
 
 def test_a_service_that_refuses_a_page_is_one_message_and_says_where_the_page_is(monkeypatch, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -23,6 +24,8 @@ from mtl_dist.tasks import SET_BITS, Batch
 
 MAX_LISTED = 32  # rows in one message
 
+_fitting: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()  # samples that a model had memory for
+
 
 @torch.no_grad()
 def forward_all(
@@ -38,7 +41,8 @@ def forward_all(
 
     `forward` is asked in the model's place where that is wanted, with the same arguments: inputs, and which frames are
     valid. The model is in evaluation mode meanwhile. What runs out of memory is done again in batches of half as many
-    samples, which are yielded in their order. Raises `InputError` where one sample does not fit.
+    samples, which are yielded in their order; the model gets no larger ones from then on. Raises `InputError` where one
+    sample does not fit.
     """
 
     def pass_on(batch: Batch) -> Any:
@@ -46,13 +50,13 @@ def forward_all(
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             return (forward or model)(prepare(there, None), there.valid)
 
-    was_training, most = model.training, sys.maxsize
+    was_training = model.training
     model.eval()
     try:
         for batch in batches:
             first, num_samples = 0, len(batch.samples)
             while first < num_samples:
-                size = min(most, num_samples - first)
+                size = min(_fitting.get(model, sys.maxsize), num_samples - first)
                 part = batch if size == num_samples else batch.take(slice(first, first + size))
                 try:
                     outputs = pass_on(part)
@@ -61,7 +65,7 @@ def forward_all(
                         raise
                     outputs = None
                 if outputs is None:  # not in the handler: the exception holds what the pass has made
-                    most = _halve(size)
+                    _fitting[model] = _halve(size)
                     continue
                 yield part, outputs
                 first += size
@@ -75,7 +79,7 @@ def _halve(size: int) -> int:
         raise InputError(f"out of memory with a batch of one sample: {MEMORY_REMEDY}")
     free_memory()
     less = math.ceil(size / 2)
-    print(f"note: out of memory: batches of {less} sample(s) instead of {size} for the rest of this pass", flush=True)
+    print(f"note: out of memory: batches of {less} sample(s) instead of {size} from here on", flush=True)
     return less
 
 

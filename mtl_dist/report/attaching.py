@@ -14,10 +14,19 @@ PLACE = "report/report.html"
 
 
 def check_attachable(command: ReportCommand) -> None:
-    """Raise `InputError` where a service is not installed, or a run was never tracked."""
+    """Raise `InputError` where a service is not installed, or a run was never tracked or has not ended.
+
+    A run that trains has its service open, and both take what is attached for its end.
+    """
     check_installed(command.attach, where="--attach")
     for uri in command.runs:
         check_tracked(uri)
+        weights = open_best(uri)
+        if not weights.is_finished:
+            raise InputError(
+                f"run {uri} has not ended: step {weights.newest_step} of {weights.total_steps}; --attach is for runs "
+                "that have. The same command continues it; or leave out --attach"
+            )
 
 
 def attach_page(command: ReportCommand, page_uri: str) -> None:

@@ -29,7 +29,7 @@ def check_num_ranks(config: Config, num_ranks: int) -> None:
             f"{num_ranks} ranks for {config.num_streams} streams: a rank reads one at least; start "
             "fewer ranks, or raise train.global_batch or data.streams"
         )
-    check_parts(config, num_ranks, config.train.accumulation)
+    check_parts(config, num_ranks, config.train.least_parts)
 
 
 def check_parts(config: Config, num_ranks: int, parts: int) -> None:

@@ -170,7 +170,7 @@ def _with_steps(state: dict[str, torch.Tensor], config: Config, steps: int) -> d
 
 
 def _deepspeed_config(config: Config, num_ranks: int) -> dict:
-    accumulation = max(config.train.accumulation, 1)  # `set_accumulation` has the last word
+    accumulation = config.train.least_parts  # `set_accumulation` has the last word
     micro_batch = math.ceil(config.train.global_batch / (num_ranks * accumulation))
     settings = {
         # Nominal: ranks may hold unequal parts of the global batch, which our losses account for.

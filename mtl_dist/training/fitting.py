@@ -1,4 +1,4 @@
-"""`train.accumulation 0`: the fewest micro-batches that a step fits into memory with, found when a run begins.
+"""`train.accumulation auto`: the fewest micro-batches that a step fits into memory with, found when a run begins.
 
 Every rank tries forward and backward passes on the first batch that it is to read, without a word to the others: one
 that runs out leaves nobody waiting. The most that any rank needs is stored with the run, which keeps it. Weights and
@@ -34,7 +34,7 @@ def settle_micro_batches(setup: Setup, engine, micro_batches: MicroBatches, *, s
     """
     config, num_ranks = setup.config, setup.context.num_ranks
     is_over = step >= setup.data.steps_per_epoch * config.last_epoch
-    if config.train.accumulation or micro_batches.changes or is_over:
+    if config.train.accumulation != "auto" or micro_batches.changes or is_over:
         return
     batch = _next_batch(setup, engine.module.passes, step)
     rows, tried = len(batch.samples), {"num_states": 0 if engine.optimizer.state else STATES[config.optim.name]}
@@ -47,7 +47,7 @@ def settle_micro_batches(setup: Setup, engine, micro_batches: MicroBatches, *, s
     parts = max(of_ranks)
     check_parts(config, num_ranks, parts)
     note = note_batchnorm(engine.module.model, config, num_ranks, parts=parts) if parts > 1 else ""
-    text = f"memory  {describe_parts(parts, rows)}, {parts} a step: the fewest that fit (train.accumulation 0)"
+    text = f"memory  {describe_parts(parts, rows)}, {parts} a step: the fewest that fit (train.accumulation auto)"
 
     def tell() -> None:
         micro_batches.write(step + 1, parts, text)

@@ -96,7 +96,7 @@ def check_start(config: Config, *, has_gpu: bool, num_ranks: tuple[int, int], be
         f"start   on {device}; {describe_size(model)}",
         describe_rates(nn.ModuleDict({"model": model}), config),
         f"weights {model.backbone.loaded}" if model.backbone.loaded else "",
-        note_batchnorm(model, config, num_ranks[1], parts=max(config.train.accumulation, 1)),
+        note_batchnorm(model, config, num_ranks[1], parts=config.train.least_parts),
     ]
     return "\n".join(filter(None, lines))
 
@@ -127,7 +127,7 @@ def restore(setup: Setup) -> tuple[Setup, Learner, int, dict[str, Any]]:
     loaded = model.backbone.loaded
     what_loaded = f"weights {loaded}" if loaded else ""
     arithmetic = note_arithmetic(config, setup.device, restored.state.get(ARITHMETIC) if restored else None)
-    micro_batches = MicroBatches(config.run.uri, config.train.accumulation)
+    micro_batches = MicroBatches(config.run.uri, config.train.least_parts)
     check_parts(config, num_ranks, num_parts := micro_batches.at(step + 1))
     few_rows = note_batchnorm(model, config, num_ranks, parts=num_parts)
     for note in (began, arithmetic, what_loaded, few_rows, _describe_start(setup, model)):

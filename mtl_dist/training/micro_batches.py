@@ -48,10 +48,10 @@ def read_changes(run_uri: str) -> list[tuple[int, int]]:
 
 
 class MicroBatches:
-    """How many micro-batches the steps of a run have; every rank has the same. `told`: train.accumulation."""
+    """How many micro-batches the steps of a run have; every rank has the same. `told`: so many at least."""
 
     def __init__(self, run_uri: str, told: int):
-        self._run_uri, self._told = run_uri, max(told, 1)
+        self._run_uri, self._told = run_uri, told
         self.changes: list[tuple[int, int]] = on_rank_0(lambda: read_changes(run_uri))
 
     def at(self, step: int) -> int:

@@ -42,7 +42,7 @@ def train_step(
     batch = pin_batch(batch, device).to(device)  # what the loader has pinned stays as it is
     batch = batch._replace(inputs=prepare(batch, send(draws, device)))
     passes = partial(_pass_batch, engine, batch, config, step=step, rank=rank)
-    loss, parts = memory.fit(passes, step, rows=len(batch.samples)) if memory else passes(config.train.accumulation)
+    loss, parts = memory.fit(passes, step, rows=len(batch.samples)) if memory else passes(config.train.least_parts)
     update_weights(engine, step + 1)
     after = None
     if module.balancer.looks_after_steps:
