@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 
+from mtl_dist.features.pooling import Pooled
 from mtl_dist.objective.module import ObjectiveModule
 from mtl_dist.training.memory import Memory
 
@@ -50,6 +51,21 @@ def starving(most_rows: int, *, where: str = "forward", from_step: int = 1) -> I
 
     with mock.patch.object(ObjectiveModule, "_predict", starved_predict), mock.patch.object(Memory, "fit", noting_fit):
         yield failed
+
+
+@contextlib.contextmanager
+def starving_networks(most_pictures: int) -> Iterator[list[int]]:
+    """Have what describes pictures run out of memory with more than these. Yields the pictures of every pass."""
+    describe, passed = Pooled.forward, []
+
+    def starved(self, images):
+        passed.append(len(images))
+        if len(images) > most_pictures:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+        return describe(self, images)
+
+    with mock.patch.object(Pooled, "forward", starved):
+        yield passed
 
 
 @contextlib.contextmanager

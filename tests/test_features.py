@@ -35,6 +35,7 @@ from mtl_dist.models.face_nets import Embedding
 from mtl_dist.shards.folds import deal_folds
 from mtl_dist.tasks import VIEWS
 from tests.conftest import REPO, assert_one_message, run_here, write_dataset
+from tests.starving import starving_networks
 from tests.test_shards import flip_bit, read_tree
 
 SIZE, WIDTH = 48, 96  # of the pictures of `dataset`, and of vgg_small
@@ -800,6 +801,15 @@ def test_what_float16_does_not_hold_is_refused_with_its_row(shards, tmp_path, sc
     done = create(tmp_path / "out", sets_of(shards), tmp_path / "large.safetensors")
     assert_one_message(done, *words)
     assert not list((tmp_path / "out").rglob("shard-*")), "half a shard is left"
+
+
+def test_batches_that_memory_does_not_hold_are_one_message(shards, weights, tmp_path):
+    """Smaller ones by itself would make another set on a machine with less memory."""
+    with starving_networks(3):
+        done = create(tmp_path / "out", sets_of(shards), weights)
+        assert_one_message(done, "out of memory with 4 pictures in a batch", "give a smaller --batch")
+        assert not list((tmp_path / "out").rglob("shard-*"))
+        created(tmp_path / "out", sets_of(shards), weights, batch=3)
 
 
 def test_numbers_that_float16_rounds_to_nothing_are_counted(shards, tmp_path):

@@ -16,6 +16,7 @@ from mtl_dist.data.index import FEATURES, read_index
 from mtl_dist.data.reader import ShardReader
 from mtl_dist.report.pictures import encode_png
 from tests.conftest import assert_one_message, run_here
+from tests.starving import starving_networks
 
 pytestmark = pytest.mark.whole
 
@@ -105,6 +106,26 @@ def test_a_film_is_predicted_frame_by_frame_with_its_times(runs, trained, tmp_pa
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert csv.read_csv(thinned)["valence"].to_pylist() != table["valence"].to_pylist()[::3]
+
+
+def test_what_runs_out_of_memory_is_described_in_smaller_batches(runs, trained, tmp_path):
+    rng = np.random.default_rng(0)
+    for number in range(11):
+        (tmp_path / f"{number:02}.png").write_bytes(encode_png(rng.integers(0, 255, (80, 80, 3), np.uint8)))
+    what = ["--runs", trained / "c", "--extractors", runs / "cropped", "--input", tmp_path, "--batch", "8"]
+    tables = []
+    for most in (99, 3):
+        with starving_networks(most) as passed:
+            done = predict(*what, "--out", tmp_path / f"{most}.csv")
+        assert done.returncode == 0, done.stderr
+        tables.append(csv.read_csv(tmp_path / f"{most}.csv"))
+    assert passed[-8:] == [8, 4, 2, 2, 2, 2, 2, 1]
+    plain, starved = tables
+    assert starved["image"] == plain["image"]
+    for name in plain.column_names[plain.column_names.index("valence") :]:
+        if name == "expression":
+            continue
+        np.testing.assert_allclose(starved[name].to_numpy(), plain[name].to_numpy(), atol=2e-3)
 
 
 def test_pictures_without_a_directory_are_the_frames_of_one_video(runs, trained, tmp_path):

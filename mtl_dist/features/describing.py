@@ -22,6 +22,7 @@ from mtl_dist.data.index import read_index
 from mtl_dist.data.loader import ahead
 from mtl_dist.data.reader import ShardReader
 from mtl_dist.data.samples import ImageSamples
+from mtl_dist.device import is_out_of_memory
 from mtl_dist.errors import InputError
 from mtl_dist.features.extractors import Network, build
 from mtl_dist.features.pooling import Pooled
@@ -65,18 +66,27 @@ def describe(
     """Yield features of samples (n,), in batches.
 
     Each of `parts` is what describes some of them, by their places: a network, or several whose mean is taken. `rows`
-    (n,) are what messages call them. Raises `InputError` for features that float16 does not hold.
+    (n,) are what messages call them. Raises `InputError` for features that float16 does not hold, and for batches that
+    memory does not hold: smaller ones are those of another set.
     """
     pictures = _open_pictures(source, parts[0][0][0].image_size)
     device = torch.device(how.device)
     loads = _batches(pictures, samples, parts, how.batch)
     models = {network: _opened(network, how.device) for networks, _ in parts for network in networks}
 
-    def computing(loaded: _Loaded) -> Callable[[], Described]:
-        return lambda: _compute(loaded, [models[network] for network in loaded.networks], pictures, how, device, rows)
+    def compute(loaded: _Loaded) -> Described:
+        try:
+            return _compute(loaded, [models[network] for network in loaded.networks], pictures, how, device, rows)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise InputError(
+                f"out of memory with {how.batch} pictures in a batch, on {how.threads} thread(s): give a smaller "
+                "--batch, and another DEST where some shards are made; or fewer --jobs"
+            ) from None
 
     with contextlib.closing(ahead(loads, workers=how.workers, prefetch=AHEAD * (how.threads + how.workers))) as batches:
-        calls = (computing(loaded) for loaded in batches)
+        calls = (functools.partial(compute, loaded) for loaded in batches)
         # One thread is this one: a GPU gets its batches in one stream.
         yield from ahead(calls, workers=how.threads if how.threads > 1 else 0, prefetch=AHEAD * how.threads)
 

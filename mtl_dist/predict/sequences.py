@@ -7,17 +7,19 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from mtl_dist.data.augment import build_preparation, normalise
 from mtl_dist.data.frames import Seen
 from mtl_dist.data.unlabelled import no_labels
 from mtl_dist.errors import InputError
 from mtl_dist.families import FEATURES, reads_videos
-from mtl_dist.features.extractors import FeatureNet, build, find_feature_nets
+from mtl_dist.features.extractors import FeatureNet, Network, build, find_feature_nets
 from mtl_dist.features.options import CreateOptions
+from mtl_dist.features.pooling import Pooled
 from mtl_dist.objective.affect import PredictedRows
 from mtl_dist.objective.metrics import Predictions, Targets
-from mtl_dist.predicting.evaluate import predict
+from mtl_dist.predicting.evaluate import forward_all, predict
 from mtl_dist.predicting.inputs import Frames, ShardSet
 from mtl_dist.predicting.spread import Outcome
 from mtl_dist.runs.weights import FILE_SUFFIXES, Weights, is_local_file, load_weights
@@ -140,19 +142,37 @@ def describe_frames(
         # Folds are of one size, so a set of features is made in one pass.
         mine = [place for place, net in enumerate(nets) if net.networks[0].image_size == size]
         found, this_pass = [], Seen()
-        which = {"part": 0, "num_parts": 1, "seen": this_pass}
-        for loaded in frames.batches(size, batch=batch, workers=workers, **which):
-            found.append(loaded.rows[:, 0].numpy().copy())
-            inputs = loaded.inputs.to(device)
-            for place in mine:
-                parts = [opened[n](normalise(inputs, n.input_size)[:, 0]).float() for n in nets[place].networks]
-                columns[place].append(torch.stack(parts).mean(0).cpu().numpy().astype(np.float16))
-            progress(len(loaded.rows))
+        describing = Describing([[(network, opened[network]) for network in nets[place].networks] for place in mine])
+        batches = frames.batches(size, batch=batch, workers=workers, part=0, num_parts=1, seen=this_pass)
+        for part, described in forward_all(
+            describing, batches, prepare=lambda batch, draws: batch.inputs, device=device
+        ):
+            found.append(part.rows[:, 0].numpy().copy())
+            for place, features in zip(mine, described):
+                columns[place].append(features.cpu().numpy().astype(np.float16))
+            progress(len(part.rows))
         rows = np.concatenate(found or [rows])
         seen = this_pass
     if not len(rows):
         raise InputError("--input has no frame that could be read")
     return Rows(rows, np.concatenate([np.concatenate(parts) for parts in columns.values()], axis=1)), seen
+
+
+class Describing(nn.Module):
+    """What describes pictures of one size: several sets of networks."""
+
+    def __init__(self, sets: list[list[tuple[Network, Pooled]]]):
+        super().__init__()
+        self._sizes = [[network.input_size for network, _ in of_one] for of_one in sets]
+        self.sets = nn.ModuleList([nn.ModuleList([model for _, model in of_one]) for of_one in sets])
+        self.eval()
+
+    def forward(self, inputs: Tensor, valid: Tensor) -> list[Tensor]:
+        """Return features (n, D) of each set, the mean of its networks', of pictures (n, 1, 3, H, W)."""
+        return [
+            torch.stack([net(normalise(inputs, size)[:, 0]).float() for net, size in zip(models, sizes)]).mean(0)
+            for models, sizes in zip(self.sets, self._sizes)
+        ]
 
 
 def _as_batch(described: Rows, places: np.ndarray) -> Batch:
