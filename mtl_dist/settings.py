@@ -54,9 +54,13 @@ class Section(BaseModel):
 class Faults(InputError):
     """What is wrong with a section, a line a fault: a section above puts its name before each."""
 
-    def __init__(self, lines: list[str]):
-        super().__init__("; ".join(lines))
-        self.lines = lines
+    @property
+    def lines(self) -> list[str]:
+        """Every fault, with the path of its setting below this section."""
+        return self.args[0]  # as it was given: another process makes it anew of these
+
+    def __str__(self) -> str:
+        return "; ".join(self.lines)
 
 
 def _check_name(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import pickle
 import re
 import subprocess
 import sys
@@ -205,6 +206,7 @@ def test_a_mistake_names_key_value_and_remedy_in_one_line(layer, words):
         build_config(layer)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+    assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)  # from a rank to who started it
 
 
 def numbers_of(section: type[Section]) -> list[tuple[str, type]]:
