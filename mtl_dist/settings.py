@@ -54,13 +54,12 @@ class Section(BaseModel):
 class Faults(InputError):
     """What is wrong with a section, a line a fault: a section above puts its name before each."""
 
-    @property
-    def lines(self) -> list[str]:
-        """Every fault, with the path of its setting below this section."""
-        return self.args[0]  # as it was given: another process makes it anew of these
+    def __init__(self, lines: list[str]):
+        super().__init__("; ".join(lines))
+        self.lines = lines
 
-    def __str__(self) -> str:
-        return "; ".join(self.lines)
+    def __reduce__(self):
+        return Faults, (self.lines,)  # another process makes it anew of these
 
 
 def _check_name(name: str) -> str:
