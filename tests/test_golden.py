@@ -29,7 +29,7 @@ def made(tmp_path_factory) -> dict[str, Path]:
     return found
 
 
-@pytest.mark.timeout(1200)  # 64 runs
+@pytest.mark.timeout(1200)  # 46 runs
 def test_losses_scores_and_weights_of_tiny_runs_are_those_that_are_kept(tmp_path):
     found = distances(measure(tmp_path), json.loads(VALUES.read_text()))
     print(found)
