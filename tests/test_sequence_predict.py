@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from pyarrow import csv
 
+from mtl_dist.data.augment import normalise
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.features import FeatureReader
 from mtl_dist.data.index import FEATURES, read_index
 from mtl_dist.data.reader import ShardReader
+from mtl_dist.predict.sequences import Describing
 from mtl_dist.report.pictures import encode_png
 from tests.conftest import assert_one_message, run_here
 from tests.starving import starving_networks
@@ -106,6 +110,24 @@ def test_a_film_is_predicted_frame_by_frame_with_its_times(runs, trained, tmp_pa
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert csv.read_csv(thinned)["valence"].to_pylist() != table["valence"].to_pylist()[::3]
+
+
+def test_several_networks_of_a_set_are_averaged_and_sets_keep_their_order():
+    class Times(torch.nn.Module):
+        def __init__(self, factor: float):
+            super().__init__()
+            self.factor = factor
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.factor * images.mean((2, 3))
+
+    of_size = SimpleNamespace(input_size=8)
+    describing = Describing([[(of_size, Times(1.0)), (of_size, Times(4.0))], [(of_size, Times(10.0))]])
+    pictures = torch.randint(0, 256, (5, 1, 3, 8, 8), dtype=torch.uint8)
+    means = normalise(pictures, 8)[:, 0].mean((2, 3))
+    first, second = describing(pictures, torch.ones(5, 1, dtype=torch.bool))
+    torch.testing.assert_close(first, 2.5 * means)
+    torch.testing.assert_close(second, 10 * means)
 
 
 def test_what_runs_out_of_memory_is_described_in_smaller_batches(runs, trained, tmp_path):

@@ -24,7 +24,7 @@ from mtl_dist.tasks import SET_BITS, Batch
 
 MAX_LISTED = 32  # rows in one message
 
-_fitting: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()  # samples that a model had memory for
+_most_samples: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()  # of a model that ran out
 
 
 @torch.no_grad()
@@ -56,7 +56,7 @@ def forward_all(
         for batch in batches:
             first, num_samples = 0, len(batch.samples)
             while first < num_samples:
-                size = min(_fitting.get(model, sys.maxsize), num_samples - first)
+                size = min(_most_samples.get(model, sys.maxsize), num_samples - first)
                 part = batch if size == num_samples else batch.take(slice(first, first + size))
                 try:
                     outputs = pass_on(part)
@@ -65,7 +65,7 @@ def forward_all(
                         raise
                     outputs = None
                 if outputs is None:  # not in the handler: the exception holds what the pass has made
-                    _fitting[model] = _halve(size)
+                    _most_samples[model] = _halve(size)
                     continue
                 yield part, outputs
                 first += size

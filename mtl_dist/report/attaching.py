@@ -25,7 +25,7 @@ def check_attachable(command: ReportCommand) -> None:
         if not weights.is_finished:
             raise InputError(
                 f"run {uri} has not ended: step {weights.newest_step} of {weights.total_steps}; --attach is for runs "
-                "that have. The same command continues it; or leave out --attach"
+                "that have. The command that trained it continues it; or leave out --attach"
             )
 
 
